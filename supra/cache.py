@@ -1,0 +1,86 @@
+"""The cache of a converted model: one layer class, whatever the mixer keeps as its state."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from supra.errors import UserError
+from supra.mixers import Mixer, MixerInputs
+
+
+class MixerLayer(CacheLayerMixin):
+    """Holds the state of one layer's mixer: a NamedTuple of tensors with the batch first.
+
+    transformers' own linear-attention layer does not serve here: without a convolution it never
+    reports a previous state, and a cache of such layers alone cannot say how long it is.
+    """
+
+    is_croppable = False
+
+    def __init__(self):
+        super().__init__()
+        self.state: NamedTuple | None = None
+        self.length = 0
+
+    def mix(self, mixer: Mixer, inputs: MixerInputs) -> Tensor:
+        """Run the mixer on the tokens of one call and keep the state after them."""
+        output, self.state = mixer(inputs, self.state, return_state=True)
+        self.is_initialized = True
+        return output
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Count the tokens. The mixer needs those of this call only, so they pass unchanged."""
+        self.length += key_states.shape[-2]
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def state_bytes(self) -> int:
+        """Bytes of the state's tensors, over the whole batch."""
+        return sum(x.nbytes for x in self.state or () if x is not None)
+
+    def reset(self) -> None:
+        self.state, self.length, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+    def _map(self, function: Any) -> None:
+        if self.state is not None:
+            self.state = type(self.state)(*(x if x is None else function(x) for x in self.state))
+
+
+def new_cache(layers: int) -> Cache:
+    """An empty cache for a converted model of that many layers."""
+    return Cache(layers=[MixerLayer() for _ in range(layers)])
+
+
+def adopt_cache(cache: Cache, layers: int) -> None:
+    """Give an empty cache of any kind the layers of a converted model, in place."""
+    if cache.layers and all(isinstance(layer, MixerLayer) for layer in cache.layers):
+        return
+    if cache.get_seq_length() > 0:
+        raise UserError(
+            f"past_key_values (={type(cache).__name__}) holds another model's tokens: "
+            "pass the cache that this model returned, or none"
+        )
+    cache.layers = new_cache(layers).layers
+    cache.layer_class_to_replicate = None
+    cache.offloading = False  # a state of constant size stays where it is

@@ -1,0 +1,98 @@
+"""The config of a converted model: the base family's own config, plus the mixer of every layer.
+
+One `model_type`, "supra", stands for all families. `config.json` stays flat: the base's fields,
+`base_model_type`, and under `supra` the plan:
+
+    {"format_version": 1, "layers": ["supra", "softmax", …], "options": {"supra": {…}}}
+"""
+
+import functools
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from supra.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+class SupraConfig(PreTrainedConfig):
+    """The door for AutoConfig: `from_dict` returns the config class of the base family."""
+
+    model_type = "supra"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if "base_model_type" not in config_dict:
+            raise UserError(
+                "config.json has model_type 'supra' but no base_model_type: "
+                "convert the model again with `supra convert`"
+            )
+        return config_class(config_dict["base_model_type"]).from_dict(config_dict, **kwargs)
+
+
+class _ConvertedConfig:
+    """Mixed into the base family's config class."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        plan = config_dict.get("supra") or {}
+        version = plan.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"this checkpoint has supra format_version {version!r}, "
+                f"this version of supra reads {FORMAT_VERSION}: update supra, or convert again"
+            )
+        from supra.modeling import register_family  # the models need the config, not the reverse
+
+        register_family(cls)
+        fields = {key: value for key, value in config_dict.items() if key != "model_type"}
+        return super().from_dict(fields, **kwargs)
+
+
+@functools.cache
+def config_class(base_model_type: str) -> type[PreTrainedConfig]:
+    """The config class of converted models of one family, `SupraLlamaConfig` for "llama"."""
+    if base_model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"base_model_type {base_model_type!r} is not known to this version of transformers: "
+            "install the version that the checkpoint was written with"
+        )
+    base = CONFIG_MAPPING[base_model_type]
+    fields = {
+        "model_type": "supra",
+        "base_model_type": base_model_type,
+        "__module__": "supra.configuration",
+        "__doc__": f"{base.__name__} with the mixer of every layer.",
+    }
+    return type(f"Supra{base.__name__}", (_ConvertedConfig, base), fields)
+
+
+def converted_config(
+    base: PreTrainedConfig, layers: list[str], options: dict[str, dict[str, Any]]
+) -> PreTrainedConfig:
+    """The config of `base` converted with these mixers: one name a layer, options by name."""
+    fields = base.to_dict()
+    fields["base_model_type"] = fields.pop("model_type")
+    fields["supra"] = {"format_version": FORMAT_VERSION, "layers": layers, "options": options}
+    language_model = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[fields["base_model_type"]]
+    fields["architectures"] = [f"Supra{language_model}"]
+    fields["auto_map"] = {
+        "AutoConfig": "modeling_supra.SupraConfig",
+        "AutoModel": "modeling_supra.SupraModel",
+        "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
+    }
+    return config_class(fields["base_model_type"]).from_dict(fields)
+
+
+def __getattr__(name: str) -> type[PreTrainedConfig]:
+    """`supra.configuration.SupraLlamaConfig` and its like, for pickle and for imports by name."""
+    for model_type in CONFIG_MAPPING:
+        if name.startswith("Supra") and CONFIG_MAPPING[model_type].__name__ == name[5:]:
+            return config_class(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+AutoConfig.register("supra", SupraConfig, exist_ok=True)

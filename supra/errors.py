@@ -1,0 +1,33 @@
+"""What a user can get wrong, said in one line; the commands turn it into exit code 2."""
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """A mistake in an argument, a file or a config: one line that names the way out."""
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise UserError when `value` is not one of `choices`, naming the nearest and all of them."""
+    choices = sorted(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown {name} {value!r}: {hint}(known: {', '.join(choices)})")
+
+
+def command(run: Callable[..., None]) -> Callable[..., None]:
+    """Run a command; a user's mistake or a full disk becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(run)
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            run(*args, **kwargs)
+        except (UserError, OSError) as error:
+            print(f"supra: error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped

@@ -1,0 +1,50 @@
+"""The mixers, one final class a file. To add one, write its file and name it in the table."""
+
+import dataclasses
+from typing import Any
+
+from supra.errors import UserError, check_choice
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs, Rotary
+from supra.mixers.softmax import Softmax
+from supra.mixers.supra import Supra
+
+MIXERS: dict[str, type[Mixer]] = {mixer.name: mixer for mixer in (Softmax, Supra)}
+
+# A preset is a mixer with options that have a name of their own in the literature.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "supra_paper": ("supra", {"feature_map": "mixed_relu", "decay": "fixed", "scale": False}),
+}
+
+
+def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """The mixer's name and all of its options, from a mixer's or a preset's name.
+
+    Raises UserError for an unknown name, option or value, naming the right ones.
+    """
+    check_choice("mixer", name, [*MIXERS, *PRESETS])
+    name, preset = PRESETS.get(name, (name, {}))
+    known = {field.name for field in dataclasses.fields(MIXERS[name].Options)}
+    for key in options or {}:
+        if not known:
+            raise UserError(f"mixer {name!r} has no options, got {key!r}: leave it out")
+        check_choice(f"option of mixer {name!r}", key, known)
+    resolved = MIXERS[name].Options(**{**preset, **(options or {})})
+    return name, dataclasses.asdict(resolved)
+
+
+def build_mixer(name: str, shape: AttentionShape, options: dict[str, Any]) -> Mixer:
+    """The mixer of one layer, with its parameters not yet initialised."""
+    name, options = resolve_mixer(name, options)
+    return MIXERS[name](shape, MIXERS[name].Options(**options))
+
+
+__all__ = [
+    "MIXERS",
+    "PRESETS",
+    "AttentionShape",
+    "Mixer",
+    "MixerInputs",
+    "Rotary",
+    "build_mixer",
+    "resolve_mixer",
+]

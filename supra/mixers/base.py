@@ -1,0 +1,96 @@
+"""The contract of every mixer: a drop-in for softmax(QKᵀ)V inside a pretrained attention module.
+
+Notation: B batch, T tokens of this call, Hq query heads, Hkv key/value heads (Hkv divides Hq),
+K head size of query and key, V head size of value, D hidden size. Layout [B, T, H, D].
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of the attention module that a mixer stands in."""
+
+    query_heads: int
+    key_heads: int
+    head_size: int
+    value_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The family's own rotation, at the positions of this call.
+
+    `cos` and `sin` are [B or 1, T, R]; R may be smaller than the head size (partial rotary).
+    `rotate` is the family's `apply_rotary_pos_emb`: some rotate halves, some interleaved pairs.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate query [B, T, Hq, K] and key [B, T, Hkv, K]; features beyond R pass unchanged."""
+        size = self.cos.shape[-1]
+        rotated = self.rotate(
+            query[..., :size], key[..., :size], self.cos, self.sin, unsqueeze_dim=2
+        )
+        if query.shape[-1] == size:
+            return rotated
+        return tuple(
+            torch.cat([new, old[..., size:]], dim=-1)
+            for new, old in zip(rotated, (query, key), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class MixerInputs:
+    """What a mixer may read in one call. Query and key are not rotated yet."""
+
+    hidden_states: Tensor  # [B, T, D], the input of the attention module
+    query: Tensor  # [B, T, Hq, K], after biases and QK-norm
+    key: Tensor  # [B, T, Hkv, K]
+    value: Tensor  # [B, T, Hkv, V]
+    rotary: Rotary | None  # None for families without rotary positions
+    scaling: float  # the teacher's factor on QKᵀ
+    sliding_window: int | None  # the teacher's window in tokens, the current one included
+    padding_mask: Tensor | None  # bool [B, T], False where padded; None: no padding
+    cu_seqlens: Tensor | None  # int [N + 1]: documents of the row B·T, flattened; None: one a row
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes tokens along T. Concrete mixers are final: none subclasses another.
+
+    Its parameters are float32 and live under `<attention>.mixer.*`. Padded tokens must change
+    neither the state nor the outputs of other tokens, and nothing crosses a document boundary.
+    A state is a NamedTuple whose tensors have the batch first; the cache reorders, repeats and
+    restores them without knowing more.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+
+    def __init__(self, shape: AttentionShape, options: Any):
+        super().__init__()
+        self.shape = shape
+        self.options = options
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Write the starting values into the parameters, in place."""
+
+    @abstractmethod
+    def forward(
+        self, inputs: MixerInputs, state: Any = None, return_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Mix the tokens of one call after those in `state`.
+
+        Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None.
+        """

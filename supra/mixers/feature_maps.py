@@ -1,0 +1,102 @@
+"""Feature maps φ of the `supra` mixer: query and key to the features whose dot product is taken."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from supra.mixers.base import AttentionShape
+
+
+class Identity(nn.Module):
+    """φ(x) = x: the teacher's own queries and keys."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return query, key
+
+
+class SignPair(nn.Module):
+    """φ(x) = [relu(Wx + b), relu(−Wx − b)] per head, started at W = I, b = 0.
+
+    A single relu would drop half of an identity map; both signs keep it: φ(q)·φ(k) is the sum of
+    q·k over the features whose signs agree. Head size doubles. [B, T, H, K] to [B, T, H, 2K].
+    """
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        size = shape.head_size
+        self.query_weight = nn.Parameter(torch.empty(shape.query_heads, size, size))
+        self.query_bias = nn.Parameter(torch.empty(shape.query_heads, size))
+        self.key_weight = nn.Parameter(torch.empty(shape.key_heads, size, size))
+        self.key_bias = nn.Parameter(torch.empty(shape.key_heads, size))
+
+    def reset_parameters(self) -> None:
+        for weight in (self.query_weight, self.key_weight):
+            weight.data.copy_(torch.eye(weight.shape[-1], device=weight.device))
+        for bias in (self.query_bias, self.key_bias):
+            bias.data.zero_()
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            self._features(query, self.query_weight, self.query_bias),
+            self._features(key, self.key_weight, self.key_bias),
+        )
+
+    @staticmethod
+    def _features(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [B, T, H, K] times weight [H, out, in]: a dense layer per head."""
+        batch, tokens, heads, size = x.shape
+        rows = x.permute(2, 0, 1, 3).reshape(heads, batch * tokens, size)
+        rows = torch.baddbmm(bias.to(x.dtype)[:, None], rows, weight.to(x.dtype).mT)
+        mapped = rows.view(heads, batch, tokens, size).permute(1, 2, 0, 3)
+        return torch.cat([mapped.relu(), (-mapped).relu()], dim=-1)
+
+
+class MixedReLU(nn.Module):
+    """φ(x) = relu(Wx + b) over all heads at once, W random: the kernel of the SUPRA paper, 3.1.
+
+    One D×D matrix for queries and keys. Under grouped heads the keys are narrower and get a matrix
+    of their own, as in the published code. Random weights discard what the teacher knew: this map
+    is here to run the published method, which spends 10 billion tokens and more to recover.
+    """
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        query_size = shape.query_heads * shape.head_size
+        key_size = shape.key_heads * shape.head_size
+        self.query_weight = nn.Parameter(torch.empty(query_size, query_size))
+        self.query_bias = nn.Parameter(torch.empty(query_size))
+        self.shared = query_size == key_size
+        if not self.shared:
+            self.key_weight = nn.Parameter(torch.empty(key_size, key_size))
+            self.key_bias = nn.Parameter(torch.empty(key_size))
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            fan_in = parameter.shape[-1]  # nn.Linear's own start: uniform within 1/√fan_in
+            parameter.data.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        key_weight, key_bias = (
+            (self.query_weight, self.query_bias)
+            if self.shared
+            else (self.key_weight, self.key_bias)
+        )
+        return (
+            self._features(query, self.query_weight, self.query_bias),
+            self._features(key, key_weight, key_bias),
+        )
+
+    @staticmethod
+    def _features(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        mapped = nn.functional.linear(x.flatten(2), weight.to(x.dtype), bias.to(x.dtype))
+        return mapped.relu().view_as(x)
+
+
+FEATURE_MAPS = {"identity": Identity, "sign_pair": SignPair, "mixed_relu": MixedReLU}

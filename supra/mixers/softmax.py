@@ -1,0 +1,90 @@
+"""`softmax`: what the original attention computes. Hybrids keep attention with it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supra.mixers.base import Mixer, MixerInputs
+
+
+@dataclass(frozen=True)
+class SoftmaxOptions:
+    """Softmax attention has no options."""
+
+
+class SoftmaxState(NamedTuple):
+    """The key-value cache. S is the number of tokens kept, at most the window less one."""
+
+    key: Tensor  # [B, S, Hkv, K], rotated
+    value: Tensor  # [B, S, Hkv, V]
+    valid: Tensor  # bool [B, S], False where padded
+
+
+class Softmax(Mixer):
+    """softmax(RoPE(Q)·RoPE(K)ᵀ · scaling) V, causal, within the teacher's sliding window."""
+
+    name = "softmax"
+    Options = SoftmaxOptions
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(
+        self, inputs: MixerInputs, state: SoftmaxState | None = None, return_state: bool = False
+    ) -> tuple[Tensor, SoftmaxState | None]:
+        query, key, value = inputs.query, inputs.key, inputs.value
+        if inputs.rotary is not None:
+            query, key = inputs.rotary(query, key)
+        tokens, valid = query.shape[1], inputs.padding_mask
+        if return_state and valid is None:
+            valid = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
+        if state is not None:
+            key = torch.cat([state.key, key], dim=1)
+            value = torch.cat([state.value, value], dim=1)
+            valid = torch.cat([state.valid, valid], dim=1)
+        mask = attention_mask(inputs, tokens, key.shape[1], valid, fresh=state is None)
+        output = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and tokens > 1,
+            scale=inputs.scaling,
+            enable_gqa=query.shape[2] != key.shape[2],
+        ).transpose(1, 2)
+        if not return_state:
+            return output, None
+        if inputs.sliding_window is not None and key.shape[1] >= inputs.sliding_window:
+            keep = key.shape[1] - (inputs.sliding_window - 1)
+            key, value, valid = key[:, keep:], value[:, keep:], valid[:, keep:]
+        return output, SoftmaxState(key, value, valid)
+
+
+def attention_mask(
+    inputs: MixerInputs, tokens: int, length: int, valid: Tensor | None, fresh: bool
+) -> Tensor | None:
+    """Bool [B or 1, 1, T, S], True where a query may look; None when plain causality is all.
+
+    A padded query looks at itself, so that no row is empty: softmax over nothing is NaN.
+    """
+    window = inputs.sliding_window
+    windowed = window is not None and length >= window
+    plain = fresh and inputs.padding_mask is None and inputs.cu_seqlens is None
+    if plain and not windowed:
+        return None
+    query_at = torch.arange(length - tokens, length, device=inputs.query.device)[:, None]
+    key_at = torch.arange(length, device=inputs.query.device)[None, :]
+    mask = key_at <= query_at
+    if windowed:
+        mask = mask & (key_at > query_at - window)
+    mask = mask[None, None]
+    if valid is not None:
+        mask = mask & valid[:, None, None, :]
+    if inputs.cu_seqlens is not None:
+        at = torch.arange(inputs.query.shape[0] * tokens, device=inputs.query.device)
+        document = torch.bucketize(at, inputs.cu_seqlens, right=True).view(-1, 1, tokens)
+        mask = mask & (document[:, :, :, None] == document[:, :, None, :])
+    return mask | (key_at == query_at)

@@ -1,0 +1,23 @@
+"""The second door to a checkpoint: `trust_remote_code=True` for whoever did not import supra."""
+
+from pathlib import Path
+
+SHIM = '''\
+"""Loads this checkpoint through the installed package supra; holds no model code of its own."""
+
+try:
+    from supra.configuration import SupraConfig
+    from supra.modeling import SupraForCausalLM, SupraModel
+except ImportError as error:
+    raise ImportError(
+        "This checkpoint is a recurrent model made with supra, which is not installed: "
+        "pip install supra, then load it again."
+    ) from error
+
+__all__ = ["SupraConfig", "SupraForCausalLM", "SupraModel"]
+'''
+
+
+def write_shim(folder: Path) -> None:
+    """Put the module that config.json's auto_map names into a checkpoint."""
+    (folder / "modeling_supra.py").write_text(SHIM)

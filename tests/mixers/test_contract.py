@@ -1,0 +1,206 @@
+"""What every mixer owes, for every entry of MIXERS and PRESETS, in float64 where it can."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from supra.errors import UserError
+from supra.mixers import MIXERS, PRESETS, AttentionShape, MixerInputs, Rotary, build_mixer
+from supra.mixers import resolve_mixer as resolve
+
+NAMES = [*MIXERS, *PRESETS]
+VARIANTS = [(name, {}) for name in NAMES] + [("supra", {"feature_map": "identity"})]
+SHAPES = [
+    AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48),
+    AttentionShape(query_heads=3, key_heads=3, head_size=10, value_size=7, hidden_size=30),
+]
+BATCH, TOKENS = 2, 70  # 70: one chunk of 64 and an odd rest
+
+
+def rotate_half(query, key, cos, sin, unsqueeze_dim):
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([-second, first], dim=-1)
+
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return query * cos + turned(query) * sin, key * cos + turned(key) * sin
+
+
+def rotary(positions, size):
+    """RoPE over the first half of each head: partial rotary is the harder case."""
+    size = size // 2
+    angles = positions[..., None] * 10.0 ** -torch.arange(0, 1, 2 / size, dtype=torch.float64)
+    angles = torch.cat([angles, angles], dim=-1)
+    return Rotary(angles.cos(), angles.sin(), rotate_half)
+
+
+def make_inputs(shape, seed=0, tokens=TOKENS):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes):
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    return MixerInputs(
+        hidden_states=random(BATCH, tokens, shape.hidden_size),
+        query=random(BATCH, tokens, shape.query_heads, shape.head_size),
+        key=random(BATCH, tokens, shape.key_heads, shape.head_size),
+        value=random(BATCH, tokens, shape.key_heads, shape.value_size),
+        rotary=rotary(torch.arange(tokens)[None], shape.head_size),
+        scaling=shape.head_size**-0.5,
+        sliding_window=None,
+        padding_mask=None,
+        cu_seqlens=None,
+    )
+
+
+def part(inputs, start, end, rows=slice(None), positions=None):
+    """Tokens start … end of some rows; their positions stay theirs unless given."""
+    cut = {
+        name: getattr(inputs, name)[rows, start:end]
+        for name in ("hidden_states", "query", "key", "value")
+    }
+    positions = torch.arange(start, end) if positions is None else positions
+    mask = None if inputs.padding_mask is None else inputs.padding_mask[rows, start:end]
+    size = inputs.query.shape[-1]
+    return dataclasses.replace(
+        inputs, **cut, rotary=rotary(positions[None], size), padding_mask=mask
+    )
+
+
+@pytest.fixture(params=SHAPES, ids=["grouped", "odd"])
+def shape(request):
+    return request.param
+
+
+@pytest.fixture(params=VARIANTS, ids=[f"{name}{options or ''}" for name, options in VARIANTS])
+def mixer(request, shape):
+    name, options = request.param
+    mixer = build_mixer(name, shape, options).double()
+    mixer.reset_parameters()
+    return mixer
+
+
+def close(actual, expected, tolerance=1e-6):
+    """Decays are float32 whatever the inputs are, which leaves 1e-7 of each weight."""
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_output_shape_and_dtype(mixer, shape):
+    inputs = make_inputs(shape)
+    output, state = mixer(inputs)
+    assert output.shape == (BATCH, TOKENS, shape.query_heads, shape.value_size)
+    assert output.dtype == inputs.value.dtype
+    assert state is None
+
+
+def test_token_by_token_is_one_run(mixer, shape):
+    inputs = make_inputs(shape)
+    expected, _ = mixer(inputs)
+    state, outputs = None, []
+    for token in range(TOKENS):
+        output, state = mixer(part(inputs, token, token + 1), state, return_state=True)
+        outputs.append(output)
+    close(torch.cat(outputs, dim=1), expected)
+
+
+@pytest.mark.parametrize("cut", [1, 33, 64])
+def test_two_segments_with_carried_state_are_one_run(mixer, shape, cut):
+    inputs = make_inputs(shape)
+    expected, end = mixer(inputs, return_state=True)
+    first, state = mixer(part(inputs, 0, cut), return_state=True)
+    second, state = mixer(part(inputs, cut, TOKENS), state, return_state=True)
+    close(torch.cat([first, second], dim=1), expected)
+    for ours, theirs in zip(state, end, strict=True):
+        assert ours is theirs is None or close(ours, theirs) is None
+
+
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+def test_padding_reaches_neither_outputs_nor_state(mixer, shape, side):
+    """A padded row and its tokens alone, padding 9 tokens; then both go on together."""
+    inputs = make_inputs(shape)
+    pads = {"left": range(9), "right": range(61, 70), "inside": range(30, 39)}[side]
+    kept = torch.tensor([token not in pads for token in range(TOKENS)])
+    mask = torch.stack([kept, torch.ones_like(kept)])
+    padded = dataclasses.replace(inputs, padding_mask=mask)
+    loud = padded.value.clone()
+    loud[0, ~kept] = 1e3
+    padded = dataclasses.replace(padded, value=loud)
+    together, state = mixer(padded, return_state=True)
+
+    where = torch.arange(TOKENS)[kept]
+    cut = {
+        name: getattr(inputs, name)[:1][:, kept]
+        for name in ("hidden_states", "query", "key", "value")
+    }
+    angles = rotary(where[None], shape.head_size)
+    alone = dataclasses.replace(inputs, **cut, rotary=angles)
+    expected, expected_state = mixer(alone, return_state=True)
+    close(together[:1][:, kept], expected)
+
+    later = make_inputs(shape, seed=5, tokens=4)
+    more, _ = mixer(part(later, 0, 4, positions=torch.arange(70, 74)), state, return_state=True)
+    one = part(later, 0, 4, rows=slice(0, 1), positions=torch.arange(70, 74))
+    expected_more, _ = mixer(one, expected_state, return_state=True)
+    close(more[:1], expected_more)
+
+
+def test_packed_documents_are_separate(mixer, shape):
+    lengths = (1, 40, 29)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = dataclasses.replace(
+        make_inputs(shape),
+        rotary=rotary(positions[None], shape.head_size),
+        cu_seqlens=torch.cat([bounds, TOKENS + bounds[1:]]).to(torch.int32),
+    )
+    packed, _ = mixer(inputs)
+    separate = dataclasses.replace(inputs, cu_seqlens=None)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        alone, _ = mixer(part(separate, start, end, positions=torch.arange(end - start)))
+        close(packed[:, start:end], alone)
+
+
+def test_causal_by_gradient(mixer, shape):
+    inputs = make_inputs(shape)
+    leaves = [x.requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
+    output, _ = mixer(inputs)
+    for gradient in torch.autograd.grad(output[:, 41].sum(), leaves):
+        assert gradient[:, :41].abs().sum() > 0 or gradient is not leaves[1]
+        assert gradient[:, 42:].abs().max() == 0
+
+
+def test_every_parameter_has_a_gradient_or_is_frozen(mixer, shape):
+    inputs = make_inputs(shape)
+    inputs.value.requires_grad_()
+    mixer(inputs)[0].pow(3).sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().max() > 0, name
+
+
+def test_low_precision_inputs_keep_a_float32_state(mixer, shape):
+    inputs = make_inputs(shape)
+    fields = ("hidden_states", "query", "key", "value")
+    low = {name: getattr(inputs, name).bfloat16() for name in fields}
+    exact = {name: x.double() for name, x in low.items()}
+    expected, _ = mixer(dataclasses.replace(inputs, **exact))
+    angles = inputs.rotary
+    angles = dataclasses.replace(angles, cos=angles.cos.bfloat16(), sin=angles.sin.bfloat16())
+    output, state = mixer.float()(
+        dataclasses.replace(inputs, **low, rotary=angles), return_state=True
+    )
+    assert output.dtype == torch.bfloat16
+    assert type(mixer).name == "softmax" or state.memory.dtype == torch.float32
+    error = (output.double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
+    assert error < 0.02, "bfloat16 has 8 bits: 0.4% an operation"
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'supra'"):
+        resolve("supr")
+    with pytest.raises(UserError, match="did you mean 'feature_map'"):
+        resolve("supra", {"featuremap": "identity"})
+    with pytest.raises(UserError, match="identity, mixed_relu, sign_pair"):
+        resolve("supra", {"feature_map": "none"})
+    with pytest.raises(UserError, match="has no options"):
+        resolve("softmax", {"scale": True})

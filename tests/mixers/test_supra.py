@@ -1,0 +1,103 @@
+"""The `supra` mixer is equation 10 of the paper, and its start is what it says it is."""
+
+import pytest
+import torch
+
+from supra.mixers import AttentionShape, MixerInputs, Rotary, build_mixer
+from supra.mixers.supra import lightning_slopes
+
+
+def quadratic(query, key, value, slopes):
+    """GroupNorm(Σ_{j≤i} γ^{i−j} (qᵢ·kⱼ) vⱼ) with all heads alike, written as it stands."""
+    tokens = torch.arange(query.shape[1])
+    distance = tokens[:, None] - tokens[None, :]
+    weights = torch.exp(-slopes.double()[:, None, None] * distance).tril()
+    scores = torch.einsum("bihk,bjhk->bhij", query, key) * weights / query.shape[-1] ** 0.5
+    mixed = torch.einsum("bhij,bjhv->bihv", scores, value)
+    mean = mixed.mean(-1, keepdim=True)
+    return (mixed - mean) / (mixed.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def inputs_of(shape, rotary=None):
+    generator = torch.Generator().manual_seed(2)
+
+    def random(heads, size):
+        return torch.randn(2, 45, heads, size, generator=generator, dtype=torch.float64)
+
+    return MixerInputs(
+        hidden_states=random(1, shape.hidden_size)[:, :, 0],
+        query=random(shape.query_heads, shape.head_size),
+        key=random(shape.key_heads, shape.head_size),
+        value=random(shape.key_heads, shape.value_size),
+        rotary=rotary,
+        scaling=1.0,
+        sliding_window=None,
+        padding_mask=None,
+        cu_seqlens=None,
+    )
+
+
+def test_is_the_papers_equation():
+    shape = AttentionShape(5, 5, 8, 6, 40)
+    mixer = build_mixer("supra_paper", shape, {}).double()
+    mixer.reset_parameters()
+    inputs = inputs_of(shape)
+    flat = (x.flatten(2) for x in (inputs.query, inputs.key))
+    weight, bias = mixer.feature_map.query_weight, mixer.feature_map.query_bias
+    features = [(x @ weight.T + bias).relu().view(2, 45, 5, 8) for x in flat]
+    expected = quadratic(*features, inputs.value, lightning_slopes(5))
+    torch.testing.assert_close(mixer(inputs)[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_paper_form_has_fixed_decay_no_scale_and_one_matrix():
+    mixer = build_mixer("supra_paper", AttentionShape(5, 5, 8, 8, 40), {})
+    trained = {name: p.shape for name, p in mixer.named_parameters() if p.requires_grad}
+    assert trained == {"feature_map.query_weight": (40, 40), "feature_map.query_bias": (40,)}
+
+
+def test_grouped_heads_give_the_keys_a_matrix_of_their_own():
+    mixer = build_mixer("supra_paper", AttentionShape(6, 2, 8, 8, 48), {})
+    assert mixer.feature_map.key_weight.shape == (16, 16)
+
+
+def test_sign_pair_starts_as_the_products_that_agree_in_sign():
+    shape = AttentionShape(4, 2, 8, 8, 32)
+    mixer = build_mixer("supra", shape, {})
+    mixer.reset_parameters()
+    x, y = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 2, 8)
+    query, key = mixer.feature_map(x, y)
+    key = key.repeat_interleave(2, dim=2)
+    products = x * y.repeat_interleave(2, dim=2)
+    torch.testing.assert_close((query * key).sum(-1), products.relu().sum(-1))
+
+
+def test_rotary_turns_both_halves_of_the_pair():
+    """RoPE after φ is relative: shifting all positions changes nothing."""
+    shape = AttentionShape(4, 2, 8, 8, 32)
+    mixer = build_mixer("supra", shape, {}).double()
+    mixer.reset_parameters()
+
+    def turn(query, key, cos, sin, unsqueeze_dim):
+        def turned(x):
+            first, second = x.chunk(2, dim=-1)
+            rotated = torch.cat([-second, first], dim=-1)
+            return x * cos.unsqueeze(unsqueeze_dim) + rotated * sin.unsqueeze(unsqueeze_dim)
+
+        return turned(query), turned(key)
+
+    def at(shift):
+        positions = torch.arange(shift, shift + 45, dtype=torch.float64)
+        angles = positions[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.03] * 2).double()
+        return mixer(inputs_of(shape, Rotary(angles.cos(), angles.sin(), turn)))[0]
+
+    torch.testing.assert_close(at(0), at(1000), atol=1e-6, rtol=1e-6)
+    unrotated = mixer(inputs_of(shape))[0]
+    assert (at(0) - unrotated).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("heads", [1, 8, 9, 15, 32])
+def test_slopes_for_any_number_of_heads(heads):
+    slopes = lightning_slopes(heads)
+    assert slopes.shape == (heads,)
+    torch.testing.assert_close(slopes[-1], torch.tensor(2.0**-8))  # half-life 177 tokens
+    assert (slopes.diff() < 0).all()
