@@ -1,0 +1,104 @@
+"""Where a checkpoint lies and how it is opened: a local folder, a GGUF file, or a hub id."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from supra.errors import UserError, check_choice
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this disk. `name` is what the user typed."""
+
+    name: str
+    folder: Path
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of every `from_pretrained` that opens it."""
+        arguments = {"pretrained_model_name_or_path": str(self.folder)}
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
+
+    def config(self) -> PreTrainedConfig:
+        return _opened(self, AutoConfig.from_pretrained, **self.arguments)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return _opened(self, AutoTokenizer.from_pretrained, **self.arguments)
+
+    def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked."""
+        arguments = self.arguments
+        if dtype is not None:
+            arguments["dtype"] = dtype
+        if self.gguf_file is not None:
+            from transformers import GgufConfig
+
+            # packed blocks cannot be saved or trained
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        return _opened(self, AutoModelForCausalLM.from_pretrained, **arguments)
+
+
+def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint that `name` means, downloaded if it is a hub id. Raises UserError if none."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model {name!r}: there is no such file")
+        return Checkpoint(name, path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model {name!r}: the folder has no config.json, it is no checkpoint")
+        return Checkpoint(name, path)
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise UserError(f"model {name!r}: there is no such folder")
+    return Checkpoint(name, _download(name, revision))
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype of that name; None stays None."""
+    if name is None:
+        return None
+    check_choice("dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model {name!r} is neither a folder here nor to be had from the hub: {reason}"
+        ) from error
+
+
+def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
+    try:
+        return opener(**arguments)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds for a broken checkpoint
+        logging.getLogger(__name__).debug("opening %s failed", checkpoint.name, exc_info=True)
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model {checkpoint.name!r} does not load: {reason}") from error

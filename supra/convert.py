@@ -1,0 +1,244 @@
+"""Convert a pretrained transformer into a recurrent network: plan, stream, write, account.
+
+    supra convert --model <hub id, folder or GGUF file> --out ./rnn
+
+Tensors pass one at a time from the old checkpoint to the new; the folder appears when it is whole.
+"""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from supra.checkpoints import Checkpoint, find_checkpoint
+from supra.configuration import converted_config
+from supra.errors import UserError
+from supra.files import check_space, check_vacant, staged_folder
+from supra.mixers import resolve_mixer
+from supra.modeling import attention_modules
+from supra.remote_code import write_shim
+from supra.report import ConversionReport, TensorFate
+from supra.weights import FolderReader, ModuleReader, ShardWriter, TensorSpec, tied_names
+
+# The families for which the tests show that the swap itself loses nothing.
+PROVEN_FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+COPIED_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    mixer: str = "supra",
+    options: dict[str, Any] | None = None,
+    keep_attention: Iterable[int] = (),
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    shard_bytes: int = 4 * 10**9,
+    revision: str | None = None,
+    progress: bool = False,
+) -> ConversionReport:
+    """Write the converted checkpoint of `model` into the folder `out`.
+
+    Args:
+        model: hub id, folder with safetensors, or GGUF file of a causal language model.
+        mixer: a name of MIXERS or PRESETS, for all layers but those in `keep_attention`.
+        options: options of that mixer; what is left out takes its default.
+        keep_attention: numbers of the layers that keep softmax attention; −1 is the last.
+        dtype: of the inherited tensors; None keeps theirs. New parameters are float32.
+        seed: of random starting values.
+        shard_bytes: size of one safetensors file at the most.
+        revision: of a hub id.
+        progress: show a bar.
+
+    Raises UserError, and leaves no folder, for anything that a user can get wrong.
+    """
+    out = Path(out).expanduser()
+    mixer, options = resolve_mixer(mixer, options)
+    check_vacant(out)
+    checkpoint = find_checkpoint(model, revision)
+    base = checkpoint.config()
+    check_family(base)
+    layers = plan_layers(base.num_hidden_layers, mixer, keep_attention)
+    config = converted_config(base, layers, {mixer: options})
+    student = meta_model(config)
+    reader = open_weights(checkpoint, base)
+    fates = plan_tensors(reader, student, dtype)
+    config.dtype = dtype or main_dtype(reader.specs)
+    report = ConversionReport(
+        teacher=checkpoint.name,
+        family=base.model_type,
+        layers=layers,
+        options={name: options for name in dict.fromkeys(layers) if name == mixer},
+        proven_family=base.model_type in PROVEN_FAMILIES,
+        tensors=list(fates.values()),
+    )
+    check_space(out, sum(spec.nbytes for spec in reader.specs.values()))
+    with staged_folder(out) as staging:
+        writer = ShardWriter(staging, shard_bytes)
+        inherited = [x for x in fates.values() if x.fate in ("copied", "transformed")]
+        for fate in tqdm(inherited, desc="convert", unit="tensor", disable=not progress):
+            tensor = reader.load(fate.name)
+            writer.add(fate.name, tensor.to(getattr(torch, fate.dtype)))
+        for name, tensor in new_tensors(student, seed):
+            writer.add(name, tensor)
+        writer.finish()
+        copy_tokenizer(checkpoint, staging)
+        write_shim(staging)
+        report.write(staging)
+        config.save_pretrained(staging)  # last: a folder without it does not load
+    return report
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise UserError unless the config is of a family that converts."""
+    proven = f"(proven families: {', '.join(PROVEN_FAMILIES)})"
+    if config.model_type == "supra":
+        raise UserError("the model is a converted one already: convert its teacher instead")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        raise UserError(
+            f"model_type {config.model_type!r} is not supported: it is no decoder-only language "
+            f"model {proven}"
+        )
+    if getattr(config, "quantization_config", None) is not None and not is_gguf(config):
+        raise UserError("quantised checkpoints do not convert: take the original weights")
+    attentions = attention_modules(meta_model(config))
+    if len(attentions) != config.num_hidden_layers:
+        raise UserError(
+            f"model_type {config.model_type!r} is not supported: {len(attentions)} of its "
+            f"{config.num_hidden_layers} layers have causal attention that goes through "
+            f"transformers' attention interface {proven}"
+        )
+
+
+def is_gguf(config: PreTrainedConfig) -> bool:
+    """Whether the config came with a GGUF file, whose blocks are unpacked on the way."""
+    method = getattr(config.quantization_config, "quant_method", None)
+    return "gguf" in str(method).lower()
+
+
+def plan_layers(count: int, mixer: str, keep_attention: Iterable[int]) -> list[str]:
+    """The mixer of each of `count` layers."""
+    layers = [mixer] * count
+    for layer in keep_attention:
+        if not -count <= layer < count:
+            raise UserError(
+                f"keep_attention names layer {layer}: the model has layers 0 to {count - 1}"
+            )
+        layers[layer] = "softmax"
+    return layers
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The language model without memory: names and shapes of its tensors."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderReader | ModuleReader:
+    """A reader whose names are the model's. Files may carry older names, as GPT-NeoX's head does,
+    or parts that transformers fuses; then the model is loaded whole."""
+    if checkpoint.gguf_file is not None:
+        return ModuleReader(checkpoint.model())
+    reader = FolderReader(checkpoint.folder)
+    teacher = meta_model(config)
+    mapping = get_model_conversion_mapping(teacher)
+    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+    converters = [x for x in mapping if isinstance(x, WeightConverter)]
+    names = {}
+    for name in reader.specs:
+        names[name], fused = rename_source_key(
+            name, renamings, converters, teacher.base_model_prefix, teacher.state_dict()
+        )
+        if fused is not None:
+            return ModuleReader(checkpoint.model())
+    reader.rename(names)
+    return reader
+
+
+def main_dtype(specs: dict[str, TensorSpec]) -> torch.dtype:
+    """The dtype of most of the values."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in specs.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=sizes.__getitem__)
+
+
+def plan_tensors(
+    reader: FolderReader | ModuleReader, student: PreTrainedModel, dtype: torch.dtype | None
+) -> dict[str, TensorFate]:
+    """What becomes of every tensor, by name in the model: the old checkpoint's and the new ones.
+
+    Raises UserError when one is missing or has another shape than its config says.
+    """
+    wanted = {name: tuple(x.shape) for name, x in student.state_dict().items()}
+    tied = tied_names(student)
+    fates = {}
+    for name, spec in reader.specs.items():
+        fate, note, kept = "copied", "", spec.dtype
+        if name not in wanted:
+            fate, note = "dropped", "no parameter of the model"
+        elif name in tied:
+            fate, note = "dropped", f"tied to {tied[name]}"
+        elif spec.shape != wanted[name]:
+            raise UserError(
+                f"tensor {name} has shape {list(spec.shape)}, its config says "
+                f"{list(wanted[name])}: weights and config do not belong together"
+            )
+        elif dtype is not None and dtype != spec.dtype and spec.dtype.is_floating_point:
+            fate, note, kept = "transformed", f"cast from {_short(spec.dtype)}", dtype
+        elif name != reader.sources[name]:
+            fate, note = "transformed", f"renamed from {reader.sources[name]}"
+        fates[name] = TensorFate(name, fate, spec.shape, _short(kept), note)
+    missing = [n for n in wanted if n not in fates and n not in tied and ".mixer." not in n]
+    if missing:
+        raise UserError(
+            f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]}: "
+            "download the model again"
+        )
+    for name, shape in wanted.items():
+        if ".mixer." in name:
+            fates[name] = TensorFate(name, "new", shape, "float32")
+    return fates
+
+
+def new_tensors(student: PreTrainedModel, seed: int) -> Sequence[tuple[str, Tensor]]:
+    """The starting values of every mixer, under their names in the checkpoint."""
+    names = {module: name for name, module in student.named_modules()}
+    tensors = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for attention in attention_modules(student):
+            mixer = attention.mixer.to_empty(device="cpu")
+            mixer.reset_parameters()
+            path = f"{names[attention]}.mixer"
+            tensors += [(f"{path}.{name}", x) for name, x in mixer.state_dict().items()]
+    return tensors
+
+
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """The tokenizer, chat template, generation config and licence, as they are."""
+    if checkpoint.gguf_file is not None:
+        checkpoint.tokenizer().save_pretrained(folder)
+        return
+    for pattern in COPIED_FILES:
+        for file in checkpoint.folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    if not any(folder.glob("tokenizer*")):
+        tqdm.write(f"{checkpoint.name} has no tokenizer: the converted model has none either")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

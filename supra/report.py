@@ -1,0 +1,66 @@
+"""The conversion report: what became of every tensor, as a file and as a few lines."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+REPORT = "conversion.json"
+
+
+@dataclass(frozen=True)
+class TensorFate:
+    """One tensor: `fate` is copied, transformed, new or dropped; `note` says how or why."""
+
+    name: str
+    fate: str
+    shape: tuple[int, ...]
+    dtype: str
+    note: str = ""
+
+
+@dataclass
+class ConversionReport:
+    """All that a conversion did."""
+
+    teacher: str
+    family: str
+    layers: list[str]
+    options: dict[str, dict]
+    proven_family: bool
+    tensors: list[TensorFate] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        (folder / REPORT).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    def lines(self) -> list[str]:
+        """The report for a terminal."""
+        lines = [f"{self.teacher} ({self.family}): {describe_layers(self.layers)}"]
+        if not self.proven_family:
+            lines.append(f"family {self.family} converts, but no test of supra proves it yet")
+        for name, options in self.options.items():
+            if options:
+                lines.append(f"{name}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+        for fate in ("copied", "transformed", "new", "dropped"):
+            some = [x for x in self.tensors if x.fate == fate]
+            size = sum(_count(x.shape) for x in some)
+            note = f"  ({some[0].note})" if some and some[0].note else ""
+            lines.append(f"{fate:>12}: {len(some):5d} tensors {size:15,d} values{note}")
+        return lines
+
+
+def describe_layers(layers: list[str]) -> str:
+    """Runs of equal layers in words: `layers 0-2 supra, layer 3 softmax`."""
+    parts = []
+    for name, run in groupby(enumerate(layers), key=lambda pair: pair[1]):
+        at = [index for index, _ in run]
+        where = f"layer {at[0]}" if len(at) == 1 else f"layers {at[0]}-{at[-1]}"
+        parts.append(f"{where} {name}")
+    return ", ".join(parts)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,157 @@
+"""Tensors of a checkpoint, read one at a time and written as shards; nothing is unpickled."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from supra.errors import UserError
+from supra.files import disk_errors, fsync
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorSpec(NamedTuple):
+    """A tensor without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class FolderReader:
+    """The tensors of a folder of safetensors files. `specs` lists them; `load` reads one.
+
+    `sources` maps a tensor's name in the model to its name in the files.
+    """
+
+    def __init__(self, folder: Path):
+        self._files = _files_by_tensor(folder)
+        self._open: tuple[Path, safe_open] | None = None
+        self.specs: dict[str, TensorSpec] = {}
+        self.sources = {name: name for name in self._files}
+        for name, file in self._files.items():
+            part = self._file(file).get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise UserError(
+                    f"tensor {name} is stored as {part.get_dtype()}: "
+                    "quantised checkpoints do not convert, take the original"
+                )
+            self.specs[name] = TensorSpec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors the names that the model has for them: `names` by name in the files."""
+        self.specs = {names[name]: spec for name, spec in self.specs.items()}
+        self.sources = {new: old for old, new in names.items()}
+
+    def load(self, name: str) -> Tensor:
+        source = self.sources[name]
+        return self._file(self._files[source]).get_tensor(source)
+
+    def _file(self, path: Path) -> safe_open:
+        if self._open is None or self._open[0] != path:
+            try:
+                self._open = path, safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise UserError(f"shard {path.name} is missing: download the model again") from None
+            except SafetensorError as error:
+                raise UserError(
+                    f"shard {path.name} is truncated or no safetensors file ({error}): "
+                    "download the model again"
+                ) from error
+        return self._open[1]
+
+
+class ModuleReader:
+    """The tensors of a model in memory, for formats that only transformers can read."""
+
+    def __init__(self, model: nn.Module):
+        self._tensors = {
+            name: x for name, x in model.state_dict().items() if name not in tied_names(model)
+        }
+        self.specs = {n: TensorSpec(tuple(x.shape), x.dtype) for n, x in self._tensors.items()}
+        self.sources = {name: name for name in self._tensors}
+
+    def load(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def tied_names(model: nn.Module) -> Mapping[str, str]:
+    """The names that are stored under another name, as lm_head under the embeddings."""
+    return model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{INDEX} is damaged ({error}): download the model again") from error
+        names = sorted(weight_map, key=lambda name: (weight_map[name], name))
+        return {name: folder / weight_map[name] for name in names}
+    if (folder / SINGLE).is_file():
+        try:
+            with safe_open(folder / SINGLE, framework="pt") as file:
+                return dict.fromkeys(file.keys(), folder / SINGLE)
+        except SafetensorError as error:
+            raise UserError(
+                f"shard {SINGLE} is truncated or no safetensors file ({error}): "
+                "download the model again"
+            ) from error
+    raise UserError(
+        f"{folder.name} holds no safetensors weights: pickled weights (.bin, .pt) are not opened; "
+        "save the model with save_pretrained first"
+    )
+
+
+class ShardWriter:
+    """Writes tensors into shards of at most `shard_bytes` and, at the end, their index."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self._folder, self._limit = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        held = sum(x.nbytes for x in self._pending.values())
+        if self._pending and held + tensor.nbytes > self._limit:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._total += tensor.nbytes
+
+    def finish(self) -> None:
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self._folder / f"shard-{number}", self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _flush(self) -> None:
+        path = self._folder / f"shard-{len(self._shards)}"
+        with disk_errors():
+            save_file(self._pending, path, metadata={"format": "pt"})
+            fsync(path)
+        self._shards.append(list(self._pending))
+        self._pending = {}

@@ -1,0 +1,268 @@
+"""Conversion accounts for every tensor, and leaves a whole folder or none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import supra.convert
+import supra.files
+from supra.convert import PROVEN_FAMILIES, convert
+from supra.errors import UserError
+from supra.testing import tiny_checkpoint
+from supra.weights import ShardWriter
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_checkpoint(folder, num_hidden_layers=3)
+    return folder
+
+
+def tensors_of(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", PROVEN_FAMILIES)
+def test_every_tensor_is_accounted_for(family, tmp_path):
+    """The report, the files and the model agree, and inherited tensors keep their values."""
+    teacher = tiny_checkpoint(tmp_path / "base", family)
+    report = convert(str(tmp_path / "base"), tmp_path / "rnn")
+    fates = {tensor.name: tensor for tensor in report.tensors}
+    stored = tensors_of(tmp_path / "rnn")
+    assert {n for n, x in fates.items() if x.fate != "dropped"} == set(stored)
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(stored.pop(name), tensor), name
+    assert stored
+    assert all(".mixer." in n and fates[n].fate == "new" for n in stored)
+    assert json.loads((tmp_path / "rnn" / "conversion.json").read_text())["family"] == family
+
+
+def test_old_names_are_renamed(tmp_path):
+    """GPT-NeoX checkpoints call the head embed_out, and carry buffers that no model has."""
+    tiny_checkpoint(tmp_path / "base", "gpt_neox")
+    tensors = tensors_of(tmp_path / "base")
+    assert "embed_out.weight" in tensors
+    buffer = "gpt_neox.layers.0.attention.masked_bias"
+    save_file(tensors | {buffer: torch.zeros(1)}, tmp_path / "base" / "model.safetensors")
+    report = convert(str(tmp_path / "base"), tmp_path / "rnn")
+    fates = {tensor.name: tensor for tensor in report.tensors}
+    assert fates["lm_head.weight"].fate == "transformed"
+    assert fates["lm_head.weight"].note == "renamed from embed_out.weight"
+    assert fates[buffer].fate == "dropped"
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    teacher = tiny_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    tensors = tensors_of(tmp_path / "base")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | head, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    report = convert(str(tmp_path / "base"), tmp_path / "rnn", mixer="softmax")
+    dropped = [tensor for tensor in report.tensors if tensor.fate == "dropped"]
+    assert [x.note for x in dropped] == ["tied to model.embed_tokens.weight"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn").eval()
+    tokens = torch.arange(20)[None]
+    assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+
+
+def test_shards_and_index(base, tmp_path):
+    convert(str(base), tmp_path / "one")
+    convert(str(base), tmp_path / "many", shard_bytes=20_000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert sorted(set(index["weight_map"].values())) == files
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
+    assert one.keys() == many.keys() == index["weight_map"].keys()
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in one.values())
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+
+
+def test_dtype_casts_what_is_inherited(base, tmp_path):
+    report = convert(str(base), tmp_path / "rnn", dtype=torch.bfloat16)
+    dtypes = {".mixer." in name: x.dtype for name, x in tensors_of(tmp_path / "rnn").items()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    assert {x.fate for x in report.tensors} == {"transformed", "new"}
+    assert AutoConfig.from_pretrained(tmp_path / "rnn").dtype == torch.bfloat16
+
+
+def test_keep_attention(base, tmp_path):
+    report = convert(str(base), tmp_path / "rnn", keep_attention=[0, -1])
+    assert report.layers == ["softmax", "supra", "softmax"]
+    assert not any("layers.0" in n and ".mixer." in n for n in tensors_of(tmp_path / "rnn"))
+
+
+def test_options_reach_the_config(base, tmp_path):
+    convert(str(base), tmp_path / "rnn", mixer="supra_paper", options={"scale": True})
+    plan = AutoConfig.from_pretrained(tmp_path / "rnn").supra
+    expected = {"feature_map": "mixed_relu", "decay": "fixed", "scale": True}
+    assert plan["options"] == {"supra": expected}
+
+
+def test_random_starting_values_follow_the_seed(base, tmp_path):
+    for folder, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        convert(str(base), tmp_path / folder, mixer="supra_paper", seed=seed)
+    a, b, c = (tensors_of(tmp_path / folder) for folder in "abc")
+    name = "model.layers.1.self_attn.mixer.feature_map.query_weight"
+    assert torch.equal(a[name], b[name])
+    assert not torch.equal(a[name], c[name])
+
+
+@pytest.fixture
+def broken(base, tmp_path):
+    """A copy of the checkpoint that a test may damage."""
+    folder = tmp_path / "broken"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+def fails(match, model, out, **arguments):
+    """Conversion fails with that message and leaves nothing beside what was there."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError, match=match):
+        convert(str(model), out, **arguments)
+    assert sorted(out.parent.iterdir()) == before
+
+
+def test_missing_shard(broken, tmp_path):
+    sorted(broken.glob("*.safetensors"))[1].unlink()
+    fails(r"shard model-00002-of-\d+.safetensors is missing", broken, tmp_path / "rnn")
+
+
+def test_truncated_shard(broken, tmp_path):
+    shard = sorted(broken.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    fails("model-00002.* is truncated", broken, tmp_path / "rnn")
+
+
+def test_damaged_index(broken, tmp_path):
+    (broken / "model.safetensors.index.json").write_text("{")
+    fails("index.json is damaged", broken, tmp_path / "rnn")
+
+
+def test_missing_tensor(broken, tmp_path):
+    index = broken / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    fails("1 tensors are missing .* first model.norm.weight", broken, tmp_path / "rnn")
+
+
+def test_another_models_config(broken, tmp_path):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    fails("weights and config do not belong together", broken, tmp_path / "rnn")
+
+
+def test_damaged_config(broken, tmp_path):
+    (broken / "config.json").write_text("{")
+    fails("does not load", broken, tmp_path / "rnn")
+
+
+def test_pickled_weights_are_not_opened(base, tmp_path):
+    model = tmp_path / "pickled"
+    model.mkdir()
+    (model / "config.json").write_bytes((base / "config.json").read_bytes())
+    (model / "pytorch_model.bin").write_bytes(b"0")
+    fails("no safetensors weights", model, tmp_path / "rnn")
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "mamba"])
+def test_unsupported_family(family, tmp_path):
+    """Encoder-only, encoder-decoder, and a model without attention."""
+    model = tmp_path / "model"
+    AutoConfig.for_model(family).save_pretrained(model)
+    (model / "config.json").write_text(json.dumps({"model_type": family, "num_hidden_layers": 2}))
+    fails(f"model_type '{family}' is not supported.*llama, mistral", model, tmp_path / "rnn")
+
+
+def test_converted_already(base, tmp_path):
+    convert(str(base), tmp_path / "rnn")
+    fails("converted one already", tmp_path / "rnn", tmp_path / "again")
+
+
+def test_layers_out_of_range(base, tmp_path):
+    fails("layer 7: the model has layers 0 to 2", base, tmp_path / "rnn", keep_attention=[7])
+
+
+def test_occupied_output_folder(base, tmp_path):
+    (tmp_path / "rnn").mkdir()
+    (tmp_path / "rnn" / "precious").write_text("mine")
+    fails("holds something already", base, tmp_path / "rnn")
+    assert (tmp_path / "rnn" / "precious").read_text() == "mine"
+
+
+def test_an_empty_output_folder_is_taken(base, tmp_path):
+    (tmp_path / "rnn").mkdir()
+    convert(str(base), tmp_path / "rnn")
+    assert (tmp_path / "rnn" / "config.json").is_file()
+
+
+def test_disk_too_small(base, tmp_path, monkeypatch):
+    free = SimpleNamespace(free=1000)
+    monkeypatch.setattr(supra.files.shutil, "disk_usage", lambda path: free)
+    fails("0.0 GB free: make room", base, tmp_path / "rnn")
+
+
+def test_disk_full_on_the_way(base, tmp_path, monkeypatch):
+    """The second shard does not fit: nothing stays."""
+    flush = ShardWriter._flush
+
+    def full(self):
+        if self._shards:
+            raise OSError(28, "No space left on device")
+        flush(self)
+
+    monkeypatch.setattr(ShardWriter, "_flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(str(base), tmp_path / "rnn", shard_bytes=20_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_conversion_leaves_nothing_that_loads(base, tmp_path):
+    """SIGKILL while tensors are written; the next conversion cleans up and succeeds."""
+    code = f"""
+import time
+from supra.weights import ShardWriter
+add = ShardWriter.add
+def slow(self, name, tensor):
+    add(self, name, tensor)
+    print("writing", flush=True)
+    time.sleep(60)
+ShardWriter.add = slow
+from supra.convert import convert
+convert({str(base)!r}, {str(tmp_path / "rnn")!r}, shard_bytes=1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for folder in tmp_path.iterdir():
+        assert folder.name != "rnn"
+        assert not (folder / "config.json").exists()
+    convert(str(base), tmp_path / "rnn")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["rnn"]
+
+
+def test_only_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
+    """A tensor is read when the one before it has been handed on."""
+    tiny_checkpoint(tmp_path / "base")
+    order = []
+    load, add = supra.convert.FolderReader.load, ShardWriter.add
+    monkeypatch.setattr(
+        supra.convert.FolderReader, "load", lambda s, n: (order.append("read"), load(s, n))[1]
+    )
+    monkeypatch.setattr(ShardWriter, "add", lambda s, n, x: (order.append("write"), add(s, n, x)))
+    convert(str(tmp_path / "base"), tmp_path / "rnn", mixer="softmax")
+    assert order == ["read", "write"] * (len(order) // 2)
+    assert len(order) > 40
