@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from supra.errors import UserError, check_choice
+from supra.weights import check_complete
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
@@ -44,7 +45,10 @@ class Checkpoint:
         return _opened(self, AutoTokenizer.from_pretrained, **self.arguments)
 
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked."""
+        """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked.
+
+        Raises UserError when a tensor is missing, unexpected or of another shape.
+        """
         arguments = self.arguments
         if dtype is not None:
             arguments["dtype"] = dtype
@@ -53,7 +57,11 @@ class Checkpoint:
 
             # packed blocks cannot be saved or trained
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-        return _opened(self, AutoModelForCausalLM.from_pretrained, **arguments)
+        model, info = _opened(
+            self, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **arguments
+        )
+        check_complete(info)
+        return model
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:

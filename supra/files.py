@@ -44,7 +44,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     try:
         with disk_errors():
             yield staging
-        for path in staging.iterdir():
+        for path in staging.rglob("*"):
             fsync(path)
         fsync(staging)
         if folder.is_dir():

@@ -37,6 +37,7 @@ from supra.configuration import config_class
 from supra.errors import UserError
 from supra.mixers import AttentionShape, Mixer, MixerInputs, Rotary, build_mixer
 from supra.remote_code import write_shim
+from supra.weights import check_complete
 
 
 @dataclass(frozen=True)
@@ -169,15 +170,7 @@ class _SupraPreTrained:
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As transformers', but a missing, unexpected or mis-shaped tensor is an error."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = sorted(str(name) for name in info[kind])
-            if issubclass(cls, SupraModel):  # a headless model has no use for the head
-                names = [n for n in names if n.startswith(f"{cls.base_model_prefix}.")]
-            if names:
-                raise UserError(
-                    f"{len(names)} {kind.replace('_', ' ')} in the checkpoint, first {names[0]}: "
-                    "it is not what its config describes; convert or download it again"
-                )
+        check_complete(info, f"{cls.base_model_prefix}." if issubclass(cls, SupraModel) else "")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs):

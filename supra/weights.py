@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +94,20 @@ class ModuleReader:
 def tied_names(model: nn.Module) -> Mapping[str, str]:
     """The names that are stored under another name, as lm_head under the embeddings."""
     return model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+
+
+def check_complete(loading_info: Mapping[str, Collection], prefix: str = "") -> None:
+    """Raise UserError unless `from_pretrained` found each tensor, each once, in its shape.
+
+    Only names below `prefix` count: a headless model has no use for the head.
+    """
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in loading_info[kind])
+        if names := [name for name in names if name.startswith(prefix)]:
+            raise UserError(
+                f"{len(names)} {kind.replace('_', ' ')} in the checkpoint, first {names[0]}: "
+                "it is not what its config describes; convert or download it again"
+            )
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:

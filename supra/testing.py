@@ -1,0 +1,69 @@
+"""Tiny tokenizers and checkpoints, for tests of supra and of what builds on it."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 300
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+
+_TEXT = [
+    "The river rises in the hills and runs south through the valley to the sea.",
+    "A model reads one token at a time and keeps a state of fixed size.",
+    "Who sees the whole page at once has no need to remember it.",
+    "In 1843 the bridge was built of 20,000 stones; it stands to this day.",
+]
+
+
+def tiny_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 300 tokens, for any text; saved in `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def tiny_config(family: str = "llama", **overrides):
+    """A two-layer config of `family`: 6 heads of size 8, over 2 key-value heads where it can."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 512,
+        # outputs of the usual 0.02 are so near to zero that a wrong one looks right
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    if family != "gpt_neox":
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    return AutoConfig.for_model(family, **(sizes | overrides))
+
+
+def tiny_checkpoint(
+    folder: str | Path, family: str = "llama", *, seed: int = 0, **overrides
+) -> PreTrainedModel:
+    """A random model of `tiny_config(family, **overrides)`, saved with a tokenizer in `folder`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return model.eval()

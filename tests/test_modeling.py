@@ -1,0 +1,238 @@
+"""A converted model behaves as a model of its family: cached, padded, packed, trained, saved."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import supra.modeling
+from supra.convert import PROVEN_FAMILIES, convert
+from supra.errors import UserError
+from supra.testing import tiny_checkpoint
+
+# pure, hybrid with attention kept in the middle, and the paper's form
+PLANS = {
+    "pure": {},
+    "hybrid": {"keep_attention": [1]},
+    "paper": {"mixer": "supra_paper"},
+}
+
+
+@pytest.fixture(scope="module", params=PROVEN_FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def folder(request, family, tmp_path_factory):
+    """A converted random model with three layers."""
+    where = tmp_path_factory.mktemp(f"{family}-{request.param}")
+    overrides = {"sliding_window": 11} if family == "mistral" else {}
+    tiny_checkpoint(where / "base", family, num_hidden_layers=3, **overrides)
+    convert(str(where / "base"), where / "rnn", **PLANS[request.param])
+    return where / "rnn"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, 300, (2, 75))
+
+
+def padded(mask_row_of):
+    mask = torch.ones(2, 75, dtype=torch.long)
+    mask[0, :mask_row_of] = 0
+    return mask
+
+
+def close(actual, expected, tolerance=1e-4):
+    assert expected.abs().max() > 1, "the logits are too small to tell a wrong model from a right"
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_decoding_is_prefill(model, tokens):
+    """Token by token, in pieces, and in one pass: the same logits."""
+    expected = model(tokens).logits
+    cache, pieces = None, []
+    for start, end in [(0, 20), (20, 21), (21, 70), *((n, n + 1) for n in range(70, 75))]:
+        output = model(tokens[:, start:end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    close(torch.cat(pieces, dim=1), expected)
+    assert cache.get_seq_length() == 75
+
+
+@torch.no_grad()
+def test_a_left_padded_batch_is_its_rows_alone(model, tokens):
+    mask = padded(30)
+    together = model(tokens, attention_mask=mask).logits
+    close(together[0, 30:], model(tokens[:1, 30:]).logits[0])
+    close(together[1], model(tokens[1:]).logits[0])
+
+
+def test_padded_generation_is_generation_alone(model, tokens):
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    together = model.generate(tokens, attention_mask=padded(30), **arguments)
+    alone = model.generate(tokens[:1, 30:], **arguments)
+    assert torch.equal(together[0, 75:], alone[0, 45:])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}])
+def test_cached_generation_is_uncached(model, tokens, options):
+    """transformers' own suite compares no cached beams with uncached ones."""
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        arguments = {"do_sample": False, **options, "use_cache": use_cache}
+        texts.append(
+            model.generate(tokens, attention_mask=padded(5), max_new_tokens=6, **arguments)
+        )
+    assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_packed_rows_are_separate_documents(model, tokens):
+    lengths = (20, 1, 54)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(tokens, position_ids=position_ids).logits
+    start = 0
+    for length in lengths:
+        close(packed[:, start : start + length], model(tokens[:, start : start + length]).logits)
+        start += length
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder, tokens):
+    gradients = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(folder).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(tokens, attention_mask=padded(9), labels=tokens).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=name)
+    assert any(".mixer." in name for name in gradients[0])
+
+
+@torch.no_grad()
+def test_save_and_load_change_nothing(model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_supra.py").is_file()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
+def test_headless_model_and_pickle(model, folder, tokens):
+    headless = AutoModel.from_pretrained(folder).eval()
+    expected = model.base_model(tokens).last_hidden_state
+    assert torch.equal(headless(tokens).last_hidden_state, expected)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert getattr(supra.modeling, type(model).__name__) is type(model)
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_the_mixer_in_float32(folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    dtypes = {".mixer." in name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    assert model(tokens).logits.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    where = tmp_path_factory.mktemp("llama")
+    tiny_checkpoint(where / "base", num_hidden_layers=3)
+    convert(str(where / "base"), where / "rnn", keep_attention=[2])
+    return where / "rnn"
+
+
+def test_an_empty_cache_of_another_kind_is_adopted(llama, tokens):
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    expected = model.generate(tokens, max_new_tokens=5, do_sample=False)
+    for options in ({"past_key_values": DynamicCache()}, {"cache_implementation": "static"}):
+        text = model.generate(tokens, max_new_tokens=5, do_sample=False, **options)
+        assert torch.equal(text, expected)
+
+
+def test_what_cannot_work_says_so(llama, tokens):
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    with pytest.raises(UserError, match=r"attention_mask must be \[batch, tokens\]"):
+        model(tokens, attention_mask=torch.ones(2, 1, 75, 75))
+    with pytest.raises(UserError, match="pass use_cache=False"):
+        positions = torch.arange(75) % 30
+        model(tokens, position_ids=positions[None], use_cache=True)
+    foreign = DynamicCache()
+    foreign.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
+    with pytest.raises(UserError, match="another model's tokens"):
+        model(tokens, past_key_values=foreign)
+    with pytest.raises(UserError, match="continuous batching"):
+        model.init_continuous_batching()
+
+
+def test_loading_is_strict(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    missing = next(name for name in tensors if ".mixer." in name)
+    save_file({k: v for k, v in tensors.items() if k != missing}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 missing keys .* first .*mixer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file(tensors | {"stray": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 unexpected keys .* first stray"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_newer_format_is_refused(llama, tmp_path):
+    config = AutoConfig.from_pretrained(llama)
+    config.supra["format_version"] = 99
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="format_version 99"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_tokenizer_comes_along(llama):
+    assert AutoTokenizer.from_pretrained(llama)("the sea").input_ids
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_remote_code_needs_no_import(llama):
+    code = f"""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(llama)!r}, trust_remote_code=True)
+print(type(model).__module__, type(model).__name__)
+"""
+    assert run(code).stdout.strip() == "supra.modeling SupraLlamaForCausalLM"
+
+
+def test_without_supra_the_checkpoint_says_what_to_install(llama):
+    code = f"""
+import sys
+sys.modules["supra"] = None  # as if it were not installed
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained({str(llama)!r}, trust_remote_code=True)
+"""
+    result = run(code)
+    assert result.returncode != 0
+    assert "pip install supra" in result.stderr
+
+
+def test_import_is_light():
+    heavy = ["triton", "datasets", "peft"]
+    code = f"import supra, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert run(code).stdout.strip() == "[]"
