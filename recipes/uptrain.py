@@ -1,0 +1,7 @@
+"""accelerate launch recipes/uptrain.py --config recipes/configs/supra.yaml data.path=foo.jsonl"""
+
+from supra.errors import command
+from supra.uptrain import main
+
+if __name__ == "__main__":
+    command(main)()

@@ -1,0 +1,76 @@
+"""`supra eval`: perplexity of one model on one text."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from supra.checkpoints import Checkpoint
+from supra.errors import UserError
+from supra.evaluate.perplexity import blocks_from_text, perplexity
+from supra.text import Documents, open_dataset
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """Perplexity is exp of the mean loss in nats per predicted token."""
+
+    model: str
+    text: str
+    sequence_length: int
+    tokens: int
+    loss: float
+    perplexity: float
+    by_position: list[tuple[int, int, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"{self.model} on {self.text}: perplexity {self.perplexity:.3f} "
+            f"({self.loss:.4f} nats a token, {self.tokens:,} tokens)"
+        ]
+        for start, end, value in self.by_position:
+            lines.append(
+                f"  after {start:>6,} to {end - 1:>6,} tokens of the document: {value:.3f}"
+            )
+        return lines
+
+
+def evaluate_text(
+    checkpoint: Checkpoint,
+    text: str,
+    *,
+    text_field: str = "text",
+    sequence_length: int = 2048,
+    tokens: int | None = None,
+    batch: int = 4,
+    dtype: torch.dtype | None = None,
+) -> TextResult:
+    """Perplexity of a model on the documents of `text`, packed into rows of `sequence_length`.
+
+    Every model sees the same windows. `tokens` bounds how many are read.
+    """
+    for name, value in (("sequence-length", sequence_length), ("batch", batch), ("tokens", tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} (={value}) must be at least 1")
+    documents = Documents(open_dataset(text), text_field).epoch(0)
+    blocks = blocks_from_text(checkpoint.tokenizer(), documents, sequence_length)
+    if tokens is not None:
+        blocks = blocks[: max(1, tokens // sequence_length)]
+    model = checkpoint.model(dtype)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    result = perplexity(
+        model, blocks, by_position=position_edges(sequence_length), batch_size=batch
+    )
+    return TextResult(checkpoint.name, text, sequence_length, **asdict(result))
+
+
+def position_edges(sequence_length: int) -> list[int]:
+    """0, 64, 128, 256 … up to the length: buckets that double, as context does."""
+    edges = [0, 64]
+    while edges[-1] < sequence_length:
+        edges.append(edges[-1] * 2)
+    return edges

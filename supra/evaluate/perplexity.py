@@ -1,0 +1,99 @@
+"""Perplexity over fixed blocks of tokens, as a whole and by position in the document."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from supra.errors import UserError
+from supra.losses import next_token_nats
+from supra.packing import (
+    IGNORE,
+    Block,
+    check_tokenizer,
+    collate,
+    encode,
+    pack,
+    shifted_labels,
+)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    loss: float  # nats per token
+    perplexity: float  # exp(loss)
+    tokens: int  # predicted tokens
+    by_position: list[tuple[int, int, float]]  # (start, end, perplexity), end not included
+
+
+def blocks_from_text(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], sequence_length: int
+) -> list[Block]:
+    """Packed blocks of `documents`, blank ones left out; an incomplete last block is dropped.
+
+    Raises UserError when there is not one block of text.
+    """
+    check_tokenizer(tokenizer)
+    encoded = [encode(tokenizer, text) for text in documents]
+    blocks = list(pack(encoded, sequence_length))
+    if not blocks:
+        tokens = sum(map(len, encoded))
+        raise UserError(
+            f"sequence_length (={sequence_length}) is longer than the text ({tokens} tokens)"
+        )
+    return blocks
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    *,
+    by_position: Sequence[int] | None = None,
+    batch_size: int = 8,
+) -> Perplexity:
+    """Next-token loss of `model` on `blocks`, every predicted token weighing the same.
+
+    Args:
+        blocks: from `blocks_from_text` or training's held-out text, all of one length.
+        by_position: rising edges, e.g. (0, 512, 1024): the loss is also reported for tokens that
+            have that many tokens of their own document before them in the block. Ranges without
+            tokens are left out.
+        batch_size: blocks of one forward pass; the numbers do not depend on it.
+    """
+    if not blocks:
+        raise UserError("perplexity needs at least one block of text")
+    device = next(model.parameters()).device
+    nats, positions = [], []
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(blocks), batch_size):
+        batch = collate(blocks[start : start + batch_size])
+        logits = model(
+            input_ids=batch["input_ids"].to(device),
+            position_ids=batch["position_ids"].to(device),
+            use_cache=False,
+        ).logits
+        labels = shifted_labels(batch["labels"]).flatten()
+        valid = labels != IGNORE
+        nats.append(next_token_nats(logits.flatten(0, 1), labels.to(device)).cpu()[valid])
+        positions.append(batch["position_ids"].flatten()[valid] + 1)
+    model.train(was_training)
+    return _summary(torch.cat(nats).double(), torch.cat(positions), by_position or ())
+
+
+def _summary(nats: torch.Tensor, positions: torch.Tensor, edges: Sequence[int]) -> Perplexity:
+    loss = nats.mean().item()
+    ranges = []
+    for start, end in pairwise(edges):
+        inside = nats[(positions >= start) & (positions < end)]
+        if len(inside):
+            ranges.append((start, end, _exp(inside.mean().item())))
+    return Perplexity(loss, _exp(loss), len(nats), ranges)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 709 else math.inf  # the largest exponent of a float64

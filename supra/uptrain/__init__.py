@@ -1,0 +1,50 @@
+"""Uptraining: train a converted model back to quality.
+
+    supra uptrain --config recipes/configs/supra.yaml data.path=foo.jsonl optimizer.lr=3e-4
+    accelerate launch recipes/uptrain.py --config …
+
+`train(config)` is the same from Python.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING
+from pathlib import Path
+
+from supra.uptrain import tree
+from supra.uptrain.config import UptrainConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, build the config and train."""
+    parser = argparse.ArgumentParser(
+        prog="supra uptrain",
+        description="Train a converted checkpoint on text, with or without its teacher.",
+        epilog="Settings and their defaults:\n" + _defaults(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file, see recipes/configs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="replace one of its values")
+    arguments = parser.parse_intermixed_args(argv)
+    train(load_config(arguments.config, arguments.overrides))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
+    """The settings of a YAML file, with `a.b=c` in place of its own. Raises UserError."""
+    return tree.load(UptrainConfig, str(path), overrides)
+
+
+def train(config: UptrainConfig) -> None:
+    """Train as `config` says; the result is config.out/final. See `supra.uptrain.loop`."""
+    # a wrong config is reported before the seconds that torch and transformers take
+    from supra.uptrain.loop import train
+
+    train(config)
+
+
+def _defaults() -> str:
+    return "\n".join(
+        f"  {key} = {'(required)' if default is MISSING else json.dumps(default)}"
+        for key, default in tree.keys(UptrainConfig).items()
+    )

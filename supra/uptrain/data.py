@@ -1,0 +1,124 @@
+"""Text as an endless, exactly resumable stream of packed blocks."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from supra.errors import UserError
+from supra.packing import Block, block, encode, pack
+from supra.text import Documents, open_dataset
+from supra.uptrain.config import UptrainConfig
+
+
+class BlockStream:
+    """One process's endless blocks: epoch after epoch, its own documents, packed.
+
+    The position is where the next token comes from, so it is small and exact: the epoch, the
+    documents taken in it, and how many tokens of the last of them are in earlier blocks. (The
+    left-over tokens are the rest of that document; loading tokenises it again.)
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.source, self.tokenizer, self.sequence_length = documents, tokenizer, sequence_length
+        self.rank, self.world = rank, world
+        self.load_state_dict({"epoch": 0, "documents": 0, "offset": 0})
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "documents": self.documents, "offset": self.offset}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch = state["epoch"]
+        self._open(skip=max(0, state["documents"] - 1))
+        if state["documents"]:
+            self._next_document()
+        self.offset = state["offset"]
+
+    def __iter__(self) -> Iterator[Block]:
+        return self
+
+    def __next__(self) -> Block:
+        pieces, room = [], self.sequence_length
+        while room:
+            while self.offset == len(self.tokens):
+                self._next_document()
+            pieces.append(self.tokens[self.offset : self.offset + room])
+            self.offset += len(pieces[-1])
+            room -= len(pieces[-1])
+        return block(pieces)
+
+    def _open(self, skip: int = 0) -> None:
+        self.texts = self.source.epoch(self.epoch, self.rank, self.world, skip)
+        self.documents, self.tokens, self.offset = skip, [], 0
+        self.tokens_read = 0 if skip == 0 else None  # of this epoch; unknown after a skip
+
+    def _next_document(self) -> None:
+        text = next(self.texts, None)
+        while text is None:
+            self._check_enough()
+            self.epoch += 1
+            self._open()
+            text = next(self.texts, None)
+        self.documents += 1
+        self.tokens, self.offset = encode(self.tokenizer, text), 0
+        if self.tokens_read is not None:
+            self.tokens_read += len(self.tokens)
+
+    def _check_enough(self) -> None:
+        if self.tokens_read is None or self.tokens_read >= self.sequence_length:
+            return
+        share = f" of process {self.rank + 1} of {self.world}" if self.world > 1 else ""
+        if self.tokens_read == 0:
+            raise UserError(
+                f"there is no text in the data{share}: all {self.documents} documents are blank"
+            )
+        raise UserError(
+            f"data.sequence_length (={self.sequence_length}) is longer than the data{share} "
+            f"({self.tokens_read} tokens in {self.documents} documents): "
+            "lower it or give more text"
+        )
+
+
+def training_documents(config: UptrainConfig) -> Documents:
+    data = config.data
+    dataset = open_dataset(data.path, data.name, data.split, data.streaming)
+    if data.eval_documents:
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = dataset.skip(data.eval_documents)
+        elif len(dataset) <= data.eval_documents:
+            raise UserError(
+                f"data.eval_documents (={data.eval_documents}) leaves nothing to train on: "
+                f"{data.path} has {len(dataset)} documents"
+            )
+        else:
+            dataset = dataset.select(range(data.eval_documents, len(dataset)))
+    return Documents(dataset, data.text_field, data.shuffle_seed, data.shuffle_buffer)
+
+
+def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Block]:
+    """Blocks of about eval.tokens tokens of held-out text; [] when no such text is configured."""
+    data = config.data
+    if not (data.eval_path or data.eval_split or data.eval_documents):
+        return []
+    path, split = data.eval_path or data.path, data.eval_split or data.split
+    name = None if data.eval_path else data.name
+    dataset = open_dataset(path, name, split, data.streaming)
+    if data.eval_documents:
+        dataset = dataset.take(data.eval_documents)
+    tokens = (encode(tokenizer, text) for text in Documents(dataset, data.text_field).epoch(0))
+    count = max(1, config.eval.tokens // data.sequence_length)
+    blocks = list(islice(pack(tokens, data.sequence_length), count))
+    if not blocks:
+        raise UserError(
+            f"data.sequence_length (={data.sequence_length}) is longer than the held-out text"
+        )
+    return blocks

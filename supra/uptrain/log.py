@@ -1,0 +1,61 @@
+"""What a run reports: a line of JSON a step, a progress bar, and the trackers it was given."""
+
+import json
+import sys
+import time
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from supra.uptrain.run_folder import RunFolder
+
+
+class Log:
+    """Only the main process writes; the others call it all the same."""
+
+    def __init__(self, accelerator: Accelerator, folder: RunFolder, tokens: int, tokens_done: int):
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.file = open(folder.log, "a", encoding="utf-8") if self.main else None  # noqa: SIM115 closed in close()
+        self.bar = tqdm(
+            total=tokens,
+            initial=tokens_done,
+            unit="tok",
+            unit_scale=True,
+            disable=not self.main,
+            mininterval=1 if sys.stderr.isatty() else 30,  # a log file has no use for more
+        )
+        self.tokens, self.started = tokens_done, time.perf_counter()
+
+    def step(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        """One optimizer step; `tokens` is the count since the start of the run."""
+        speed = (tokens - self.tokens) / (time.perf_counter() - self.started)
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        self.bar.update(tokens - self.tokens)
+        self._write(step, {"tokens": tokens, **values, "tokens_per_second": round(speed, 1)})
+        self.tokens = tokens
+        self.restart_clock()
+
+    def event(self, step: int, values: dict) -> None:
+        """Something beside the steps: an evaluation."""
+        self.say(
+            f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+        )
+        self._write(step, values)
+
+    def restart_clock(self) -> None:
+        """Keep evaluations and checkpoints out of tokens_per_second."""
+        self.started = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        if self.main:
+            self.bar.write(f"supra: {line}", file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+    def _write(self, step: int, values: dict) -> None:
+        if self.file:
+            print(json.dumps({"step": step, **values}), file=self.file, flush=True)
+        self.accelerator.log(values, step=step)

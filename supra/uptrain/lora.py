@@ -1,0 +1,33 @@
+"""LoRA on the pretrained projections, everything that conversion added trained in full."""
+
+import importlib.util
+
+from transformers import PreTrainedModel
+
+from supra.errors import UserError
+from supra.uptrain.config import LoraConfig
+from supra.uptrain.optim import NEW
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig):
+    """Wrap `model`: its weights are frozen, the adapters and the new parameters train."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("lora needs the package peft: pip install 'supra[lora]', or set lora=null")
+    import peft
+
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        exclude_modules=[name for name, _ in model.named_modules() if NEW in name] or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        wrapped = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"lora.targets (={', '.join(config.targets)}): {error}") from error
+    for name, parameter in wrapped.named_parameters():
+        if NEW in name:
+            parameter.requires_grad_(True)
+    return wrapped

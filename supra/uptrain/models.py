@@ -1,0 +1,61 @@
+"""The student and the teacher: loading them, and writing the result."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from supra.checkpoints import find_checkpoint
+from supra.errors import UserError
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.lora import add_lora
+from supra.uptrain.optim import NEW, freeze_unused
+
+
+def load_student(config: UptrainConfig) -> torch.nn.Module:
+    """The student in float32: bf16 weights would round most of AdamW's updates away."""
+    model = find_checkpoint(config.student).model(torch.float32)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if config.lora:
+        model = add_lora(model, config.lora)
+    freeze_unused(model, config.optimizer)
+    return model.train()
+
+
+def load_teacher(config: UptrainConfig) -> PreTrainedModel | None:
+    """The teacher, frozen, in the dtype that the student computes in; None without one."""
+    if config.teacher is None:
+        return None
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    teacher = find_checkpoint(config.teacher).model(dtype).requires_grad_(False).eval()
+    own = find_checkpoint(config.student).config().get_text_config().vocab_size
+    other = teacher.config.get_text_config().vocab_size
+    if own != other:
+        raise UserError(
+            f"teacher (={config.teacher}) has another vocabulary than the student: "
+            f"vocab_size {other}, not {own}"
+        )
+    return teacher
+
+
+def export(
+    config: UptrainConfig,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    to: Path,
+) -> None:
+    """Write trained weights as a checkpoint like the student's: same dtype, no adapters.
+
+    What conversion added stays float32, because decays and gates lose their differences in bf16.
+    """
+    model = load_student(config)
+    model.load_state_dict(state)
+    if config.lora:
+        model = model.merge_and_unload()
+    dtype = find_checkpoint(config.student).config().dtype or torch.float32
+    for name, parameter in model.named_parameters():
+        if NEW not in name:
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)

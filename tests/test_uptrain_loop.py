@@ -1,0 +1,291 @@
+"""Training as a whole, on tiny models: exact resume, accumulation, export, refusals."""
+
+import json
+import os
+import random
+import signal
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from supra import cli, testing
+from supra.errors import UserError
+from supra.evaluate import blocks_from_text, perplexity
+from supra.uptrain import loop, tree
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A student, a teacher that it differs from, and text."""
+    folder = tmp_path_factory.mktemp("uptrain")
+    testing.tiny_checkpoint(folder / "teacher")
+    testing.tiny_checkpoint(folder / "student", seed=1, dtype="bfloat16")
+    words = [
+        "the",
+        "river",
+        "rises",
+        "in",
+        "the",
+        "hills",
+        "and",
+        "runs",
+        "south",
+        "to",
+        "the",
+        "sea",
+    ]
+    generator = random.Random(0)
+    with open(folder / "text.jsonl", "w") as file:
+        for _ in range(40):
+            text = " ".join(generator.choices(words, k=generator.randint(5, 60)))
+            print(json.dumps({"text": text}), file=file)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(files, out, **changes):
+    values = {
+        "student": str(files / "student"),
+        "teacher": str(files / "teacher"),
+        "out": str(out),
+        "loss": {"kl": 1.0, "next_token": 0.1},
+        "data": {"path": str(files / "text.jsonl"), "sequence_length": 32},
+        "budget": {"tokens": 12 * 128},
+        "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
+        "batch": {"size": 2, "accumulation": 2},
+        "schedule": {"warmup": 2},
+        "precision": "fp32",
+    }
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
+    return tree.build(UptrainConfig, values)
+
+
+def log(out, key="loss"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(out):
+    return load_file(out / "final" / "model.safetensors")
+
+
+def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
+    train_step = loop.Run.train_step
+
+    def interrupted(run):
+        if run.step == step - 1:
+            os.kill(os.getpid(), number)
+        train_step(run)
+
+    monkeypatch.setattr(loop.Run, "train_step", interrupted)
+
+
+def assert_same_weights(left, right):
+    left, right = weights(left), weights(right)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({"precision": "bf16"}, signal.SIGTERM),
+        ({"data": {"streaming": True}}, signal.SIGINT),
+        ({"lora": {"rank": 2, "dropout": 0.5}}, signal.SIGTERM),
+    ],
+    ids=["bf16", "streaming", "lora_dropout"],
+)
+def test_interrupted_is_unbroken(files, tmp_path, monkeypatch, capsys, changes, number):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    loop.train(config(files, whole, **changes))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, number)
+        loop.train(config(files, broken, **changes))
+    assert "stopped after step 5 of 12" in capsys.readouterr().err
+    assert not (broken / "final").exists() and list(log(broken)) == [1, 2, 3, 4, 5]
+    loop.train(config(files, broken, **changes))
+    assert log(broken) == log(whole)
+    assert_same_weights(whole, broken)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(files, tmp_path, monkeypatch):
+    """Also: half a checkpoint and half a log line, as a power cut leaves them, do no harm."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = {"checkpoint": {"every": 2, "keep": 2}}
+    loop.train(config(files, whole, **changes))
+    assert [folder.name for folder in sorted((whole / "checkpoints").iterdir())] == [
+        "step-00000008",
+        "step-00000010",
+    ]
+
+    def crash(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        save = loop.Run.save
+        patch.setattr(loop.Run, "save", lambda run: crash(run) if run.step == 8 else save(run))
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config(files, broken, **changes))
+    (broken / "checkpoints" / ".step-00000008.partial").mkdir()
+    with open(broken / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    loop.train(config(files, broken, **changes))
+    assert log(broken) == log(whole)
+    assert_same_weights(whole, broken)
+    assert not list((broken / "checkpoints").glob(".*"))
+
+
+def test_accumulation_is_correct_by_tokens(files, tmp_path):
+    """Rows have different numbers of documents, so means of means would differ."""
+    logs = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        out = tmp_path / f"{size}"
+        loop.train(config(files, out, batch={"size": size, "accumulation": accumulation}))
+        logs.append(out)
+    for key in ("loss", "grad_norm"):
+        one, four = (list(log(out, key).values()) for out in logs)
+        assert one[0] == pytest.approx(four[0], rel=1e-6)
+        assert one == pytest.approx(four, rel=1e-5)  # AdamW amplifies the rounding
+
+
+def test_training_lowers_both_losses_and_exports(files, tmp_path):
+    out = tmp_path / "run"
+    changes = {
+        "loss": {"next_token": 1.0},
+        "budget": {"tokens": 60 * 256},
+        "optimizer": {"lr": 1e-2},
+        "batch": {"size": 8, "accumulation": 1},
+        "data": {"eval_documents": 8},
+        "eval": {"every": 30, "tokens": 256},
+        "gradient_checkpointing": True,
+    }
+    loop.train(config(files, out, **changes))
+    next_token, kl = log(out, "next_token"), log(out, "kl")
+    assert next_token[60] < 0.8 * next_token[1] and kl[60] < 0.8 * kl[1]
+    evaluated = log(out, "eval_loss")
+    assert list(evaluated) == [0, 30, 60] and evaluated[60] < evaluated[0]
+    assert list(log(out, "teacher_perplexity")) == [0]
+
+    model = AutoModelForCausalLM.from_pretrained(out / "final")
+    assert model.dtype == torch.bfloat16 and model.config.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    tokenizer = AutoTokenizer.from_pretrained(out / "final")
+    lines = (files / "text.jsonl").read_text().splitlines()[:8]
+    blocks = blocks_from_text(tokenizer, [json.loads(line)["text"] for line in lines], 32)[:8]
+    exported = perplexity(model.float(), blocks).loss
+    assert exported == pytest.approx(evaluated[60], rel=2e-3)  # bf16 rounding of the weights
+
+
+def test_lora_is_merged(files, tmp_path):
+    out = tmp_path / "run"
+    loop.train(config(files, out, lora={"rank": 2, "targets": ["q_proj", "v_proj"]}))
+    before = load_file(files / "student" / "model.safetensors")
+    after = weights(out)
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{layer}.self_attn.{proj}_proj.weight" for layer in (0, 1) for proj in "qv"
+    }
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
+def test_a_converted_model(files, tmp_path, changes):
+    """New parameters train at their own rate, with LoRA too, and stay float32 in the export."""
+    testing.tiny_checkpoint(tmp_path / "base", dtype="bfloat16")
+    student, out = tmp_path / "student", tmp_path / "run"
+    cli.main(["convert", "--model", str(tmp_path / "base"), "--out", str(student)])
+    changes = {"student": str(student), "budget": {"tokens": 256}, **changes}
+    loop.train(config(files, out, **changes, optimizer={"lr": 1e-3, "new_lr": 1e-2}))
+    before, after = load_file(student / "model.safetensors"), weights(out)
+    assert before.keys() == after.keys()
+    new = {name for name in after if ".mixer." in name}
+    assert new and {after[name].dtype for name in new} == {torch.float32}
+    assert {after[name].dtype for name in after.keys() - new} == {torch.bfloat16}
+    moved = max((after[name] - before[name]).abs().max().item() for name in new)
+    assert moved == pytest.approx(2 / 3 * 1e-2 + 1 / 3 * 1e-2, rel=0.1)  # AdamW's first two steps
+
+
+def test_the_schedule_reaches_the_optimizer(files, tmp_path):
+    run = loop.Run(config(files, tmp_path / "run"))
+    run.train_step()
+    (group, *_) = run.optimizer.optimizer.param_groups
+    assert group["lr"] == log(tmp_path / "run", "lr")[1] == pytest.approx(1e-3 / 3)
+    run.close()
+
+
+def test_lora_targets_that_are_not_there(files, tmp_path):
+    with pytest.raises(UserError, match=r"lora.targets \(=w_pack\)"):
+        loop.train(config(files, tmp_path / "run", lora={"targets": ["w_pack"]}))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, monkeypatch):
+    """The last checkpoint is of good weights, and the same command can go on."""
+    out = tmp_path / "run"
+    losses = loop.Run._losses
+
+    def poisoned(run, batch, valid):
+        result = losses(run, batch, valid)
+        return result._replace(next_token=result.next_token * (torch.nan if run.step == 3 else 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_losses", poisoned)
+        with pytest.raises(UserError, match="step 4: the loss is nan"):
+            loop.train(config(files, out, checkpoint={"every": 1}))
+    assert RunFolder(out).last_checkpoint().name == "step-00000003"
+    assert list(log(out)) == [1, 2, 3]
+
+
+def test_folders_of_other_runs_are_refused(files, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        loop.train(config(files, out))
+    with pytest.raises(UserError, match=r"another config \(optimizer.lr: 0.001 there, 0.1 here\)"):
+        loop.train(config(files, out, optimizer={"lr": 0.1}))
+    with pytest.raises(UserError, match="resume=true"):
+        loop.train(config(files, out, resume=False))
+    loop.train(config(files, out, checkpoint={"every": 100}))
+    with pytest.raises(UserError, match="finished run"):
+        loop.train(config(files, out))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": "./none"}, "none"),
+        ({"teacher": "./none"}, "none"),
+        ({"trackers": ["wandbb"]}, "unknown installed tracker 'wandbb'"),
+        ({"data": {"path": "none.jsonl"}}, "no such file"),
+    ],
+)
+def test_bad_inputs(files, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        loop.train(config(files, tmp_path / "run", **changes))
+
+
+def test_another_vocabulary(files, tmp_path):
+    testing.tiny_checkpoint(tmp_path / "teacher", vocab_size=320)
+    with pytest.raises(UserError, match="vocab_size 320, not 300"):
+        loop.train(config(files, tmp_path / "run", teacher=str(tmp_path / "teacher")))
+
+
+@pytest.mark.parametrize("family", testing.FAMILIES)
+def test_families(files, tmp_path, family):
+    testing.tiny_checkpoint(tmp_path / "model", family)
+    changes = {"student": str(tmp_path / "model"), "teacher": str(tmp_path / "model")}
+    loop.train(config(files, tmp_path / "run", budget={"tokens": 1}, **changes))
+    assert log(tmp_path / "run", "kl")[1] == pytest.approx(0, abs=1e-5)
