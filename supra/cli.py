@@ -1,0 +1,172 @@
+"""The command `supra`: convert | inspect | uptrain | eval | generate.
+
+A user's mistake is one line on stderr and exit code 2. Imports stand inside the commands, so that
+`supra --help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from supra.errors import UserError, command
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run one command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["uptrain"]:  # its arguments are its own
+        from supra.uptrain import main as uptrain
+
+        uptrain(arguments[1:])
+        return
+    parsed = build_parser().parse_args(arguments)
+    parsed.run(parsed)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="supra", description="Transformers into recurrent nets.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    add = commands.add_parser("convert", help="turn a transformer into a recurrent network")
+    add.add_argument("--model", required=True, help="hub id, folder or GGUF file")
+    add.add_argument("--out", required=True, type=Path, help="folder to make")
+    add.add_argument("--mixer", default="supra", help="supra, supra_paper or softmax")
+    add.add_argument(
+        "--mixer-option", action="append", default=[], metavar="NAME=VALUE",
+        help="an option of the mixer, as feature_map=identity; may be repeated",
+    )  # fmt: skip
+    add.add_argument(
+        "--keep-attention", default="", metavar="3,7",
+        help="layers that stay softmax attention; -1 is the last",
+    )  # fmt: skip
+    add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
+    add.add_argument("--revision", help="of a hub id")
+    add.add_argument("--seed", type=int, default=0, help="of random starting values")
+    add.add_argument(
+        "--shard-size", type=float, default=4.0, metavar="GB", help="of a safetensors file"
+    )
+    add.set_defaults(run=run_convert)
+
+    add = commands.add_parser("inspect", help="layers, parameters and state size of a model")
+    add.add_argument("model", help="hub id, folder or GGUF file, converted or not")
+    add.add_argument("--context", default="2048,32768", help="lengths at which to size the state")
+    add.add_argument("--json", action="store_true", help="print JSON")
+    add.set_defaults(run=run_inspect)
+
+    commands.add_parser(
+        "uptrain", add_help=False, help="train a converted model: --config FILE a.b=c"
+    )
+
+    add = commands.add_parser("eval", help="perplexity of a model on a text, by position too")
+    add.add_argument("--model", required=True, help="hub id, folder or GGUF file, converted or not")
+    add.add_argument("--text", required=True, help=".txt, .jsonl, .jsonl.gz or .parquet")
+    add.add_argument("--text-field", default="text", help="field of the text in a record")
+    add.add_argument("--sequence-length", type=int, default=2048)
+    add.add_argument("--tokens", type=int, help="at most that many tokens of the text")
+    add.add_argument("--batch", type=int, default=4)
+    add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
+    add.add_argument("--json", action="store_true", help="print JSON")
+    add.set_defaults(run=run_eval)
+
+    add = commands.add_parser("generate", help="continue a prompt")
+    add.add_argument("--model", required=True, help="hub id, folder or GGUF file, converted or not")
+    add.add_argument("--prompt", required=True)
+    add.add_argument("--max-new-tokens", type=int, default=100)
+    add.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    add.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    add.add_argument("--top-p", type=float, default=1.0)
+    add.add_argument("--beams", type=int, default=1)
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
+    add.set_defaults(run=run_generate)
+    return parser
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    from supra.checkpoints import parse_dtype
+    from supra.convert import convert
+
+    report = convert(
+        arguments.model,
+        arguments.out,
+        mixer=arguments.mixer,
+        options=parse_options(arguments.mixer_option),
+        keep_attention=parse_integers("keep-attention", arguments.keep_attention),
+        dtype=parse_dtype(arguments.dtype),
+        seed=arguments.seed,
+        shard_bytes=round(arguments.shard_size * 1e9),
+        revision=arguments.revision,
+        progress=True,
+    )
+    print("\n".join(report.lines()))
+    print(f"wrote {arguments.out}; next: supra uptrain --config FILE student={arguments.out}")
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from supra.checkpoints import find_checkpoint
+    from supra.inspection import inspect_model
+
+    lengths = parse_integers("context", arguments.context)
+    found = inspect_model(find_checkpoint(arguments.model).config(), lengths)
+    print(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    from supra.checkpoints import find_checkpoint, parse_dtype
+    from supra.evaluate.command import evaluate_text
+
+    result = evaluate_text(
+        find_checkpoint(arguments.model),
+        arguments.text,
+        text_field=arguments.text_field,
+        sequence_length=arguments.sequence_length,
+        tokens=arguments.tokens,
+        batch=arguments.batch,
+        dtype=parse_dtype(arguments.dtype),
+    )
+    print(json.dumps(result.as_dict(), indent=1) if arguments.json else "\n".join(result.lines()))
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    from supra.checkpoints import find_checkpoint, parse_dtype
+    from supra.generation import stream_text
+
+    stream_text(
+        find_checkpoint(arguments.model),
+        arguments.prompt,
+        chat=arguments.chat,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        beams=arguments.beams,
+        seed=arguments.seed,
+        dtype=parse_dtype(arguments.dtype),
+    )
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """`["decay=fixed", "scale=false"]` as a dict; values are read as YAML."""
+    import yaml
+
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--mixer-option {pair!r} must be NAME=VALUE")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def parse_integers(argument: str, text: str) -> list[int]:
+    """`"3,7"` as a list; empty text is none."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--{argument} {text!r} must be integers with commas, as 3,7") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Continue a prompt on the terminal, token by token."""
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from supra.checkpoints import Checkpoint
+from supra.errors import UserError
+
+
+def stream_text(
+    checkpoint: Checkpoint,
+    prompt: str,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    beams: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Print the continuation as it comes; with beams, when it is done."""
+    tokenizer = checkpoint.tokenizer()
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError(f"--chat: the tokenizer of {checkpoint.name} has no chat template")
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].shape[1] == 0:
+        raise UserError("--prompt is empty: give at least one token")
+    model = checkpoint.model(dtype).eval()
+    if torch.cuda.is_available():
+        model.to("cuda")
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(
+        **encoded.to(model.device),
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        streamer=streamer if beams == 1 else None,
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+    if beams > 1:
+        new = output[0, encoded["input_ids"].shape[1] :]
+        print(tokenizer.decode(new, skip_special_tokens=True))
