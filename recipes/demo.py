@@ -46,20 +46,31 @@ def main() -> None:
         train(load_config(CONFIG, [f"teacher={teacher.name}"]))
     say("4/5", "reload the student from its folder, and measure all three")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    evaluations = [entry for entry in log if "eval_perplexity" in entry]
-    first, last = evaluations[0], evaluations[-1]
+    measured = {key: [x[key] for x in log if key in x] for entry in log for key in entry}
+    before, trained = measured["converted_perplexity"][0], measured["eval_perplexity"][-1]
     uptrained = find_checkpoint(str(run / "final"))
-    again = reloaded_perplexity(uptrained, held_out)
     rows = {
-        "teacher": row(teacher, first["teacher_perplexity"]),
-        "converted": row(find_checkpoint(str(student)), first["eval_perplexity"]),
-        "uptrained": row(uptrained, last["eval_perplexity"]),
+        "teacher": row(teacher, measured["teacher_perplexity"][0]),
+        "converted": row(find_checkpoint(str(student)), before),
+        "uptrained": row(uptrained, trained),
     }
-    write_results(rows, again, tokens=max(entry.get("tokens", 0) for entry in log))
+    results = {
+        "models": rows,
+        "calibrated_perplexity": measured["eval_perplexity"][0],
+        "reloaded_perplexity": reloaded_perplexity(uptrained, held_out),
+        "uptraining_tokens": measured["tokens"][-1],
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(rows))
-    ratio = first["eval_perplexity"] / last["eval_perplexity"]
-    print(f"\nuptraining divided the student's perplexity by {ratio:.1f}; ", end="")
-    print(f"reloaded from disk it is {again:.3f} (in training {last['eval_perplexity']:.3f})")
+    print(
+        f"\nCalibration alone: {results['calibrated_perplexity']:.1f}. Uptraining on "
+        f"{results['uptraining_tokens']:,} tokens divided the perplexity after conversion by "
+        f"{before / trained:.0f}, and the one after calibration by "
+        f"{results['calibrated_perplexity'] / trained:.1f}.\n"
+        f"Reloaded from disk: {results['reloaded_perplexity']:.3f}; in training: {trained:.3f}."
+    )
     say("5/5", f"what {run / 'final'} writes")
     for prompt in PROMPTS:
         print(f"\n> {prompt} …")
@@ -130,17 +141,6 @@ def table(rows: dict[str, dict[str, float]]) -> str:
             f"| {values['decode_tokens_per_second']:.1f} |"
         )
     return "\n" + "\n".join(lines)
-
-
-def write_results(rows: dict[str, dict[str, float]], reloaded: float, tokens: int) -> None:
-    results = {
-        "models": rows,
-        "reloaded_perplexity": reloaded,
-        "uptraining_tokens": tokens,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-    (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def say(step: str, what: str) -> None:

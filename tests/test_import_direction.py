@@ -28,7 +28,7 @@ LEVELS = [
     ["supra.cli"],
     ["supra.uptrain", "supra.convert", "supra.inspection", "supra.generation"],
     ["supra.evaluate"],
-    ["supra.checkpoints", "supra.packing", "supra.losses", "supra.text"],
+    ["supra.checkpoints", "supra.packing", "supra.losses", "supra.text", "supra.calibrate"],
     ["supra.modeling", "supra.configuration", "supra.cache"],
     ["supra.mixers"],
     ["supra.kernels"],

@@ -94,3 +94,7 @@ class Mixer(nn.Module, ABC):
 
         Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None.
         """
+
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Move the starting values towards `target` [B, T, Hq, V], what softmax attention makes of
+        the same inputs; in place. A mixer with nothing to choose leaves this as it is."""

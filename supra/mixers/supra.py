@@ -21,6 +21,7 @@ from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.feature_maps import FEATURE_MAPS
 
 NORM_EPS = 1e-5
+HALF_LIVES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens; what calibration chooses from
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,38 @@ class Supra(Mixer):
                 query, key, value, log_decay=log_decay, scale=scale,
                 initial_state=state, return_state=return_state,
             )  # fmt: skip
-        return self._normalise(output).to(inputs.value.dtype), state
-
-    def _normalise(self, output: Tensor) -> Tensor:
-        """GroupNorm over the channels of each head, in float32, without bias."""
+        # GroupNorm, one group a head, no bias
         output = nn.functional.layer_norm(output.float(), output.shape[-1:], eps=NORM_EPS)
-        return output * self.scale if self.options.scale else output
+        if self.options.scale:
+            output = output * self.scale
+        return output.to(inputs.value.dtype), state
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Per head, the decay under which least squares leaves the smallest error, and its scale.
+
+        Without it the output has variance one a channel, which in the first layer of a small Llama
+        is 20 times what the attention there returns.
+        """
+        if not self.options.scale:
+            return
+        target = target.float().flatten(0, 1)  # [B·T, Hq, V]
+        best_error = target.new_full((self.shape.query_heads,), torch.inf)
+        best_scale, best_slope = self.scale.clone(), self.log_slope.clone()
+        learnable = self.options.decay == "learnable"
+        for half_life in HALF_LIVES if learnable else (None,):
+            if half_life is not None:
+                self.log_slope.fill_(math.log(math.log(2) / half_life))
+            self.scale.fill_(1.0)
+            output = self(inputs)[0].float().flatten(0, 1)
+            scale = (output * target).sum(0) / (output * output).sum(0).clamp(min=NORM_EPS)
+            error = (target - scale * output).pow(2).sum((0, 2))
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale[better] = scale[better]
+            best_slope[better] = self.log_slope[better]
+        self.scale.copy_(best_scale)
+        self.log_slope.copy_(best_slope)
 
 
 def rotate_features(inputs: MixerInputs, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

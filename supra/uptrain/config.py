@@ -37,6 +37,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class CalibrateConfig:
+    """Starting values of the mixers from the teacher's attention on the first tokens of the text,
+    before the first step (supra/calibrate.py). 0: they stay what conversion wrote."""
+
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class BudgetConfig:
     """Tokens to train on: a number, or a share of the teacher's pretraining tokens.
 
@@ -117,6 +125,7 @@ class UptrainConfig:
     seed: int = 0
     teacher: str | None = None
     loss: LossConfig = field(default_factory=LossConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -140,6 +149,7 @@ def _check_ranges(config: UptrainConfig) -> None:
     at_least = {
         "loss.next_token": 0,
         "loss.kl": 0,
+        "calibrate.tokens": 0,
         "data.sequence_length": 2,
         "data.shuffle_buffer": 1,
         "data.eval_documents": 0,

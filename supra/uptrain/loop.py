@@ -14,6 +14,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
 from torch.distributed.tensor import DTensor
 
+from supra.calibrate import calibrate
 from supra.checkpoints import find_checkpoint
 from supra.errors import UserError, check_choice
 from supra.evaluate.perplexity import perplexity
@@ -57,19 +58,16 @@ class Run:
         set_seed(config.seed)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
-        self._open_data()
-        self._load_models()
         rows = config.batch.size * config.batch.accumulation * self.accelerator.num_processes
         self.tokens_per_step = rows * config.data.sequence_length
         self.steps = math.ceil(config.budget.total / self.tokens_per_step)
-        self.step = self._resume()
-        self.accelerator.init_trackers("supra", _tracker_config(config))
-        self.log = Log(
-            self.accelerator,
-            self.folder,
-            tokens=self.steps * self.tokens_per_step,
-            tokens_done=self.step * self.tokens_per_step,
-        )
+        checkpoint = self.folder.last_checkpoint()
+        self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
+        self._open_data()
+        self._open_log()
+        self._load_models(fresh=checkpoint is None)
+        if checkpoint:
+            self._resume(checkpoint)
 
     def train(self, stop_requested: Callable[[], bool]) -> None:
         config = self.config
@@ -129,21 +127,11 @@ class Run:
         self.log.step(self.step, self.step * self.tokens_per_step, values)
 
     def evaluate(self) -> None:
-        """Held-out perplexity; before the first step the teacher's too.
+        """Held-out perplexity.
 
         Every process evaluates all of it: sharded models need all processes in every forward pass.
         """
-        if not self.held_out:
-            return
-        models = {"eval": self.model}
-        if self.step == 0 and self.teacher is not None:
-            models["teacher"] = self.teacher
-        values = {}
-        for name, model in models.items():
-            with self._autocast():
-                result = perplexity(model, self.held_out, batch_size=self.config.batch.size)
-            values |= {f"{name}_loss": result.loss, f"{name}_perplexity": result.perplexity}
-        self.log.event(self.step, values)
+        self._report_perplexity({"eval": self.model})
 
     def save(self) -> None:
         """Write the training state: accelerate's, and where each process is in its data."""
@@ -185,31 +173,69 @@ class Run:
             world=self.accelerator.num_processes,
         )
 
-    def _load_models(self) -> None:
+    def _open_log(self) -> None:
+        self.accelerator.init_trackers("supra", _tracker_config(self.config))
+        if self.accelerator.is_main_process:
+            self.folder.truncate_log(self.step)
+        self.log = Log(
+            self.accelerator,
+            self.folder,
+            tokens=self.steps * self.tokens_per_step,
+            tokens_done=self.step * self.tokens_per_step,
+        )
+
+    def _load_models(self, fresh: bool) -> None:
         self.teacher = models.load_teacher(self.config)
         if self.teacher is not None:
             self.teacher.to(self.accelerator.device)
         student = models.load_student(self.config)
+        if fresh:
+            self._set_starting_values(student.to(self.accelerator.device))
+        student = models.make_trainable(student, self.config)
         optimizer = build_optimizer(student, self.config.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
 
-    def _resume(self) -> int:
-        """Load the last checkpoint if there is one; the number of steps done."""
-        checkpoint, accelerator = self.folder.last_checkpoint(), self.accelerator
-        step = RunFolder.step_of(checkpoint) if checkpoint else 0
-        if checkpoint:
-            written_by = len(list(checkpoint.glob("data-*.json")))
-            if written_by != accelerator.num_processes:
-                raise UserError(
-                    f"{checkpoint} was written by {written_by} processes and there are "
-                    f"{accelerator.num_processes} now: each has its own place in the data"
-                )
-            position = self._position_file(checkpoint).read_text(encoding="utf-8")
-            self.stream.load_state_dict(json.loads(position))
-            accelerator.load_state(str(checkpoint))
-        if accelerator.is_main_process:
-            self.folder.truncate_log(step if checkpoint else -1)
-        return step
+    def _set_starting_values(self, student: torch.nn.Module) -> None:
+        """Before anything is trained: where teacher and student stand, and calibration."""
+        self._report_perplexity({"teacher": self.teacher} if self.teacher is not None else {})
+        if not self.config.calibrate.tokens:
+            return
+        self._report_perplexity({"converted": student})
+        data = self.config.data
+        # a stream of its own: the same text for every process, and training begins at its start
+        documents = training_documents(self.config)
+        stream = BlockStream(documents, self.tokenizer, data.sequence_length)
+        count = max(1, self.config.calibrate.tokens // data.sequence_length)
+        batch = collate(islice(stream, count))
+        self.log.say(f"calibrating on {count * data.sequence_length:,} tokens")
+        with self._autocast():
+            calibrate(
+                student,
+                batch["input_ids"].to(self.accelerator.device),
+                batch["position_ids"].to(self.accelerator.device),
+            )
+
+    def _resume(self, checkpoint: Path) -> None:
+        """Load the training state, and go to the place in the data."""
+        accelerator = self.accelerator
+        written_by = len(list(checkpoint.glob("data-*.json")))
+        if written_by != accelerator.num_processes:
+            raise UserError(
+                f"{checkpoint} was written by {written_by} processes and there are "
+                f"{accelerator.num_processes} now: each has its own place in the data"
+            )
+        position = self._position_file(checkpoint).read_text(encoding="utf-8")
+        self.stream.load_state_dict(json.loads(position))
+        accelerator.load_state(str(checkpoint))
+
+    def _report_perplexity(self, named: dict[str, torch.nn.Module]) -> None:
+        values = {}
+        for name, model in named.items() if self.held_out else ():
+            with self._autocast():
+                result = perplexity(model, self.held_out, batch_size=self.config.batch.size)
+            values |= {f"{name}_loss": result.loss, f"{name}_perplexity": result.perplexity}
+        if values:
+            self.log.event(self.step, values)
 
     def _position_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"data-{self.accelerator.process_index}.json"

@@ -12,9 +12,13 @@ from supra.uptrain.lora import add_lora
 from supra.uptrain.optim import NEW, freeze_unused
 
 
-def load_student(config: UptrainConfig) -> torch.nn.Module:
+def load_student(config: UptrainConfig) -> PreTrainedModel:
     """The student in float32: bf16 weights would round most of AdamW's updates away."""
-    model = find_checkpoint(config.student).model(torch.float32)
+    return find_checkpoint(config.student).model(torch.float32)
+
+
+def make_trainable(model: PreTrainedModel, config: UptrainConfig) -> torch.nn.Module:
+    """The student with its adapters, and with a gradient only where there is a learning rate."""
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if config.lora:
@@ -49,7 +53,7 @@ def export(
 
     What conversion added stays float32, because decays and gates lose their differences in bf16.
     """
-    model = load_student(config)
+    model = make_trainable(load_student(config), config)
     model.load_state_dict(state)
     if config.lora:
         model = model.merge_and_unload()
