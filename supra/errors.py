@@ -20,7 +20,10 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def command(run: Callable[..., None]) -> Callable[..., None]:
-    """Run a command; a user's mistake or a full disk becomes one line on stderr and exit code 2."""
+    """Run a command; a user's mistake or a full disk becomes one line on stderr and exit code 2.
+
+    Ctrl-C is no mistake: exit code 130, as shells have it.
+    """
 
     @functools.wraps(run)
     def wrapped(*args, **kwargs) -> None:
@@ -29,5 +32,8 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
         except (UserError, OSError) as error:
             print(f"supra: error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("supra: interrupted", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped
