@@ -46,10 +46,6 @@ class MixerLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
-    def state_bytes(self) -> int:
-        """Bytes of the state's tensors, over the whole batch."""
-        return sum(x.nbytes for x in self.state or () if x is not None)
-
     def reset(self) -> None:
         self.state, self.length, self.is_initialized = None, 0, False
 

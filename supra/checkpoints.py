@@ -1,6 +1,7 @@
 """Where a checkpoint lies and how it is opened: a local folder, a GGUF file, or a hub id."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,23 @@ from supra.errors import UserError, check_choice
 from supra.weights import check_complete
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+# copies of the same weights in other layouts, which some repositories keep beside the shards
+OTHER_FILES = ["consolidated*", "*/*"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this disk. `name` is what the user typed."""
+    """A checkpoint on this disk; of a hub id, weights come when they are asked for.
+
+    `name` is what the user typed.
+    """
 
     name: str
     folder: Path
     gguf_file: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -37,6 +45,11 @@ class Checkpoint:
         if self.gguf_file is not None:
             arguments["gguf_file"] = self.gguf_file
         return arguments
+
+    def fetch_weights(self) -> None:
+        """Download what find_checkpoint left on the hub."""
+        if self.hub_id is not None:
+            _download(self.hub_id, self.revision, ["*.safetensors"])
 
     def config(self) -> PreTrainedConfig:
         return _opened(self, AutoConfig.from_pretrained, **self.arguments)
@@ -49,6 +62,7 @@ class Checkpoint:
 
         Raises UserError when a tensor is missing, unexpected or of another shape.
         """
+        self.fetch_weights()
         arguments = self.arguments
         if dtype is not None:
             arguments["dtype"] = dtype
@@ -65,8 +79,8 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `name` means, downloaded if it is a hub id. Raises UserError if none."""
-    path = Path(name).expanduser()
+    """The checkpoint that `name` means. Raises UserError if there is none."""
+    path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model {name!r}: there is no such file")
@@ -75,9 +89,10 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         if not (path / "config.json").is_file():
             raise UserError(f"model {name!r}: the folder has no config.json, it is no checkpoint")
         return Checkpoint(name, path)
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: there is no such folder")
-    return Checkpoint(name, _download(name, revision))
+    folder = _download(name, revision, SMALL_FILES)
+    return Checkpoint(name, folder, hub_id=name, revision=revision)
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -88,12 +103,15 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_FILES
+        )
+        return Path(folder)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -97,7 +97,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         keep_attention=parse_integers("keep-attention", arguments.keep_attention),
         dtype=parse_dtype(arguments.dtype),
         seed=arguments.seed,
-        shard_bytes=round(arguments.shard_size * 1e9),
+        shard_bytes=arguments.shard_size * 1e9,
         revision=arguments.revision,
         progress=True,
     )
@@ -156,7 +156,10 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--mixer-option {pair!r} must be NAME=VALUE")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--mixer-option {pair!r}: {value!r} is no value in YAML") from None
     return options
 
 

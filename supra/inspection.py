@@ -5,8 +5,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from supra.convert import meta_model
+from supra.convert import check_family, meta_model
+from supra.errors import UserError
 from supra.evaluate.state import state_bytes
+from supra.mixers import NEW_PARAMETERS
 from supra.report import describe_layers
 
 
@@ -40,7 +42,15 @@ class Inspection:
 
 
 def inspect_model(config: PreTrainedConfig, contexts: list[int]) -> Inspection:
-    """Look at a model, converted or not, without reading its weights."""
+    """Look at a model, converted or not, without reading its weights.
+
+    Raises UserError for a family that does not convert, and for a context below 1.
+    """
+    if config.model_type != "supra":
+        check_family(config)
+    for context in contexts:
+        if context < 1:
+            raise UserError(f"context (={context}) must be at least 1 token")
     plan = getattr(config, "supra", None)
     model = meta_model(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -49,6 +59,6 @@ def inspect_model(config: PreTrainedConfig, contexts: list[int]) -> Inspection:
         layers=plan["layers"] if plan else ["attention"] * config.num_hidden_layers,
         options=plan["options"] if plan else {},
         parameters=sum(sizes.values()),
-        new_parameters=sum(size for name, size in sizes.items() if ".mixer." in name),
+        new_parameters=sum(size for name, size in sizes.items() if NEW_PARAMETERS in name),
         state_bytes={context: state_bytes(config, context) for context in contexts},
     )

@@ -54,6 +54,9 @@ def supra_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: _Call, **kwargs
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, Hq, T, K] in, output [B, T, Hq, V] out."""
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"attention with {name} is not supported: no mixer computes it")
     call = attention_mask
     packed = call.mask is not None and call.mask.dtype != torch.bool
     inputs = MixerInputs(
@@ -163,7 +166,9 @@ class _SupraPreTrained:
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, Mixer):
             super()._init_weights(module)
-        elif not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+            return
+        tensors = (*module.parameters(), *module.buffers())
+        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             module.reset_parameters()
 
     @classmethod
@@ -190,6 +195,11 @@ class SupraModel(_SupraPreTrained):
 
     def post_init(self) -> None:
         plan = self.config.supra
+        if len(plan["layers"]) != self.config.num_hidden_layers:
+            raise UserError(
+                f"config.json plans {len(plan['layers'])} layers and has num_hidden_layers "
+                f"{self.config.num_hidden_layers}: convert the model again"
+            )
         for attention in attention_modules(self):
             name = plan["layers"][attention.layer_idx]
             shape = attention_shape(attention, self.config)

@@ -1,9 +1,12 @@
 """The conversion report: what became of every tensor, as a file and as a few lines."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
+
+import torch
 
 REPORT = "conversion.json"
 
@@ -18,6 +21,13 @@ class TensorFate:
     dtype: str
     note: str = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the new checkpoint."""
+        if self.fate == "dropped":
+            return 0
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
 
 @dataclass
 class ConversionReport:
@@ -27,7 +37,6 @@ class ConversionReport:
     family: str
     layers: list[str]
     options: dict[str, dict]
-    proven_family: bool
     tensors: list[TensorFate] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
@@ -36,14 +45,12 @@ class ConversionReport:
     def lines(self) -> list[str]:
         """The report for a terminal."""
         lines = [f"{self.teacher} ({self.family}): {describe_layers(self.layers)}"]
-        if not self.proven_family:
-            lines.append(f"family {self.family} converts, but no test of supra proves it yet")
         for name, options in self.options.items():
             if options:
                 lines.append(f"{name}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
         for fate in ("copied", "transformed", "new", "dropped"):
             some = [x for x in self.tensors if x.fate == fate]
-            size = sum(_count(x.shape) for x in some)
+            size = sum(math.prod(x.shape) for x in some)
             note = f"  ({some[0].note})" if some and some[0].note else ""
             lines.append(f"{fate:>12}: {len(some):5d} tensors {size:15,d} values{note}")
         return lines
@@ -57,10 +64,3 @@ def describe_layers(layers: list[str]) -> str:
         where = f"layer {at[0]}" if len(at) == 1 else f"layers {at[0]}-{at[-1]}"
         parts.append(f"{where} {name}")
     return ", ".join(parts)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

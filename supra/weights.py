@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,8 @@ class FolderReader:
         self.specs: dict[str, TensorSpec] = {}
         self.sources = {name: name for name in self._files}
         for name, file in self._files.items():
-            part = self._file(file).get_slice(name)
+            with _damage(file):
+                part = self._file(file).get_slice(name)
             if part.get_dtype() not in _DTYPES:
                 raise UserError(
                     f"tensor {name} is stored as {part.get_dtype()}: "
@@ -61,19 +63,13 @@ class FolderReader:
 
     def load(self, name: str) -> Tensor:
         source = self.sources[name]
-        return self._file(self._files[source]).get_tensor(source)
+        file = self._files[source]
+        with _damage(file):
+            return self._file(file).get_tensor(source)
 
     def _file(self, path: Path) -> safe_open:
         if self._open is None or self._open[0] != path:
-            try:
-                self._open = path, safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise UserError(f"shard {path.name} is missing: download the model again") from None
-            except SafetensorError as error:
-                raise UserError(
-                    f"shard {path.name} is truncated or no safetensors file ({error}): "
-                    "download the model again"
-                ) from error
+            self._open = path, safe_open(path, framework="pt")
         return self._open[1]
 
 
@@ -99,11 +95,13 @@ def tied_names(model: nn.Module) -> Mapping[str, str]:
 def check_complete(loading_info: Mapping[str, Collection], prefix: str = "") -> None:
     """Raise UserError unless `from_pretrained` found each tensor, each once, in its shape.
 
-    Only names below `prefix` count: a headless model has no use for the head.
+    Unexpected names count below `prefix` only: a headless model has no use for the head.
     """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in loading_info[kind])
-        if names := [name for name in names if name.startswith(prefix)]:
+        if kind == "unexpected_keys":
+            names = [name for name in names if name.startswith(prefix)]
+        if names:
             raise UserError(
                 f"{len(names)} {kind.replace('_', ' ')} in the checkpoint, first {names[0]}: "
                 "it is not what its config describes; convert or download it again"
@@ -119,24 +117,31 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
         names = sorted(weight_map, key=lambda name: (weight_map[name], name))
         return {name: folder / weight_map[name] for name in names}
     if (folder / SINGLE).is_file():
-        try:
-            with safe_open(folder / SINGLE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), folder / SINGLE)
-        except SafetensorError as error:
-            raise UserError(
-                f"shard {SINGLE} is truncated or no safetensors file ({error}): "
-                "download the model again"
-            ) from error
+        with _damage(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
     raise UserError(
         f"{folder.name} holds no safetensors weights: pickled weights (.bin, .pt) are not opened; "
         "save the model with save_pretrained first"
     )
 
 
+@contextmanager
+def _damage(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"shard {shard.name} is missing: download the model again") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"shard {shard.name} is truncated or not what the index says ({error}): "
+            "download the model again"
+        ) from error
+
+
 class ShardWriter:
     """Writes tensors into shards of at most `shard_bytes` and, at the end, their index."""
 
-    def __init__(self, folder: Path, shard_bytes: int):
+    def __init__(self, folder: Path, shard_bytes: float):
         self._folder, self._limit = folder, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []

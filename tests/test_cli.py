@@ -58,6 +58,15 @@ def test_inspect(folders, capsys):
     assert student["parameters"] - teacher["parameters"] == student["new_parameters"] > 0
 
 
+def test_inspect_refuses_what_does_not_convert(folders, tmp_path, capsys):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    assert "'t5' is not supported" in fails(capsys, "inspect", tmp_path)
+    line = fails(capsys, "inspect", folders / "rnn", "--context", "0")
+    assert "context (=0) must be at least 1" in line
+
+
 def test_state_size_is_what_a_real_cache_holds(folders):
     from supra.checkpoints import find_checkpoint
 
@@ -98,6 +107,7 @@ def test_no_model_there(folders, tmp_path, capsys):
     )
     assert "no such file" in fails(capsys, "convert", "--model", tmp_path / "a.gguf", "--out", out)
     assert "no config.json" in fails(capsys, "convert", "--model", tmp_path, "--out", out)
+    assert "no such folder" in fails(capsys, "convert", "--model", "~nouser/x", "--out", out)
     line = fails(capsys, "convert", "--model", "nobody/no-model", "--out", out)
     assert "neither a folder here nor to be had from the hub" in line
     assert not out.exists()
@@ -112,6 +122,10 @@ def test_unknown_mixer_option_dtype_and_layer(folders, tmp_path, capsys):
     assert "did you mean 'supra'" in convert_fails("--mixer", "supar")
     assert "did you mean 'feature_map'" in convert_fails("--mixer-option", "feature_mp=identity")
     assert "must be NAME=VALUE" in convert_fails("--mixer-option", "identity")
+    assert "is no value in YAML" in convert_fails("--mixer-option", "decay=[1")
+    assert "must be true or false" in convert_fails("--mixer-option", "scale=maybe")
+    assert "shard_bytes" in convert_fails("--shard-size", "-1")
+    assert "seed" in convert_fails("--seed", "-1")
     assert "did you mean 'bfloat16'" in convert_fails("--dtype", "bfloat")
     assert "has layers 0 to 2" in convert_fails("--keep-attention", "3")
     assert "integers with commas" in convert_fails("--keep-attention", "3;4")

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import supra.convert
 import supra.files
-from supra.convert import PROVEN_FAMILIES, convert
+from supra.convert import FAMILIES, convert
 from supra.errors import UserError
+from supra.mixers.supra import lightning_slopes
 from supra.testing import tiny_checkpoint
 from supra.weights import ShardWriter
 
@@ -31,7 +32,7 @@ def tensors_of(folder):
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("family", PROVEN_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_is_accounted_for(family, tmp_path):
     """The report, the files and the model agree, and inherited tensors keep their values."""
     teacher = tiny_checkpoint(tmp_path / "base", family)
@@ -71,6 +72,24 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn").eval()
     tokens = torch.arange(20)[None]
     assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+
+
+def test_a_head_that_is_tied_in_name_only_is_not_lost(tmp_path):
+    tiny_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    tensors = tensors_of(tmp_path / "base")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+    save_file(tensors | head, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    fails("set tie_word_embeddings to false", tmp_path / "base", tmp_path / "rnn")
+
+
+def test_fixed_decay_stays_fixed_after_loading(base, tmp_path):
+    convert(str(base), tmp_path / "rnn", mixer="supra_paper")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("feature_map" in name for name in trained)
+    assert not any("log_slope" in name for name in trained)
+    slopes = model.model.layers[0].self_attn.mixer.log_slope
+    torch.testing.assert_close(slopes, lightning_slopes(6).log())
 
 
 def test_shards_and_index(base, tmp_path):
@@ -145,6 +164,22 @@ def test_truncated_shard(broken, tmp_path):
     fails("model-00002.* is truncated", broken, tmp_path / "rnn")
 
 
+def test_a_tensor_that_its_shard_lacks(broken, tmp_path):
+    index = broken / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    names = sorted(set(content["weight_map"].values()))
+    content["weight_map"]["model.norm.weight"] = next(
+        name for name in names if name != content["weight_map"]["model.norm.weight"]
+    )
+    index.write_text(json.dumps(content))
+    fails("not what the index says", broken, tmp_path / "rnn")
+
+
+@pytest.mark.parametrize("arguments", [{"shard_bytes": 0.0}, {"shard_bytes": float("nan")}])
+def test_shard_size(base, tmp_path, arguments):
+    fails("must be positive", base, tmp_path / "rnn", **arguments)
+
+
 def test_damaged_index(broken, tmp_path):
     (broken / "model.safetensors.index.json").write_text("{")
     fails("index.json is damaged", broken, tmp_path / "rnn")
@@ -177,13 +212,12 @@ def test_pickled_weights_are_not_opened(base, tmp_path):
     fails("no safetensors weights", model, tmp_path / "rnn")
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "mamba"])
+@pytest.mark.parametrize("family", ["bert", "t5", "mamba", "gemma2", "gemma3", "smollm3"])
 def test_unsupported_family(family, tmp_path):
-    """Encoder-only, encoder-decoder, and a model without attention."""
-    model = tmp_path / "model"
-    AutoConfig.for_model(family).save_pretrained(model)
-    (model / "config.json").write_text(json.dumps({"model_type": family, "num_hidden_layers": 2}))
-    fails(f"model_type '{family}' is not supported.*llama, mistral", model, tmp_path / "rnn")
+    """Encoder-only, encoder-decoder, without attention, capped logits, composite, part rotary."""
+    AutoConfig.for_model(family).save_pretrained(tmp_path / "model")
+    match = f"model_type '{family}' is not supported.*llama, mistral"
+    fails(match, tmp_path / "model", tmp_path / "rnn")
 
 
 def test_converted_already(base, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from supra.configuration import converted_config
-from supra.convert import PROVEN_FAMILIES
+from supra.convert import FAMILIES
 from supra.testing import tiny_config
 
 # a window shorter than the text, where the family has one
@@ -17,7 +17,7 @@ WINDOWS = {
 LAYERS = 3
 
 
-@pytest.fixture(scope="module", params=PROVEN_FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):
     """A random model of the family, and the same weights under the softmax mixer."""
     overrides = WINDOWS.get(request.param, {})

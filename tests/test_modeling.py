@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import supra.modeling
-from supra.convert import PROVEN_FAMILIES, convert
+from supra.convert import FAMILIES, convert
 from supra.errors import UserError
 from supra.testing import tiny_checkpoint
 
@@ -21,7 +21,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(scope="module", params=PROVEN_FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
@@ -188,8 +188,9 @@ def test_loading_is_strict(llama, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     missing = next(name for name in tensors if ".mixer." in name)
     save_file({k: v for k, v in tensors.items() if k != missing}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"1 missing keys .* first .*mixer"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    for auto in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(UserError, match=r"1 missing keys .* first .*mixer"):
+            auto.from_pretrained(tmp_path)
     save_file(tensors | {"stray": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"1 unexpected keys .* first stray"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -201,6 +202,13 @@ def test_a_newer_format_is_refused(llama, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="format_version 99"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_plan_of_other_layers_is_refused(llama, tmp_path):
+    config = AutoConfig.from_pretrained(llama)
+    config.supra["layers"].pop()
+    with pytest.raises(UserError, match="plans 2 layers and has num_hidden_layers 3"):
+        AutoModelForCausalLM.from_config(config)
 
 
 def test_tokenizer_comes_along(llama):

@@ -10,6 +10,9 @@ from supra.mixers.supra import Supra
 
 MIXERS: dict[str, type[Mixer]] = {mixer.name: mixer for mixer in (Softmax, Supra)}
 
+# In the name of every parameter that conversion adds.
+NEW_PARAMETERS = ".mixer."
+
 # A preset is a mixer with options that have a name of their own in the literature.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "supra_paper": ("supra", {"feature_map": "mixed_relu", "decay": "fixed", "scale": False}),
@@ -40,6 +43,7 @@ def build_mixer(name: str, shape: AttentionShape, options: dict[str, Any]) -> Mi
 
 __all__ = [
     "MIXERS",
+    "NEW_PARAMETERS",
     "PRESETS",
     "AttentionShape",
     "Mixer",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from supra.errors import check_choice
+from supra.errors import UserError, check_choice
 from supra.kernels.linear_attention import (
     LinearAttentionState,
     chunk_linear_attention,
@@ -41,6 +41,8 @@ class SupraOptions:
     def __post_init__(self):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("decay", self.decay, ("learnable", "fixed"))
+        if not isinstance(self.scale, bool):
+            raise UserError(f"scale (={self.scale!r}) must be true or false")
 
 
 def lightning_slopes(heads: int) -> Tensor:
@@ -58,9 +60,11 @@ class Supra(Mixer):
         super().__init__(shape, options)
         self.feature_map = FEATURE_MAPS[options.feature_map](shape)
         # log(−log γ): any value is a decay below one, and float32 resolves γ near one
-        self.log_slope = nn.Parameter(
-            torch.empty(shape.query_heads), requires_grad=options.decay == "learnable"
-        )
+        log_slope = torch.empty(shape.query_heads)
+        if options.decay == "learnable":
+            self.log_slope = nn.Parameter(log_slope)
+        else:  # loading makes every parameter trainable, so what is fixed is none
+            self.register_buffer("log_slope", log_slope)
         if options.scale:
             self.scale = nn.Parameter(torch.empty(shape.query_heads, shape.value_size))
 

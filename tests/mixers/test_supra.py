@@ -51,7 +51,7 @@ def test_is_the_papers_equation():
 
 def test_paper_form_has_fixed_decay_no_scale_and_one_matrix():
     mixer = build_mixer("supra_paper", AttentionShape(5, 5, 8, 8, 40), {})
-    trained = {name: p.shape for name, p in mixer.named_parameters() if p.requires_grad}
+    trained = {name: p.shape for name, p in mixer.named_parameters()}
     assert trained == {"feature_map.query_weight": (40, 40), "feature_map.query_bias": (40,)}
 
 
@@ -91,8 +91,18 @@ def test_rotary_turns_both_halves_of_the_pair():
         return mixer(inputs_of(shape, Rotary(angles.cos(), angles.sin(), turn)))[0]
 
     torch.testing.assert_close(at(0), at(1000), atol=1e-6, rtol=1e-6)
-    unrotated = mixer(inputs_of(shape))[0]
-    assert (at(0) - unrotated).abs().max() > 0.1
+
+    # turned once, not twice: relu pairs of rotated features in the equation as it stands
+    inputs = inputs_of(shape)
+    features = mixer.feature_map(inputs.query, inputs.key)
+    positions = torch.arange(45, dtype=torch.float64)
+    angles = positions[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.03] * 2).double()
+    halves = [x.unflatten(-1, (2, 8)).flatten(2, 3) for x in features]
+    turned = turn(*halves, angles.cos(), angles.sin(), 2)
+    query, key = (x.unflatten(2, (-1, 2)).flatten(3) for x in turned)
+    repeated = [x.repeat_interleave(2, dim=2) for x in (key, inputs.value)]
+    expected = quadratic(query * 2**0.5, *repeated, lightning_slopes(4))  # its own 1/√16
+    torch.testing.assert_close(at(0), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [1, 8, 9, 15, 32])
