@@ -1,5 +1,7 @@
 """Continue a prompt on the terminal, token by token."""
 
+import math
+
 import torch
 from transformers import TextStreamer, set_seed
 
@@ -20,6 +22,15 @@ def stream_text(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Print the continuation as it comes; with beams, when it is done."""
+    for name, value, holds, rule in (
+        ("max-new-tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "finite and >= 0"),
+        ("top-p", top_p, 0 < top_p <= 1, "> 0 and <= 1"),
+        ("beams", beams, beams >= 1, ">= 1"),
+        ("seed", seed, 0 <= seed < 2**32, f">= 0 and < {2**32}"),
+    ):
+        if not holds:
+            raise UserError(f"--{name} (={value}) must be {rule}")
     tokenizer = checkpoint.tokenizer()
     if chat:
         if not tokenizer.chat_template:

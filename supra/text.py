@@ -1,17 +1,23 @@
 """Documents out of files or data sets on the hub, in an order that a seed decides."""
 
 import glob
+import os
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import torch
+from datasets.exceptions import DatasetsError
 
 from supra.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".jsonl.gz": "json", ".txt": "text", ".parquet": "parquet"}
+# what the readers raise for files that are empty, cut short, or not what their names say
+UNREADABLE = (OSError, EOFError, ValueError, StopIteration, zlib.error, DatasetsError)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Documents:
             rows = self.dataset
             if self.seed is not None:
                 rows = rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
-            yield from map(self._text, islice(rows, rank + skip * world, None, world))
+            with _reading("the data cannot be read"):
+                yield from map(self._text, islice(rows, rank + skip * world, None, world))
         else:
             order = torch.arange(len(self.dataset))
             if self.seed is not None:
@@ -44,14 +51,12 @@ class Documents:
     def _text(self, row: dict) -> str:
         if self.text_field not in row:
             raise UserError(
-                f"data.text_field (={self.text_field}) is not in the data: "
+                f"text field {self.text_field!r} is not in the data: "
                 f"its fields are {', '.join(row)}"
             )
         text = row[self.text_field]
         if text is not None and not isinstance(text, str):
-            raise UserError(
-                f"data.text_field (={self.text_field}) holds {type(text).__name__}, not text"
-            )
+            raise UserError(f"text field {self.text_field!r} holds {type(text).__name__}, not text")
         return text or ""
 
 
@@ -61,22 +66,24 @@ def open_dataset(
     """Local files (one .txt file is one document), or else a data set on the hub."""
     files = local_files(path)
     if files:
+        if split != "train":
+            raise UserError(
+                f"split {split!r} is a part of a data set on the hub, and {path} is local: "
+                "give that part as files of its own"
+            )
         builder = BUILDERS[_suffix(files[0])]
         options = {"sample_by": "document"} if builder == "text" else {}
-        # all local files are one split, whatever it is called on the hub
-        source = {"path": builder, "data_files": files, "split": "train", **options}
+        source = {"path": builder, "data_files": files, "split": split, **options}
     else:
         source = {"path": path, "name": name, "split": split}
-    try:
+    trouble = "cannot be read" if files else "is no local file and no data set on the hub"
+    with _reading(f"{path} {trouble}"):
         return datasets.load_dataset(**source, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        where = "cannot be read" if files else "is no local file and no data set on the hub"
-        raise UserError(f"data path {path} {where}: {cause}") from error
 
 
 def local_files(path: str) -> list[str]:
     """The files that a name, folder or glob stands for, sorted; [] if it must be a hub name."""
+    path = os.path.expanduser(path)
     if Path(path).is_dir():
         found = [str(file) for file in Path(path).rglob("*") if file.is_file()]
         files = [file for file in found if _suffix(file)]
@@ -86,13 +93,26 @@ def local_files(path: str) -> list[str]:
         what = f"no such file: {path}"
     looks_local = Path(path).is_dir() or _suffix(path) or path.startswith((".", "/", "~"))
     if not files and (looks_local or glob.has_magic(path)):
-        raise UserError(f"{what} (data.path is a file, a folder, a glob or a hub name)")
+        raise UserError(f"{what} (text is a file, a folder, a glob or a hub name)")
     kinds = {_suffix(file) for file in files}
     if None in kinds:
         raise UserError(f"{path} is not one of {', '.join(BUILDERS)}")
     if len({BUILDERS[kind] for kind in kinds}) > 1:
         raise UserError(f"{path} mixes {', '.join(sorted(kinds))}: choose one kind with a glob")
     return sorted(files)
+
+
+@contextmanager
+def _reading(trouble: str) -> Iterator[None]:
+    """Turn what the readers raise into a UserError that begins with `trouble`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        cause = error.__cause__ or error
+        reason = "it is empty" if isinstance(cause, StopIteration) else cause
+        raise UserError(f"{trouble}: {reason}") from error
 
 
 def _suffix(path: str) -> str | None:

@@ -61,6 +61,8 @@ def test_values_and_gradients(dtype, tolerance, temperature, weights):
     assert result.next_token.item() == pytest.approx(next_token.item(), rel=value_tolerance)
     if weights[1]:
         assert result.kl.item() == pytest.approx(kl.item(), rel=value_tolerance)
+    total = weights[0] * next_token + weights[1] * kl
+    assert result.total.item() == pytest.approx(total.item(), rel=value_tolerance)
     assert student.grad.dtype == dtype
     error = (student.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
     assert error < tolerance

@@ -58,6 +58,22 @@ def test_positions_partition_the_tokens(model, tokenizer):
     assert [start for start, _, _ in single.by_position] == list(range(1, 24))
 
 
+def test_no_more_text_is_read_than_wanted(tokenizer):
+    documents = iter(DOCUMENTS * 10)
+    blocks = blocks_from_text(tokenizer, documents, 24, tokens=50)
+    assert len(blocks) == 2 and len(list(documents)) > 60
+    for block, same in zip(blocks, blocks_from_text(tokenizer, DOCUMENTS, 24), strict=False):
+        assert torch.equal(block["input_ids"], same["input_ids"])
+    assert len(blocks_from_text(tokenizer, DOCUMENTS, 24, tokens=1)) == 1
+
+
+def test_dropout_is_off(tokenizer, tmp_path):
+    model = testing.tiny_checkpoint(tmp_path, attention_dropout=0.5)
+    blocks = blocks_from_text(tokenizer, DOCUMENTS, 24)
+    expected = perplexity(model.eval(), blocks)
+    assert perplexity(model.train(), blocks) == expected
+
+
 def test_training_mode_comes_back(model, tokenizer):
     blocks = blocks_from_text(tokenizer, DOCUMENTS, 24)
     model.train()
@@ -67,7 +83,9 @@ def test_training_mode_comes_back(model, tokenizer):
 
 
 def test_too_little_text(model, tokenizer):
-    with pytest.raises(UserError, match=r"sequence_length \(=4096\) is longer than the text \(\d+"):
+    with pytest.raises(
+        UserError, match=r"sequence_length \(=4096\) is longer than the evaluation text \(\d+"
+    ):
         blocks_from_text(tokenizer, DOCUMENTS, 4096)
     with pytest.raises(UserError, match="at least one block"):
         perplexity(model, [])

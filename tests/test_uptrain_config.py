@@ -56,7 +56,7 @@ def test_share_of_the_teachers_tokens():
         ("optimiser.lr=1", "unknown key optimiser: did you mean optimizer"),
         ("seqence_length=8", "did you mean data.sequence_length?"),
         ("schedule.kind=cosin", "unknown schedule.kind 'cosin': did you mean 'cosine'?"),
-        ("optimizer.lr=fast", r"optimizer.lr \(='fast'\) must be a number"),
+        ("optimizer.lr=fast", r"optimizer.lr \(='fast'\) must be a finite number"),
         ("batch.size=2.5", r"batch.size \(=2.5\) must be a whole number"),
         ("batch.size=true", r"batch.size \(=True\) must be a whole number"),
         ("resume=maybe", r"resume \(='maybe'\) must be true or false"),
@@ -65,7 +65,16 @@ def test_share_of_the_teachers_tokens():
         ("student=null", r"student \(=None\) must be a string"),
         ("batch.size=0", r"batch.size \(=0\) must be >= 1"),
         ("optimizer.lr=-1", r"optimizer.lr \(=-1.0\) must be >= 0"),
-        ("optimizer.lr=.nan", r"optimizer.lr \(=nan\) must be >= 0"),
+        ("optimizer.lr=.nan", r"optimizer.lr \(=nan\) must be a finite number"),
+        ("schedule.warmup=.inf", r"schedule.warmup \(=inf\) must be a finite number"),
+        ("optimizer.betas=[0.9, 1]", r"optimizer.betas \(=1.0\) must be >= 0 and < 1"),
+        ("optimizer.betas=[-0.1, 0.9]", r"optimizer.betas \(=-0.1\) must be >= 0 and < 1"),
+        ("seed=-1", r"seed \(=-1\) must be >= 0 and < 4294967296"),
+        ("seed=4294967296", r"seed \(=4294967296\) must be >= 0 and < 4294967296"),
+        ("data.shuffle_seed=-1", r"data.shuffle_seed \(=-1\) must be >= 0"),
+        ("lora.alpha=0", r"lora.alpha \(=0.0\) must be > 0"),
+        ("lora.dropout=1", r"lora.dropout \(=1.0\) must be >= 0 and < 1"),
+        ("data.eval_split=train", r"data.eval_split \(=train\) is the split that is trained on"),
         ("loss.temperature=0", r"loss.temperature \(=0.0\) must be > 0"),
         ("loss.kl=1", "needs a teacher"),
         ("teacher=t", "set loss.kl"),
@@ -95,6 +104,13 @@ def test_required_keys(tmp_path, missing):
 def test_no_such_config_file(tmp_path):
     with pytest.raises(UserError, match="no such config file"):
         tree.load(UptrainConfig, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)), b"seed: \xff"])
+def test_a_config_that_is_no_text(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config.yaml is not valid YAML"):
+        tree.load(UptrainConfig, tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda p: p.stem)

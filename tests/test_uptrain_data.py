@@ -152,7 +152,7 @@ def test_a_process_without_documents(tokenizer):
 def test_text_field(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", texts(3), field="content")
     documents = Documents(open_dataset(path), "text")
-    with pytest.raises(UserError, match=r"text_field \(=text\) is not in .* fields are content"):
+    with pytest.raises(UserError, match=r"text field 'text' is not in .* fields are content"):
         next(documents.epoch(0))
 
 
@@ -187,18 +187,55 @@ def test_a_folder_without_text(tmp_path):
         open_dataset(str(tmp_path))
 
 
-def test_broken_json(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(UserError, match=r"a\.jsonl cannot be read"):
-        open_dataset(str(tmp_path / "a.jsonl"))
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", "it is empty"),
+        ("a.jsonl.gz", gzip.compress(b""), "it is empty"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}')[:-9], "ended before the end"),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 9, "Error -3 while decompressing"),
+        ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "JSON parse error"),
+        ("a.jsonl", bytes(range(256)), "JSON parse error"),
+        ("a.txt", bytes(range(256)), "codec can't decode"),
+        ("a.parquet", b"PAR1", "Parquet"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_unreadable_files(tmp_path, name, content, reason, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot be read: .*{reason}"):
+        dataset = open_dataset(str(tmp_path / name), streaming=streaming)
+        list(Documents(dataset, "text").epoch(0))
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", texts(2))
+    assert len(open_dataset("~/a.jsonl")) == 2
+
+
+def with_data(**data):
+    values = {"student": "s", "out": "o", "data": data, "budget": {"tokens": 1}}
+    return tree.build(UptrainConfig, values)
+
+
+def test_local_files_have_no_splits(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", texts(12))
+    with pytest.raises(UserError, match="split 'nope' is a part of a data set on the hub"):
+        training_documents(with_data(path=path, split="nope"))
+    with pytest.raises(UserError, match=r"split 'test' .*a.jsonl is local"):
+        held_out_blocks(with_data(path=path, eval_split="test"), tokenizer)
+    config = with_data(path="on/hub", split="nope", eval_path=path, sequence_length=8)
+    encoded = [encode(tokenizer, text) for text in texts(12)]
+    assert_same(held_out_blocks(config, tokenizer), list(pack(encoded, 8)))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_held_out_documents_are_not_trained_on(tokenizer, tmp_path, streaming):
     path = write(tmp_path / "a.jsonl", texts(12))
-    data = {"path": path, "eval_documents": 4, "sequence_length": 8, "streaming": streaming}
-    values = {"student": "s", "out": "o", "data": data, "budget": {"tokens": 1}}
-    config = tree.build(UptrainConfig, values)
+    config = with_data(path=path, eval_documents=4, sequence_length=8, streaming=streaming)
     assert sorted(training_documents(config).epoch(0)) == sorted(texts(12)[4:])
     encoded = [encode(tokenizer, text) for text in texts(12)[:4]]
     assert_same(held_out_blocks(config, tokenizer), list(pack(encoded, 8)))
@@ -206,7 +243,5 @@ def test_held_out_documents_are_not_trained_on(tokenizer, tmp_path, streaming):
 
 def test_everything_held_out(tmp_path):
     path = write(tmp_path / "a.jsonl", texts(2))
-    data = {"path": path, "eval_documents": 2}
-    values = {"student": "s", "out": "o", "data": data, "budget": {"tokens": 1}}
     with pytest.raises(UserError, match="leaves nothing to train on"):
-        training_documents(tree.build(UptrainConfig, values))
+        training_documents(with_data(path=path, eval_documents=2))

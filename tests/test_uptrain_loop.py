@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from supra import cli, testing
+from supra.convert import convert
 from supra.errors import UserError
 from supra.evaluate import blocks_from_text, perplexity
 from supra.uptrain import loop, tree
@@ -21,10 +22,11 @@ from supra.uptrain.run_folder import RunFolder
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A student, a teacher that it differs from, and text."""
+    """A student, a teacher that it differs from, a hybrid of that teacher, and text."""
     folder = tmp_path_factory.mktemp("uptrain")
     testing.tiny_checkpoint(folder / "teacher")
     testing.tiny_checkpoint(folder / "student", seed=1, dtype="bfloat16")
+    convert(str(folder / "teacher"), folder / "hybrid", keep_attention=[0])
     words = [
         "the",
         "river",
@@ -101,21 +103,24 @@ def assert_same_weights(left, right):
 
 
 @pytest.mark.parametrize(
-    ("changes", "number"),
+    ("student", "changes", "number"),
     [
-        ({"precision": "bf16"}, signal.SIGTERM),
-        ({"data": {"streaming": True}}, signal.SIGINT),
-        ({"lora": {"rank": 2, "dropout": 0.5}}, signal.SIGTERM),
+        ("student", {"precision": "bf16"}, signal.SIGTERM),
+        ("student", {"data": {"streaming": True}}, signal.SIGINT),
+        ("student", {"lora": {"rank": 2, "dropout": 0.5}}, signal.SIGTERM),
+        ("hybrid", {"calibrate": {"tokens": 64}, "optimizer": {"new_lr": 1e-2}}, signal.SIGTERM),
     ],
-    ids=["bf16", "streaming", "lora_dropout"],
+    ids=["bf16", "streaming", "lora_dropout", "calibrated_hybrid"],
 )
-def test_interrupted_is_unbroken(files, tmp_path, monkeypatch, capsys, changes, number):
+def test_interrupted_is_unbroken(files, tmp_path, monkeypatch, capsys, student, changes, number):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = changes | {"student": str(files / student)}
     loop.train(config(files, whole, **changes))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5, number)
         loop.train(config(files, broken, **changes))
-    assert "stopped after step 5 of 12" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stopped after step 5 of 12" in said and "tok/s" in said, "a line and a bar"
     assert not (broken / "final").exists() and list(log(broken)) == [1, 2, 3, 4, 5]
     loop.train(config(files, broken, **changes))
     assert log(broken) == log(whole)
@@ -147,6 +152,49 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(files, tmp_path, monkeypa
     assert log(broken) == log(whole)
     assert_same_weights(whole, broken)
     assert not list((broken / "checkpoints").glob(".*"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(files, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    changes = {"data": {"eval_documents": 8}, "eval": {"tokens": 64}, "budget": {"tokens": 256}}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "train", lambda run, stop_requested: run.train_step())
+        loop.train(config(files, out, **changes))
+    assert list(log(out, "teacher_loss")) == [0] and list(log(out)) == [1]
+    loop.train(config(files, out, **changes))
+    lines = (out / "log.jsonl").read_text().splitlines()
+    # teacher, student, two steps, student
+    assert [json.loads(line)["step"] for line in lines] == [0, 0, 1, 2, 2]
+
+
+def test_calibration_happens_once(files, tmp_path, monkeypatch):
+    out, calls, calibrate = tmp_path / "run", [], loop.calibrate
+    monkeypatch.setattr(loop, "calibrate", lambda *inputs: calls.append(calibrate(*inputs)))
+    changes = {
+        "student": str(files / "hybrid"),
+        "calibrate": {"tokens": 64},
+        "data": {"eval_documents": 8},
+        "eval": {"tokens": 256},
+    }
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        loop.train(config(files, out, **changes))
+    loop.train(config(files, out, **changes))
+    assert len(calls) == 1
+    teacher, converted, calibrated = (
+        log(out, f"{name}_perplexity") for name in ("teacher", "converted", "eval")
+    )
+    assert list(teacher) == list(converted) == [0] and list(calibrated) == [0, 12]
+    assert teacher[0] != converted[0] != calibrated[0]
+
+
+def test_home(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "files").symlink_to(files)
+    data = {"path": "~/files/text.jsonl", "eval_path": "~/files/text.jsonl"}
+    changes = {"student": "~/files/student", "teacher": "~/files/teacher", "data": data}
+    loop.train(config(files, "~/run", budget={"tokens": 1}, **changes))
+    assert weights(tmp_path / "run")
 
 
 def test_accumulation_is_correct_by_tokens(files, tmp_path):
@@ -206,6 +254,7 @@ def test_lora_is_merged(files, tmp_path):
 def test_a_converted_model(files, tmp_path, changes):
     """New parameters train at their own rate, with LoRA too, and stay float32 in the export."""
     testing.tiny_checkpoint(tmp_path / "base", dtype="bfloat16")
+    (tmp_path / "base" / "LICENSE").write_text("as you like")
     student, out = tmp_path / "student", tmp_path / "run"
     cli.main(["convert", "--model", str(tmp_path / "base"), "--out", str(student)])
     changes = {"student": str(student), "budget": {"tokens": 256}, **changes}
@@ -216,15 +265,9 @@ def test_a_converted_model(files, tmp_path, changes):
     assert new and {after[name].dtype for name in new} == {torch.float32}
     assert {after[name].dtype for name in after.keys() - new} == {torch.bfloat16}
     moved = max((after[name] - before[name]).abs().max().item() for name in new)
+    for name in ("conversion.json", "LICENSE", "generation_config.json", "modeling_supra.py"):
+        assert (out / "final" / name).read_text() == (student / name).read_text(), name
     assert moved == pytest.approx(2 / 3 * 1e-2 + 1 / 3 * 1e-2, rel=0.1)  # AdamW's first two steps
-
-
-def test_the_schedule_reaches_the_optimizer(files, tmp_path):
-    run = loop.Run(config(files, tmp_path / "run"))
-    run.train_step()
-    (group, *_) = run.optimizer.optimizer.param_groups
-    assert group["lr"] == log(tmp_path / "run", "lr")[1] == pytest.approx(1e-3 / 3)
-    run.close()
 
 
 def test_lora_targets_that_are_not_there(files, tmp_path):
@@ -243,7 +286,9 @@ def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "_losses", poisoned)
-        with pytest.raises(UserError, match="step 4: the loss is nan"):
+        with pytest.raises(
+            UserError, match=r"step 4: the loss is nan .* start in a new out folder"
+        ):
             loop.train(config(files, out, checkpoint={"every": 1}))
     assert RunFolder(out).last_checkpoint().name == "step-00000003"
     assert list(log(out)) == [1, 2, 3]
@@ -277,10 +322,11 @@ def test_bad_inputs(files, tmp_path, changes, message):
         loop.train(config(files, tmp_path / "run", **changes))
 
 
-def test_another_vocabulary(files, tmp_path):
+def test_another_vocabulary(files, tmp_path, capsys):
     testing.tiny_checkpoint(tmp_path / "teacher", vocab_size=320)
     with pytest.raises(UserError, match="vocab_size 320, not 300"):
         loop.train(config(files, tmp_path / "run", teacher=str(tmp_path / "teacher")))
+    assert "tok/s" not in capsys.readouterr().err, "the bar begins with training"
 
 
 @pytest.mark.parametrize("family", testing.FAMILIES)

@@ -52,13 +52,16 @@ def evaluate_text(
 
     Every model sees the same windows. `tokens` bounds how many are read.
     """
-    for name, value in (("sequence-length", sequence_length), ("batch", batch), ("tokens", tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} (={value}) must be at least 1")
+    # one token predicts nothing
+    for name, value, least in (
+        ("sequence-length", sequence_length, 2),
+        ("batch", batch, 1),
+        ("tokens", tokens, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"--{name} (={value}) must be at least {least}")
     documents = Documents(open_dataset(text), text_field).epoch(0)
-    blocks = blocks_from_text(checkpoint.tokenizer(), documents, sequence_length)
-    if tokens is not None:
-        blocks = blocks[: max(1, tokens // sequence_length)]
+    blocks = blocks_from_text(checkpoint.tokenizer(), documents, sequence_length, tokens)
     model = checkpoint.model(dtype)
     if torch.cuda.is_available():
         model.to("cuda")

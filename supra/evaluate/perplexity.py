@@ -1,9 +1,9 @@
 """Perplexity over fixed blocks of tokens, as a whole and by position in the document."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,19 +30,31 @@ class Perplexity:
 
 
 def blocks_from_text(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], sequence_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    sequence_length: int,
+    tokens: int | None = None,
 ) -> list[Block]:
     """Packed blocks of `documents`, blank ones left out; an incomplete last block is dropped.
 
+    `tokens` bounds what is taken, and no document after that is read; one block at least.
     Raises UserError when there is not one block of text.
     """
     check_tokenizer(tokenizer)
-    encoded = [encode(tokenizer, text) for text in documents]
-    blocks = list(pack(encoded, sequence_length))
+    lengths = []
+
+    def encoded() -> Iterator[list[int]]:
+        for text in documents:
+            ids = encode(tokenizer, text)
+            lengths.append(len(ids))
+            yield ids
+
+    count = None if tokens is None else max(1, tokens // sequence_length)
+    blocks = list(islice(pack(encoded(), sequence_length), count))
     if not blocks:
-        tokens = sum(map(len, encoded))
         raise UserError(
-            f"sequence_length (={sequence_length}) is longer than the text ({tokens} tokens)"
+            f"sequence_length (={sequence_length}) is longer than the evaluation text "
+            f"({sum(lengths)} tokens)"
         )
     return blocks
 

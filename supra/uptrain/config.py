@@ -25,7 +25,7 @@ class DataConfig:
 
     path: str  # a hub name, or a file, folder or glob of .jsonl, .jsonl.gz, .txt, .parquet
     name: str | None = None  # the hub data set's configuration
-    split: str = "train"
+    split: str = "train"  # of a hub data set, as eval_split
     text_field: str = "text"
     streaming: bool = False
     sequence_length: int = 2048
@@ -145,42 +145,61 @@ class UptrainConfig:
         _check_held_out(self)
 
 
+AT_LEAST = {
+    "loss.next_token": 0,
+    "loss.kl": 0,
+    "calibrate.tokens": 0,
+    "data.sequence_length": 2,
+    "data.shuffle_buffer": 1,
+    "data.eval_documents": 0,
+    "optimizer.lr": 0,
+    "optimizer.new_lr": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip": 0,
+    "schedule.warmup": 0,
+    "schedule.min_ratio": 0,
+    "batch.size": 1,
+    "batch.accumulation": 1,
+    "lora.rank": 1,
+    "eval.every": 0,
+    "eval.tokens": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "budget.tokens": 1,
+    "budget.teacher_tokens": 1,
+}
+ABOVE_ZERO = ("loss.temperature", "lora.alpha")
+# 0 or more, and less than this; seeds are numpy's
+BELOW = {"seed": 2**32, "data.shuffle_seed": 2**32, "optimizer.betas": 1, "lora.dropout": 1}
+
+
 def _check_ranges(config: UptrainConfig) -> None:
-    at_least = {
-        "loss.next_token": 0,
-        "loss.kl": 0,
-        "calibrate.tokens": 0,
-        "data.sequence_length": 2,
-        "data.shuffle_buffer": 1,
-        "data.eval_documents": 0,
-        "optimizer.lr": 0,
-        "optimizer.new_lr": 0,
-        "optimizer.weight_decay": 0,
-        "optimizer.clip": 0,
-        "schedule.warmup": 0,
-        "schedule.min_ratio": 0,
-        "batch.size": 1,
-        "batch.accumulation": 1,
-        "lora.rank": 1,
-        "eval.every": 0,
-        "eval.tokens": 1,
-        "checkpoint.every": 0,
-        "checkpoint.keep": 1,
-        "budget.tokens": 1,
-        "budget.teacher_tokens": 1,
-    }
-    for key, least in at_least.items():
-        value = config
-        for name in key.split("."):
-            value = getattr(value, name, None)
-        if value is not None and not value >= least:
-            raise UserError(f"{key} (={value}) must be >= {least}")
-    if not config.loss.temperature > 0:
-        raise UserError(f"loss.temperature (={config.loss.temperature}) must be > 0")
+    for key, least in AT_LEAST.items():
+        for value in _values(config, key):
+            if not value >= least:
+                raise UserError(f"{key} (={value}) must be >= {least}")
+    for key in ABOVE_ZERO:
+        for value in _values(config, key):
+            if not value > 0:
+                raise UserError(f"{key} (={value}) must be > 0")
+    for key, bound in BELOW.items():
+        for value in _values(config, key):
+            if not 0 <= value < bound:
+                raise UserError(f"{key} (={value}) must be >= 0 and < {bound}")
     if not config.schedule.min_ratio <= 1:
         raise UserError(f"schedule.min_ratio (={config.schedule.min_ratio}) must be <= 1")
     if config.optimizer.lr == 0 and not config.optimizer.new_lr:
         raise UserError("optimizer.lr (=0) trains nothing: set it or optimizer.new_lr above 0")
+
+
+def _values(config: UptrainConfig, key: str) -> tuple[float, ...]:
+    """The numbers of a setting; none where it is null or its section is."""
+    value = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _check_loss(config: UptrainConfig) -> None:
@@ -210,6 +229,10 @@ def _check_held_out(config: UptrainConfig) -> None:
     if len(sources) > 1:
         names = " and ".join(f"data.{key}" for key in sources)
         raise UserError(f"{names} are both set: the held-out text has one source; keep one")
+    if data.eval_split == data.split:
+        raise UserError(
+            f"data.eval_split (={data.eval_split}) is the split that is trained on: name another"
+        )
     if config.eval.every and not sources:
         raise UserError(
             f"eval.every (={config.eval.every}) needs held-out text: "

@@ -1,13 +1,13 @@
 """Text as an endless, exactly resumable stream of packed blocks."""
 
 from collections.abc import Iterator
-from itertools import islice
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from supra.errors import UserError
-from supra.packing import Block, block, encode, pack
+from supra.evaluate.perplexity import blocks_from_text
+from supra.packing import Block, block, encode
 from supra.text import Documents, open_dataset
 from supra.uptrain.config import UptrainConfig
 
@@ -109,16 +109,12 @@ def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -
     data = config.data
     if not (data.eval_path or data.eval_split or data.eval_documents):
         return []
-    path, split = data.eval_path or data.path, data.eval_split or data.split
-    name = None if data.eval_path else data.name
-    dataset = open_dataset(path, name, split, data.streaming)
+    if data.eval_path:
+        dataset = open_dataset(data.eval_path, streaming=data.streaming)
+    else:
+        split = data.eval_split or data.split
+        dataset = open_dataset(data.path, data.name, split, data.streaming)
     if data.eval_documents:
         dataset = dataset.take(data.eval_documents)
-    tokens = (encode(tokenizer, text) for text in Documents(dataset, data.text_field).epoch(0))
-    count = max(1, config.eval.tokens // data.sequence_length)
-    blocks = list(islice(pack(tokens, data.sequence_length), count))
-    if not blocks:
-        raise UserError(
-            f"data.sequence_length (={data.sequence_length}) is longer than the held-out text"
-        )
-    return blocks
+    documents = Documents(dataset, data.text_field).epoch(0)
+    return blocks_from_text(tokenizer, documents, data.sequence_length, config.eval.tokens)

@@ -16,15 +16,21 @@ class Log:
     def __init__(self, accelerator: Accelerator, folder: RunFolder, tokens: int, tokens_done: int):
         self.accelerator, self.main = accelerator, accelerator.is_main_process
         self.file = open(folder.log, "a", encoding="utf-8") if self.main else None  # noqa: SIM115 closed in close()
+        self.bar = tqdm(disable=True)
+        self.total, self.tokens = tokens, tokens_done
+        self.restart_clock()
+
+    def begin(self) -> None:
+        """Steps follow: show the bar. What is said or goes wrong before stands on its own line."""
         self.bar = tqdm(
-            total=tokens,
-            initial=tokens_done,
+            total=self.total,
+            initial=self.tokens,
             unit="tok",
             unit_scale=True,
             disable=not self.main,
             mininterval=1 if sys.stderr.isatty() else 30,  # a log file has no use for more
         )
-        self.tokens, self.started = tokens_done, time.perf_counter()
+        self.restart_clock()
 
     def step(self, step: int, tokens: int, values: dict[str, float]) -> None:
         """One optimizer step; `tokens` is the count since the start of the run."""
@@ -48,7 +54,7 @@ class Log:
 
     def say(self, line: str) -> None:
         if self.main:
-            self.bar.write(f"supra: {line}", file=sys.stderr)
+            tqdm.write(f"supra: {line}", file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

@@ -49,8 +49,8 @@ class Run:
 
     def __init__(self, config: UptrainConfig):
         self.config = config
-        self.accelerator = _accelerator(config)
         self.folder = RunFolder(config.out)
+        self.accelerator = _accelerator(config, self.folder.path)
         self.folder.check(config)
         self.accelerator.wait_for_everyone()  # all have checked before one writes
         if self.accelerator.is_main_process:
@@ -73,6 +73,7 @@ class Run:
         config = self.config
         if self.step == 0:
             self.evaluate()
+        self.log.begin()
         while self.step < self.steps:
             self.train_step()
             if _due(self.step, config.eval.every) or self.step == self.steps:
@@ -113,9 +114,9 @@ class Run:
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # FSDP shards it
         if not math.isfinite(loss + norm):
             raise UserError(
-                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; the "
-                f"weights were not touched. Lower optimizer.lr (={config.optimizer.lr}) or "
-                f"lengthen schedule.warmup (={config.schedule.warmup})"
+                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; this step "
+                f"changed no weights. Lower optimizer.lr (={config.optimizer.lr}) or lengthen "
+                f"schedule.warmup (={config.schedule.warmup}), and start in a new out folder"
             )
         factor = schedule_factor(self.step, self.steps, config.schedule)
         set_rates(self.optimizer, factor)
@@ -273,7 +274,7 @@ class Run:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
 
-def _accelerator(config: UptrainConfig) -> Accelerator:
+def _accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
     available = get_available_trackers()
     for name in config.trackers:
         check_choice("installed tracker", name, [str(tracker) for tracker in available])
@@ -281,7 +282,7 @@ def _accelerator(config: UptrainConfig) -> Accelerator:
         mixed_precision="no",  # see Run._autocast
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # see Run.train_step
         log_with=list(config.trackers) or None,
-        project_dir=config.out,
+        project_dir=folder,
     )
 
 

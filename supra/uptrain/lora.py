@@ -5,8 +5,8 @@ import importlib.util
 from transformers import PreTrainedModel
 
 from supra.errors import UserError
+from supra.mixers import NEW_PARAMETERS
 from supra.uptrain.config import LoraConfig
-from supra.uptrain.optim import NEW
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig):
@@ -20,7 +20,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig):
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=list(config.targets),
-        exclude_modules=[name for name, _ in model.named_modules() if NEW in name] or None,
+        exclude_modules=[name for name, _ in model.named_modules() if NEW_PARAMETERS in name]
+        or None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -28,6 +29,6 @@ def add_lora(model: PreTrainedModel, config: LoraConfig):
     except ValueError as error:
         raise UserError(f"lora.targets (={', '.join(config.targets)}): {error}") from error
     for name, parameter in wrapped.named_parameters():
-        if NEW in name:
+        if NEW_PARAMETERS in name:
             parameter.requires_grad_(True)
     return wrapped

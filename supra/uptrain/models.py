@@ -1,5 +1,6 @@
 """The student and the teacher: loading them, and writing the result."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -7,9 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.checkpoints import find_checkpoint
 from supra.errors import UserError
+from supra.mixers import NEW_PARAMETERS
+from supra.report import REPORT
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.lora import add_lora
-from supra.uptrain.optim import NEW, freeze_unused
+from supra.uptrain.optim import freeze_unused
 
 
 def load_student(config: UptrainConfig) -> PreTrainedModel:
@@ -49,7 +52,8 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     to: Path,
 ) -> None:
-    """Write trained weights as a checkpoint like the student's: same dtype, no adapters.
+    """Write trained weights as a checkpoint like the student's: same dtype, no adapters, with its
+    conversion report and licence.
 
     What conversion added stays float32, because decays and gates lose their differences in bf16.
     """
@@ -57,9 +61,14 @@ def export(
     model.load_state_dict(state)
     if config.lora:
         model = model.merge_and_unload()
-    dtype = find_checkpoint(config.student).config().dtype or torch.float32
+    student = find_checkpoint(config.student)
+    dtype = student.config().dtype or torch.float32
     for name, parameter in model.named_parameters():
-        if NEW not in name:
+        if NEW_PARAMETERS not in name:
             parameter.data = parameter.data.to(dtype)
     model.save_pretrained(to)
     tokenizer.save_pretrained(to)
+    for pattern in (REPORT, "LICENSE*", "NOTICE*"):
+        for file in student.folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, to / file.name)

@@ -4,9 +4,9 @@ import math
 
 import torch
 
+from supra.mixers import NEW_PARAMETERS
 from supra.uptrain.config import OptimizerConfig, ScheduleConfig
 
-NEW = ".mixer."  # in the name of every parameter that conversion added
 WSD_DECAY = 0.2  # last share of a warmup-stable-decay run (Hägele et al. 2024, arXiv 2405.18392)
 
 
@@ -26,7 +26,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and NEW not in name
+            decays = parameter.ndim > 1 and NEW_PARAMETERS not in name
             decay = config.weight_decay if decays else 0.0
             groups.setdefault((rate(name, config), decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -40,7 +40,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 
 
 def rate(name: str, config: OptimizerConfig) -> float:
-    return config.lr if NEW not in name or config.new_lr is None else config.new_lr
+    return config.lr if NEW_PARAMETERS not in name or config.new_lr is None else config.new_lr
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

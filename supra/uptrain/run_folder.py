@@ -17,7 +17,7 @@ FREE = ("out", "resume", "trackers", "eval.", "checkpoint.")
 
 class RunFolder:
     def __init__(self, out: str | Path):
-        self.path = Path(out)
+        self.path = Path(out).expanduser()
         self.config, self.log = self.path / "config.yaml", self.path / "log.jsonl"
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
 
@@ -55,10 +55,14 @@ class RunFolder:
         _write(self.config, text)
 
     def truncate_log(self, step: int) -> None:
-        """Drop what an interrupted run logged after the checkpoint it goes on from."""
+        """Drop what an interrupted run logged after the checkpoint of `step`.
+
+        At step 0 it had none, and all that it logged happens again.
+        """
         if self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-            _write(self.log, "".join(line for line in lines if _step(line) <= step))
+            kept = (line for line in lines if step > 0 and _step(line) <= step)
+            _write(self.log, "".join(kept))
 
     def prune(self, keep: int) -> None:
         for folder in sorted(self.checkpoints.glob("step-*"))[:-keep]:

@@ -6,6 +6,7 @@ full dotted key.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ def load(cls: type, path: str | Path, overrides: Iterable[str] = ()):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such config file: {path}")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    values = _parse(path.read_bytes(), str(path))
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping of settings")
     values = values or {}
@@ -71,7 +72,7 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _parse(text: str, where: str):
+def _parse(text: str | bytes, where: str):
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -157,7 +158,7 @@ def _convert(kind, value, dotted: str):
         return _convert_tuple(kind, value, dotted)
     if kind in (int, float):
         number = _number(value)
-        if number is not None and (kind is float or number % 1 == 0):
+        if number is not None and (number % 1 == 0 if kind is int else math.isfinite(number)):
             return kind(number)
     elif isinstance(value, kind):
         return value
@@ -183,4 +184,4 @@ def _convert_tuple(kind, value, dotted: str) -> tuple:
     return tuple(_convert(kinds[0], item, f"{dotted}[{i}]") for i, item in enumerate(items))
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}

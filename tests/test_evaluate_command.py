@@ -1,0 +1,61 @@
+"""`supra eval` as a function: how much it reads, and what it says of arguments and texts."""
+
+import json
+
+import datasets
+import pytest
+
+from supra import testing
+from supra.checkpoints import find_checkpoint
+from supra.errors import UserError
+from supra.evaluate.command import evaluate_text
+from supra.text import Documents
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    testing.tiny_checkpoint(folder / "model")
+    line = json.dumps({"text": "The river rises in the hills."}) + "\n"
+    (folder / "text.jsonl").write_text(line * 50)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def evaluate(files, text="text.jsonl", **options):
+    return evaluate_text(find_checkpoint(str(files / "model")), str(files / text), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 1}, r"--sequence-length \(=1\) must be at least 2"),
+        ({"tokens": 0}, r"--tokens \(=0\) must be at least 1"),
+        ({"text_field": "body"}, "text field 'body' is not in the data: its fields are text"),
+        ({"text": "none.jsonl"}, "no such file"),
+    ],
+)
+def test_mistakes_are_named(files, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(files, **options)
+    assert "data." not in str(error.value), "that is a setting of another command"
+
+
+def test_two_tokens_are_enough(files):
+    assert 1 < evaluate(files, sequence_length=2).perplexity < float("inf")
+
+
+def test_no_more_text_is_read_than_wanted(files, monkeypatch):
+    read, text_of = [], Documents._text
+
+    def counted(documents, row):
+        read.append(row)
+        return text_of(documents, row)
+
+    monkeypatch.setattr(Documents, "_text", counted)
+    assert evaluate(files, sequence_length=16, tokens=32).tokens <= 30
+    assert len(read) < 10
