@@ -37,9 +37,7 @@ def main() -> None:
     say("2/5", "convert: softmax attention out, linear attention with a fixed-size state in")
     student = OUT / "rnn"
     if not student.exists():
-        print(
-            "\n".join(convert(teacher.folder / teacher.gguf_file, student, progress=True).lines())
-        )
+        print("\n".join(convert(teacher.name, student, progress=True).lines()))
     say("3/5", "uptrain: next-token loss and the teacher's distribution")
     run = OUT / "uptrain"
     if not (run / "final").exists():

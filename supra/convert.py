@@ -38,7 +38,7 @@ COPIED_FILES = (
 
 
 def convert(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     mixer: str = "supra",
@@ -72,7 +72,7 @@ def convert(
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed (={seed}) must be from 0 to 2**63 - 1")
-    checkpoint = find_checkpoint(model, revision)
+    checkpoint = find_checkpoint(str(model), revision)
     base = checkpoint.config()
     check_family(base)
     layers = plan_layers(base.num_hidden_layers, mixer, keep_attention)
