@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/demo
-	$(BIN)/python recipes/demo.py
+	HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(BIN)/python recipes/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

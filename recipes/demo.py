@@ -21,6 +21,7 @@ from supra.errors import UserError, command
 from supra.evaluate import blocks_from_text, decode_speed, perplexity, state_bytes
 from supra.generation import stream_text
 from supra.uptrain import load_config, train
+from supra.uptrain.config import UptrainConfig
 
 OUT = Path("runs/demo")
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -38,10 +39,11 @@ def main() -> None:
     student = OUT / "rnn"
     if not student.exists():
         print("\n".join(convert(teacher.name, student, progress=True).lines()))
+    config = load_config(CONFIG, [f"teacher={teacher.name}"])
     say("3/5", "uptrain: next-token loss and the teacher's distribution")
     run = OUT / "uptrain"
     if not (run / "final").exists():
-        train(load_config(CONFIG, [f"teacher={teacher.name}"]))
+        train(config)
     say("4/5", "reload the student from its folder, and measure all three")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     measured = {key: [x[key] for x in log if key in x] for entry in log for key in entry}
@@ -55,7 +57,7 @@ def main() -> None:
     results = {
         "models": rows,
         "calibrated_perplexity": measured["eval_perplexity"][0],
-        "reloaded_perplexity": reloaded_perplexity(uptrained, held_out),
+        "reloaded_perplexity": reloaded_perplexity(uptrained, held_out, config),
         "uptraining_tokens": measured["tokens"][-1],
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -103,14 +105,14 @@ def write_text() -> list[str]:
     return parts["held_out"]
 
 
-def reloaded_perplexity(checkpoint: Checkpoint, documents: list[str]) -> float:
+def reloaded_perplexity(
+    checkpoint: Checkpoint, documents: list[str], config: UptrainConfig
+) -> float:
     """Held-out perplexity as training measures it: the same windows and precision."""
-    config = load_config(CONFIG)
-    length = config.data.sequence_length
-    blocks = blocks_from_text(checkpoint.tokenizer(), documents, length, config.eval.tokens)
+    length, tokens = config.data.sequence_length, config.eval.tokens
+    blocks = blocks_from_text(checkpoint.tokenizer(), documents, length, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        model = checkpoint.model()
-        return perplexity(model, blocks, batch_size=config.batch.size).perplexity
+        return perplexity(checkpoint.model(), blocks, batch_size=config.batch.size).perplexity
 
 
 def row(checkpoint: Checkpoint, held_out_perplexity: float) -> dict[str, float]:
