@@ -25,7 +25,7 @@ from supra.uptrain.config import UptrainConfig
 
 OUT = Path("runs/demo")
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
-PROMPTS = ("A list in Python is", "The import statement")
+PROMPTS = ("The for statement is used to", "A class definition")
 PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # of the speed measurement
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     say("5/5", f"what {run / 'final'} writes")
     for prompt in PROMPTS:
         print(f"\n> {prompt} …")
-        stream_text(uptrained, prompt, max_new_tokens=40)
+        stream_text(uptrained, prompt, max_new_tokens=40, temperature=0.6, top_p=0.9)
 
 
 def find_gguf() -> Path:

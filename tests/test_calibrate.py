@@ -92,6 +92,15 @@ def test_scale_is_the_least_squares_solution(batch):
         torch.testing.assert_close(error(), best)
 
 
+def test_scales_are_of_order_one(batch):
+    """A rate suits them only if they are as large as what else it moves."""
+    _, student = converted("supra")
+    calibrate(student, *batch)
+    for attention in attention_modules(student):
+        size = attention.mixer.scale.square().mean(1).sqrt()
+        torch.testing.assert_close(size, torch.ones_like(size))
+
+
 def test_nothing_else_changes(batch):
     _, student = converted("supra", keep=[1])
     before = {name: x.clone() for name, x in student.state_dict().items()}
@@ -101,7 +110,7 @@ def test_nothing_else_changes(batch):
     assert student.training
     assert [attention.mixer for attention in attention_modules(student)] == mixers
     changed = {k for k, x in student.state_dict().items() if not torch.equal(x, before[k])}
-    assert {name.split(".mixer.")[-1] for name in changed} == {"scale", "log_slope"}
+    assert {name.split(".mixer.")[-1] for name in changed} == {"scale", "magnitude", "log_slope"}
     assert not any("layers.1." in name for name in changed)
 
 

@@ -66,13 +66,17 @@ class Supra(Mixer):
         else:  # loading makes every parameter trainable, so what is fixed is none
             self.register_buffer("log_slope", log_slope)
         if options.scale:
+            # in units of the head's magnitude: calibrated scales go down to 0.01, and steps of
+            # AdamW at a rate of 1e-3 would turn those over within ten
             self.scale = nn.Parameter(torch.empty(shape.query_heads, shape.value_size))
+            self.register_buffer("magnitude", torch.empty(shape.query_heads, 1))
 
     def reset_parameters(self) -> None:
         self.feature_map.reset_parameters()
         self.log_slope.data.copy_(lightning_slopes(self.shape.query_heads).log())
         if self.options.scale:
             self.scale.data.fill_(1.0)
+            self.magnitude.fill_(1.0)
 
     def forward(
         self,
@@ -108,7 +112,7 @@ class Supra(Mixer):
         # GroupNorm, one group a head, no bias
         output = nn.functional.layer_norm(output.float(), output.shape[-1:], eps=NORM_EPS)
         if self.options.scale:
-            output = output * self.scale
+            output = output * (self.scale * self.magnitude)
         return output.to(inputs.value.dtype), state
 
     @torch.no_grad()
@@ -122,12 +126,13 @@ class Supra(Mixer):
             return
         target = target.float().flatten(0, 1)  # [B·T, Hq, V]
         best_error = target.new_full((self.shape.query_heads,), torch.inf)
-        best_scale, best_slope = self.scale.clone(), self.log_slope.clone()
+        best_scale, best_slope = torch.zeros_like(self.scale), self.log_slope.clone()
+        self.scale.fill_(1.0)
+        self.magnitude.fill_(1.0)
         learnable = self.options.decay == "learnable"
         for half_life in HALF_LIVES if learnable else (None,):
             if half_life is not None:
                 self.log_slope.fill_(math.log(math.log(2) / half_life))
-            self.scale.fill_(1.0)
             output = self(inputs)[0].float().flatten(0, 1)
             scale = (output * target).sum(0) / (output * output).sum(0).clamp(min=NORM_EPS)
             error = (target - scale * output).pow(2).sum((0, 2))
@@ -135,7 +140,8 @@ class Supra(Mixer):
             best_error = torch.where(better, error, best_error)
             best_scale[better] = scale[better]
             best_slope[better] = self.log_slope[better]
-        self.scale.copy_(best_scale)
+        self.magnitude.copy_(best_scale.square().mean(1, keepdim=True).sqrt().clamp(min=NORM_EPS))
+        self.scale.copy_(best_scale / self.magnitude)
         self.log_slope.copy_(best_slope)
 
 
