@@ -1,9 +1,11 @@
-"""Tiny tokenizers and checkpoints, for tests of supra and of what builds on it."""
+"""Tiny tokenizers, checkpoints and inputs, for tests of supra and of what builds on it."""
 
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from supra.mixers import AttentionShape, MixerInputs
 
 VOCABULARY = 300
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
@@ -67,3 +69,24 @@ def tiny_checkpoint(
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return model.eval()
+
+
+def mixer_inputs(shape: AttentionShape, tokens: int, *, seed: int = 0, **fields) -> MixerInputs:
+    """Random float64 inputs of two rows for a mixer; `fields` replace those of MixerInputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(2, tokens, *sizes, generator=generator, dtype=torch.float64)
+
+    values = {
+        "hidden_states": random(shape.hidden_size),
+        "query": random(shape.query_heads, shape.head_size),
+        "key": random(shape.key_heads, shape.head_size),
+        "value": random(shape.key_heads, shape.value_size),
+        "rotary": None,
+        "scaling": shape.head_size**-0.5,
+        "sliding_window": None,
+        "padding_mask": None,
+        "cu_seqlens": None,
+    }
+    return MixerInputs(**(values | fields))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from supra.errors import UserError
-from supra.mixers import MIXERS, PRESETS, AttentionShape, MixerInputs, Rotary, build_mixer
+from supra.mixers import MIXERS, PRESETS, AttentionShape, Rotary, build_mixer
 from supra.mixers import resolve_mixer as resolve
+from supra.testing import mixer_inputs
 
 NAMES = [*MIXERS, *PRESETS]
 VARIANTS = [(name, {}) for name in NAMES] + [("supra", {"feature_map": "identity"})]
@@ -36,22 +37,8 @@ def rotary(positions, size):
 
 
 def make_inputs(shape, seed=0, tokens=TOKENS):
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*sizes):
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
-
-    return MixerInputs(
-        hidden_states=random(BATCH, tokens, shape.hidden_size),
-        query=random(BATCH, tokens, shape.query_heads, shape.head_size),
-        key=random(BATCH, tokens, shape.key_heads, shape.head_size),
-        value=random(BATCH, tokens, shape.key_heads, shape.value_size),
-        rotary=rotary(torch.arange(tokens)[None], shape.head_size),
-        scaling=shape.head_size**-0.5,
-        sliding_window=None,
-        padding_mask=None,
-        cu_seqlens=None,
-    )
+    angles = rotary(torch.arange(tokens)[None], shape.head_size)
+    return mixer_inputs(shape, tokens, seed=seed, rotary=angles)
 
 
 def part(inputs, start, end, rows=slice(None), positions=None):

@@ -5,28 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from supra.mixers import AttentionShape, MixerInputs, build_mixer
+from supra.mixers import AttentionShape, build_mixer
+from supra.testing import mixer_inputs
 
 SHAPE = AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=5, hidden_size=48)
 
 
-def make_inputs(tokens, scaling=0.7, window=None):
-    generator = torch.Generator().manual_seed(1)
-
-    def random(heads, size):
-        return torch.randn(2, tokens, heads, size, generator=generator, dtype=torch.float64)
-
-    return MixerInputs(
-        hidden_states=random(1, SHAPE.hidden_size)[:, :, 0],
-        query=random(SHAPE.query_heads, SHAPE.head_size),
-        key=random(SHAPE.key_heads, SHAPE.head_size),
-        value=random(SHAPE.key_heads, SHAPE.value_size),
-        rotary=None,
-        scaling=scaling,
-        sliding_window=window,
-        padding_mask=None,
-        cu_seqlens=None,
-    )
+def make_inputs(tokens, window):
+    return mixer_inputs(SHAPE, tokens, scaling=0.7, sliding_window=window)
 
 
 def formula(inputs):
@@ -42,13 +28,13 @@ def formula(inputs):
 
 @pytest.mark.parametrize("window", [None, 1, 4, 17])
 def test_is_the_formula(window):
-    inputs = make_inputs(17, window=window)
+    inputs = make_inputs(17, window)
     torch.testing.assert_close(build_mixer("softmax", SHAPE, {})(inputs)[0], formula(inputs))
 
 
 def test_the_state_is_no_longer_than_the_window():
     mixer, state, lengths = build_mixer("softmax", SHAPE, {}), None, []
-    inputs = make_inputs(9, window=4)
+    inputs = make_inputs(9, 4)
     outputs = []
     for token in range(9):
         one = {k: getattr(inputs, k)[:, token : token + 1] for k in ("query", "key", "value")}

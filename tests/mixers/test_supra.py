@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from supra.mixers import AttentionShape, MixerInputs, Rotary, build_mixer
+from supra.mixers import AttentionShape, Rotary, build_mixer
 from supra.mixers.supra import lightning_slopes
+from supra.testing import mixer_inputs
 
 
 def quadratic(query, key, value, slopes):
@@ -19,22 +20,7 @@ def quadratic(query, key, value, slopes):
 
 
 def inputs_of(shape, rotary=None):
-    generator = torch.Generator().manual_seed(2)
-
-    def random(heads, size):
-        return torch.randn(2, 45, heads, size, generator=generator, dtype=torch.float64)
-
-    return MixerInputs(
-        hidden_states=random(1, shape.hidden_size)[:, :, 0],
-        query=random(shape.query_heads, shape.head_size),
-        key=random(shape.key_heads, shape.head_size),
-        value=random(shape.key_heads, shape.value_size),
-        rotary=rotary,
-        scaling=1.0,
-        sliding_window=None,
-        padding_mask=None,
-        cu_seqlens=None,
-    )
+    return mixer_inputs(shape, 45, seed=2, rotary=rotary)
 
 
 def test_is_the_papers_equation():
