@@ -61,18 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = commands.add_parser("eval", help="perplexity of a model on a text, by position too")
-    add.add_argument("--model", required=True, help="hub id, folder or GGUF file, converted or not")
+    add_model(add)
     add.add_argument("--text", required=True, help=".txt, .jsonl, .jsonl.gz or .parquet")
     add.add_argument("--text-field", default="text", help="field of the text in a record")
     add.add_argument("--sequence-length", type=int, default=2048)
     add.add_argument("--tokens", type=int, help="at most that many tokens of the text")
     add.add_argument("--batch", type=int, default=4)
-    add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add.add_argument("--json", action="store_true", help="print JSON")
     add.set_defaults(run=run_eval)
 
     add = commands.add_parser("generate", help="continue a prompt")
-    add.add_argument("--model", required=True, help="hub id, folder or GGUF file, converted or not")
+    add_model(add)
     add.add_argument("--prompt", required=True)
     add.add_argument("--max-new-tokens", type=int, default=100)
     add.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
@@ -80,9 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--top-p", type=float, default=1.0)
     add.add_argument("--beams", type=int, default=1)
     add.add_argument("--seed", type=int, default=0)
-    add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add.set_defaults(run=run_generate)
     return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model that a command runs."""
+    parser.add_argument(
+        "--model", required=True, help="hub id, folder or GGUF file, converted or not"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
