@@ -140,8 +140,8 @@ def _calls_attention_interface(module: type[nn.Module]) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
-def attention_shape(attention: nn.Module, config: PreTrainedConfig) -> AttentionShape:
-    """The sizes of an attention module, from its config."""
+def attention_shape(config: PreTrainedConfig) -> AttentionShape:
+    """The sizes of the family's attention modules."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return AttentionShape(
@@ -200,9 +200,9 @@ class SupraModel(_SupraPreTrained):
                 f"config.json plans {len(plan['layers'])} layers and has num_hidden_layers "
                 f"{self.config.num_hidden_layers}: convert the model again"
             )
+        shape = attention_shape(self.config)
         for attention in attention_modules(self):
             name = plan["layers"][attention.layer_idx]
-            shape = attention_shape(attention, self.config)
             attention.__class__ = attention_class(type(attention))
             attention.mixer = build_mixer(name, shape, plan["options"].get(name))
         super().post_init()
