@@ -12,19 +12,16 @@ the feature map already applied); a constant g per head is retention (Sun et al.
 token is the scalar-gated family, Mamba-2 among it (Dao & Gu 2024).
 """
 
-import difflib
-from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from supra.kernels.linear_attention import reference
+from supra.kernels import checks
+from supra.kernels.backends import choose, without_autocast
+from supra.kernels.linear_attention import operator, reference
 from supra.kernels.linear_attention import torch as torch_backend
 
-BACKENDS = ("auto", "torch", "triton", "reference")
+OPERATION = "linear_attention"
 
 
 class LinearAttentionState(NamedTuple):
@@ -90,17 +87,20 @@ def chunk_linear_attention(
     if chunk_size < 1:
         raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
     _check_inputs(query, key, value, log_decay)
-    bounds = _sequence_bounds(cu_seqlens, query)
-    backends = {
-        "torch": partial(torch_backend.chunk, bounds=bounds, chunk_size=chunk_size),
-        "reference": partial(reference.recurrence, bounds=bounds),
-    }
-    start = _initial_state(initial_state, normalize, query, key, value, log_decay, len(bounds) - 1)
-    with torch_backend.without_autocast(query.device):
-        output, state = _choose(backend, backends)(
-            query, key, value, log_decay, start, scale=scale, eps=eps
+    sequences = checks.check_packing("query", query, cu_seqlens)
+    state = _check_state(initial_state, normalize, query, key, value, log_decay, sequences)
+    backend = choose(OPERATION, backend, query, key, value)
+    if backend == "reference":
+        return _reference(
+            query, key, value, log_decay, state, cu_seqlens, normalize, scale, eps, return_state
         )
-    return output.to(value.dtype), _like(state, start) if return_state else None
+    output, memory, normalizer, _ = operator.forward(
+        query, key, value, log_decay, *state, cu_seqlens,
+        normalize == "sum", scale, eps, chunk_size, backend,
+    )  # fmt: skip
+    if not return_state:
+        return output, None
+    return output, LinearAttentionState(memory, normalizer if normalize else None)
 
 
 def recurrent_linear_attention(
@@ -122,107 +122,53 @@ def recurrent_linear_attention(
     is not changed.
     """
     _check_inputs(query, key, value, log_decay)
-    bounds = _sequence_bounds(None, query)
-    backends = {
-        "torch": torch_backend.recurrent,
-        "reference": partial(reference.recurrence, bounds=bounds),
-    }
-    start = _initial_state(initial_state, normalize, query, key, value, log_decay, len(bounds) - 1)
-    with torch_backend.without_autocast(query.device):
-        output, state = _choose(backend, backends)(
-            query, key, value, log_decay, start, scale=scale, eps=eps
+    state = _check_state(initial_state, normalize, query, key, value, log_decay, len(query))
+    backend = choose(OPERATION, backend, query, key, value)
+    if backend == "reference":
+        return _reference(
+            query, key, value, log_decay, state, None, normalize, scale, eps, return_state
         )
-    return output.to(value.dtype), _like(state, start) if return_state else None
+    with without_autocast(query.device):
+        output, end = torch_backend.recurrent(
+            query, key, value, log_decay, state,
+            normalized=normalize == "sum", scale=scale, eps=eps,
+        )  # fmt: skip
+    return output, LinearAttentionState(*end) if return_state else None
 
 
-def _choose(backend: str, backends: dict[str, Callable]) -> Callable:
-    """The one rule: "auto" is torch on every device."""
-    if backend == "triton":
-        raise ValueError(
-            "backend (='triton') cannot run: this version has no Triton kernel for "
-            "linear_attention; use 'auto' or 'torch'"
-        )
-    if backend not in BACKENDS:
-        raise ValueError(_unknown("backend", backend, BACKENDS))
-    return backends["torch" if backend == "auto" else backend]
-
-
-def _unknown(name: str, value: object, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {name} {value!r}: {hint}(known: {', '.join(choices)})"
+def _reference(
+    query, key, value, log_decay, state, cu_seqlens, normalize, scale, eps, return_state
+):
+    bounds = checks.bounds(cu_seqlens, *query.shape[:2])
+    with without_autocast(query.device):
+        output, end = reference.recurrence(
+            query, key, value, log_decay, state,
+            bounds=bounds, normalized=normalize == "sum", scale=scale, eps=eps,
+        )  # fmt: skip
+    if not return_state:
+        return output.to(value.dtype), None
+    dtype = checks.state_dtype(query, key, value)
+    state = LinearAttentionState(*(part if part is None else part.to(dtype) for part in end))
+    return output.to(value.dtype), state
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> None:
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} (shape {_shape(tensor)}) must be [B, T, H, D]")
-    if log_decay is not None:
-        tensors["log_decay"] = log_decay
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} (dtype {tensor.dtype}) must be floating point; convert it")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} (on {tensor.device}) must be on {query.device}, as query is")
-    batch, length, heads, width = query.shape
+    checks.check_heads(query, key, value)
+    checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay)
+    if log_decay is None:
+        return
+    batch, length, heads = query.shape[:3]
     kv_heads = key.shape[2]
-    if length < 1:
-        raise ValueError(f"query (shape {_shape(query)}) must have at least one token")
-    if key.shape != (batch, length, kv_heads, width):
-        raise ValueError(
-            f"key (shape {_shape(key)}) must be [{batch}, {length}, Hkv, {width}] to fit query"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value (shape {_shape(value)}) must be [{batch}, {length}, {kv_heads}, V] to fit key"
-        )
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"query heads (={heads}) must be a multiple of key heads (={kv_heads}); "
-            "query head h reads key head h // (Hq // Hkv)"
-        )
-    if log_decay is not None:
-        _check_log_decay(log_decay, batch, length, heads, kv_heads)
-
-
-def _check_log_decay(log_decay: Tensor, batch: int, length: int, heads: int, kv_heads: int) -> None:
     lead, last = log_decay.shape[:-1], log_decay.shape[-1:]
     if lead not in ((), (batch, length)) or last not in ((heads,), (kv_heads,)):
         choice = f"{heads}" if heads == kv_heads else f"{heads} (query) or {kv_heads} (key)"
         raise ValueError(
-            f"log_decay (shape {_shape(log_decay)}) must be [H] or [{batch}, {length}, H] "
+            f"log_decay (shape {checks.shape(log_decay)}) must be [H] or [{batch}, {length}, H] "
             f"with H = {choice} heads"
         )
 
 
-def _sequence_bounds(cu_seqlens: Tensor | None, query: Tensor) -> list[int]:
-    """First token of every sequence in the flattened [B * T] tokens, and the end."""
-    batch, length = query.shape[:2]
-    if cu_seqlens is None:
-        return [row * length for row in range(batch + 1)]
-    if batch != 1:
-        raise ValueError(
-            f"query (batch {batch}) must have one row when cu_seqlens is given; "
-            "pack all sequences into it"
-        )
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens (shape {_shape(cu_seqlens)}, {cu_seqlens.dtype}) must be [N + 1] integers "
-            "with N >= 1"
-        )
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(
-            f"cu_seqlens (from {bounds[0]} to {bounds[-1]}) must go from 0 to T (={length})"
-        )
-    for i, (begin, end) in enumerate(pairwise(bounds)):
-        if begin > end:
-            raise ValueError(f"cu_seqlens (={begin} then {end} at index {i + 1}) must not decrease")
-    return bounds
-
-
-def _initial_state(
+def _check_state(
     state: LinearAttentionState | None,
     normalize: str | None,
     query: Tensor,
@@ -230,39 +176,30 @@ def _initial_state(
     value: Tensor,
     log_decay: Tensor | None,
     sequences: int,
-) -> LinearAttentionState:
-    """The given state, checked and in the precision of the computation, or zeros."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory and normalizer of the given state in the precision of the computation, or Nones."""
     if normalize not in (None, "sum"):
-        raise ValueError(_unknown("normalize", normalize, ("None", "sum")))
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        raise ValueError(checks.unknown("normalize", normalize, ("None", "sum")))
+    if state is None:
+        return None, None
     heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
     shape = (sequences, heads, key.shape[3], value.shape[3])
-    if state is None:
-        zeros = query.new_zeros(shape, dtype=dtype)
-        return LinearAttentionState(zeros, zeros[..., 0] if normalize else None)
     memory, normalizer = state
     if memory.shape != shape:
         raise ValueError(
-            f"initial_state.memory (shape {_shape(memory)}) must be {list(shape)} [N, H, K, V]"
+            f"initial_state.memory (shape {checks.shape(memory)}) must be {list(shape)} "
+            "[N, H, K, V]"
         )
     if (normalizer is None) != (normalize is None):
+        given = "None" if normalizer is None else checks.shape(normalizer)
         raise ValueError(
-            f"initial_state.normalizer (={'None' if normalizer is None else _shape(normalizer)}) "
-            f"must be given exactly when normalize (={normalize!r}) is 'sum'"
+            f"initial_state.normalizer (={given}) must be given exactly when normalize "
+            f"(={normalize!r}) is 'sum'"
         )
     if normalizer is not None and normalizer.shape != shape[:3]:
         raise ValueError(
-            f"initial_state.normalizer (shape {_shape(normalizer)}) must be {list(shape[:3])} "
-            "[N, H, K]"
+            f"initial_state.normalizer (shape {checks.shape(normalizer)}) must be "
+            f"{list(shape[:3])} [N, H, K]"
         )
-    return LinearAttentionState(*(part if part is None else part.to(dtype) for part in state))
-
-
-def _like(state: tuple[Tensor, Tensor | None], start: LinearAttentionState) -> LinearAttentionState:
-    parts = (part if part is None else part.to(start.memory.dtype) for part in state)
-    return LinearAttentionState(*parts)
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
+    dtype = checks.state_dtype(query, key, value)
+    return memory.to(dtype), None if normalizer is None else normalizer.to(dtype)

@@ -9,33 +9,41 @@ def recurrence(
     key: Tensor,
     value: Tensor,
     log_decay: Tensor | None,
-    state: tuple[Tensor, Tensor | None],
+    state: tuple[Tensor | None, Tensor | None],
     *,
     bounds: list[int],
+    normalized: bool,
     scale: float,
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """Output [B, T, Hq, V] and final state, all float64.
 
-    bounds: first token of every sequence in the flattened [B * T] tokens, and the end; one state
-    per sequence.
+    state: memory and normalizer before the first token, None for zeros; one per sequence.
+    bounds: first token of every sequence in the flattened [B * T] tokens, and the end.
     """
     batch, length, heads = query.shape[:3]
+    state_heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
     decay = torch.ones((), dtype=torch.float64, device=query.device)
     decay = decay if log_decay is None else log_decay.double().exp()
-    decay = decay.expand(*query.shape[:2], state[0].shape[1]).flatten(0, 1)
+    decay = decay.expand(batch, length, state_heads).flatten(0, 1)
+    zeros = torch.zeros(
+        len(bounds) - 1, state_heads, key.shape[3], value.shape[3],
+        dtype=torch.float64, device=query.device,
+    )  # fmt: skip
+    first = zeros if state[0] is None else state[0]
+    first_normalizer = zeros[..., 0] if state[1] is None else state[1]
     query, key, value = (x.double().flatten(0, 1) for x in (query, key, value))
 
     def per_query_head(x: Tensor) -> Tensor:
         return x.repeat_interleave(heads // x.shape[0], 0)
 
     def per_state_head(x: Tensor) -> Tensor:
-        return x.repeat_interleave(state[0].shape[1] // x.shape[0], 0)
+        return x.repeat_interleave(state_heads // x.shape[0], 0)
 
     outputs, memories, normalizers = [], [], []
     for n in range(len(bounds) - 1):
-        memory = state[0][n].double()
-        normalizer = None if state[1] is None else state[1][n].double()
+        memory = first[n].double()
+        normalizer = first_normalizer[n].double() if normalized else None
         for t in range(bounds[n], bounds[n + 1]):
             k, v = per_state_head(key[t]), per_state_head(value[t])
             memory = decay[t, :, None, None] * memory + k[:, :, None] * v[:, None, :]
@@ -50,5 +58,5 @@ def recurrence(
         memories.append(memory)
         normalizers.append(normalizer)
     memory = torch.stack(memories)
-    normalizer = None if state[1] is None else torch.stack(normalizers)
+    normalizer = torch.stack(normalizers) if normalized else None
     return torch.stack(outputs).unflatten(0, (batch, length)), (memory, normalizer)

@@ -225,7 +225,8 @@ def test_packed_sequences_are_the_same_as_separate_ones(decay, normalize):
 @pytest.mark.parametrize(("decay", "normalize"), FORMS)
 def test_bfloat16_costs_no_more_than_its_own_rounding(decay, normalize):
     # Truth is float64 on the rounded inputs; the budget is what the float64 results themselves
-    # lose when they are rounded to bfloat16, which is all that the op should add.
+    # lose when they are rounded to bfloat16. The normalized backward reads the rounded output, as
+    # that of FlashAttention does, which costs up to 2.6 times as much.
     exact = {
         name: x.detach().bfloat16().double().requires_grad_()
         for name, x in make_inputs(2, 70, 3, 1, 20, 5, decay).items()
@@ -237,7 +238,7 @@ def test_bfloat16_costs_no_more_than_its_own_rounding(decay, normalize):
     assert found[1].dtype == torch.float32
     for a, b in zip(found, expected, strict=True):
         budget = (b.bfloat16().double() - b).norm()
-        assert (a.double() - b).norm() < 1.5 * budget + 1e-5 * b.norm()
+        assert (a.double() - b).norm() < (3 if normalize else 1.5) * budget + 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("decay", DECAYS)

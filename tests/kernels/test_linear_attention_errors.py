@@ -21,7 +21,10 @@ MISTAKES = {
     "log_decay (shape [7, 4]) must be": {"log_decay": torch.zeros(7, 4)},
     "unknown normalize 'sums': did you mean 'sum'? (known: None, sum)": {"normalize": "sums"},
     "unknown backend 'tritn': did you mean 'triton'?": {"backend": "tritn"},
-    "backend (='triton') cannot run: this version has no Triton kernel": {"backend": "triton"},
+    "backend (='triton') cannot run linear_attention: its kernels compute in float32": {
+        "backend": "triton",
+        "query": torch.zeros(2, 7, 4, 5, dtype=torch.float64),
+    },
     "initial_state.memory (shape [2, 4, 5, 3]) must be [2, 2, 5, 3]": {
         "initial_state": (torch.zeros(2, 4, 5, 3), None)
     },

@@ -1,0 +1,137 @@
+"""How Triton kernels are launched: a static table of tilings, and one call that every launch makes.
+
+Nothing is tuned at run time: a tiling is looked up by the kind of GPU and the width of the heads.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supra.kernels.backends import interpreting
+
+# "small" is for less than 100 KiB of shared memory a block; its kernels fit into 64 KiB
+TARGETS = ("sm_80", "sm_90", "sm_100", "small")
+SMALL_SHARED_MEMORY = 100 * 1024
+
+
+class Tiling(NamedTuple):
+    """How one kernel is cut: channels of a key and of a value tile, warps and pipeline stages."""
+
+    key: int
+    value: int
+    warps: int = 4
+    stages: int = 2
+
+
+# kernel -> target or "any" -> (widest head, tiling), narrow heads first
+Table = Mapping[str, Mapping[str, tuple[tuple[int, Tiling], ...]]]
+
+
+class Launch(NamedTuple):
+    """What one launch would run: the tensors and numbers, and the compile-time constants."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tiling: Tiling
+
+
+_target: str | None = None
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def target(name: str) -> Iterator[None]:
+    """Launch with the tilings of that target, whatever the device is."""
+    global _target
+    before, _target = _target, name
+    try:
+        yield
+    finally:
+        _target = before
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """List the launches instead of running them; works with tensors on the meta device."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def tiling(table: Table, kernel: str, width: int, device: torch.device) -> Tiling:
+    """The row of the table for heads of that width on that device, no tile wider than the head."""
+    rows = table[kernel]
+    rows = rows.get(_target or _target_of(device), rows["any"])
+    found = next((row for widest, row in rows if width <= widest), rows[-1][1])
+    tile = max(16, 1 << (width - 1).bit_length())
+    return found._replace(key=min(found.key, tile), value=min(found.value, tile))
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], tiling: Tiling, **constants: Any
+) -> None:
+    """Run kernel[grid] on the device of its first tensor."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, constants, tiling))
+        return
+    first = next(x for x in arguments.values() if isinstance(x, Tensor))
+    with torch.cuda.device_of(first):
+        kernel[grid](**arguments, **constants, num_warps=tiling.warps, num_stages=tiling.stages)
+
+
+def precision(*tensors: Tensor) -> str:
+    """How products are computed, as tiles.dot() understands it.
+
+    bf16: operands are rounded to bf16. The interpreter multiplies bf16 as bit patterns, so there
+    the same rounding is done on float32 values ("bf16_emulated").
+    fp16: intermediates would overflow, so they stay tf32, which has fp16's 10 bits of mantissa.
+    fp32: three tf32 products, which keep about 21 bits.
+    """
+    dtype = common_dtype(*tensors)
+    if dtype == torch.bfloat16:
+        return "bf16_emulated" if interpreting() else "bf16"
+    return "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of a buffer between kernels that holds `dtype`; float32 where bf16 is emulated."""
+    return torch.float32 if dtype == torch.bfloat16 and interpreting() else dtype
+
+
+def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [..., D] in one dtype, with D a multiple of 16 and stride 1 along it.
+
+    Odd widths in 16 bits break masked loads in some versions of Triton, and 128-bit loads in all.
+    """
+    dtype = storage_dtype(common_dtype(*tensors))
+    return tuple(pad_width(x.to(dtype)) for x in tensors)
+
+
+def pad_width(x: Tensor) -> Tensor:
+    x = F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _target_of(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "sm_80"
+    properties = torch.cuda.get_device_properties(device)
+    if getattr(properties, "shared_memory_per_block_optin", 0) < SMALL_SHARED_MEMORY:
+        return "small"
+    return {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100")
