@@ -67,13 +67,16 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def tiling(table: Table, kernel: str, width: int, device: torch.device) -> Tiling:
-    """The row of the table for heads of that width on that device, no tile wider than the head."""
+def tiling(
+    table: Table, kernel: str, key_width: int, value_width: int, device: torch.device
+) -> Tiling:
+    """The row of the table for heads of these widths on that device, no tile wider than a head."""
     rows = table[kernel]
     rows = rows.get(_target or _target_of(device), rows["any"])
+    width = max(key_width, value_width)
     found = next((row for widest, row in rows if width <= widest), rows[-1][1])
-    tile = max(16, 1 << (width - 1).bit_length())
-    return found._replace(key=min(found.key, tile), value=min(found.value, tile))
+    key, value = (max(16, 1 << (width - 1).bit_length()) for width in (key_width, value_width))
+    return found._replace(key=min(found.key, key), value=min(found.value, value))
 
 
 def launch(

@@ -33,6 +33,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def offset(row, batch_stride, token, time_stride, head, head_stride):
+    """Place of a token of a head in a tensor [B, T, H, D], int64."""
+    place = row * tl.cast(batch_stride, tl.int64) + token * tl.cast(time_stride, tl.int64)
+    return place + head * tl.cast(head_stride, tl.int64)
+
+
+@triton.jit
 def load_tile(base, row_stride, rows, row_end, columns, WIDTH: tl.constexpr):
     """[rows, columns] from a matrix of WIDTH columns; zero outside of it."""
     mask = (rows < row_end)[:, None] & (columns < WIDTH)[None, :]

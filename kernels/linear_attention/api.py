@@ -114,25 +114,44 @@ def recurrent_linear_attention(
     eps: float = 1e-6,
     initial_state: LinearAttentionState | None = None,
     return_state: bool = False,
+    in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, LinearAttentionState | None]:
     """The same function token by token; for decoding, where T = 1 is one short step.
 
-    Arguments, results and errors are those of `chunk_linear_attention`. The state that is passed in
-    is not changed.
+    Arguments, results and errors are those of `chunk_linear_attention`, and one more:
+
+    in_place: write the final state into the tensors of initial_state and return these, so that a
+        step allocates no state. They must be contiguous, float32 (float64 for float64 inputs), and
+        need no gradient. Otherwise the state that is passed in is not changed.
+
+    With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, log_decay)
     state = _check_state(initial_state, normalize, query, key, value, log_decay, len(query))
     backend = choose(OPERATION, backend, query, key, value)
+    if in_place:
+        _check_in_place(initial_state, state, (query, key, value, log_decay), backend)
     if backend == "reference":
         return _reference(
             query, key, value, log_decay, state, None, normalize, scale, eps, return_state
         )
-    with without_autocast(query.device):
-        output, end = torch_backend.recurrent(
-            query, key, value, log_decay, state,
-            normalized=normalize == "sum", scale=scale, eps=eps,
+    if backend == "torch":
+        with without_autocast(query.device):
+            output, end = torch_backend.recurrent(
+                query, key, value, log_decay, state,
+                normalized=normalize == "sum", scale=scale, eps=eps, in_place=in_place,
+            )  # fmt: skip
+        return output, LinearAttentionState(*end) if return_state else None
+    if _needs_gradient(query, key, value, log_decay, *state):
+        output, *end, _ = operator.forward(
+            query, key, value, log_decay, *state, None,
+            normalize == "sum", scale, eps, 64, backend,
         )  # fmt: skip
+        end = end[0], end[1] if normalize else None
+    else:
+        end = state if in_place else _own_state(state, query, key, value, log_decay, normalize)
+        output = operator.step(query, key, value, log_decay, *end, scale, eps)
     return output, LinearAttentionState(*end) if return_state else None
 
 
@@ -203,3 +222,49 @@ def _check_state(
         )
     dtype = checks.state_dtype(query, key, value)
     return memory.to(dtype), None if normalizer is None else normalizer.to(dtype)
+
+
+def _own_state(
+    state: tuple[Tensor | None, Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    normalize: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A copy of the state, or zeros, for a kernel that writes into it."""
+    memory, normalizer = state
+    if memory is not None:
+        memory = memory.clone(memory_format=torch.contiguous_format)
+        return memory, None if normalizer is None else normalizer.clone(
+            memory_format=torch.contiguous_format
+        )
+    heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
+    memory = query.new_zeros(
+        len(query), heads, key.shape[3], value.shape[3], dtype=checks.state_dtype(query, key, value)
+    )
+    return memory, torch.zeros_like(memory[..., 0]) if normalize else None
+
+
+def _check_in_place(
+    given: LinearAttentionState | None,
+    state: tuple[Tensor | None, Tensor | None],
+    inputs: tuple[Tensor | None, ...],
+    backend: str,
+) -> None:
+    if given is None:
+        raise ValueError("in_place (=True) needs an initial_state to write into; pass one")
+    if backend == "reference":
+        raise ValueError("in_place (=True) cannot run with backend='reference'; use 'torch'")
+    if _needs_gradient(*inputs, *state):
+        raise ValueError("in_place (=True) has no gradient; call it under torch.no_grad()")
+    for name, before, part in zip(("memory", "normalizer"), given, state, strict=True):
+        if part is not None and (part is not before or not part.is_contiguous()):
+            raise ValueError(
+                f"initial_state.{name} ({before.dtype}, strides {before.stride()}) must be "
+                f"contiguous {part.dtype} to be written in place"
+            )
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

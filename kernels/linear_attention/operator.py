@@ -71,6 +71,28 @@ def backward(
     return tuple(query.new_empty(0) if x is None else x for x in results)
 
 
+@torch.library.custom_op("supra::linear_attention_step", mutates_args=("memory", "normalizer"))
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    memory: Tensor,
+    normalizer: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    """Output of the recurrence token by token in Triton; the state is updated in place.
+
+    torch's recurrent form needs no op of its own: it is made of torch's.
+    """
+    from supra.kernels.linear_attention import triton as triton_backend
+
+    return triton_backend.recurrent(
+        query, key, value, log_decay, memory, normalizer, scale=scale, eps=eps
+    )
+
+
 def _module(backend: str):
     if backend == "torch":
         return torch_backend
@@ -97,6 +119,11 @@ def _(query, key, value, log_decay, memory, normalizer, cu_seqlens, normalized, 
 def _(d_output, d_memory, d_normalizer, query, key, value, log_decay, memory, normalizer, *_):
     inputs = (query, key, value, log_decay, memory, normalizer)
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+@step.register_fake
+def _(query, key, value, *_):
+    return value.new_empty(*query.shape[:3], value.shape[3])
 
 
 def _setup_context(ctx, inputs, output):

@@ -31,8 +31,12 @@ def recurrent(
     normalized: bool,
     scale: float,
     eps: float,
+    in_place: bool = False,
 ) -> tuple[Tensor, State]:
     """The recurrence of api.py, token by token. Shapes and results as there."""
+    multiply, insert, add = torch.mul, torch.addcmul, torch.add
+    if in_place:
+        multiply, insert, add = Tensor.mul_, Tensor.addcmul_, Tensor.add_
     start = _start(*state, query, key, value, log_decay, normalized, len(query))
     memory, normalizer = start
     dtype, (heads, kv_heads) = memory.dtype, (memory.shape[1], key.shape[2])
@@ -48,14 +52,14 @@ def recurrent(
         q, k, v = query[:, t], key[:, t], value[:, t]
         if decay is not None:
             a = (decay if decay.dim() == 1 else decay[:, t])[..., None]
-            memory = memory * a[..., None]
-            normalizer = None if normalizer is None else normalizer * a
-        memory = torch.addcmul(memory, k[..., None], v[..., None, :])
+            memory = multiply(memory, a[..., None])
+            normalizer = None if normalizer is None else multiply(normalizer, a)
+        memory = insert(memory, k[..., None], v[..., None, :])
         output = q @ memory
         if normalizer is None:
             output = output * scale
         else:
-            normalizer = normalizer + k
+            normalizer = add(normalizer, k)
             output = output / (q @ normalizer[..., None] + eps)
         outputs.append(output.flatten(1, 2))
     return torch.stack(outputs, 1).to(output_dtype), (memory, normalizer)

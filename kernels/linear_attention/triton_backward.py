@@ -1,0 +1,496 @@
+"""Triton kernels of linear attention's gradients, one for each of dq, dk, dv and the states.
+
+A kernel for all of them at once spills registers from heads of 128 on; these do not. Legend as in
+triton_forward. With a normalizer the gradient of the undivided output is d_output * inverse, and
+every product of d_output with a value has `delta` = -sum(d_output * output) added, as if the values
+had a column of ones; both come from output_factors. Without one, inverse is the scale.
+"""
+
+import triton
+import triton.language as tl
+
+from supra.kernels.tiles import (
+    dot,
+    load_sums,
+    load_tile,
+    narrow,
+    offset,
+    sequence,
+    sequence_of,
+    store_tile,
+)
+
+
+@triton.jit
+def output_factors(
+    output, d_output, weights, factors, d_batch, d_time, d_head, length, heads, total, eps,
+    VALUE_WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """1 / (weights + eps) and -sum(d_output * output) of every row, [2, Hq, B * T].
+
+    grid: (B * T / TILE, Hq).
+    """
+    token = tl.program_id(0) * tl.cast(TILE, tl.int64) + tl.arange(0, TILE)
+    head = tl.program_id(1)
+    valid = token < total
+    delta = tl.zeros([TILE], tl.float32)
+    place = token * heads + head
+    d_place = token // length * d_batch + token % length * d_time + head * tl.cast(d_head, tl.int64)
+    for v0 in range(0, VALUE_WIDTH, BLOCK_V):
+        columns = v0 + tl.arange(0, BLOCK_V)
+        mask = valid[:, None] & (columns < VALUE_WIDTH)[None, :]
+        o = tl.load(output + (place * VALUE_WIDTH)[:, None] + columns[None, :], mask=mask, other=0)
+        do = tl.load(d_output + d_place[:, None] + columns[None, :], mask=mask, other=0)
+        delta -= tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    inverse = 1 / (tl.load(weights + place, mask=valid, other=1.0) + eps)
+    base = factors + head * tl.cast(total, tl.int64)
+    tl.store(base + token, inverse, mask=valid)
+    tl.store(base + heads * tl.cast(total, tl.int64) + token, delta, mask=valid)
+
+
+@triton.jit
+def chunk_d_states(
+    query, d_output, sums, factors, states, normalizers, d_end_memory, d_end_normalizer,
+    d_states, d_normalizers, carried, d_memory, d_normalizer, cu_seqlens, chunk_offsets,
+    query_batch, query_time, query_head, d_batch, d_time, d_head,
+    sums_batch, sums_time, sums_head, sums_low, length, heads, total, chunks, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_END: tl.constexpr, HAS_END_NORMALIZER: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the state after every chunk, from the last chunk to the first; heads = Hs.
+
+    grid: (N * Hs * blocks,). `carried` [blocks, Hs, chunks] gets <state, its gradient>, which is
+    the gradient of the log of the chunk's whole decay.
+    """
+    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
+    blocks: tl.constexpr = across * ((KEY_WIDTH + BLOCK_K - 1) // BLOCK_K)
+    lane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    n, head = lane // heads, lane % heads
+    columns_k = (block // across) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns_v = (block % across) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = tl.arange(0, TILE)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+
+    query += offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
+    d_output += offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
+    query_step, d_step = tl.cast(query_time, tl.int64), tl.cast(d_time, tl.int64)
+    state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
+    slot = tl.cast(first + n, tl.int64) * heads + head
+    states += slot * state_size
+    d_states += (tl.cast(first, tl.int64) * heads + head) * state_size
+    state_step = tl.cast(heads, tl.int64) * state_size
+    acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if HAS_END:
+        base = d_end_memory + tl.cast(lane, tl.int64) * state_size
+        acc = load_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
+    if NORMALIZED:
+        normalizers += slot * KEY_WIDTH
+        d_normalizers += (tl.cast(first, tl.int64) * heads + head) * KEY_WIDTH
+        factors += offset(row, length, begin, 1, head * QUERIES, total)
+        delta_low = heads * QUERIES * tl.cast(total, tl.int64)
+        d_z = tl.zeros([BLOCK_K], tl.float32)
+        if HAS_END_NORMALIZER:
+            base = d_end_normalizer + tl.cast(lane, tl.int64) * KEY_WIDTH
+            d_z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
+    if HAS_DECAY:
+        sums += offset(row, sums_batch, begin, sums_time, head, sums_head)
+        carried += offset(0, 0, first, 1, block * heads + head, chunks)
+
+    count = tl.cdiv(tokens, CHUNK)
+    for back in range(0, count):
+        c = count - 1 - back
+        store_tile(
+            d_states + c * state_step, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
+            narrow(acc, PRECISION),
+        )  # fmt: skip
+        if NORMALIZED and block % across == 0:
+            base = d_normalizers + c * heads * KEY_WIDTH
+            tl.store(base + columns_k, d_z, mask=columns_k < KEY_WIDTH)
+        if HAS_DECAY:
+            after = load_tile(
+                states + (c + 1) * state_step,
+                VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
+            )  # fmt: skip
+            along = tl.sum(after.to(tl.float32) * acc)
+            if NORMALIZED and block % across == 0:
+                base = normalizers + (c + 1) * heads * KEY_WIDTH
+                z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
+                along += tl.sum(z * d_z)
+            tl.store(carried + c, along)
+            last = sums + c * CHUNK * sums_time + tl.minimum(tokens - c * CHUNK, CHUNK) - 1
+            whole = tl.exp(tl.load(last) + tl.load(last + sums_low))
+            acc *= whole
+            if NORMALIZED:
+                d_z *= whole
+        for t in range(0, CHUNK, TILE):
+            at = c * CHUNK + t
+            if HAS_DECAY:
+                base = sums + c * CHUNK * sums_time + t
+                high, low = load_sums(base, base + sums_low, rows, tokens - at)
+                entering = tl.exp(high + low)
+            for r in range(0, QUERIES):
+                q = load_tile(
+                    query + at * query_step + r * tl.cast(query_head, tl.int64),
+                    query_time, rows, tokens - at, columns_k, KEY_WIDTH,
+                )  # fmt: skip
+                do = load_tile(
+                    d_output + at * d_step + r * tl.cast(d_head, tl.int64),
+                    d_time, rows, tokens - at, columns_v, VALUE_WIDTH,
+                )  # fmt: skip
+                if HAS_DECAY:
+                    q = q * entering[:, None]
+                if NORMALIZED:
+                    base = factors + at + r * tl.cast(total, tl.int64)
+                    inverse, delta = load_sums(base, base + delta_low, rows, tokens - at)
+                    q = q * inverse[:, None]
+                    d_z += tl.sum(q.to(tl.float32) * delta[:, None], 0)
+                else:
+                    q = q * scale
+                acc = dot(tl.trans(q), do, acc, PRECISION)
+
+    if HAS_INITIAL:
+        base = d_memory + tl.cast(lane, tl.int64) * state_size
+        store_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, acc)
+        if NORMALIZED and block % across == 0:
+            base = d_normalizer + tl.cast(lane, tl.int64) * KEY_WIDTH
+            tl.store(base + columns_k, d_z, mask=columns_k < KEY_WIDTH)
+
+
+@triton.jit
+def chunk_d_query(
+    key, value, query, d_output, sums, factors, states, normalizers, d_query, query_products,
+    cu_seqlens, chunk_offsets,
+    query_batch, query_time, query_head, key_batch, key_time, key_head,
+    value_batch, value_time, value_head, d_batch, d_time, d_head,
+    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads, total, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
+    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, and the products q . dq of every block of channels [blocks, Hq, B * T]; heads = Hq.
+
+    grid: (chunks * CHUNK / TILE * blocks of K, Hq).
+    """
+    across: tl.constexpr = (KEY_WIDTH + BLOCK_K - 1) // BLOCK_K
+    tiles: tl.constexpr = CHUNK // TILE
+    tile, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
+    chunk, part = tile // tiles, tile % tiles
+    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    chunk_at = (chunk - first) * CHUNK
+    left = tokens - chunk_at
+    if part * TILE >= left:
+        return
+    rows = tl.arange(0, TILE)
+    columns_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    state_head = head // QUERIES
+    kv_head = state_head // STATES
+    token = begin + chunk_at
+
+    d_output += offset(row, d_batch, token + part * TILE, d_time, head, d_head)
+    key += offset(row, key_batch, token, key_time, kv_head, key_head)
+    value += offset(row, value_batch, token, value_time, kv_head, value_head)
+    slot = tl.cast(chunk + n, tl.int64) * (heads // QUERIES) + state_head
+    states += slot * KEY_WIDTH * VALUE_WIDTH
+    acc = tl.zeros([TILE, BLOCK_K], tl.float32)
+    for v0 in range(0, VALUE_WIDTH, BLOCK_V):
+        columns_v = v0 + tl.arange(0, BLOCK_V)
+        do = load_tile(d_output, d_time, rows, left - part * TILE, columns_v, VALUE_WIDTH)
+        s = load_tile(states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
+        acc = dot(do, tl.trans(s), acc, PRECISION)
+    if NORMALIZED:
+        factors += offset(row, length, token + part * TILE, 1, head, total)
+        delta_low = heads * tl.cast(total, tl.int64)
+        inverse, delta = load_sums(factors, factors + delta_low, rows, left - part * TILE)
+        base = normalizers + slot * KEY_WIDTH
+        z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
+        acc += delta[:, None] * z[None, :]
+    if HAS_DECAY:
+        sums += offset(row, sums_batch, token, sums_time, state_head, sums_head)
+        base = sums + part * TILE
+        high, low = load_sums(base, base + sums_low, rows, left - part * TILE)
+        acc *= tl.exp(high + low)[:, None]
+
+    for j in range(0, part + 1):
+        d_scores = tl.zeros([TILE, TILE], tl.float32)
+        for v0 in range(0, VALUE_WIDTH, BLOCK_V):
+            columns_v = v0 + tl.arange(0, BLOCK_V)
+            do = load_tile(d_output, d_time, rows, left - part * TILE, columns_v, VALUE_WIDTH)
+            v = load_tile(
+                value + j * TILE * value_time,
+                value_time, rows, left - j * TILE, columns_v, VALUE_WIDTH,
+            )  # fmt: skip
+            d_scores = dot(do, tl.trans(v), d_scores, PRECISION)
+        if NORMALIZED:
+            d_scores += delta[:, None]
+        past = (part * TILE + rows)[:, None] >= (j * TILE + rows)[None, :]
+        if HAS_DECAY:
+            base = sums + j * TILE
+            high_j, low_j = load_sums(base, base + sums_low, rows, left - j * TILE)
+            logs = (high[:, None] - high_j[None, :]) + (low[:, None] - low_j[None, :])
+            d_scores *= tl.exp(tl.where(past, logs, float("-inf")))
+        else:
+            d_scores = tl.where(past, d_scores, 0.0)
+        k = load_tile(
+            key + j * TILE * key_time, key_time, rows, left - j * TILE, columns_k, KEY_WIDTH
+        )
+        acc = dot(d_scores, k, acc, PRECISION)
+
+    if NORMALIZED:
+        acc *= inverse[:, None]
+    else:
+        acc *= scale
+    token += part * TILE
+    base = d_query + (row * tl.cast(length, tl.int64) + token) * heads * KEY_WIDTH
+    store_tile(
+        base + head * KEY_WIDTH, heads * KEY_WIDTH, rows, left - part * TILE,
+        columns_k, KEY_WIDTH, acc,
+    )  # fmt: skip
+    if HAS_DECAY:
+        query += offset(row, query_batch, token, query_time, head, query_head)
+        q = load_tile(query, query_time, rows, left - part * TILE, columns_k, KEY_WIDTH)
+        base = query_products + offset(row, length, token, 1, block * heads + head, total)
+        along = tl.sum(q.to(tl.float32) * acc, 1)
+        tl.store(base + rows, along, mask=rows < left - part * TILE)
+
+
+@triton.jit
+def chunk_d_key(
+    query, key, value, d_output, sums, factors, d_states, d_normalizers, d_key, key_products,
+    cu_seqlens, chunk_offsets,
+    query_batch, query_time, query_head, key_batch, key_time, key_head,
+    value_batch, value_time, value_head, d_batch, d_time, d_head,
+    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads, total, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
+    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, and the products k . dk per state head and block of channels; heads = Hkv.
+
+    grid: (chunks * CHUNK / TILE * blocks of K, Hkv). Transposed scores come from a product of their
+    own: a transposed accumulator as an operand is miscompiled by some versions on sm_90.
+    """
+    across: tl.constexpr = (KEY_WIDTH + BLOCK_K - 1) // BLOCK_K
+    tiles: tl.constexpr = CHUNK // TILE
+    tile, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
+    chunk, part = tile // tiles, tile % tiles
+    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    chunk_at = (chunk - first) * CHUNK
+    left = tokens - chunk_at
+    if part * TILE >= left:
+        return
+    rows = tl.arange(0, TILE)
+    columns_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    token = begin + chunk_at
+    value += offset(row, value_batch, token + part * TILE, value_time, head, value_head)
+    key += offset(row, key_batch, token + part * TILE, key_time, head, key_head)
+    query += offset(row, query_batch, token, query_time, 0, query_head)
+    d_output += offset(row, d_batch, token, d_time, 0, d_head)
+    if NORMALIZED:
+        factors += offset(row, length, token, 1, 0, total)
+        delta_low = heads * STATES * QUERIES * tl.cast(total, tl.int64)
+    all_states = tl.zeros([TILE, BLOCK_K], tl.float32)
+
+    for s in range(0, STATES):
+        state_head = head * STATES + s
+        slot = tl.cast(chunk, tl.int64) * (heads * STATES) + state_head
+        acc = tl.zeros([TILE, BLOCK_K], tl.float32)
+        for v0 in range(0, VALUE_WIDTH, BLOCK_V):
+            columns_v = v0 + tl.arange(0, BLOCK_V)
+            v = load_tile(value, value_time, rows, left - part * TILE, columns_v, VALUE_WIDTH)
+            ds = load_tile(
+                d_states + slot * KEY_WIDTH * VALUE_WIDTH,
+                VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
+            )  # fmt: skip
+            acc = dot(v, tl.trans(ds), acc, PRECISION)
+        if NORMALIZED:
+            base = d_normalizers + slot * KEY_WIDTH
+            acc += tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)[None, :]
+        if HAS_DECAY:
+            sums_s = sums + offset(row, sums_batch, token, sums_time, state_head, sums_head)
+            base = sums_s + part * TILE
+            high, low = load_sums(base, base + sums_low, rows, left - part * TILE)
+            last = sums_s + tl.minimum(left, CHUNK) - 1
+            whole_high, whole_low = tl.load(last), tl.load(last + sums_low)
+            acc *= tl.exp((whole_high - high) + (whole_low - low))[:, None]
+        for r in range(0, QUERIES):
+            query_at = query + (state_head * QUERIES + r) * tl.cast(query_head, tl.int64)
+            d_at = d_output + (state_head * QUERIES + r) * tl.cast(d_head, tl.int64)
+            for i in range(part, tiles):
+                d_scores = tl.zeros([TILE, TILE], tl.float32)  # [key token, query token]
+                for v0 in range(0, VALUE_WIDTH, BLOCK_V):
+                    columns_v = v0 + tl.arange(0, BLOCK_V)
+                    v = load_tile(
+                        value, value_time, rows, left - part * TILE, columns_v, VALUE_WIDTH
+                    )
+                    do = load_tile(
+                        d_at + i * TILE * d_time,
+                        d_time, rows, left - i * TILE, columns_v, VALUE_WIDTH,
+                    )  # fmt: skip
+                    d_scores = dot(v, tl.trans(do), d_scores, PRECISION)
+                if NORMALIZED:
+                    base = factors + (state_head * QUERIES + r) * tl.cast(total, tl.int64)
+                    base += i * TILE
+                    inverse, delta = load_sums(base, base + delta_low, rows, left - i * TILE)
+                    d_scores = (d_scores + delta[None, :]) * inverse[None, :]
+                else:
+                    d_scores *= scale
+                future = (part * TILE + rows)[:, None] <= (i * TILE + rows)[None, :]
+                future &= (rows < left - i * TILE)[None, :]
+                if HAS_DECAY:
+                    base = sums_s + i * TILE
+                    high_i, low_i = load_sums(base, base + sums_low, rows, left - i * TILE)
+                    logs = (high_i[None, :] - high[:, None]) + (low_i[None, :] - low[:, None])
+                    d_scores *= tl.exp(tl.where(future, logs, float("-inf")))
+                else:
+                    d_scores = tl.where(future, d_scores, 0.0)
+                q = load_tile(
+                    query_at + i * TILE * query_time,
+                    query_time, rows, left - i * TILE, columns_k, KEY_WIDTH,
+                )  # fmt: skip
+                acc = dot(d_scores, q, acc, PRECISION)
+        if HAS_DECAY:
+            k = load_tile(key, key_time, rows, left - part * TILE, columns_k, KEY_WIDTH)
+            base = key_products + offset(
+                row, length, token + part * TILE, 1, block * heads * STATES + state_head, total
+            )
+            along = tl.sum(k.to(tl.float32) * acc, 1)
+            tl.store(base + rows, along, mask=rows < left - part * TILE)
+        all_states += acc
+
+    base = d_key + (row * tl.cast(length, tl.int64) + token + part * TILE) * heads * KEY_WIDTH
+    store_tile(
+        base + head * KEY_WIDTH, heads * KEY_WIDTH, rows, left - part * TILE,
+        columns_k, KEY_WIDTH, all_states,
+    )  # fmt: skip
+
+
+@triton.jit
+def chunk_d_value(
+    query, key, d_output, sums, factors, d_states, d_value, cu_seqlens, chunk_offsets,
+    query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
+    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads, total, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
+    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv; heads = Hkv. grid: (chunks * CHUNK / TILE * blocks of V, Hkv)."""
+    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
+    tiles: tl.constexpr = CHUNK // TILE
+    tile, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
+    chunk, part = tile // tiles, tile % tiles
+    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    chunk_at = (chunk - first) * CHUNK
+    left = tokens - chunk_at
+    if part * TILE >= left:
+        return
+    rows = tl.arange(0, TILE)
+    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    token = begin + chunk_at
+    key += offset(row, key_batch, token + part * TILE, key_time, head, key_head)
+    query += offset(row, query_batch, token, query_time, 0, query_head)
+    d_output += offset(row, d_batch, token, d_time, 0, d_head)
+    if NORMALIZED:
+        factors += offset(row, length, token, 1, 0, total)
+    acc = tl.zeros([TILE, BLOCK_V], tl.float32)
+
+    for s in range(0, STATES):
+        state_head = head * STATES + s
+        slot = tl.cast(chunk, tl.int64) * (heads * STATES) + state_head
+        carried = tl.zeros([TILE, BLOCK_V], tl.float32)
+        for k0 in range(0, KEY_WIDTH, BLOCK_K):
+            columns_k = k0 + tl.arange(0, BLOCK_K)
+            k = load_tile(key, key_time, rows, left - part * TILE, columns_k, KEY_WIDTH)
+            ds = load_tile(
+                d_states + slot * KEY_WIDTH * VALUE_WIDTH,
+                VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
+            )  # fmt: skip
+            carried = dot(k, ds, carried, PRECISION)
+        if HAS_DECAY:
+            sums_s = sums + offset(row, sums_batch, token, sums_time, state_head, sums_head)
+            base = sums_s + part * TILE
+            high, low = load_sums(base, base + sums_low, rows, left - part * TILE)
+            last = sums_s + tl.minimum(left, CHUNK) - 1
+            whole_high, whole_low = tl.load(last), tl.load(last + sums_low)
+            carried *= tl.exp((whole_high - high) + (whole_low - low))[:, None]
+        acc += carried
+        for r in range(0, QUERIES):
+            query_at = query + (state_head * QUERIES + r) * tl.cast(query_head, tl.int64)
+            d_at = d_output + (state_head * QUERIES + r) * tl.cast(d_head, tl.int64)
+            for i in range(part, tiles):
+                scores = tl.zeros([TILE, TILE], tl.float32)  # [key token, query token]
+                for k0 in range(0, KEY_WIDTH, BLOCK_K):
+                    columns_k = k0 + tl.arange(0, BLOCK_K)
+                    k = load_tile(key, key_time, rows, left - part * TILE, columns_k, KEY_WIDTH)
+                    q = load_tile(
+                        query_at + i * TILE * query_time,
+                        query_time, rows, left - i * TILE, columns_k, KEY_WIDTH,
+                    )  # fmt: skip
+                    scores = dot(k, tl.trans(q), scores, PRECISION)
+                if NORMALIZED:
+                    base = factors + (state_head * QUERIES + r) * tl.cast(total, tl.int64)
+                    base += i * TILE
+                    scores *= tl.load(base + rows, mask=rows < left - i * TILE, other=0.0)[None, :]
+                else:
+                    scores *= scale
+                future = (part * TILE + rows)[:, None] <= (i * TILE + rows)[None, :]
+                future &= (rows < left - i * TILE)[None, :]
+                if HAS_DECAY:
+                    base = sums_s + i * TILE
+                    high_i, low_i = load_sums(base, base + sums_low, rows, left - i * TILE)
+                    logs = (high_i[None, :] - high[:, None]) + (low_i[None, :] - low[:, None])
+                    scores *= tl.exp(tl.where(future, logs, float("-inf")))
+                else:
+                    scores = tl.where(future, scores, 0.0)
+                do = load_tile(
+                    d_at + i * TILE * d_time,
+                    d_time, rows, left - i * TILE, columns_v, VALUE_WIDTH,
+                )  # fmt: skip
+                acc = dot(scores, do, acc, PRECISION)
+
+    base = d_value + (row * tl.cast(length, tl.int64) + token + part * TILE) * heads * VALUE_WIDTH
+    store_tile(
+        base + head * VALUE_WIDTH, heads * VALUE_WIDTH, rows, left - part * TILE,
+        columns_v, VALUE_WIDTH, acc,
+    )  # fmt: skip
+
+
+@triton.jit
+def chunk_d_log_decay(
+    query_products, key_products, carried, d_log_decay, cu_seqlens, chunk_offsets,
+    sequences, length, heads, total, chunks, key_blocks, state_blocks,
+    CHUNK: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the log of every token's decay [B * T, Hs]; heads = Hs. grid: (chunks, Hs).
+
+    A chunk at a time: sums over a whole sequence would cancel digits that a long text has not got.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    at = (chunk - first) * CHUNK
+    if at >= tokens:
+        return
+    rows = tl.arange(0, CHUNK)
+    valid = rows < tokens - at
+    place = row * tl.cast(length, tl.int64) + begin + at
+    d_sums = tl.zeros([CHUNK], tl.float32)
+    for block in range(0, key_blocks):
+        for r in range(0, QUERIES):
+            lane = (block * heads + head) * QUERIES + r
+            base = query_products + lane * tl.cast(total, tl.int64) + place
+            d_sums += tl.load(base + rows, mask=valid, other=0.0)
+        base = key_products + (block * heads + head) * tl.cast(total, tl.int64) + place
+        d_sums -= tl.load(base + rows, mask=valid, other=0.0)
+    found = tl.cumsum(d_sums, 0, reverse=True)
+    for block in range(0, state_blocks):
+        base = carried + (block * heads + head) * tl.cast(chunks, tl.int64)
+        found += tl.load(base + chunk)
+    tl.store(d_log_decay + (place + rows) * heads + head, found, mask=valid)
