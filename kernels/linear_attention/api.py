@@ -14,6 +14,7 @@ token is the scalar-gated family, Mamba-2 among it (Dao & Gu 2024).
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from supra.kernels import checks
@@ -233,17 +234,15 @@ def _own_state(
     normalize: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A copy of the state, or zeros, for a kernel that writes into it."""
-    memory, normalizer = state
-    if memory is not None:
-        memory = memory.clone(memory_format=torch.contiguous_format)
-        return memory, None if normalizer is None else normalizer.clone(
-            memory_format=torch.contiguous_format
+    if state[0] is not None:
+        memory, normalizer = (
+            x if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
         )
+        return memory, normalizer
     heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
-    memory = query.new_zeros(
-        len(query), heads, key.shape[3], value.shape[3], dtype=checks.state_dtype(query, key, value)
-    )
-    return memory, torch.zeros_like(memory[..., 0]) if normalize else None
+    shape = (len(query), heads, key.shape[3], value.shape[3])
+    memory = query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))
+    return memory, memory.new_zeros(shape[:3]) if normalize else None
 
 
 def _check_in_place(
