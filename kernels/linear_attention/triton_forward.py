@@ -264,8 +264,8 @@ def recurrent_steps(
         k = tl.load(key + t * tl.cast(key_time, tl.int64), mask=valid_k, other=0.0).to(tl.float32)
         v = tl.load(value + t * tl.cast(value_time, tl.int64), mask=valid_v, other=0.0)
         if HAS_DECAY:
-            base = log_decay + offset(n, decay_batch, t, decay_time, head, decay_head)
-            a = tl.exp(tl.load(base).to(tl.float32))
+            g = tl.load(log_decay + offset(n, decay_batch, t, decay_time, head, decay_head))
+            a = tl.exp(g.to(tl.float32))
             s *= a
             if NORMALIZED:
                 z *= a
@@ -273,15 +273,15 @@ def recurrent_steps(
         if NORMALIZED:
             z += k
         for r in range(0, QUERIES):
-            base = query + t * tl.cast(query_time, tl.int64) + r * query_head
-            q = tl.load(base, mask=valid_k, other=0.0).to(tl.float32)
+            place_q = offset(0, 0, t, query_time, r, query_head)
+            q = tl.load(query + place_q, mask=valid_k, other=0.0).to(tl.float32)
             out = tl.sum(q[:, None] * s, 0)
             if NORMALIZED:
                 out /= tl.sum(q * z, 0) + eps
             else:
                 out *= scale
-            base = output + (t * tl.cast(heads, tl.int64) * QUERIES + r) * VALUE_WIDTH
-            tl.store(base, out, mask=valid_v)
+            place_o = (t * tl.cast(heads, tl.int64) * QUERIES + r) * VALUE_WIDTH
+            tl.store(output + place_o, out, mask=valid_v)
     store_tile(
         end_memory + place * VALUE_WIDTH, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v,
         VALUE_WIDTH, s,
