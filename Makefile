@@ -1,18 +1,22 @@
 # make demo   the main job on a real model, about 15 minutes on 2 cores
 # make test   linter and tests, under 15 minutes on 2 cores
+# make test-long   fuzz, and every kernel compiled: an hour
 # make format write the code the way the linter wants it
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-long lint format clean
 
 demo: $(VENV)/demo
 	HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(BIN)/python recipes/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-long: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -173,7 +173,7 @@ def recurrent(
 ) -> Tensor:
     """Output of the recurrence token by token; memory and normalizer are updated in place."""
     batch, length, heads, key_width = query.shape
-    value_width, state_heads = value.shape[3], memory.shape[1]
+    value_width, state_heads, output_dtype = value.shape[3], memory.shape[1], value.dtype
     dtype = storage_dtype(common_dtype(query, key, value))
     query, key, value = (
         x if x.stride(-1) == 1 else x.contiguous()
@@ -201,7 +201,7 @@ def recurrent(
     )  # fmt: skip
     if normalizer is not None:
         normalizer.copy_(end)
-    return output.to(value.dtype)
+    return output.to(output_dtype)
 
 
 class _Plan:
