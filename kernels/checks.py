@@ -76,6 +76,11 @@ def check_packing(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> int:
     return len(cu_seqlens) - 1
 
 
+def sequences(tensor: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Rows of `tensor` [B, T, ...], or sequences packed in its one row."""
+    return len(tensor) if cu_seqlens is None else len(cu_seqlens) - 1
+
+
 def bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int]:
     """First token of every sequence in the flattened [B * T] tokens, and the end.
 

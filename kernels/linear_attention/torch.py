@@ -1,22 +1,32 @@
-"""Linear attention in plain torch, for any device; chunks as batched matrix products.
+"""Linear attention in plain torch, for any device, fast on a CPU.
 
-Legend: C chunk length, G query heads per key head, R query heads per state head (1 or G). A tile is
-one chunk of one head, [C, D]. States are kept transposed, [N, H, V, K], so that the products need
-no copy; with a normalizer a column of ones is added to the values (V + 1 in all), which makes the
-normalizer one more row of the state and its gradient one more column.
+The chunks of a sequence go one by one through batched matrix products over heads, so that what is
+computed stays in the cache, and memory does not grow with the text. A batch goes in groups of rows,
+just enough to fill the products; a packed row goes sequence by sequence.
+
+Legend: C tokens of a chunk; G query heads per key head, R per state head, S state heads per key
+head. A tile is one chunk of one head, [C, D]; query heads that share a key head are one tile of
+G * C rows.
 """
 
-from collections.abc import Iterable
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.packing import Layout
 
-# exp(-104) is 0 in float32; a lower sum of logs would only cost the differences their digits
+# exp(-104) is 0 in float32
 LOWEST_LOG_DECAY = -104.0
+# Tiles that a product should have: with fewer the calls cost more than the work
+TILES = 8
+# Chunks whose states the backward pass holds at a time; it keeps one state for each such span
+SPAN = 64
+# exp(80) and exp(-80) are normal in float32, so down to exp(-160) a decay splits into two factors
+WIDEST_DECAY = -160.0
 
 State = tuple[Tensor | None, Tensor | None]
 
@@ -37,8 +47,7 @@ def recurrent(
     multiply, insert, add = torch.mul, torch.addcmul, torch.add
     if in_place:
         multiply, insert, add = Tensor.mul_, Tensor.addcmul_, Tensor.add_
-    start = _start(*state, query, key, value, log_decay, normalized, len(query))
-    memory, normalizer = start
+    memory, normalizer = _start(*state, query, key, value, log_decay, normalized, len(query))
     dtype, (heads, kv_heads) = memory.dtype, (memory.shape[1], key.shape[2])
     decay = None if log_decay is None else log_decay.to(dtype).exp()
     output_dtype = value.dtype
@@ -80,23 +89,28 @@ def chunk_forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The same function in chunks; arguments and results are those of operator.forward."""
-    layout = Layout.of(checks.bounds(cu_seqlens, *query.shape[:2]), chunk_size, query.device)
-    start = _start(memory, normalizer, query, key, value, log_decay, normalized, len(layout.order))
-    tiles = _Tiles(layout, query, key, value, log_decay, _transposed(*start)[layout.order])
-    states, end = tiles.states()
-    out = tiles.enter(torch.bmm(tiles.by_state, states.flatten(0, 1).mT))
-    out = out.view(*tiles.query.shape[:2], -1).baddbmm_(tiles.scores(), tiles.value)
-    weights = None
-    if normalized:
-        weights = layout.scatter(out[..., -1:], query)[..., 0]
-        out = out[..., :-1] / (out[..., -1:] + eps)
-    elif scale != 1:
-        out *= scale
-    output = layout.scatter(out, query).to(value.dtype)
-    end = end[layout.place].mT
-    if not normalized:
-        return output, end.contiguous(), None, None
-    return output, end[..., :-1].contiguous(), end[..., -1].contiguous(), weights
+    groups = _groups(query, key, cu_seqlens, chunk_size)
+    inputs = (query, key, value, log_decay, normalized, checks.sequences(query, cu_seqlens))
+    memory, normalizer = _copies(*_start(memory, normalizer, *inputs))
+    output = value.new_empty(*query.shape[:3], value.shape[3])
+    weights = memory.new_empty(*query.shape[:3], 1) if normalized else None
+    for group in groups:
+        s, z = group.state(memory, normalizer)
+        decay = _Decay.of(log_decay, group, chunk_size, memory.dtype)
+        for chunk in group.chunks(query, key, value, decay, memory.dtype, chunk_size):
+            scores = chunk.scores()
+            out = chunk.enter(torch.bmm(chunk.by_state(chunk.query), s))
+            out = out.view(*scores.shape[:2], -1).baddbmm_(scores, chunk.value)
+            if normalized:
+                weight = chunk.enter(torch.bmm(chunk.by_state(chunk.query), z[..., None]))
+                weight = weight.view(*scores.shape[:2], 1) + scores.sum(-1, keepdim=True)
+                chunk.write(weights, weight)
+                out /= weight + eps
+            elif scale != 1:
+                out *= scale
+            chunk.write(output, out)
+            chunk.update(s, z)
+    return output, memory, normalizer, weights[..., 0] if normalized else None
 
 
 def chunk_backward(
@@ -120,64 +134,116 @@ def chunk_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, log_decay, memory and normalizer.
 
-    States and scores are computed again. The gradient of a running sum of logs follows from
-    q . dq = o . do of its row and from k . dk = v . dv of its column, which need no pass over K.
+    States and scores are computed again, a span of chunks at a time.
     """
-    layout = Layout.of(checks.bounds(cu_seqlens, *query.shape[:2]), chunk_size, query.device)
-    inputs = (query, key, value, log_decay, normalized, len(layout.order))
-    start = _transposed(*_start(memory, normalizer, *inputs))[layout.order]
-    d_end = _transposed(*_start(d_memory, d_normalizer, *inputs))[layout.order]
-    tiles = _Tiles(layout, query, key, value, log_decay, start)
-    states, _ = tiles.states()
-    dtype = start.dtype
-
-    # d_out: gradient of the undivided output; along: its product with that output
-    d_out = layout.clear(layout.gather(d_output, dtype)).view(*tiles.query.shape[:2], -1)
-    along = (d_out * layout.gather(output, dtype).view_as(d_out)).sum(-1, keepdim=True)
-    if normalized:
-        inverse = (layout.gather(weights[..., None], dtype).view_as(along) + eps).reciprocal_()
-        along *= inverse
-        d_out = torch.cat((d_out * inverse, -along), -1)
-        along *= eps
-    elif scale != 1:
-        d_out *= scale
-
-    scores = tiles.scores()
-    d_scores = torch.bmm(d_out, tiles.value.mT)
-    d_sums = None
+    groups = _groups(query, key, cu_seqlens, chunk_size)
+    inputs = (query, key, value, log_decay, normalized, checks.sequences(query, cu_seqlens))
+    start = _start(memory, normalizer, *inputs)
+    d_state = _copies(*_start(d_memory, d_normalizer, *inputs))
+    dtype = start[0].dtype
+    d_inputs = [x.new_empty(x.shape) for x in (query, key, value)]
+    d_decays = None
     if log_decay is not None:
-        products = (scores * d_scores).view(*tiles.grid, -1)
-        d_sums = along.view(tiles.grid).sum(2) - products.sum((2, 3))
-    d_scores.view(*tiles.grid, -1).mul_(tiles.within)
-    d_query = torch.bmm(d_scores, tiles.key)
-    d_key = torch.bmm(d_scores.mT, tiles.query)
-    d_value = torch.bmm(scores.mT, d_out)
+        d_decays = start[0].new_empty(*query.shape[:2], log_decay.shape[-1])
+    for group in groups:
+        s, z = _copies(*group.state(*start))
+        ds, dz = group.state(*d_state)
+        decay = _Decay.of(log_decay, group, chunk_size, dtype)
+        chunks = group.chunks(query, key, value, decay, dtype, chunk_size)
+        spans = [chunks[i : i + SPAN] for i in range(0, len(chunks), SPAN)]
+        kept = []
+        for i, span in enumerate(spans):
+            kept.append(_copies(s, z))
+            for chunk in span if i + 1 < len(spans) else ():
+                chunk.update(s, z)
+        for span in reversed(spans):
+            s, z = kept.pop()
+            before = []
+            for chunk in span:
+                before.append(_copies(s, z))
+                chunk.update(s, z)
+            for chunk in reversed(span):
+                do = chunk.tiles(d_output)
+                delta = None
+                if normalized:
+                    inverse = (chunk.tiles(weights[..., None]) + eps).reciprocal_()
+                    delta = (do * chunk.tiles(output)).sum(-1, keepdim=True).mul_(inverse).neg_()
+                    do = do * inverse
+                elif scale != 1:
+                    do = do * scale
+                *found, d_decay = _chunk_gradients(chunk, do, delta, *before.pop(), ds, dz)
+                for out, x in zip(d_inputs, found, strict=True):
+                    chunk.write(out, x)
+                if d_decays is not None:
+                    chunk.write(d_decays[..., None], d_decay[..., None])
 
-    d_out = tiles.enter(d_out.view(*tiles.by_state.shape[:2], -1))
-    d_query.view_as(tiles.by_state).baddbmm_(d_out, states.flatten(0, 1))
-    steps = torch.bmm(d_out.mT, tiles.by_state).view_as(states)
-    d_states, d_start = tiles.scan(steps, d_end, reversed(layout.levels))
-    d_wide = d_states.view(tiles.key.shape[0], -1, tiles.key.shape[2])
-    d_key.baddbmm_(tiles.weighted, d_wide)
-    d_weighted = torch.bmm(tiles.key, d_wide.mT)
-    if log_decay is None:
-        d_value += d_weighted
+    d_log_decay = None
+    if log_decay is not None:
+        d_log_decay = d_decays if log_decay.dim() == 3 else d_decays.sum((0, 1))
+        lost = log_decay < LOWEST_LOG_DECAY
+        d_log_decay = d_log_decay.masked_fill(lost, 0).to(log_decay.dtype)
+    d_memory = None if memory is None else d_state[0]
+    return *d_inputs, d_log_decay, d_memory, None if normalizer is None else d_state[1]
+
+
+def _chunk_gradients(
+    chunk: "_Chunk",
+    do: Tensor,
+    delta: Tensor | None,
+    s: Tensor,
+    z: Tensor | None,
+    ds: Tensor,
+    dz: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and d_log_decay of one chunk; ds and dz go from the state after to that before.
+
+    do [tiles, G * C, V]: gradient of the undivided output. delta [tiles, G * C, 1]: that of the
+    sums of the weights. The gradient of a running sum of logs is q . dq of its row less k . dk of
+    its column.
+    """
+    scores = chunk.scores()
+    d_scores = torch.bmm(do, chunk.value.mT)
+    if delta is not None:
+        d_scores += delta
+    across = None if chunk.decay is None else scores * d_scores
+    chunk.mask(d_scores)
+    dq = torch.bmm(d_scores, chunk.key)
+    dk = torch.bmm(d_scores.mT, chunk.query)
+    dv = torch.bmm(scores.mT, do)
+
+    do = chunk.enter(chunk.by_state(do))
+    chunk.by_state(dq).baddbmm_(do, s.mT)
+    weighted, by_key = chunk.weighted, ds.view(chunk.weighted.shape[0], -1, ds.shape[2])
+    d_weighted = torch.bmm(chunk.value, by_key.mT)
+    dv.baddbmm_(weighted, by_key)
+    if delta is not None:
+        delta = chunk.enter(chunk.by_state(delta))
+        chunk.by_state(dq).addcmul_(delta, z[:, None])
+        d_weighted += dz.view(d_weighted.shape[0], 1, -1)
+
+    d_decay = None
+    if chunk.decay is None:
+        dk += d_weighted
     else:
-        d_weighted = d_weighted.unflatten(2, (-1, d_value.shape[2])).mul_(tiles.leaving)
-        d_value += d_weighted.sum(2)
-        leaving = (d_weighted * tiles.value[:, :, None]).sum(-1).mT.reshape(d_sums.shape)
-        carried = tiles.whole[..., 0, 0] * (states * d_states).sum((2, 3))
+        lanes, size, width = len(ds), chunk.size, dk.shape[2]
+        leaving = (d_weighted * weighted).unflatten(2, (-1, width)).sum(-1).mT.reshape(lanes, size)
+        dk += (d_weighted.unflatten(2, (-1, width)) * chunk.leave).sum(2)
+        whole = chunk.decay.whole[chunk.index]
+        carried = (s * ds).sum((1, 2))
+        ds *= whole
+        if delta is not None:
+            carried += (z * dz).sum(1)
+            dz *= whole[:, 0]
+        d_sums = (chunk.query * dq).sum(-1).view(lanes, -1, size).sum(1)
+        d_sums -= across.view(lanes, -1, size).sum(1)
         d_sums -= leaving
-        d_sums[..., -1] += leaving.sum(-1) + carried
-
-    d_query = layout.scatter(d_query, query).to(query.dtype)
-    d_key = layout.scatter(d_key, key).to(key.dtype)
-    d_value = layout.scatter(d_value[..., : value.shape[3]], value).to(value.dtype)
-    d_log_decay = None if log_decay is None else _d_log_decay(layout, d_sums, log_decay)
-    d_start = d_start[layout.place].mT
-    d_memory = None if memory is None else d_start[..., : value.shape[3]].contiguous()
-    d_normalizer = None if normalizer is None else d_start[..., -1].contiguous()
-    return d_query, d_key, d_value, d_log_decay, d_memory, d_normalizer
+        d_sums[:, -1] += leaving.sum(-1) + whole[:, 0, 0] * carried
+        d_decay = d_sums.flip(-1).cumsum(-1).flip(-1)
+    query = chunk.by_state(chunk.query)
+    ds.baddbmm_(query.mT, do)
+    if delta is not None:
+        dz += torch.bmm(query.mT, delta)[..., 0]
+    return dq, dk, dv, d_decay
 
 
 def _start(
@@ -200,106 +266,182 @@ def _start(
     return memory, normalizer if normalized else None
 
 
-def _transposed(memory: Tensor, normalizer: Tensor | None) -> Tensor:
-    """[N, H, V, K], with the normalizer as one more row."""
-    return memory.mT if normalizer is None else torch.cat((memory.mT, normalizer[:, :, None]), 2)
+def _copies(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    layout = torch.contiguous_format
+    return tuple(x if x is None else x.clone(memory_format=layout) for x in tensors)
 
 
-class _Tiles:
-    """Inputs as tiles, and the factors that carry a token's weight through its chunk.
+class _Group(NamedTuple):
+    """Sequences of one length that go together: rows of a batch, or one of a packed row."""
 
-    query [chunks * Hkv, G * C, K], by_state (the same rows) [chunks * Hs, R * C, K],
-    key [chunks * Hkv, C, K], value [chunks * Hkv, C, V], weighted [chunks * Hkv, C, Hs / Hkv * V].
-    """
+    rows: slice
+    begin: int
+    end: int
+    states: slice
 
-    def __init__(
+    def state(self, memory: Tensor, normalizer: Tensor | None) -> State:
+        """Their part of a state, [lanes, K, V] and [lanes, K], as views."""
+        s = memory[self.states].flatten(0, 1)
+        return s, None if normalizer is None else normalizer[self.states].flatten(0, 1)
+
+    def chunks(
         self,
-        layout: Layout,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        log_decay: Tensor | None,
-        start: Tensor,
-    ):
-        dtype, heads = start.dtype, start.shape[1]
-        normalized = start.shape[2] > value.shape[3]
-        query, key, value = (layout.gather(x, dtype) for x in (query, key, value))
-        if normalized:
-            value = F.pad(value, (0, 1), value=1.0)
-        chunks, kv_heads, size, width = key.shape
-        self.query = query.view(chunks * kv_heads, -1, width)
-        self.by_state = query.view(chunks * heads, -1, width)
-        self.key = key.flatten(0, 1)
-        self.value = self.weighted = layout.clear(value).flatten(0, 1)
-        self.grid = (chunks, heads, query.shape[1] // heads, size)
-        self.start, self.levels, self.whole = start, layout.levels, None
-        if log_decay is None:
-            self.within = query.new_ones(size, size).tril_()
-        else:
-            log_decay = log_decay.double().clamp(min=LOWEST_LOG_DECAY)
-            sums = layout.decay_sums(log_decay)
-            last = sums[..., -1:]
-            if log_decay.dim() == 1:  # the same [C, C] factors in every chunk, padded or not
-                steps = torch.arange(1, size + 1, device=sums.device)
-                self.within = _pairwise((log_decay[:, None] * steps)[None], dtype)
-            else:
-                self.within = _pairwise(sums, dtype)
-            self.entering = sums.to(dtype).exp()[:, :, None, :, None]
-            leaving = (last - sums).to(dtype).exp().view(chunks * kv_heads, -1, size)
-            self.leaving = leaving.mT[..., None]
-            self.whole = last.to(dtype).exp()[..., None]
-            self.weighted = (self.value[:, :, None] * self.leaving).flatten(2)
+        decay: "_Decay | None",
+        dtype: torch.dtype,
+        chunk_size: int,
+    ) -> list["_Chunk"]:
+        return [
+            _Chunk(
+                self.rows,
+                slice(at, min(at + chunk_size, self.end)),
+                i,
+                query,
+                key,
+                value,
+                decay,
+                dtype,
+            )
+            for i, at in enumerate(range(self.begin, self.end, chunk_size))
+        ]
 
-    def scores(self) -> Tensor:
-        """[chunks * Hkv, G * C, C]"""
-        scores = torch.bmm(self.query, self.key.mT)
-        scores.view(*self.grid, -1).mul_(self.within)
+
+def _groups(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> list[_Group]:
+    batch, length = query.shape[:2]
+    bounds = checks.bounds(cu_seqlens, batch, length)
+    if cu_seqlens is not None:
+        row = slice(0, 1)
+        spans = enumerate(pairwise(bounds))
+        return [_Group(row, *span, slice(n, n + 1)) for n, span in spans if span[0] < span[1]]
+    tokens = key.shape[2] * min(length, chunk_size)
+    rows = -(-TILES * chunk_size // tokens)
+    slices = [slice(at, min(at + rows, batch)) for at in range(0, batch, rows)]
+    return [_Group(part, 0, length, part) for part in slices]
+
+
+class _Decay(NamedTuple):
+    """Factors of the decay in the chunks of a group, [chunks, lanes, C] but for `whole`."""
+
+    sums: Tensor  # float64: with resets among the logs float32 would keep 3e-5 of a difference
+    enter: Tensor  # from before the chunk to a token
+    leave: Tensor  # from a token to the end of the chunk
+    whole: Tensor  # [chunks, lanes, 1, 1], of the chunk
+    rise: Tensor  # rise[i] * fall[j] is the decay from j to i
+    fall: Tensor
+    narrow: list[bool]  # by chunk: rise and fall did not overflow
+    constant: bool  # one decay for all tokens: the first chunk's factors hold for all
+
+    @staticmethod
+    def of(
+        log_decay: Tensor | None, group: _Group, chunk_size: int, dtype: torch.dtype
+    ) -> "_Decay | None":
+        if log_decay is None:
+            return None
+        logs = log_decay.double().clamp(min=LOWEST_LOG_DECAY)
+        length = group.end - group.begin
+        constant = log_decay.dim() == 1
+        if constant:
+            logs = logs.expand(group.rows.stop - group.rows.start, length, -1)
+        else:
+            logs = logs[group.rows, group.begin : group.end]
+        size = min(chunk_size, length)
+        logs = F.pad(logs, (0, 0, 0, -length % size)).unflatten(1, (-1, size))
+        sums = logs.cumsum(2).permute(1, 0, 3, 2).flatten(1, 2).contiguous()
+        last = sums[..., -1:]
+        narrow = (last.amin((1, 2)) > WIDEST_DECAY).tolist()
+        factors = (sums, last - sums, last[..., None], sums - last / 2, last / 2 - sums)
+        return _Decay(sums, *(x.exp().to(dtype) for x in factors), narrow, constant)
+
+    def within(self, chunk: int, size: int) -> Tensor:
+        """[lanes, C, C], from column to row; 0 where the column is later."""
+        if self.narrow[chunk]:
+            rise, fall = self.rise[chunk, :, :size, None], self.fall[chunk, :, None, :size]
+            return (rise * fall).tril_()
+        sums = self.sums[chunk, :, :size]
+        future = torch.ones(size, size, dtype=torch.bool, device=sums.device).triu_(1)
+        logs = (sums[..., :, None] - sums[..., None, :]).masked_fill_(future, -torch.inf)
+        return logs.to(self.rise.dtype).exp_()
+
+
+class _Chunk:
+    """Tiles of one chunk: query [tiles, G * C, K], key [tiles, C, K], value [tiles, C, V]."""
+
+    def __init__(
+        self,
+        rows: slice,
+        tokens: slice,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: _Decay | None,
+        dtype: torch.dtype,
+    ):
+        self.rows, self.tokens, self.index, self.decay = rows, tokens, index, decay
+        self.dtype, self.kv_heads = dtype, key.shape[2]
+        self.query, self.key, self.value = (self.tiles(x) for x in (query, key, value))
+        self.size = self.key.shape[1]
+
+    def tiles(self, x: Tensor) -> Tensor:
+        """[B, T, H, D] -> [tiles, H / Hkv * C, D]; a view where it can be one."""
+        x = x[self.rows, self.tokens].transpose(1, 2).to(self.dtype)
+        return x.reshape(x.shape[0] * self.kv_heads, -1, x.shape[3])
+
+    def write(self, out: Tensor, tiles: Tensor) -> None:
+        out = out[self.rows, self.tokens].transpose(1, 2)
+        out.copy_(tiles.view(out.shape))
+
+    @cached_property
+    def within(self) -> Tensor | None:
+        """[lanes, 1, C, C], the decay from column to row."""
+        return None if self.decay is None else self.decay.within(self.index, self.size)[:, None]
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """Keys [tiles, C, S * K] with the decay to the end of the chunk."""
+        if self.decay is None:
+            return self.key
+        return (self.key[:, :, None] * self.leave).flatten(2)
+
+    @property
+    def leave(self) -> Tensor:
+        """[tiles, C, S, 1]"""
+        leave = self.decay.leave[self.index, :, : self.size]
+        return leave.view(len(self.key), -1, self.size).mT[..., None]
+
+    def by_state(self, x: Tensor) -> Tensor:
+        """[tiles, G * C, D] -> [lanes, R * C, D]"""
+        lanes = len(x) if self.decay is None else self.decay.sums.shape[1]
+        return x if lanes == len(x) else x.reshape(lanes, -1, x.shape[2])
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Rows [lanes, R * C, D] with the decay since the chunk began."""
+        if self.decay is None:
+            return x
+        enter = self.decay.enter[self.index, :, None, : self.size, None]
+        return (x.unflatten(1, (-1, self.size)) * enter).flatten(1, 2)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Scores [tiles, G * C, C] times the decay between their tokens, in place."""
+        if self.within is None:
+            scores.view(-1, self.size, self.size).tril_()
+        else:
+            scores.view(len(self.within), -1, self.size, self.size).mul_(self.within)
         return scores
 
-    def states(self) -> tuple[Tensor, Tensor]:
-        """States before every chunk, [chunks, Hs, V, K], and after the last of every sequence."""
-        steps = torch.bmm(self.weighted.mT, self.key).view(*self.grid[:2], -1, self.key.shape[2])
-        return self.scan(steps, self.start, self.levels)
+    def scores(self) -> Tensor:
+        return self.mask(torch.bmm(self.query, self.key.mT))
 
-    def scan(
-        self, steps: Tensor, state: Tensor, levels: Iterable[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
-        """state <- whole * state + step, level by level; steps are replaced by the state before."""
-        state = state.clone(memory_format=torch.contiguous_format)
-        for begin, end in levels:
-            before, step = state[: end - begin], steps[begin:end]
-            if self.whole is None:
-                after = before + step
-            else:
-                after = torch.addcmul(step, before, self.whole[begin:end])
-            step.copy_(before)
-            before.copy_(after)
-        return steps, state
-
-    def enter(self, rows: Tensor) -> Tensor:
-        """Scale rows [chunks * Hs, R * C, V] in place by the decay since their chunk began."""
-        if self.whole is not None:
-            rows.view(*self.grid, -1).mul_(self.entering)
-        return rows
-
-
-def _pairwise(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, H, C] -> [n, H, 1, C, C], decay from column to row; the log is masked before exp.
-
-    The sums are float64: with resets among them float32 would keep 3e-5 of their differences.
-    """
-    logs = (sums[..., :, None] - sums[..., None, :]).to(dtype)
-    future = torch.ones(logs.shape[-2:], dtype=torch.bool, device=sums.device).triu_(1)
-    return logs.masked_fill_(future, -torch.inf).exp_()[:, :, None]
-
-
-def _d_log_decay(layout: Layout, d_sums: Tensor, log_decay: Tensor) -> Tensor:
-    """Gradient of log_decay from that of its running sums in each chunk [chunks, H, C]."""
-    d_steps = d_sums.flip(-1).cumsum(-1).flip(-1)
-    if log_decay.dim() == 3:
-        found = layout.scatter(d_steps[..., None], log_decay)[..., 0]
-    else:
-        if layout.padded is not None:
-            d_steps = d_steps.masked_fill(layout.padded[:, None], 0)
-        found = d_steps.sum((0, 2))
-    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
+    def update(self, s: Tensor, z: Tensor | None) -> None:
+        """Take a state [lanes, K, V] from before the chunk to after it, in place."""
+        if self.decay is not None:
+            whole = self.decay.whole[self.index]
+            s *= whole
+            if z is not None:
+                z *= whole[:, 0]
+        weighted = self.weighted
+        s.view(len(weighted), -1, s.shape[2]).baddbmm_(weighted.mT, self.value)
+        if z is not None:
+            z += weighted.sum(1).view_as(z)
