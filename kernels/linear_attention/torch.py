@@ -4,9 +4,8 @@ The chunks of a sequence go one by one through batched matrix products over head
 computed stays in the cache, and memory does not grow with the text. A batch goes in groups of rows,
 just enough to fill the products; a packed row goes sequence by sequence.
 
-Legend: C tokens of a chunk; G query heads per key head, R per state head, S state heads per key
-head. A tile is one chunk of one head, [C, D]; query heads that share a key head are one tile of
-G * C rows.
+Legend: a lane is one state head of one sequence; C tokens of a chunk; R query heads of a lane,
+which make one tile of R * C rows. Key heads that serve several lanes are copied a chunk at a time.
 """
 
 from functools import cached_property
@@ -97,18 +96,19 @@ def chunk_forward(
     for group in groups:
         s, z = group.state(memory, normalizer)
         decay = _Decay.of(log_decay, group, chunk_size, memory.dtype)
-        for chunk in group.chunks(query, key, value, decay, memory.dtype, chunk_size):
+        outputs = group.pieces(output, chunk_size)
+        weighed = group.pieces(weights, chunk_size) if normalized else None
+        for i, chunk in enumerate(_chunks(group, query, key, value, decay, chunk_size, s)):
             scores = chunk.scores()
-            out = chunk.enter(torch.bmm(chunk.by_state(chunk.query), s))
-            out = out.view(*scores.shape[:2], -1).baddbmm_(scores, chunk.value)
+            out = chunk.enter(torch.bmm(chunk.query, s)).baddbmm_(scores, chunk.value)
             if normalized:
-                weight = chunk.enter(torch.bmm(chunk.by_state(chunk.query), z[..., None]))
-                weight = weight.view(*scores.shape[:2], 1) + scores.sum(-1, keepdim=True)
-                chunk.write(weights, weight)
+                weight = chunk.enter(torch.bmm(chunk.query, z[..., None]))
+                weight += scores.sum(-1, keepdim=True)
+                _write(weighed[i], weight)
                 out /= weight + eps
             elif scale != 1:
                 out *= scale
-            chunk.write(output, out)
+            _write(outputs[i], out)
             chunk.update(s, z)
     return output, memory, normalizer, weights[..., 0] if normalized else None
 
@@ -142,48 +142,63 @@ def chunk_backward(
     d_state = _copies(*_start(d_memory, d_normalizer, *inputs))
     dtype = start[0].dtype
     d_inputs = [x.new_empty(x.shape) for x in (query, key, value)]
-    d_decays = None
     if log_decay is not None:
-        d_decays = start[0].new_empty(*query.shape[:2], log_decay.shape[-1])
+        d_decays = start[0].new_empty(*query.shape[:2], log_decay.shape[-1], 1)
+        d_inputs.append(d_decays)
     for group in groups:
         s, z = _copies(*group.state(*start))
         ds, dz = group.state(*d_state)
         decay = _Decay.of(log_decay, group, chunk_size, dtype)
-        chunks = group.chunks(query, key, value, decay, dtype, chunk_size)
-        spans = [chunks[i : i + SPAN] for i in range(0, len(chunks), SPAN)]
+        chunks = _chunks(group, query, key, value, decay, chunk_size, s)
+        given = [group.pieces(x, chunk_size) for x in (d_output, output)]
+        given += [group.pieces(weights[..., None], chunk_size)] if normalized else []
+        given = list(zip(*given, strict=True))
+        found = list(zip(*(group.pieces(x, chunk_size) for x in d_inputs), strict=True))
+        starts = list(range(0, len(given), SPAN))
         kept = []
-        for i, span in enumerate(spans):
+        for at in starts:
             kept.append(_copies(s, z))
-            for chunk in span if i + 1 < len(spans) else ():
-                chunk.update(s, z)
-        for span in reversed(spans):
+            for i in range(at, at + SPAN) if at != starts[-1] else ():
+                chunks[i].update(s, z)
+        for at in reversed(starts):
+            span = range(at, min(at + SPAN, len(given)))
             s, z = kept.pop()
-            before = []
-            for chunk in span:
-                before.append(_copies(s, z))
-                chunk.update(s, z)
-            for chunk in reversed(span):
-                do = chunk.tiles(d_output)
-                delta = None
-                if normalized:
-                    inverse = (chunk.tiles(weights[..., None]) + eps).reciprocal_()
-                    delta = (do * chunk.tiles(output)).sum(-1, keepdim=True).mul_(inverse).neg_()
-                    do = do * inverse
-                elif scale != 1:
-                    do = do * scale
-                *found, d_decay = _chunk_gradients(chunk, do, delta, *before.pop(), ds, dz)
-                for out, x in zip(d_inputs, found, strict=True):
-                    chunk.write(out, x)
-                if d_decays is not None:
-                    chunk.write(d_decays[..., None], d_decay[..., None])
+            held = []
+            for i in span:
+                held.append((chunks[i], *_copies(s, z)))
+                held[-1][0].update(s, z)
+            for i in reversed(span):
+                chunk, s, z = held.pop()
+                do, delta = _output_gradient(chunk, *given[i], scale=scale, eps=eps)
+                gradients = _chunk_gradients(chunk, do, delta, s, z, ds, dz)
+                for out, x in zip(found[i], gradients, strict=False):
+                    _write(out, x)
 
     d_log_decay = None
     if log_decay is not None:
-        d_log_decay = d_decays if log_decay.dim() == 3 else d_decays.sum((0, 1))
+        d_log_decay = d_decays[..., 0] if log_decay.dim() == 3 else d_decays.sum((0, 1, 3))
         lost = log_decay < LOWEST_LOG_DECAY
         d_log_decay = d_log_decay.masked_fill(lost, 0).to(log_decay.dtype)
     d_memory = None if memory is None else d_state[0]
-    return *d_inputs, d_log_decay, d_memory, None if normalizer is None else d_state[1]
+    return *d_inputs[:3], d_log_decay, d_memory, None if normalizer is None else d_state[1]
+
+
+def _output_gradient(
+    chunk: "_Chunk",
+    d_output: Tensor,
+    output: Tensor,
+    weights: Tensor | None = None,
+    *,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the undivided output [lanes, R * C, V] and of the weights [lanes, R * C, 1]."""
+    do = chunk.tile(d_output)
+    if weights is None:
+        return do * scale if scale != 1 else do, None
+    inverse = (chunk.tile(weights) + eps).reciprocal_()
+    delta = (do * chunk.tile(output)).sum(-1, keepdim=True).mul_(inverse).neg_()
+    return do * inverse, delta
 
 
 def _chunk_gradients(
@@ -197,53 +212,40 @@ def _chunk_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and d_log_decay of one chunk; ds and dz go from the state after to that before.
 
-    do [tiles, G * C, V]: gradient of the undivided output. delta [tiles, G * C, 1]: that of the
-    sums of the weights. The gradient of a running sum of logs is q . dq of its row less k . dk of
-    its column.
+    The gradient of a running sum of logs is q . dq of its row less k . dk of its column.
     """
-    scores = chunk.scores()
-    d_scores = torch.bmm(do, chunk.value.mT)
+    q, k, v, decay = chunk.query, chunk.key, chunk.value, chunk.decay
+    d_scores = torch.bmm(do, v.mT)
     if delta is not None:
         d_scores += delta
-    across = None if chunk.decay is None else scores * d_scores
     chunk.mask(d_scores)
-    dq = torch.bmm(d_scores, chunk.key)
-    dk = torch.bmm(d_scores.mT, chunk.query)
-    dv = torch.bmm(scores.mT, do)
-
-    do = chunk.enter(chunk.by_state(do))
-    chunk.by_state(dq).baddbmm_(do, s.mT)
-    weighted, by_key = chunk.weighted, ds.view(chunk.weighted.shape[0], -1, ds.shape[2])
-    d_weighted = torch.bmm(chunk.value, by_key.mT)
-    dv.baddbmm_(weighted, by_key)
+    dv = torch.bmm(chunk.scores().mT, do)
+    do = chunk.enter(do)
+    dq = torch.bmm(do, s.mT)
+    dk = torch.bmm(v, ds.mT)
     if delta is not None:
-        delta = chunk.enter(chunk.by_state(delta))
-        chunk.by_state(dq).addcmul_(delta, z[:, None])
-        d_weighted += dz.view(d_weighted.shape[0], 1, -1)
-
-    d_decay = None
-    if chunk.decay is None:
-        dk += d_weighted
-    else:
-        lanes, size, width = len(ds), chunk.size, dk.shape[2]
-        leaving = (d_weighted * weighted).unflatten(2, (-1, width)).sum(-1).mT.reshape(lanes, size)
-        dk += (d_weighted.unflatten(2, (-1, width)) * chunk.leave).sum(2)
-        whole = chunk.decay.whole[chunk.index]
-        carried = (s * ds).sum((1, 2))
-        ds *= whole
+        delta = chunk.enter(delta)
+        dq.addcmul_(delta, z[:, None])
+        dk += dz[:, None]
+    dv.baddbmm_(chunk.weighted, ds)
+    if decay is not None:
+        along = (dk * chunk.weighted).sum((1, 2)) + decay.whole[chunk.index, :, 0, 0] * (
+            (s * ds).sum((1, 2)) + (0 if delta is None else (z * dz).sum(1))
+        )
+        dk *= chunk.leave
+        ds *= decay.whole[chunk.index]
         if delta is not None:
-            carried += (z * dz).sum(1)
-            dz *= whole[:, 0]
-        d_sums = (chunk.query * dq).sum(-1).view(lanes, -1, size).sum(1)
-        d_sums -= across.view(lanes, -1, size).sum(1)
-        d_sums -= leaving
-        d_sums[:, -1] += leaving.sum(-1) + whole[:, 0, 0] * carried
-        d_decay = d_sums.flip(-1).cumsum(-1).flip(-1)
-    query = chunk.by_state(chunk.query)
-    ds.baddbmm_(query.mT, do)
+            dz *= decay.whole[chunk.index, :, 0]
+    dq.baddbmm_(d_scores, k)
+    dk.baddbmm_(d_scores.mT, q)
+    ds.baddbmm_(q.mT, do)
     if delta is not None:
-        dz += torch.bmm(query.mT, delta)[..., 0]
-    return dq, dk, dv, d_decay
+        dz += torch.bmm(q.mT, delta)[..., 0]
+    if decay is None:
+        return dq, dk, dv, None
+    d_sums = (q * dq).sum(-1).view(len(k), -1, k.shape[1]).sum(1) - (k * dk).sum(-1)
+    d_sums[:, -1] += along
+    return dq, dk, dv, d_sums.flip(-1).cumsum(-1).flip(-1)[..., None]
 
 
 def _start(
@@ -284,28 +286,10 @@ class _Group(NamedTuple):
         s = memory[self.states].flatten(0, 1)
         return s, None if normalizer is None else normalizer[self.states].flatten(0, 1)
 
-    def chunks(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: "_Decay | None",
-        dtype: torch.dtype,
-        chunk_size: int,
-    ) -> list["_Chunk"]:
-        return [
-            _Chunk(
-                self.rows,
-                slice(at, min(at + chunk_size, self.end)),
-                i,
-                query,
-                key,
-                value,
-                decay,
-                dtype,
-            )
-            for i, at in enumerate(range(self.begin, self.end, chunk_size))
-        ]
+    def pieces(self, x: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
+        """[B, T, H, D] -> views [rows, H, C, D], one for each chunk."""
+        x = x[self.rows, self.begin : self.end].transpose(1, 2)
+        return x.split(chunk_size, 2)
 
 
 def _groups(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> list[_Group]:
@@ -366,69 +350,50 @@ class _Decay(NamedTuple):
 
 
 class _Chunk:
-    """Tiles of one chunk: query [tiles, G * C, K], key [tiles, C, K], value [tiles, C, V]."""
+    """Tiles of one chunk: query [lanes, R * C, K], key [lanes, C, K], value [lanes, C, V]."""
 
-    def __init__(
-        self,
-        rows: slice,
-        tokens: slice,
-        index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: _Decay | None,
-        dtype: torch.dtype,
-    ):
-        self.rows, self.tokens, self.index, self.decay = rows, tokens, index, decay
-        self.dtype, self.kv_heads = dtype, key.shape[2]
-        self.query, self.key, self.value = (self.tiles(x) for x in (query, key, value))
+    def __init__(self, index: int, tiles: tuple[Tensor, ...], decay: _Decay | None, state: Tensor):
+        self.index, self.decay = index, decay
+        self.lanes, self.dtype = len(state), state.dtype
+        self.query, self.key, self.value = (self.tile(x) for x in tiles)
         self.size = self.key.shape[1]
 
-    def tiles(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] -> [tiles, H / Hkv * C, D]; a view where it can be one."""
-        x = x[self.rows, self.tokens].transpose(1, 2).to(self.dtype)
-        return x.reshape(x.shape[0] * self.kv_heads, -1, x.shape[3])
-
-    def write(self, out: Tensor, tiles: Tensor) -> None:
-        out = out[self.rows, self.tokens].transpose(1, 2)
-        out.copy_(tiles.view(out.shape))
+    def tile(self, x: Tensor) -> Tensor:
+        """[rows, H, C, D] -> [lanes, H / Hs * C, D]; heads that lanes share are repeated."""
+        rows, heads = x.shape[:2]
+        x = x.to(self.dtype)
+        if rows * heads < self.lanes:
+            x = x[:, :, None].expand(-1, -1, self.lanes // (rows * heads), -1, -1)
+        return x.contiguous().view(self.lanes, -1, x.shape[-1])
 
     @cached_property
-    def within(self) -> Tensor | None:
+    def within(self) -> Tensor:
         """[lanes, 1, C, C], the decay from column to row."""
-        return None if self.decay is None else self.decay.within(self.index, self.size)[:, None]
+        return self.decay.within(self.index, self.size)[:, None]
+
+    @cached_property
+    def leave(self) -> Tensor:
+        """[lanes, C, 1], the decay from a token to the end of the chunk."""
+        return self.decay.leave[self.index, :, : self.size, None]
 
     @cached_property
     def weighted(self) -> Tensor:
-        """Keys [tiles, C, S * K] with the decay to the end of the chunk."""
-        if self.decay is None:
-            return self.key
-        return (self.key[:, :, None] * self.leave).flatten(2)
-
-    @property
-    def leave(self) -> Tensor:
-        """[tiles, C, S, 1]"""
-        leave = self.decay.leave[self.index, :, : self.size]
-        return leave.view(len(self.key), -1, self.size).mT[..., None]
-
-    def by_state(self, x: Tensor) -> Tensor:
-        """[tiles, G * C, D] -> [lanes, R * C, D]"""
-        lanes = len(x) if self.decay is None else self.decay.sums.shape[1]
-        return x if lanes == len(x) else x.reshape(lanes, -1, x.shape[2])
+        return self.key if self.decay is None else self.key * self.leave
 
     def enter(self, x: Tensor) -> Tensor:
         """Rows [lanes, R * C, D] with the decay since the chunk began."""
         if self.decay is None:
             return x
         enter = self.decay.enter[self.index, :, None, : self.size, None]
-        return (x.unflatten(1, (-1, self.size)) * enter).flatten(1, 2)
+        return (x.view(self.lanes, -1, self.size, x.shape[2]) * enter).view(x.shape)
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Scores [tiles, G * C, C] times the decay between their tokens, in place."""
-        if self.within is None:
-            scores.view(-1, self.size, self.size).tril_()
+        """Scores [lanes, R * C, C] times the decay between their tokens, in place."""
+        tiles = scores.view(self.lanes, -1, self.size, self.size)
+        if self.decay is None:
+            tiles.tril_()
         else:
-            scores.view(len(self.within), -1, self.size, self.size).mul_(self.within)
+            tiles *= self.within
         return scores
 
     def scores(self) -> Tensor:
@@ -441,7 +406,27 @@ class _Chunk:
             s *= whole
             if z is not None:
                 z *= whole[:, 0]
-        weighted = self.weighted
-        s.view(len(weighted), -1, s.shape[2]).baddbmm_(weighted.mT, self.value)
+        s.baddbmm_(self.weighted.mT, self.value)
         if z is not None:
-            z += weighted.sum(1).view_as(z)
+            z += self.weighted.sum(1)
+
+
+class _chunks:
+    """The chunks of a group, made when they are asked for."""
+
+    def __init__(self, group, query, key, value, decay, chunk_size, state):
+        pieces = (group.pieces(x, chunk_size) for x in (query, key, value))
+        self.pieces = list(zip(*pieces, strict=True))
+        self.decay, self.state = decay, state
+
+    def __getitem__(self, i: int) -> _Chunk:
+        return _Chunk(i, self.pieces[i], self.decay, self.state)
+
+
+def _write(out: Tensor, tiles: Tensor) -> None:
+    """Tiles [lanes, H / Hs * C, D] into [rows, H, C, D]; what was repeated is summed."""
+    lanes = tiles.shape[0] * tiles.shape[1] // out.shape[2]
+    shared = lanes // (out.shape[0] * out.shape[1])
+    if shared > 1:
+        tiles = tiles.view(*out.shape[:2], shared, *out.shape[2:]).sum(2)
+    out.copy_(tiles.view(out.shape))
