@@ -8,7 +8,6 @@ Legend: a lane is one state head of one sequence; C tokens of a chunk; R query h
 which make one tile of R * C rows. Key heads that serve several lanes are copied a chunk at a time.
 """
 
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,8 +23,9 @@ LOWEST_LOG_DECAY = -104.0
 TILES = 8
 # Chunks whose states the backward pass holds at a time; it keeps one state for each such span
 SPAN = 64
-# exp(80) and exp(-80) are normal in float32, so down to exp(-160) a decay splits into two factors
-WIDEST_DECAY = -160.0
+# Decay within a chunk, as a sum of logs, at the most: its tokens are weighed by exp(+-40), and
+# their products stay above float32's subnormals, which take a CPU 100 times as long
+WIDEST_DECAY = 80.0
 
 State = tuple[Tensor | None, Tensor | None]
 
@@ -95,21 +95,22 @@ def chunk_forward(
     weights = memory.new_empty(*query.shape[:3], 1) if normalized else None
     for group in groups:
         s, z = group.state(memory, normalizer)
-        decay = _Decay.of(log_decay, group, chunk_size, memory.dtype)
-        outputs = group.pieces(output, chunk_size)
-        weighed = group.pieces(weights, chunk_size) if normalized else None
-        for i, chunk in enumerate(_chunks(group, query, key, value, decay, chunk_size, s)):
+        chunks = _Chunks(group, query, key, value, log_decay, chunk_size, s)
+        outputs = chunks.split(output)
+        weighed = chunks.split(weights) if normalized else None
+        for i in range(len(outputs)):
+            chunk = chunks[i]
+            chunk.enter(s, z)
             scores = chunk.scores()
-            out = chunk.enter(torch.bmm(chunk.query, s)).baddbmm_(scores, chunk.value)
+            out = torch.bmm(chunk.query, s).baddbmm_(scores, chunk.value)
             if normalized:
-                weight = chunk.enter(torch.bmm(chunk.query, z[..., None]))
-                weight += scores.sum(-1, keepdim=True)
+                weight = torch.bmm(chunk.query, z[..., None]) + scores.sum(-1, keepdim=True)
                 _write(weighed[i], weight)
                 out /= weight + eps
             elif scale != 1:
                 out *= scale
             _write(outputs[i], out)
-            chunk.update(s, z)
+            chunk.leave(s, z)
     return output, memory, normalizer, weights[..., 0] if normalized else None
 
 
@@ -140,7 +141,6 @@ def chunk_backward(
     inputs = (query, key, value, log_decay, normalized, checks.sequences(query, cu_seqlens))
     start = _start(memory, normalizer, *inputs)
     d_state = _copies(*_start(d_memory, d_normalizer, *inputs))
-    dtype = start[0].dtype
     d_inputs = [x.new_empty(x.shape) for x in (query, key, value)]
     if log_decay is not None:
         d_decays = start[0].new_empty(*query.shape[:2], log_decay.shape[-1], 1)
@@ -148,30 +148,32 @@ def chunk_backward(
     for group in groups:
         s, z = _copies(*group.state(*start))
         ds, dz = group.state(*d_state)
-        decay = _Decay.of(log_decay, group, chunk_size, dtype)
-        chunks = _chunks(group, query, key, value, decay, chunk_size, s)
-        given = [group.pieces(x, chunk_size) for x in (d_output, output)]
-        given += [group.pieces(weights[..., None], chunk_size)] if normalized else []
-        given = list(zip(*given, strict=True))
-        found = list(zip(*(group.pieces(x, chunk_size) for x in d_inputs), strict=True))
-        starts = list(range(0, len(given), SPAN))
+        chunks = _Chunks(group, query, key, value, log_decay, chunk_size, s)
+        given = [d_output, output, weights[..., None]] if normalized else [d_output]
+        given = list(zip(*map(chunks.split, given), strict=True))
+        found = list(zip(*map(chunks.split, d_inputs), strict=True))
+        starts = range(0, len(given), SPAN)
         kept = []
         for at in starts:
             kept.append(_copies(s, z))
             for i in range(at, at + SPAN) if at != starts[-1] else ():
-                chunks[i].update(s, z)
+                chunk = chunks[i]
+                chunk.enter(s, z)
+                chunk.leave(s, z)
         for at in reversed(starts):
             span = range(at, min(at + SPAN, len(given)))
             s, z = kept.pop()
             held = []
             for i in span:
-                held.append((chunks[i], *_copies(s, z)))
-                held[-1][0].update(s, z)
+                chunk = chunks[i]
+                chunk.enter(s, z)
+                held.append((chunk, *_copies(s, z)))
+                chunk.leave(s, z)
             for i in reversed(span):
                 chunk, s, z = held.pop()
                 do, delta = _output_gradient(chunk, *given[i], scale=scale, eps=eps)
                 gradients = _chunk_gradients(chunk, do, delta, s, z, ds, dz)
-                for out, x in zip(found[i], gradients, strict=False):
+                for out, x in zip(found[i], gradients, strict=True):
                     _write(out, x)
 
     d_log_decay = None
@@ -186,7 +188,7 @@ def chunk_backward(
 def _output_gradient(
     chunk: "_Chunk",
     d_output: Tensor,
-    output: Tensor,
+    output: Tensor | None = None,
     weights: Tensor | None = None,
     *,
     scale: float,
@@ -209,43 +211,53 @@ def _chunk_gradients(
     z: Tensor | None,
     ds: Tensor,
     dz: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and d_log_decay of one chunk; ds and dz go from the state after to that before.
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv and, where there is decay, d_log_decay of one chunk.
 
-    The gradient of a running sum of logs is q . dq of its row less k . dk of its column.
+    s and z: the state that the chunk entered with. ds and dz go from the gradient of the state
+    after the chunk to that before it. The gradient of a running sum of logs is q . dq of its row
+    less k . dk of its column; that of the last one has <state, d_state> at the end added.
     """
-    q, k, v, decay = chunk.query, chunk.key, chunk.value, chunk.decay
+    q, k, v = chunk.query, chunk.key, chunk.value
+    _scale(chunk.exit, ds, dz)
     d_scores = torch.bmm(do, v.mT)
     if delta is not None:
         d_scores += delta
     chunk.mask(d_scores)
-    dv = torch.bmm(chunk.scores().mT, do)
-    do = chunk.enter(do)
-    dq = torch.bmm(do, s.mT)
+    dq = torch.bmm(d_scores, k).baddbmm_(do, s.mT)
     dk = torch.bmm(v, ds.mT)
+    dv = torch.bmm(chunk.scores().mT, do).baddbmm_(k, ds)
     if delta is not None:
-        delta = chunk.enter(delta)
         dq.addcmul_(delta, z[:, None])
         dk += dz[:, None]
-    dv.baddbmm_(chunk.weighted, ds)
-    if decay is not None:
-        along = (dk * chunk.weighted).sum((1, 2)) + decay.whole[chunk.index, :, 0, 0] * (
-            (s * ds).sum((1, 2)) + (0 if delta is None else (z * dz).sum(1))
-        )
-        dk *= chunk.leave
-        ds *= decay.whole[chunk.index]
+    end = None
+    if chunk.rise is not None:
+        end = (k * dk).sum((1, 2)) + (s * ds).sum((1, 2))
         if delta is not None:
-            dz *= decay.whole[chunk.index, :, 0]
-    dq.baddbmm_(d_scores, k)
+            end += (z * dz).sum(1)
     dk.baddbmm_(d_scores.mT, q)
     ds.baddbmm_(q.mT, do)
     if delta is not None:
         dz += torch.bmm(q.mT, delta)[..., 0]
-    if decay is None:
-        return dq, dk, dv, None
+    _scale(chunk.entry, ds, dz)
+    if end is None:
+        return dq, dk, dv
     d_sums = (q * dq).sum(-1).view(len(k), -1, k.shape[1]).sum(1) - (k * dk).sum(-1)
-    d_sums[:, -1] += along
-    return dq, dk, dv, d_sums.flip(-1).cumsum(-1).flip(-1)[..., None]
+    d_sums[:, -1] += end
+    return chunk.rescale(dq, chunk.rise), chunk.rescale(dk, chunk.fall), dv, _suffix_sums(d_sums)
+
+
+def _suffix_sums(x: Tensor) -> Tensor:
+    """[lanes, C] -> [lanes, C, 1]"""
+    return x.flip(-1).cumsum(-1).flip(-1)[..., None]
+
+
+def _scale(factor: Tensor | None, s: Tensor, z: Tensor | None) -> None:
+    """A state times [lanes], in place."""
+    if factor is not None:
+        s *= factor[:, None, None]
+        if z is not None:
+            z *= factor[:, None]
 
 
 def _start(
@@ -286,11 +298,6 @@ class _Group(NamedTuple):
         s = memory[self.states].flatten(0, 1)
         return s, None if normalizer is None else normalizer[self.states].flatten(0, 1)
 
-    def pieces(self, x: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
-        """[B, T, H, D] -> views [rows, H, C, D], one for each chunk."""
-        x = x[self.rows, self.begin : self.end].transpose(1, 2)
-        return x.split(chunk_size, 2)
-
 
 def _groups(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> list[_Group]:
     batch, length = query.shape[:2]
@@ -305,58 +312,95 @@ def _groups(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, chunk_size: i
     return [_Group(part, 0, length, part) for part in slices]
 
 
-class _Decay(NamedTuple):
-    """Factors of the decay in the chunks of a group, [chunks, lanes, C] but for `whole`."""
+class _Chunks:
+    """The chunks of a group, each made when it is asked for."""
 
-    sums: Tensor  # float64: with resets among the logs float32 would keep 3e-5 of a difference
-    enter: Tensor  # from before the chunk to a token
-    leave: Tensor  # from a token to the end of the chunk
-    whole: Tensor  # [chunks, lanes, 1, 1], of the chunk
-    rise: Tensor  # rise[i] * fall[j] is the decay from j to i
-    fall: Tensor
-    narrow: list[bool]  # by chunk: rise and fall did not overflow
-    constant: bool  # one decay for all tokens: the first chunk's factors hold for all
-
-    @staticmethod
-    def of(
-        log_decay: Tensor | None, group: _Group, chunk_size: int, dtype: torch.dtype
-    ) -> "_Decay | None":
-        if log_decay is None:
-            return None
-        logs = log_decay.double().clamp(min=LOWEST_LOG_DECAY)
+    def __init__(
+        self,
+        group: _Group,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor | None,
+        chunk_size: int,
+        state: Tensor,
+    ):
+        self.group, self.lanes, self.dtype = group, len(state), state.dtype
         length = group.end - group.begin
-        constant = log_decay.dim() == 1
-        if constant:
-            logs = logs.expand(group.rows.stop - group.rows.start, length, -1)
-        else:
-            logs = logs[group.rows, group.begin : group.end]
-        size = min(chunk_size, length)
-        logs = F.pad(logs, (0, 0, 0, -length % size)).unflatten(1, (-1, size))
-        sums = logs.cumsum(2).permute(1, 0, 3, 2).flatten(1, 2).contiguous()
-        last = sums[..., -1:]
-        narrow = (last.amin((1, 2)) > WIDEST_DECAY).tolist()
-        factors = (sums, last - sums, last[..., None], sums - last / 2, last / 2 - sums)
-        return _Decay(sums, *(x.exp().to(dtype) for x in factors), narrow, constant)
+        self.bounds = [*range(0, length, chunk_size), length]
+        self.decay = None
+        if log_decay is not None:
+            logs = log_decay.double().clamp(min=LOWEST_LOG_DECAY)
+            if log_decay.dim() == 1:
+                logs = logs.expand(group.rows.stop - group.rows.start, length, -1)
+            else:
+                logs = logs[group.rows, group.begin : group.end]
+            # float64: a sum over a long text would cost float32 the digits of small differences
+            sums = logs.cumsum(1).transpose(1, 2).flatten(0, 1)
+            self.bounds = _narrow_bounds(sums, self.bounds)
+            self.decay = self._factors(sums)
+        self.inputs = list(zip(*map(self.split, (query, key, value)), strict=True))
 
-    def within(self, chunk: int, size: int) -> Tensor:
-        """[lanes, C, C], from column to row; 0 where the column is later."""
-        if self.narrow[chunk]:
-            rise, fall = self.rise[chunk, :, :size, None], self.fall[chunk, :, None, :size]
-            return (rise * fall).tril_()
-        sums = self.sums[chunk, :, :size]
-        future = torch.ones(size, size, dtype=torch.bool, device=sums.device).triu_(1)
-        logs = (sums[..., :, None] - sums[..., None, :]).masked_fill_(future, -torch.inf)
-        return logs.to(self.rise.dtype).exp_()
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[B, T, H, D] -> views [rows, H, C, D], one for each chunk."""
+        x = x[self.group.rows, self.group.begin : self.group.end].transpose(1, 2)
+        return x.split([end - begin for begin, end in pairwise(self.bounds)], 2)
+
+    def _factors(self, sums: Tensor) -> list[tuple[Tensor, ...]]:
+        """entry [lanes], rise and fall [lanes, C], exit [lanes] of every chunk.
+
+        rise[i] * fall[j] is the decay from token j to token i. Both refer to the middle of the
+        chunk's decay: entry is the decay of the state up to there, exit the one from there on.
+        """
+        bounds = torch.tensor(self.bounds, device=sums.device)
+        first, last = sums[:, bounds[:-1]], sums[:, bounds[1:] - 1]
+        middle = (first + last) / 2
+        before = F.pad(last[:, :-1], (1, 0))
+        inside = sums - middle.repeat_interleave(bounds.diff(), 1)
+        sizes = bounds.diff().tolist()
+        factors = (middle - before, inside, -inside, last - middle)
+        entry, rise, fall, exit_ = (x.exp().to(self.dtype) for x in factors)
+        tokens = (rise.split(sizes, 1), fall.split(sizes, 1))
+        return list(zip(entry.unbind(1), *tokens, exit_.unbind(1), strict=True))
+
+    def __getitem__(self, i: int) -> "_Chunk":
+        factors = (None,) * 4 if self.decay is None else self.decay[i]
+        return _Chunk(self.inputs[i], factors, self.lanes, self.dtype)
+
+
+def _narrow_bounds(sums: Tensor, bounds: list[int]) -> list[int]:
+    """Bounds of chunks, with more of them where the decay of a head within one is too wide.
+
+    The decay of a chunk's first token acts on the state alone, so a reset costs a chunk, no more.
+    """
+    found = []
+    for begin, end in pairwise(bounds):
+        while begin < end:
+            found.append(begin)
+            width = (sums[:, begin, None] - sums[:, begin:end]).amax(0)
+            begin += int((width <= WIDEST_DECAY).sum())
+    return [*found, bounds[-1]]
 
 
 class _Chunk:
-    """Tiles of one chunk: query [lanes, R * C, K], key [lanes, C, K], value [lanes, C, V]."""
+    """Tiles of one chunk: query [lanes, R * C, K], key [lanes, C, K], value [lanes, C, V].
 
-    def __init__(self, index: int, tiles: tuple[Tensor, ...], decay: _Decay | None, state: Tensor):
-        self.index, self.decay = index, decay
-        self.lanes, self.dtype = len(state), state.dtype
-        self.query, self.key, self.value = (self.tile(x) for x in tiles)
-        self.size = self.key.shape[1]
+    Query and key have their decay multiplied in, so that what is left is attention without decay.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Tensor, ...],
+        factors: tuple[Tensor | None, ...],
+        lanes: int,
+        dtype: torch.dtype,
+    ):
+        self.lanes, self.dtype = lanes, dtype
+        self.entry, self.rise, self.fall, self.exit = factors
+        self.query, self.key, self.value = (self.tile(x) for x in inputs)
+        if self.rise is not None:
+            self.query = self.rescale(self.query, self.rise)
+            self.key = self.rescale(self.key, self.fall)
 
     def tile(self, x: Tensor) -> Tensor:
         """[rows, H, C, D] -> [lanes, H / Hs * C, D]; heads that lanes share are repeated."""
@@ -366,61 +410,30 @@ class _Chunk:
             x = x[:, :, None].expand(-1, -1, self.lanes // (rows * heads), -1, -1)
         return x.contiguous().view(self.lanes, -1, x.shape[-1])
 
-    @cached_property
-    def within(self) -> Tensor:
-        """[lanes, 1, C, C], the decay from column to row."""
-        return self.decay.within(self.index, self.size)[:, None]
-
-    @cached_property
-    def leave(self) -> Tensor:
-        """[lanes, C, 1], the decay from a token to the end of the chunk."""
-        return self.decay.leave[self.index, :, : self.size, None]
-
-    @cached_property
-    def weighted(self) -> Tensor:
-        return self.key if self.decay is None else self.key * self.leave
-
-    def enter(self, x: Tensor) -> Tensor:
-        """Rows [lanes, R * C, D] with the decay since the chunk began."""
-        if self.decay is None:
-            return x
-        enter = self.decay.enter[self.index, :, None, : self.size, None]
-        return (x.view(self.lanes, -1, self.size, x.shape[2]) * enter).view(x.shape)
+    def rescale(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Rows [lanes, R * C, D] times [lanes, C]."""
+        lanes, size = factor.shape
+        return (x.view(lanes, -1, size, x.shape[2]) * factor[:, None, :, None]).view(x.shape)
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Scores [lanes, R * C, C] times the decay between their tokens, in place."""
-        tiles = scores.view(self.lanes, -1, self.size, self.size)
-        if self.decay is None:
-            tiles.tril_()
-        else:
-            tiles *= self.within
+        """Zero what is later than its row in scores [lanes, R * C, C], in place."""
+        size = self.key.shape[1]
+        scores.view(-1, size, size).tril_()
         return scores
 
     def scores(self) -> Tensor:
         return self.mask(torch.bmm(self.query, self.key.mT))
 
-    def update(self, s: Tensor, z: Tensor | None) -> None:
-        """Take a state [lanes, K, V] from before the chunk to after it, in place."""
-        if self.decay is not None:
-            whole = self.decay.whole[self.index]
-            s *= whole
-            if z is not None:
-                z *= whole[:, 0]
-        s.baddbmm_(self.weighted.mT, self.value)
+    def enter(self, s: Tensor, z: Tensor | None) -> None:
+        """Take a state [lanes, K, V] from before the chunk to where its keys refer to, in place."""
+        _scale(self.entry, s, z)
+
+    def leave(self, s: Tensor, z: Tensor | None) -> None:
+        """Add the chunk to a state that entered it, and take it to the chunk's end, in place."""
+        s.baddbmm_(self.key.mT, self.value)
         if z is not None:
-            z += self.weighted.sum(1)
-
-
-class _chunks:
-    """The chunks of a group, made when they are asked for."""
-
-    def __init__(self, group, query, key, value, decay, chunk_size, state):
-        pieces = (group.pieces(x, chunk_size) for x in (query, key, value))
-        self.pieces = list(zip(*pieces, strict=True))
-        self.decay, self.state = decay, state
-
-    def __getitem__(self, i: int) -> _Chunk:
-        return _Chunk(i, self.pieces[i], self.decay, self.state)
+            z += self.key.sum(1)
+        _scale(self.exit, s, z)
 
 
 def _write(out: Tensor, tiles: Tensor) -> None:
