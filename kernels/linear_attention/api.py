@@ -51,7 +51,7 @@ def chunk_linear_attention(
     initial_state: LinearAttentionState | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunk_size: int = 128,
+    chunk_size: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, LinearAttentionState | None]:
     """Causal linear attention over whole sequences, in chunks; for training and prefill.
@@ -147,7 +147,7 @@ def recurrent_linear_attention(
     if _needs_gradient(query, key, value, log_decay, *state):
         output, *end, _ = operator.forward(
             query, key, value, log_decay, *state, None,
-            normalize == "sum", scale, eps, 128, backend,
+            normalize == "sum", scale, eps, 64, backend,
         )  # fmt: skip
         end = end[0], end[1] if normalize else None
     else:

@@ -1,14 +1,16 @@
 """Linear attention in plain torch, for any device, fast on a CPU.
 
-The chunks of a sequence go one by one through batched matrix products over heads, so that what is
-computed stays in the cache, and memory does not grow with the text. A batch goes in groups of rows,
-just enough to fill the products; a packed row goes sequence by sequence.
+A sequence goes block by block, a block being some chunks, through batched matrix products over
+chunks and heads: enough of them to be worth the calls, and few enough for what is computed to stay
+in the cache. A batch goes in groups of rows; a packed row goes sequence by sequence.
 
-Legend: a lane is one state head of one sequence; C tokens of a chunk; R query heads of a lane,
-which make one tile of R * C rows. Key heads that serve several lanes are copied a chunk at a time.
+Legend: a lane is one state head of one sequence; n chunks of C tokens in a block; R query heads of
+a lane, which make one tile of R * C rows. Key heads that serve several lanes are copied by block.
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,9 +22,7 @@ from supra.kernels import checks
 # exp(-104) is 0 in float32
 LOWEST_LOG_DECAY = -104.0
 # Tiles that a product should have: with fewer the calls cost more than the work
-TILES = 8
-# Chunks whose states the backward pass holds at a time; it keeps one state for each such span
-SPAN = 64
+TILES = 32
 # Decay within a chunk, as a sum of logs, at the most: its tokens are weighed by exp(+-40), and
 # their products stay above float32's subnormals, which take a CPU 100 times as long
 WIDEST_DECAY = 80.0
@@ -94,23 +94,21 @@ def chunk_forward(
     output = value.new_empty(*query.shape[:3], value.shape[3])
     weights = memory.new_empty(*query.shape[:3], 1) if normalized else None
     for group in groups:
-        s, z = group.state(memory, normalizer)
-        chunks = _Chunks(group, query, key, value, log_decay, chunk_size, s)
-        outputs = chunks.split(output)
-        weighed = chunks.split(weights) if normalized else None
-        for i in range(len(outputs)):
-            chunk = chunks[i]
-            chunk.enter(s, z)
-            scores = chunk.scores()
-            out = torch.bmm(chunk.query, s).baddbmm_(scores, chunk.value)
+        state = group.state(memory, normalizer)
+        blocks = _Blocks(group, query, key, value, log_decay, chunk_size, state[0])
+        outputs = blocks.split(output)
+        weighed = blocks.split(weights) if normalized else None
+        for i, block in enumerate(blocks):
+            s, z = block.states(*state)
+            scores = block.scores()
+            out = torch.bmm(block.query, s).baddbmm_(scores, block.value)
             if normalized:
-                weight = torch.bmm(chunk.query, z[..., None]) + scores.sum(-1, keepdim=True)
-                _write(weighed[i], weight)
+                weight = torch.bmm(block.query, z[..., None]) + scores.sum(-1, keepdim=True)
+                block.write(weighed[i], weight)
                 out /= weight + eps
             elif scale != 1:
                 out *= scale
-            _write(outputs[i], out)
-            chunk.leave(s, z)
+            block.write(outputs[i], out)
     return output, memory, normalizer, weights[..., 0] if normalized else None
 
 
@@ -146,35 +144,18 @@ def chunk_backward(
         d_decays = start[0].new_empty(*query.shape[:2], log_decay.shape[-1], 1)
         d_inputs.append(d_decays)
     for group in groups:
-        s, z = _copies(*group.state(*start))
-        ds, dz = group.state(*d_state)
-        chunks = _Chunks(group, query, key, value, log_decay, chunk_size, s)
+        state, d_end = _copies(*group.state(*start)), group.state(*d_state)
+        blocks = _Blocks(group, query, key, value, log_decay, chunk_size, state[0])
+        states = [block.states(*state) for block in blocks]
         given = [d_output, output, weights[..., None]] if normalized else [d_output]
-        given = list(zip(*map(chunks.split, given), strict=True))
-        found = list(zip(*map(chunks.split, d_inputs), strict=True))
-        starts = range(0, len(given), SPAN)
-        kept = []
-        for at in starts:
-            kept.append(_copies(s, z))
-            for i in range(at, at + SPAN) if at != starts[-1] else ():
-                chunk = chunks[i]
-                chunk.enter(s, z)
-                chunk.leave(s, z)
-        for at in reversed(starts):
-            span = range(at, min(at + SPAN, len(given)))
-            s, z = kept.pop()
-            held = []
-            for i in span:
-                chunk = chunks[i]
-                chunk.enter(s, z)
-                held.append((chunk, *_copies(s, z)))
-                chunk.leave(s, z)
-            for i in reversed(span):
-                chunk, s, z = held.pop()
-                do, delta = _output_gradient(chunk, *given[i], scale=scale, eps=eps)
-                gradients = _chunk_gradients(chunk, do, delta, s, z, ds, dz)
-                for out, x in zip(found[i], gradients, strict=True):
-                    _write(out, x)
+        given = list(zip(*map(blocks.split, given), strict=True))
+        found = list(zip(*map(blocks.split, d_inputs), strict=True))
+        for i in reversed(range(len(states))):
+            block = blocks[i]
+            do, delta = _output_gradient(block, *given[i], scale=scale, eps=eps)
+            gradients = _block_gradients(block, do, delta, *states.pop(), *d_end)
+            for out, x in zip(found[i], gradients, strict=True):
+                block.write(out, x)
 
     d_log_decay = None
     if log_decay is not None:
@@ -186,7 +167,7 @@ def chunk_backward(
 
 
 def _output_gradient(
-    chunk: "_Chunk",
+    block: "_Block",
     d_output: Tensor,
     output: Tensor | None = None,
     weights: Tensor | None = None,
@@ -194,70 +175,55 @@ def _output_gradient(
     scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the undivided output [lanes, R * C, V] and of the weights [lanes, R * C, 1]."""
-    do = chunk.tile(d_output)
+    """Gradients of the undivided output [tiles, R * C, V] and of the weights [tiles, R * C, 1]."""
+    do = block.tile(d_output)
     if weights is None:
-        return do * scale if scale != 1 else do, None
-    inverse = (chunk.tile(weights) + eps).reciprocal_()
-    delta = (do * chunk.tile(output)).sum(-1, keepdim=True).mul_(inverse).neg_()
-    return do * inverse, delta
+        return do.mul_(scale) if scale != 1 else do, None
+    inverse = (block.tile(weights) + eps).reciprocal_()
+    delta = (do * block.tile(output)).sum(-1, keepdim=True).mul_(inverse).neg_()
+    return do.mul_(inverse), delta
 
 
-def _chunk_gradients(
-    chunk: "_Chunk",
+def _block_gradients(
+    block: "_Block",
     do: Tensor,
     delta: Tensor | None,
     s: Tensor,
     z: Tensor | None,
-    ds: Tensor,
-    dz: Tensor | None,
+    d_end: Tensor,
+    d_end_z: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv and, where there is decay, d_log_decay of one chunk.
+    """dq, dk, dv and, where there is decay, d_log_decay of one block.
 
-    s and z: the state that the chunk entered with. ds and dz go from the gradient of the state
-    after the chunk to that before it. The gradient of a running sum of logs is q . dq of its row
-    less k . dk of its column; that of the last one has <state, d_state> at the end added.
+    s and z: what block.states() gave. d_end and d_end_z go from the gradient of the state after the
+    block to that before it, in place. The gradient of a running sum of logs is q . dq of its row
+    less k . dk of its column; that of a chunk's last one has <state, its gradient> added.
     """
-    q, k, v = chunk.query, chunk.key, chunk.value
-    _scale(chunk.exit, ds, dz)
+    q, k, v = block.query, block.key, block.value
+    ds = block.scan(torch.bmm(q.mT, do), d_end, back=True)
     d_scores = torch.bmm(do, v.mT)
     if delta is not None:
         d_scores += delta
-    chunk.mask(d_scores)
+    block.mask(d_scores)
     dq = torch.bmm(d_scores, k).baddbmm_(do, s.mT)
     dk = torch.bmm(v, ds.mT)
-    dv = torch.bmm(chunk.scores().mT, do).baddbmm_(k, ds)
+    dv = torch.bmm(block.scores().mT, do).baddbmm_(k, ds)
     if delta is not None:
+        dz = block.scan(torch.bmm(q.mT, delta)[..., 0], d_end_z, back=True)
         dq.addcmul_(delta, z[:, None])
         dk += dz[:, None]
-    end = None
-    if chunk.rise is not None:
-        end = (k * dk).sum((1, 2)) + (s * ds).sum((1, 2))
+    last = None
+    if block.rise is not None:
+        last = (k * dk).sum((1, 2)) + (s * ds).sum((1, 2))
         if delta is not None:
-            end += (z * dz).sum(1)
+            last += (z * dz).sum(1)
     dk.baddbmm_(d_scores.mT, q)
-    ds.baddbmm_(q.mT, do)
-    if delta is not None:
-        dz += torch.bmm(q.mT, delta)[..., 0]
-    _scale(chunk.entry, ds, dz)
-    if end is None:
+    if last is None:
         return dq, dk, dv
     d_sums = (q * dq).sum(-1).view(len(k), -1, k.shape[1]).sum(1) - (k * dk).sum(-1)
-    d_sums[:, -1] += end
-    return chunk.rescale(dq, chunk.rise), chunk.rescale(dk, chunk.fall), dv, _suffix_sums(d_sums)
-
-
-def _suffix_sums(x: Tensor) -> Tensor:
-    """[lanes, C] -> [lanes, C, 1]"""
-    return x.flip(-1).cumsum(-1).flip(-1)[..., None]
-
-
-def _scale(factor: Tensor | None, s: Tensor, z: Tensor | None) -> None:
-    """A state times [lanes], in place."""
-    if factor is not None:
-        s *= factor[:, None, None]
-        if z is not None:
-            z *= factor[:, None]
+    d_sums[:, -1] += last
+    d_log_decay = d_sums.flip(-1).cumsum(-1).flip(-1)[..., None]
+    return block.rescale(dq, block.rise), block.rescale(dk, block.fall), dv, d_log_decay
 
 
 def _start(
@@ -312,8 +278,8 @@ def _groups(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, chunk_size: i
     return [_Group(part, 0, length, part) for part in slices]
 
 
-class _Chunks:
-    """The chunks of a group, each made when it is asked for."""
+class _Blocks:
+    """The blocks of a group, each made when it is asked for."""
 
     def __init__(
         self,
@@ -339,15 +305,27 @@ class _Chunks:
             sums = logs.cumsum(1).transpose(1, 2).flatten(0, 1)
             self.bounds = _narrow_bounds(sums, self.bounds)
             self.decay = self._factors(sums)
+        self.spans = self._spans()
         self.inputs = list(zip(*map(self.split, (query, key, value)), strict=True))
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, T, H, D] -> views [rows, H, C, D], one for each chunk."""
-        x = x[self.group.rows, self.group.begin : self.group.end].transpose(1, 2)
-        return x.split([end - begin for begin, end in pairwise(self.bounds)], 2)
+    def _spans(self) -> list[tuple[int, int]]:
+        """First chunk of every block and the chunk after it; a block has chunks of one size."""
+        sizes = [end - begin for begin, end in pairwise(self.bounds)]
+        most = max(1, TILES // self.lanes)
+        found, at = [], 0
+        for _, same in groupby(sizes):
+            end = at + len(list(same))
+            found += [(i, min(i + most, end)) for i in range(at, end, most)]
+            at = end
+        return found
 
-    def _factors(self, sums: Tensor) -> list[tuple[Tensor, ...]]:
-        """entry [lanes], rise and fall [lanes, C], exit [lanes] of every chunk.
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[B, T, H, D] -> views [rows, H, n * C, D], one for each block."""
+        x = x[self.group.rows, self.group.begin : self.group.end].transpose(1, 2)
+        return x.split([self.bounds[end] - self.bounds[first] for first, end in self.spans], 2)
+
+    def _factors(self, sums: Tensor) -> tuple[Tensor, ...]:
+        """entry [lanes, chunks], rise and fall [lanes, T], exit [lanes, chunks].
 
         rise[i] * fall[j] is the decay from token j to token i. Both refer to the middle of the
         chunk's decay: entry is the decay of the state up to there, exit the one from there on.
@@ -357,15 +335,23 @@ class _Chunks:
         middle = (first + last) / 2
         before = F.pad(last[:, :-1], (1, 0))
         inside = sums - middle.repeat_interleave(bounds.diff(), 1)
-        sizes = bounds.diff().tolist()
         factors = (middle - before, inside, -inside, last - middle)
-        entry, rise, fall, exit_ = (x.exp().to(self.dtype) for x in factors)
-        tokens = (rise.split(sizes, 1), fall.split(sizes, 1))
-        return list(zip(entry.unbind(1), *tokens, exit_.unbind(1), strict=True))
+        return tuple(x.exp().to(self.dtype) for x in factors)
 
-    def __getitem__(self, i: int) -> "_Chunk":
-        factors = (None,) * 4 if self.decay is None else self.decay[i]
-        return _Chunk(self.inputs[i], factors, self.lanes, self.dtype)
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __iter__(self) -> Iterator["_Block"]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> "_Block":
+        first, end = self.spans[i]
+        factors = (None,) * 4
+        if self.decay is not None:
+            chunks, tokens = slice(first, end), slice(self.bounds[first], self.bounds[end])
+            entry, rise, fall, exit_ = self.decay
+            factors = entry[:, chunks], rise[:, tokens], fall[:, tokens], exit_[:, chunks]
+        return _Block(self.inputs[i], factors, self.lanes, end - first, self.dtype)
 
 
 def _narrow_bounds(sums: Tensor, bounds: list[int]) -> list[int]:
@@ -382,10 +368,11 @@ def _narrow_bounds(sums: Tensor, bounds: list[int]) -> list[int]:
     return [*found, bounds[-1]]
 
 
-class _Chunk:
-    """Tiles of one chunk: query [lanes, R * C, K], key [lanes, C, K], value [lanes, C, V].
+class _Block:
+    """Tiles of n chunks: query [tiles, R * C, K], key [tiles, C, K], value [tiles, C, V].
 
-    Query and key have their decay multiplied in, so that what is left is attention without decay.
+    There are lanes * n tiles, those of a lane in a row. Query and key have their decay multiplied
+    in, so that what is left is attention without decay.
     """
 
     def __init__(
@@ -393,53 +380,85 @@ class _Chunk:
         inputs: tuple[Tensor, ...],
         factors: tuple[Tensor | None, ...],
         lanes: int,
+        chunks: int,
         dtype: torch.dtype,
     ):
-        self.lanes, self.dtype = lanes, dtype
+        self.inputs, self.lanes, self.chunks, self.dtype = inputs, lanes, chunks, dtype
+        self.size = inputs[0].shape[2] // chunks
         self.entry, self.rise, self.fall, self.exit = factors
-        self.query, self.key, self.value = (self.tile(x) for x in inputs)
-        if self.rise is not None:
-            self.query = self.rescale(self.query, self.rise)
-            self.key = self.rescale(self.key, self.fall)
+        self.key = self.tile(inputs[1], self.fall)
+        self.value = self.tile(inputs[2])
 
-    def tile(self, x: Tensor) -> Tensor:
-        """[rows, H, C, D] -> [lanes, H / Hs * C, D]; heads that lanes share are repeated."""
+    @cached_property
+    def query(self) -> Tensor:
+        return self.tile(self.inputs[0], self.rise)
+
+    def tile(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """[rows, H, n * C, D] -> [tiles, H / Hs * C, D], times factor [lanes, n * C].
+
+        Heads that lanes share are repeated.
+        """
         rows, heads = x.shape[:2]
-        x = x.to(self.dtype)
+        x = x.unflatten(2, (self.chunks, self.size))
         if rows * heads < self.lanes:
-            x = x[:, :, None].expand(-1, -1, self.lanes // (rows * heads), -1, -1)
-        return x.contiguous().view(self.lanes, -1, x.shape[-1])
+            x = x[:, :, None].expand(-1, -1, self.lanes // (rows * heads), -1, -1, -1)[
+                :, :, :, None
+            ]
+        else:
+            x = x.unflatten(1, (self.lanes // rows, 1, -1))
+        x = x.transpose(3, 4)  # [rows, Hkv, S, n, R, C, D]
+        out = x.new_empty(x.shape, dtype=self.dtype)
+        if factor is None:
+            out.copy_(x)
+        else:
+            shape = (*x.shape[:4], 1, self.size, 1)
+            torch.mul(x, factor.reshape(shape), out=out)
+        return out.view(self.lanes * self.chunks, -1, x.shape[-1])
+
+    def write(self, out: Tensor, tiles: Tensor) -> None:
+        """Tiles [tiles, H / Hs * C, D] into [rows, H, n * C, D]; what was repeated is summed."""
+        rows, heads = out.shape[:2]
+        tiles = tiles.view(self.lanes, self.chunks, -1, self.size, tiles.shape[2])
+        if rows * heads < self.lanes:
+            tiles = tiles.unflatten(0, (rows * heads, -1)).sum(1)
+        tiles = tiles.transpose(1, 2).reshape(out.shape)
+        out.copy_(tiles)
 
     def rescale(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Rows [lanes, R * C, D] times [lanes, C]."""
-        lanes, size = factor.shape
-        return (x.view(lanes, -1, size, x.shape[2]) * factor[:, None, :, None]).view(x.shape)
+        """Tiles [tiles, R * C, D] times [lanes, n * C]."""
+        factor = factor.reshape(len(x), 1, self.size, 1)
+        return (x.view(len(x), -1, self.size, x.shape[2]) * factor).view(x.shape)
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Zero what is later than its row in scores [lanes, R * C, C], in place."""
-        size = self.key.shape[1]
-        scores.view(-1, size, size).tril_()
+        """Zero what is later than its row in scores [tiles, R * C, C], in place."""
+        scores.view(-1, self.size, self.size).tril_()
         return scores
 
     def scores(self) -> Tensor:
         return self.mask(torch.bmm(self.query, self.key.mT))
 
-    def enter(self, s: Tensor, z: Tensor | None) -> None:
-        """Take a state [lanes, K, V] from before the chunk to where its keys refer to, in place."""
-        _scale(self.entry, s, z)
+    def states(self, s: Tensor, z: Tensor | None) -> State:
+        """States [tiles, K, V] that the chunks enter with; s and z are taken to the block's end."""
+        states = self.scan(torch.bmm(self.key.mT, self.value), s)
+        return states, None if z is None else self.scan(self.key.sum(1), z)
 
-    def leave(self, s: Tensor, z: Tensor | None) -> None:
-        """Add the chunk to a state that entered it, and take it to the chunk's end, in place."""
-        s.baddbmm_(self.key.mT, self.value)
-        if z is not None:
-            z += self.key.sum(1)
-        _scale(self.exit, s, z)
+    def scan(self, steps: Tensor, state: Tensor, back: bool = False) -> Tensor:
+        """Take a state [lanes, ...] through the steps [tiles, ...] of its chunks, in place.
 
-
-def _write(out: Tensor, tiles: Tensor) -> None:
-    """Tiles [lanes, H / Hs * C, D] into [rows, H, C, D]; what was repeated is summed."""
-    lanes = tiles.shape[0] * tiles.shape[1] // out.shape[2]
-    shared = lanes // (out.shape[0] * out.shape[1])
-    if shared > 1:
-        tiles = tiles.view(*out.shape[:2], shared, *out.shape[2:]).sum(2)
-    out.copy_(tiles.view(out.shape))
+        Each step is replaced by the state that it is added to.
+        """
+        shape = (self.lanes, self.chunks, *[1] * (state.dim() - 1))
+        factors = (self.exit, self.entry) if back else (self.entry, self.exit)
+        before, after = (None if x is None else x.reshape(shape) for x in factors)
+        by_lane = steps.view(self.lanes, self.chunks, *state.shape[1:])
+        for i in reversed(range(self.chunks)) if back else range(self.chunks):
+            if before is not None:
+                state *= before[:, i]
+            step = by_lane[:, i]
+            reached = state + step
+            step.copy_(state)
+            if after is None:
+                state.copy_(reached)
+            else:
+                torch.mul(reached, after[:, i], out=state)
+        return steps
