@@ -1,0 +1,188 @@
+"""Triton kernels of the causal convolution.
+
+Legend: a sequence has TAPS - 1 rows of state and then its tokens. `rows` count from the first row
+of the state: token t is row t + TAPS - 1, and its window is rows t to t + TAPS - 1. A program has
+TILE rows (or tokens) and BLOCK channels. It loads its rows once for every tap; all loads but
+the first come from the cache.
+"""
+
+import triton
+import triton.language as tl
+
+from supra.kernels import tiles
+
+
+@triton.jit
+def place(
+    cu_seqlens, chunk_offsets, sequences, length,
+    TAPS: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """(sequence, row of the batch, its first token there, its tokens, first row of this chunk)"""
+    chunk = tl.program_id(0)
+    extended = length + TAPS - 1
+    n = tiles.sequence_of(chunk, chunk_offsets, sequences, extended, TILE, PACKED)
+    batch, begin, tokens, first = tiles.sequence(
+        n, cu_seqlens, chunk_offsets, extended, TILE, PACKED
+    )
+    if not PACKED:
+        tokens = length
+    return n.to(tl.int64), batch.to(tl.int64), begin, tokens, (chunk - first) * TILE
+
+
+@triton.jit
+def load_rows(base, stride, rows, count, columns, WIDTH: tl.constexpr):
+    """[rows, columns] as float32; zero where a row is not in 0 ... count - 1."""
+    mask = ((rows >= 0) & (rows < count))[:, None] & (columns < WIDTH)[None, :]
+    x = tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_rows(base, rows, count, columns, WIDTH: tl.constexpr, x):
+    mask = ((rows >= 0) & (rows < count))[:, None] & (columns < WIDTH)[None, :]
+    tl.store(base + rows[:, None] * WIDTH + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def load_window(
+    tokens_base, stride, state_base, rows, tokens, columns,
+    TAPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    x = load_rows(tokens_base, stride, rows - (TAPS - 1), tokens, columns, WIDTH)
+    if state_base is not None:
+        before = load_rows(state_base, WIDTH, rows, TAPS - 1, columns, WIDTH)
+        x = tl.where((rows < TAPS - 1)[:, None], before, x)
+    return x
+
+
+@triton.jit
+def load_column(weight, j, columns, WIDTH: tl.constexpr):
+    """Factors of the j-th row of every window, [1, columns]."""
+    x = tl.load(weight + j * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+    return x.to(tl.float32)[None, :]
+
+
+@triton.jit
+def convolve(
+    tokens_base, stride, state_base, weight, bias, rows, tokens, columns,
+    TAPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Sums of the tokens whose windows begin at these rows, and the first rows of the windows."""
+    first = load_window(tokens_base, stride, state_base, rows, tokens, columns, TAPS, WIDTH)
+    total = first * load_column(weight, 0, columns, WIDTH)
+    if bias is not None:
+        total += load_column(bias, 0, columns, WIDTH)
+    for j in range(1, TAPS):
+        x = load_window(tokens_base, stride, state_base, rows + j, tokens, columns, TAPS, WIDTH)
+        total += x * load_column(weight, j, columns, WIDTH)
+    return total, first
+
+
+@triton.jit
+def forward(
+    input, weight, bias, state, cu_seqlens, chunk_offsets, sequences, length,
+    batch_stride, token_stride, output, end,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, batch, begin, tokens, start = place(
+        cu_seqlens, chunk_offsets, sequences, length, TAPS, TILE, PACKED
+    )
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = start + tl.arange(0, TILE)
+    input += batch * batch_stride + begin * token_stride
+    if state is not None:
+        state += n * (TAPS - 1) * WIDTH
+    total, first = convolve(
+        input, token_stride, state, weight, bias, rows, tokens, columns, TAPS, WIDTH
+    )
+    if SILU:
+        total *= tl.sigmoid(total)
+    store_rows(output + (batch * length + begin) * WIDTH, rows, tokens, columns, WIDTH, total)
+    if start + TILE > tokens:
+        end += n * (TAPS - 1) * WIDTH
+        store_rows(end, rows - tokens, TAPS - 1, columns, WIDTH, first)
+
+
+@triton.jit
+def backward_sums(
+    input, weight, bias, state, cu_seqlens, chunk_offsets, sequences, length,
+    batch_stride, token_stride, d_output, d_sum, partial,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the sums before silu; what this chunk adds to those of the columns and bias."""
+    n, batch, begin, tokens, start = place(
+        cu_seqlens, chunk_offsets, sequences, length, TAPS, TILE, PACKED
+    )
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = start + tl.arange(0, TILE)
+    input += batch * batch_stride + begin * token_stride
+    if state is not None:
+        state += n * (TAPS - 1) * WIDTH
+    packed = (batch * length + begin) * WIDTH
+    d = load_rows(d_output + packed, WIDTH, rows, tokens, columns, WIDTH)
+    if SILU:
+        total, _ = convolve(
+            input, token_stride, state, weight, bias, rows, tokens, columns, TAPS, WIDTH
+        )
+        gate = tl.sigmoid(total)
+        d *= gate * (1 + total * (1 - gate))
+        store_rows(d_sum + packed, rows, tokens, columns, WIDTH, tiles.narrow(d, PRECISION))
+    partial += tl.program_id(0).to(tl.int64) * (TAPS + 1) * WIDTH + columns
+    for j in range(TAPS):
+        x = load_window(input, token_stride, state, rows + j, tokens, columns, TAPS, WIDTH)
+        tl.store(partial + j * WIDTH, tl.sum(d * x, 0), mask=columns < WIDTH)
+    tl.store(partial + TAPS * WIDTH, tl.sum(d, 0), mask=columns < WIDTH)
+
+
+@triton.jit
+def backward_window(
+    input, weight, bias, state, cu_seqlens, chunk_offsets, sequences, length,
+    batch_stride, token_stride, d_sum, d_input, d_state, d_end,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the rows: every sum that has the row in its window, and the final state."""
+    n, batch, begin, tokens, start = place(
+        cu_seqlens, chunk_offsets, sequences, length, TAPS, TILE, PACKED
+    )
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = start + tl.arange(0, TILE)
+    packed = (batch * length + begin) * WIDTH
+    d = load_rows(d_sum + packed, WIDTH, rows, tokens, columns, WIDTH)
+    total = d * load_column(weight, 0, columns, WIDTH)
+    for j in range(1, TAPS):
+        d = load_rows(d_sum + packed, WIDTH, rows - j, tokens, columns, WIDTH)
+        total += d * load_column(weight, j, columns, WIDTH)
+    state_base = n * (TAPS - 1) * WIDTH
+    if d_end is not None:
+        total += load_rows(d_end + state_base, WIDTH, rows - tokens, TAPS - 1, columns, WIDTH)
+    store_rows(d_input + packed, rows - (TAPS - 1), tokens, columns, WIDTH, total)
+    if d_state is not None:
+        store_rows(d_state + state_base, rows, TAPS - 1, columns, WIDTH, total)
+
+
+@triton.jit
+def step(
+    input, weight, bias, state, output, batch_stride,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token of a sequence. A channel belongs to one thread, which reads before it writes."""
+    n = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    state += n * (TAPS - 1) * WIDTH + columns
+    input += n * batch_stride + columns
+    x = tl.load(state if TAPS > 1 else input, mask=mask, other=0.0)
+    total = x.to(tl.float32) * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    for j in range(1, TAPS):
+        x = tl.load(state + j * WIDTH if j < TAPS - 1 else input, mask=mask, other=0.0)
+        tl.store(state + (j - 1) * WIDTH, x, mask=mask)
+        factor = tl.load(weight + j * WIDTH + columns, mask=mask, other=0.0)
+        total += x.to(tl.float32) * factor.to(tl.float32)
+    if SILU:
+        total *= tl.sigmoid(total)
+    tl.store(output + n * WIDTH + columns, total, mask=mask)
