@@ -1,0 +1,110 @@
+"""Decay between the tokens of a chunk, as the Triton kernels read it.
+
+A chunk is TILE tokens, a binary tree as in torch.py: at the level size, blocks of size tokens pair
+up, and the later one of a pair reads the earlier one through the boundary between them. So every
+exponent is the sum of the logs on one side of a boundary, and never positive.
+
+Sums are integers in units of 2^-18, so that their differences are exact after any number of resets:
+64 logs of -104, which is exp() = 0 in float32, stay below 2^31. The rounding of a sum changes a
+weight by 2e-6 at most. It does not add up over chunks, whose whole decay is kept in float32.
+"""
+
+import triton
+import triton.language as tl
+
+from supra.kernels.tiles import load_tile, offset, sequence, sequence_of
+
+UNIT = tl.constexpr(2.0**-18)
+LOWEST = tl.constexpr(-104.0)
+
+
+@triton.jit
+def decay_sums(
+    log_decay, sums, whole, cu_seqlens, chunk_offsets,
+    decay_batch, decay_time, decay_head, sequences, length, heads,
+    KEY_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Sums of log_decay since the chunk began, [B, T, Hkv, K], and whole decays [chunks, Hkv, K].
+
+    grid: (chunks * blocks of K, Hkv).
+    """
+    across: tl.constexpr = (KEY_WIDTH + BLOCK_K - 1) // BLOCK_K
+    chunk, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
+    n = sequence_of(chunk, chunk_offsets, sequences, length, TILE, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, TILE, PACKED)
+    at = (chunk - first) * TILE
+    if at >= tokens:
+        return
+    rows = tl.arange(0, TILE)
+    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    log_decay += offset(row, decay_batch, begin + at, decay_time, head, decay_head)
+    x = load_tile(log_decay, decay_time, rows, tokens - at, columns, KEY_WIDTH).to(tl.float32)
+    exact = (tl.maximum(x, LOWEST) * 2.0**40).to(tl.int64)
+    total = tl.sum(exact, 0)
+    inexact = ((tl.cumsum(exact, 0) + (1 << 21)) >> 22).to(tl.int32)
+    base = sums + (row * tl.cast(length, tl.int64) + begin + at) * heads * KEY_WIDTH
+    mask = (rows < tokens - at)[:, None] & (columns < KEY_WIDTH)[None, :]
+    place = rows[:, None] * heads * KEY_WIDTH + columns[None, :]
+    tl.store(base + head * KEY_WIDTH + place, inexact, mask=mask)
+    base = whole + (tl.cast(chunk, tl.int64) * heads + head) * KEY_WIDTH
+    tl.store(base + columns, tl.exp(total.to(tl.float32) * 2.0**-40), mask=columns < KEY_WIDTH)
+
+
+@triton.jit
+def load_sums(sums, step, rows, left, columns, WIDTH: tl.constexpr):
+    """Sums up to and with each row; none before the first, constant after the last."""
+    mask = (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
+    place = tl.minimum(rows, left - 1)[:, None] * step + columns[None, :]
+    return tl.load(sums + place, mask=mask, other=0)
+
+
+@triton.jit
+def entering_decay(sums, step, rows, left, columns, WIDTH: tl.constexpr, HAS_BONUS: tl.constexpr):
+    """Decay from the begin of the chunk to where each row reads the state."""
+    read = load_sums(sums, step, rows - HAS_BONUS, left, columns, WIDTH)
+    return tl.exp(read.to(tl.float32) * UNIT)
+
+
+@triton.jit
+def leaving_decay(sums, step, rows, left, columns, WIDTH: tl.constexpr):
+    """Decay from each row to the end of the chunk, whose sum is the least of all."""
+    own = load_sums(sums, step, rows, left, columns, WIDTH)
+    return tl.exp((tl.min(own, 0)[None, :] - own).to(tl.float32) * UNIT)
+
+
+@triton.jit
+def boundary_decay(
+    sums, step, rows, left, columns,
+    size, WIDTH: tl.constexpr, HAS_BONUS: tl.constexpr,
+):  # fmt: skip
+    """Decay between each row and the boundary inside its pair of blocks.
+
+    For a row of the later block it is what its query meets, for one of the earlier its key.
+    """
+    later = (rows & size) != 0
+    own = load_sums(sums, step, tl.where(later, rows - HAS_BONUS, rows), left, columns, WIDTH)
+    boundary = (rows & (-2 * size)) + (size - 1)
+    middle = load_sums(sums, step, boundary, left, columns, WIDTH)
+    logs = tl.where(later[:, None], own - middle, middle - own)
+    return tl.exp(logs.to(tl.float32) * UNIT)
+
+
+@triton.jit
+def crosses(later, earlier, size):
+    """Whether two rows meet at this level: the one in the later, the other in the earlier block."""
+    same = (later & (-2 * size)) == (earlier & (-2 * size))
+    return same & ((later & size) != 0) & ((earlier & size) == 0)
+
+
+@triton.jit
+def from_here_on(rows, size, STRICT: tl.constexpr):
+    """[i, j] 1.0 where row j of the same block of size rows follows row i, or is it."""
+    same = (rows & -size)[:, None] == (rows & -size)[None, :]
+    return (same & (rows[None, :] - rows[:, None] >= STRICT)).to(tl.float32)
+
+
+@triton.jit
+def before_here(rows, size):
+    """[i, j] 1.0 where row j of the same block of size rows comes before row i."""
+    same = (rows & -size)[:, None] == (rows & -size)[None, :]
+    return (same & (rows[None, :] < rows[:, None])).to(tl.float32)
