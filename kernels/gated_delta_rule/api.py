@@ -1,0 +1,192 @@
+"""Contract, validation and dispatch of the gated delta rule.
+
+For every head, with the state S in R^{K x V}, a decay exp(g_t) and a writing strength beta_t:
+
+    S_t = exp(g_t) (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+    o_t = scale * q_t S_t
+
+The state is a memory of values by keys: what it holds under k_t is moved towards v_t by the
+fraction beta_t, after all of it has decayed. This is Gated DeltaNet (Yang, Kautz & Hatamizadeh
+2024, eq. 10); without decay it is DeltaNet (Schlag et al. 2021; Yang et al. 2024).
+
+The keys are used as they are given: normalize them to length 1 before. beta_t |k_t|^2 must stay
+below 2, or the state may grow without bound.
+"""
+
+import torch
+from torch import Tensor
+
+from supra.kernels import checks
+from supra.kernels.backends import choose, without_autocast
+from supra.kernels.gated_delta_rule import operator, reference
+from supra.kernels.gated_delta_rule import torch as torch_backend
+
+OPERATION = "gated_delta_rule"
+
+
+def chunk_gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule over whole sequences, in chunks; for training and prefill.
+
+    Args:
+        query: [B, T, Hq, K], any floating dtype, as all inputs. T >= 1.
+        key: [B, T, Hkv, K], of length 1 (not checked: that would synchronise a GPU). Hkv divides
+            Hq; query head h reads the state of key head h // (Hq // Hkv).
+        value: [B, T, Hkv, V].
+        beta: [B, T, Hkv], writing strength in [0, 2) (not checked either). 0 writes nothing.
+        log_decay: natural log of the decay, <= 0 (not checked either). None for no decay, [Hkv] for
+            a constant per head, [B, T, Hkv] per token. Values down to -inf are allowed: what lies
+            below -104 counts as -104, which is exp() = 0 in float32, and gets no gradient.
+        scale: factor on the output.
+        initial_state: [N, Hkv, K, V], state before the first token; N is the batch size, or the
+            number of packed sequences. None for zeros.
+        return_state: also return the state after the last token.
+        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
+            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
+            "torch" and "reference" backends read it on the host: keep it on the CPU for them.
+        chunk_size: tokens a chunk, >= 1. Changes speed and rounding only; "triton" always takes 64.
+        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
+            "triton" for 16-bit and float32 tensors on a GPU when triton is installed, and "torch"
+            for all else. A backend that cannot run raises; none falls back to another.
+
+    Returns:
+        Output [B, T, Hq, V] in value.dtype, and the final state [N, Hkv, K, V] or None. The state
+        is float32, or float64 for float64 inputs; so is the computation, also under autocast.
+        Gradients flow to and from all tensors, the states included; second derivatives need
+        backend="reference".
+
+    Raises:
+        ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
+    _check_inputs(query, key, value, beta, log_decay)
+    sequences = checks.check_packing("query", query, cu_seqlens)
+    state = _check_state(initial_state, query, key, value, sequences)
+    backend = choose(OPERATION, backend, query, key, value)
+    if backend == "reference":
+        inputs = (query, key, value, beta, log_decay, state, cu_seqlens)
+        return _reference(*inputs, scale, return_state)
+    output, end = operator.forward(
+        query, key, value, beta, log_decay, state, cu_seqlens, scale, chunk_size, backend
+    )
+    return output, end if return_state else None
+
+
+def recurrent_gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    in_place: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The same function token by token; for decoding, where T = 1 is one short step.
+
+    Arguments, results and errors are those of `chunk_gated_delta_rule`, and one more:
+
+    in_place: write the final state into the tensor initial_state and return that, so that a step
+        allocates no state. It must be contiguous, float32 (float64 for float64 inputs), and need no
+        gradient. Otherwise the state that is passed in is not changed.
+
+    With backend="triton", a call that needs gradients runs the chunked kernels.
+    """
+    _check_inputs(query, key, value, beta, log_decay)
+    state = _check_state(initial_state, query, key, value, len(query))
+    inputs = (query, key, value, beta, log_decay, state)
+    graded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if in_place:
+        _check_in_place(initial_state, state, graded, backend)
+    backend = choose(OPERATION, backend, query, key, value)
+    if backend == "reference":
+        return _reference(*inputs, None, scale, return_state)
+    if backend == "torch":
+        with without_autocast(query.device):
+            output, end = torch_backend.recurrent(*inputs, scale=scale, in_place=in_place)
+    elif graded:
+        output, end = operator.forward(*inputs, None, scale, 64, backend)
+    else:
+        end = state if in_place else _own_state(state, query, key, value)
+        output = operator.step(*inputs[:5], end, scale)
+    return output, end if return_state else None
+
+
+def _reference(
+    query, key, value, beta, log_decay, state, cu_seqlens, scale, return_state
+) -> tuple[Tensor, Tensor | None]:
+    bounds = checks.bounds(cu_seqlens, *query.shape[:2])
+    with without_autocast(query.device):
+        output, end = reference.recurrence(
+            query, key, value, beta, log_decay, state, bounds=bounds, scale=scale
+        )
+    end = end.to(checks.state_dtype(query, key, value)) if return_state else None
+    return output.to(value.dtype), end
+
+
+def _check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor | None
+) -> None:
+    checks.check_heads(query, key, value)
+    checks.check_tensors(query=query, key=key, value=value, beta=beta, log_decay=log_decay)
+    per_token = key.shape[:3]
+    if beta.shape != per_token:
+        raise ValueError(f"beta (shape {checks.shape(beta)}) must be {list(per_token)} to fit key")
+    if log_decay is not None and log_decay.shape not in (per_token, per_token[2:]):
+        raise ValueError(
+            f"log_decay (shape {checks.shape(log_decay)}) must be {list(per_token[2:])} or "
+            f"{list(per_token)} to fit key"
+        )
+
+
+def _check_state(
+    state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, sequences: int
+) -> Tensor | None:
+    """The given state in the precision of the computation."""
+    if state is None:
+        return None
+    checks.check_tensors(query=query, initial_state=state)
+    shape = (sequences, key.shape[2], key.shape[3], value.shape[3])
+    if state.shape != shape:
+        raise ValueError(
+            f"initial_state (shape {checks.shape(state)}) must be {list(shape)} [N, Hkv, K, V]"
+        )
+    return state.to(checks.state_dtype(query, key, value))
+
+
+def _own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A copy of the state, or zeros, for a kernel that writes into it."""
+    if state is not None:
+        return state.clone(memory_format=torch.contiguous_format)
+    shape = (len(query), key.shape[2], key.shape[3], value.shape[3])
+    return query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))
+
+
+def _check_in_place(given: Tensor | None, state: Tensor | None, graded: bool, backend: str) -> None:
+    if given is None:
+        raise ValueError("in_place (=True) needs an initial_state to write into; pass one")
+    if backend == "reference":
+        raise ValueError("in_place (=True) cannot run with backend='reference'; use 'torch'")
+    if graded:
+        raise ValueError("in_place (=True) has no gradient; call it under torch.no_grad()")
+    if state is not given or not state.is_contiguous():
+        raise ValueError(
+            f"initial_state ({given.dtype}, strides {given.stride()}) must be contiguous "
+            f"{state.dtype} to be written in place"
+        )

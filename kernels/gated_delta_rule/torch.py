@@ -1,0 +1,264 @@
+"""The gated delta rule in plain torch, for any device; chunks as batched matrix products.
+
+In a chunk of C tokens with the state S before it, G_i the running sum of log_decay and
+D_ij = exp(G_i - G_j) for i >= j, the recurrence of api.py writes k_i u_i^T at token i, where
+u_i = beta_i e_i is what the state lacks of v_i, the error
+
+    e_i = v_i - exp(G_i) S^T k_i - sum_{j < i} D_ij (k_i . k_j) beta_j e_j
+
+so e = T v - W S with T = (1 + B)^-1, B_ij = D_ij (k_i . k_j) beta_j below the diagonal and
+W = T (exp(G) k): the WY form (Yang et al. 2024) with the strengths on the side of the columns. With
+u in the place of the values the rest is linear attention.
+
+Legend: C chunk length, G query heads per key head, rows = chunks * Hkv. A tile is one chunk of one
+head, [rows, C, D]; query tiles are [rows, G * C, D].
+"""
+
+import torch
+from torch import Tensor
+
+from supra.kernels import checks
+from supra.kernels.packing import Layout
+
+# exp(-104) is 0 in float32; a lower sum of logs would only cost the differences their digits
+LOWEST_LOG_DECAY = -104.0
+
+
+def recurrent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    *,
+    scale: float,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of api.py, token by token. Shapes and results as there."""
+    state = _start(state, query, key, value, len(query))
+    dtype, output_dtype = state.dtype, value.dtype
+    decay = None if log_decay is None else log_decay.to(dtype).exp()[..., None, None]
+    query = query.to(dtype).unflatten(2, (key.shape[2], -1)) * scale
+    key, value, beta = (x.to(dtype) for x in (key, value, beta[..., None]))
+    multiply, insert = (Tensor.mul_, Tensor.addcmul_) if in_place else (torch.mul, torch.addcmul)
+    outputs = []
+    for t in range(query.shape[1]):
+        k = key[:, t, :, :, None]
+        if decay is not None:
+            state = multiply(state, decay if decay.dim() == 3 else decay[:, t])
+        written = beta[:, t] * (value[:, t] - (k.mT @ state)[:, :, 0])
+        state = insert(state, k, written[:, :, None])
+        outputs.append((query[:, t] @ state).flatten(1, 2))
+    return torch.stack(outputs, 1).to(output_dtype), state
+
+
+def chunk_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The same function in chunks; arguments and results are those of operator.forward."""
+    layout = Layout.of(checks.bounds(cu_seqlens, *query.shape[:2]), chunk_size, query.device)
+    start = _start(state, query, key, value, len(layout.order))[layout.order]
+    tiles = _Tiles(layout, query, key, value, beta, log_decay, scale, start.dtype)
+    states, errors, end = tiles.scan(start)
+    output = tiles.entering_query() @ states
+    output.baddbmm_(tiles.within(tiles.query @ tiles.key.mT), errors.mul_(tiles.beta))
+    output = layout.scatter(output.view(*tiles.heads, -1), query).to(value.dtype)
+    return output, end[layout.place]
+
+
+def chunk_backward(
+    d_output: Tensor,
+    d_state: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, beta, log_decay and state.
+
+    T, the states and the errors are computed again. From dv = T^T (beta du) follow dB = -dv e^T and
+    d(exp(G) k) = -dv S^T. The gradient of a running sum of logs is o . do = q . dq of its row less
+    v . dv of its column: scaling the state from a token on scales the outputs that follow, and is
+    undone by scaling the values.
+    """
+    layout = Layout.of(checks.bounds(cu_seqlens, *query.shape[:2]), chunk_size, query.device)
+    start = _start(state, query, key, value, len(layout.order))[layout.order]
+    d_end = _start(d_state, query, key, value, len(layout.order))[layout.order]
+    tiles = _Tiles(layout, query, key, value, beta, log_decay, scale, start.dtype)
+    states, errors, end = tiles.scan(start)
+    written = tiles.beta * errors
+
+    d_out = layout.clear(layout.gather(d_output, start.dtype)).view(*tiles.query.shape[:2], -1)
+    d_scores = tiles.within(d_out @ written.mT)
+    d_query = tiles.enter(d_out @ states.mT).baddbmm_(d_scores, tiles.key)
+    d_written = tiles.within(tiles.query @ tiles.key.mT).mT @ d_out
+    steps = tiles.entering_query().mT @ d_out
+    d_states, carried, d_start = tiles.scan_back(d_written, steps, d_end, states, end)
+
+    d_value = tiles.inverse.mT @ (tiles.beta * d_written)
+    products = (d_value @ errors.mT).tril_(-1)
+    d_beta = (errors * d_written).sum(-1) - (products * tiles.overlap).sum(-2)
+    products.mul_(tiles.pairwise).mul_(tiles.beta.mT)
+    d_key = (d_scores.mT @ tiles.query).baddbmm_(products + products.mT, tiles.key, alpha=-1)
+    d_key.addcmul_(tiles.entering, d_value @ states.mT, value=-1)
+    d_key.addcmul_(tiles.leaving, written @ d_states.mT)
+
+    d_log_decay = None
+    if log_decay is not None:
+        d_sums = (tiles.query * d_query).sum(-1).view(*tiles.grid).sum(2)
+        d_sums -= (tiles.value * d_value).sum(-1).view_as(d_sums)
+        d_sums[..., -1] += carried
+        d_log_decay = _d_log_decay(layout, d_sums, log_decay)
+    d_query = layout.scatter(d_query.mul_(scale).view(*tiles.heads, -1), query)
+    d_key, d_value, d_beta = (
+        layout.scatter(x.view(*tiles.grid[:2], tiles.grid[3], -1), key)
+        for x in (d_key, d_value, d_beta)
+    )
+    return (
+        d_query.to(query.dtype),
+        d_key.to(key.dtype),
+        d_value.to(value.dtype),
+        d_beta[..., 0].to(beta.dtype),
+        d_log_decay,
+        None if state is None else d_start[layout.place],
+    )
+
+
+def _start(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, n: int) -> Tensor:
+    """The given state, or zeros where it is None."""
+    if state is not None:
+        return state
+    dtype = checks.state_dtype(query, key, value)
+    return query.new_zeros(n, key.shape[2], key.shape[3], value.shape[3], dtype=dtype)
+
+
+class _Tiles:
+    """Inputs as tiles, what carries a token's weight through its chunk, and T.
+
+    query (with the scale) [rows, G * C, K], key [rows, C, K], value [rows, C, V],
+    beta, entering, leaving [rows, C, 1], whole [rows, 1, 1]: exp of the sums of logs;
+    pairwise = D, overlap = D * (k . k), inverse = T, all [rows, C, C].
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+    ):
+        query, key, value = (layout.gather(x, dtype) for x in (query, key, value))
+        beta = layout.clear(layout.gather(beta[..., None], dtype))  # so padding writes nothing
+        chunks, kv_heads, size, width = key.shape
+        self.levels = [(begin * kv_heads, end * kv_heads) for begin, end in layout.levels]
+        self.heads = query.shape[:3]
+        self.grid = (chunks, kv_heads, query.shape[1] // kv_heads, size)
+        self.query = query.view(chunks * kv_heads, -1, width).mul_(scale)
+        self.key, self.value, self.beta = (x.flatten(0, 1) for x in (key, value, beta))
+
+        if log_decay is None:
+            log_decay = query.new_zeros(kv_heads)
+        sums = layout.decay_sums(log_decay.double().clamp(min=LOWEST_LOG_DECAY)).flatten(0, 1)
+        last = sums[:, -1:]
+        self.entering = sums.to(dtype).exp()[..., None]
+        self.leaving = (last - sums).to(dtype).exp()[..., None]
+        self.whole = last.to(dtype).exp()[..., None]
+        self.pairwise = _pairwise(sums, dtype)
+        self.overlap = (self.key @ self.key.mT).mul_(self.pairwise)
+        # T (1 + B) = 1 takes 2.7 ms where solving for v and exp(G) k takes 8.9, and their products
+        # with T 3 (256 tiles of 64 x 64, one core); what is not below the diagonal of B is not read
+        identity = torch.eye(size, dtype=dtype, device=key.device).expand_as(self.overlap)
+        self.inverse = torch.linalg.solve_triangular(
+            self.overlap * self.beta.mT, identity, upper=False, left=False, unitriangular=True
+        )
+        self.reading = self.inverse @ (self.entering * self.key)  # W
+
+    def within(self, scores: Tensor) -> Tensor:
+        """Scale scores [rows, G * C, C] in place by D, zero above the diagonal."""
+        scores.view(-1, self.grid[2], *self.pairwise.shape[1:]).mul_(self.pairwise[:, None])
+        return scores
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Scale x [rows, G * C, D] in place by the decay since the chunk began."""
+        x.view(-1, *self.grid[2:], x.shape[2]).mul_(self.entering[:, None])
+        return x
+
+    def entering_query(self) -> Tensor:
+        return self.enter(self.query.clone())
+
+    def scan(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States before every chunk [rows, K, V], errors [rows, C, V], and states after the last
+        chunk of every sequence [N, Hkv, K, V].
+        """
+        errors = self.inverse @ self.value
+        states = errors.new_empty(len(errors), *start.shape[2:])
+        end = start.flatten(0, 1).clone()
+        writing = self.beta * self.leaving * self.key
+        for begin, stop in self.levels:
+            at, state = slice(begin, stop), end[: stop - begin]
+            states[at] = state
+            errors[at].baddbmm_(self.reading[at], state, alpha=-1)
+            state.mul_(self.whole[at]).baddbmm_(writing[at].mT, errors[at])
+        return states, errors, end.view_as(start)
+
+    def scan_back(
+        self, d_written: Tensor, steps: Tensor, d_end: Tensor, states: Tensor, end: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the states after every chunk [rows, K, V], their products with these states
+        [chunks, Hkv], and gradients of the first states. d_written is completed in place.
+        """
+        d_states, carried = torch.empty_like(steps), steps.new_empty(len(steps))
+        d_start, after = d_end.flatten(0, 1).clone(), end.flatten(0, 1).clone()
+        departing, reading = self.leaving * self.key, self.beta * self.reading
+        for begin, stop in reversed(self.levels):
+            at, count = slice(begin, stop), stop - begin
+            d_state = d_start[:count]
+            d_states[at] = d_state
+            carried[at] = (after[:count] * d_state).sum((1, 2))
+            after[:count] = states[at]
+            d_written[at].baddbmm_(departing[at], d_state)
+            d_state.mul_(self.whole[at]).add_(steps[at])
+            d_state.baddbmm_(reading[at].mT, d_written[at], alpha=-1)
+        return d_states, carried.view(self.grid[:2]), d_start.view_as(d_end)
+
+
+def _pairwise(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, C] -> D [rows, C, C], decay from column to row; the log is masked before exp.
+
+    The sums are float64: with resets among them float32 would keep 3e-5 of their differences. Masks
+    are zeros: exp takes ten times as long for -inf.
+    """
+    logs = (sums[:, :, None] - sums[:, None, :]).to(dtype)
+    return logs.tril_().exp_().tril_()
+
+
+def _d_log_decay(layout: Layout, d_sums: Tensor, log_decay: Tensor) -> Tensor:
+    """Gradient of log_decay from that of its running sums in each chunk [chunks, H, C]."""
+    d_steps = d_sums.flip(-1).cumsum(-1).flip(-1)
+    if log_decay.dim() == 3:
+        found = layout.scatter(d_steps[..., None], log_decay)[..., 0]
+    else:
+        if layout.padded is not None:
+            d_steps = d_steps.masked_fill(layout.padded[:, None], 0)
+        found = d_steps.sum((0, 2))
+    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
