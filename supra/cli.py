@@ -1,4 +1,4 @@
-"""The command `supra`: convert | inspect | uptrain | eval | generate.
+"""The command `supra`: convert | inspect | uptrain | eval | generate | bench.
 
 A user's mistake is one line on stderr and exit code 2. Imports stand inside the commands, so that
 `supra --help` answers at once.
@@ -80,7 +80,38 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--beams", type=int, default=1)
     add.add_argument("--seed", type=int, default=0)
     add.set_defaults(run=run_generate)
+
+    add = commands.add_parser("bench", help="measure the kernels")
+    add_bench(add.add_subparsers(required=True, metavar="what"))
     return parser
+
+
+def add_bench(commands: Any) -> None:
+    """`supra bench kernels | compile`."""
+    add = commands.add_parser("kernels", help="speed of the operations, and of their rivals")
+    add.add_argument("--ops", default="", metavar="A,B", help="operations; default: all")
+    add.add_argument(
+        "--lengths", default="2048", metavar="A,B",
+        help="tokens; several show how time and memory grow, without rivals but in decoding",
+    )  # fmt: skip
+    add.add_argument("--heads", type=int, default=8)
+    add.add_argument("--head-size", type=int, default=64)
+    add.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    add.add_argument("--batch", type=int, default=1)
+    add.add_argument("--repeats", type=int, default=10, help="measurements of each")
+    add.add_argument("--json", action="store_true", help="JSON")
+    add.set_defaults(run=run_bench_kernels)
+
+    add = commands.add_parser("compile", help="registers, spills and traffic; needs no GPU")
+    add.add_argument("--ops", default="", metavar="A,B", help="operations; default: all")
+    add.add_argument("--case", action="append", help="options of them; may be repeated")
+    add.add_argument("--archs", default="", metavar="A,B", help="sm_80,sm_90,sm_100,small")
+    add.add_argument("--head-sizes", default="", metavar="A,B", help="32,64,128,256")
+    add.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    add.add_argument("--json", action="store_true", help="JSON")
+    add.add_argument("--check", action="store_true", help="exit code 1 if a kernel breaks a gate")
+    add.add_argument("--out", type=Path, metavar="FILE", help="write there and not to the terminal")
+    add.set_defaults(run=run_bench_compile)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +184,37 @@ def run_generate(arguments: argparse.Namespace) -> None:
     )
 
 
+def run_bench_kernels(arguments: argparse.Namespace) -> None:
+    from supra.bench.kernels import report
+    from supra.checkpoints import parse_dtype
+
+    report(
+        operations=parse_names(arguments.ops),
+        lengths=parse_integers("lengths", arguments.lengths),
+        heads=arguments.heads,
+        head_size=arguments.head_size,
+        dtype=parse_dtype(arguments.dtype),
+        batch=arguments.batch,
+        repeats=arguments.repeats,
+        as_json=arguments.json,
+    )
+
+
+def run_bench_compile(arguments: argparse.Namespace) -> None:
+    from supra.bench.compile import report
+
+    report(
+        operations=parse_names(arguments.ops),
+        cases=arguments.case,
+        targets=parse_names(arguments.archs),
+        widths=parse_integers("head-sizes", arguments.head_sizes),
+        processes=arguments.jobs,
+        as_json=arguments.json,
+        check=arguments.check,
+        out=arguments.out,
+    )
+
+
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """`["decay=fixed", "scale=false"]` as a dict; values are read as YAML."""
     import yaml
@@ -167,6 +229,11 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"--mixer-option {pair!r}: {value!r} is no value in YAML") from None
     return options
+
+
+def parse_names(text: str) -> list[str]:
+    """`"a,b"` as a list; empty text is none."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse_integers(argument: str, text: str) -> list[int]:

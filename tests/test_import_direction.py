@@ -19,6 +19,8 @@ LAYERS = {
     "supra/cache.py": {"torch", "transformers", "supra.mixers", "supra.errors"},
     "supra/configuration.py": {"torch", "transformers", "supra.errors", "supra.modeling"},
     "supra": MODEL,
+    "supra/bench": {"torch", "triton", "supra.bench", "supra.kernels", "supra.errors"},
+    "supra/bench/rivals.py": {"torch", "transformers", "supra.kernels"},
     "supra/uptrain": MODEL | {"accelerate", "peft", "datasets"},
     "supra/text.py": {"torch", "datasets", "supra.errors"},
     "recipes": {"torch", "supra"},
@@ -26,7 +28,7 @@ LAYERS = {
 # top first: a file may import from its own level and from those below
 LEVELS = [
     ["supra.cli"],
-    ["supra.uptrain", "supra.convert", "supra.inspection", "supra.generation"],
+    ["supra.uptrain", "supra.convert", "supra.inspection", "supra.generation", "supra.bench"],
     ["supra.evaluate"],
     ["supra.checkpoints", "supra.packing", "supra.losses", "supra.text", "supra.calibrate"],
     ["supra.modeling", "supra.configuration", "supra.cache"],

@@ -1,0 +1,1 @@
+"""Measurements: kernels on a GPU, and compiled kernels without one."""

@@ -1,0 +1,194 @@
+"""`supra bench compile`: a report on compiled kernels, which needs no GPU.
+
+For every kernel of every operation: registers, spills, shared memory, tensor cores, width of memory
+accesses; and for every operation the bytes that it moves. `--check` fails on a row that breaks a
+gate: no stack, every product of tiles on tensor cores, 90 % of the bytes of a kernel of matrices in
+accesses of 128 bits, 64 KiB of shared memory for the target "small".
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+from supra.bench import compiled, traffic
+from supra.bench.compiled import Compiled, Job
+from supra.bench.ir import LOOP_RUNS
+from supra.bench.operations import OPERATIONS, head_sizes
+from supra.bench.traffic import TOKENS, Traffic
+from supra.bench.workers import run_parallel
+from supra.errors import UserError, check_choice
+from supra.kernels.launch import TARGETS
+
+PARTS = ("forward", "backward", "recurrent")
+PREFACE = f"""\
+# Compiled kernels
+
+Made by `supra bench compile --out kernels/COMPILED.md` with Triton {{version}}; bf16 inputs.
+
+Stack is what a thread spills, in bytes. Shared memory is that of a block, and blocks per SM is how
+many fit at once. Dots are the products of tiles in the source. 128-bit bytes is the share of the
+bytes that move in accesses of 128 bits a thread, a loop taken to run {LOOP_RUNS} times; kernels
+without matrices have none. Narrow accesses are the instructions for fewer bits.
+
+Traffic is in bytes per token and head, at {TOKENS} tokens. Least: inputs once, outputs once.
+Requested: by the lanes of the kernels. Distinct: with each sector of memory once a kernel. Torch:
+around the kernels. Ratio: distinct and torch to least.
+"""
+
+KERNEL_HEADER = (
+    "kernel", "pass", "case", "head size", "target", "registers", "stack", "shared KiB",
+    "blocks per SM", "dots", "tensor core instructions", "128-bit bytes", "narrow accesses",
+    "gates",
+)  # fmt: skip
+TRAFFIC_HEADER = (
+    "pass", "case", "head size", "targets", "least", "requested", "distinct", "torch", "ratio",
+)  # fmt: skip
+
+
+def report(
+    *,
+    operations: Sequence[str] | None = None,
+    cases: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    widths: Sequence[int] | None = None,
+    processes: int = 2,
+    as_json: bool = False,
+    check: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Print the report, or write it to `out`; exit code 1 when `check` finds a broken gate."""
+    if find_spec("triton") is None:
+        raise UserError("triton, which compiles the kernels, is not installed: pip install triton")
+    if processes < 1:
+        raise UserError(f"--jobs (={processes}) must be at least 1")
+    for width in widths or ():
+        if not 1 <= width <= 256:
+            raise UserError(f"--head-sizes (={width}) must be 1 to 256, as the kernels' heads are")
+    operations, targets = operations or list(OPERATIONS), targets or TARGETS
+    known = {case for name in OPERATIONS for case in OPERATIONS[name]}
+    for what, names, choices in (
+        ("operation", operations, OPERATIONS),
+        ("target", targets, TARGETS),
+        ("case", cases or (), known),
+    ):
+        for name in names:
+            check_choice(what, name, choices)
+    chosen = [
+        (operation, case, width)
+        for operation in operations
+        for case, width in product(OPERATIONS[operation], widths or head_sizes(operation))
+        if not cases or case in cases
+    ]
+    kernels = compile_all([Job(*x, target) for x in chosen for target in targets], processes)
+    moved = measure_all([traffic.Job(*x, tuple(targets)) for x in chosen], processes)
+    if as_json:
+        rows = {
+            "kernels": [asdict(x) | {"failures": x.failures()} for x in kernels],
+            "traffic": [asdict(x) for x in moved],
+        }
+        text = json.dumps(rows, indent=1)
+    else:
+        text = "\n".join(lines(kernels, moved))
+    if out:
+        out.write_text(text + "\n")
+    else:
+        print(text)
+    failures = [f"{describe(x)}: {failure}" for x in kernels for failure in x.failures()]
+    if check and failures:
+        print("\n".join(failures), file=sys.stderr)
+        sys.exit(1)
+
+
+def compile_all(jobs: list[Job], processes: int) -> list[Compiled]:
+    """Compile the jobs from nothing; what compiles to the same for several cases is listed once."""
+    with tempfile.TemporaryDirectory(prefix="supra-compile-") as cache:
+        environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": cache}
+        results = run_parallel(compiled.compile_job, jobs, processes, environment, "compiling")
+    rows = {}
+    for row in (row for rows in results for row in rows):
+        key = (row.job.operation, row.job.width, row.job.target, row.kernel)
+        rows.setdefault((*key, row.code or row.error), row)
+    return list(rows.values())
+
+
+def measure_all(jobs: list[traffic.Job], processes: int) -> list[Traffic]:
+    environment = {"TRITON_INTERPRET": "1"}
+    results = run_parallel(traffic.measure, jobs, processes, environment, "counting bytes")
+    return [row for rows in results for row in rows]
+
+
+def describe(row: Compiled) -> str:
+    job = row.job
+    return (
+        f"{job.operation} ({job.case}) {row.part} {row.kernel}, head size {job.width}, {job.target}"
+    )
+
+
+def lines(kernels: list[Compiled], moved: list[Traffic]) -> list[str]:
+    """The report in Markdown."""
+    import triton
+
+    found = PREFACE.format(version=triton.__version__).splitlines()
+    for operation in dict.fromkeys(x.job.operation for x in kernels):
+        ordered = sorted((x for x in kernels if x.job.operation == operation), key=_order)
+        rows = [kernel_row(x) for x in ordered]
+        found += ["", f"## {operation}", "", *table(KERNEL_HEADER, rows)]
+        ordered = sorted(
+            (x for x in moved if x.operation == operation), key=lambda x: PARTS.index(x.part)
+        )
+        found += ["", *table(TRAFFIC_HEADER, [traffic_row(x) for x in ordered])]
+    return found
+
+
+def kernel_row(row: Compiled) -> list[str]:
+    job = row.job
+    begin = [row.kernel, row.part, job.case, str(job.width), job.target]
+    if row.error:
+        return [*begin, *["—"] * (len(KERNEL_HEADER) - len(begin) - 1), row.error]
+    return [
+        *begin,
+        str(row.registers),
+        str(row.stack),
+        f"{row.shared / 1024:.1f}",
+        str(row.blocks),
+        str(row.dots),
+        ", ".join(f"{count} {kind}" for kind, count in sorted(row.tensor_core.items())) or "—",
+        f"{row.wide:.0%}" if row.matrices else "—",
+        str(row.narrow),
+        "; ".join(row.failures()) or "ok",
+    ]
+
+
+def traffic_row(row: Traffic) -> list[str]:
+    numbers = (row.least, sum(row.requested.values()), sum(row.distinct.values()), row.torch)
+    return [
+        row.part,
+        row.case,
+        str(row.width),
+        "all" if len(row.targets) == len(TARGETS) else ", ".join(row.targets),
+        *(f"{x:,.0f}" for x in numbers),
+        f"{row.ratio:.2f}",
+    ]
+
+
+def table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown, with columns as wide as what they hold."""
+    rows = [list(header), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return [
+        "| " + " | ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+
+
+def _order(row: Compiled) -> tuple:
+    """By kernel, as the passes launch them; then by what it was compiled for."""
+    cases = list(OPERATIONS[row.job.operation])
+    place = (PARTS.index(row.part), row.kernel, cases.index(row.job.case))
+    return (*place, row.job.width, TARGETS.index(row.job.target))

@@ -1,0 +1,192 @@
+"""Every operation that has Triton kernels, and the calls that launch all of them.
+
+A case is an operation with some of its options. Its calls are a generator: it yields what to call
+next and is sent what that returned, so that a backward pass gets what the forward pass made. What
+is called is the backend's module (see kernels/README.md), on any device, meta included.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def head_sizes(operation: str) -> tuple[int, ...]:
+    """To report on. Channels of a convolution are those of all heads: one size will do."""
+    return (64,) if operation == "causal_conv" else (32, 64, 128, 256)
+
+
+class Call(NamedTuple):
+    """function(*arguments, **options), which writes to `changed`, some of its arguments."""
+
+    part: str  # "forward", "backward" or "recurrent"
+    function: Callable[..., Any]
+    arguments: tuple
+    options: dict[str, Any]
+    changed: tuple[Tensor | None, ...] = ()
+
+    def __call__(self) -> Any:
+        return self.function(*self.arguments, **self.options)
+
+
+Calls = Generator[Call, Any, None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a batch, and the width of a head; a step of decoding is one token of each row.
+
+    packed: one row of two sequences, which have a state before and after them.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    width: int
+    device: str
+    packed: bool = False
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        bounds = [0, self.tokens // 2, self.tokens]
+        return torch.tensor(bounds, dtype=torch.int32, device=self.device) if self.packed else None
+
+    def rows(self, tokens: int | None = None) -> Tensor:
+        """[B, T, H, width] in bf16."""
+        batch = 1 if self.packed else self.batch
+        shape = (batch, tokens or self.tokens, self.heads, self.width)
+        return torch.ones(shape, dtype=torch.bfloat16, device=self.device)
+
+    def log_decay(self, tokens: int | None = None) -> Tensor:
+        """[B, T, H] in float32."""
+        return torch.zeros_like(self.rows(tokens)[..., 0], dtype=torch.float32)
+
+    def state(self, *widths: int) -> Tensor:
+        """[N, H, *widths] in float32."""
+        return torch.zeros(
+            2 if self.packed else self.batch, self.heads, *widths, device=self.device
+        )
+
+
+def linear_attention(sizes: Sizes, *, decay: bool = False, normalized: bool = False) -> Calls:
+    from supra.kernels.linear_attention import triton as backend
+
+    width, options = sizes.width, {"scale": 1.0, "eps": 1e-6}
+    state = (sizes.state(width, width), sizes.state(width) if normalized else None)
+    query, key, value = (sizes.rows() for _ in range(3))
+    log_decay = sizes.log_decay() if decay else None
+    before = state if sizes.packed else (None, None)
+    inputs = (query, key, value, log_decay, *before, sizes.cu_seqlens)
+    chunked = {"normalized": normalized, "chunk_size": 64, **options}
+    output, *end, weights = yield Call("forward", backend.chunk_forward, inputs, chunked)
+    gradients = (torch.ones_like(output), *(end if sizes.packed else (None, None)))
+    arguments = (*gradients, *inputs, output, weights)
+    yield Call("backward", backend.chunk_backward, arguments, chunked)
+    if not sizes.packed:
+        query, key, value = (sizes.rows(1) for _ in range(3))
+        arguments = (query, key, value, sizes.log_decay(1) if decay else None, *state)
+        yield Call("recurrent", backend.recurrent, arguments, options, state)
+
+
+def gated_linear_attention(sizes: Sizes, *, bonus: bool = False) -> Calls:
+    from supra.kernels.gated_linear_attention import triton as backend
+
+    options, state = {"scale": 1.0}, sizes.state(sizes.width, sizes.width)
+    query, key, value, log_decay = (sizes.rows() for _ in range(4))
+    weights = log_decay[0, 0].clone() if bonus else None
+    before = state if sizes.packed else None
+    inputs = (query, key, value, log_decay.float(), weights, before, sizes.cu_seqlens)
+    chunked = {"chunk_size": 64, **options}
+    output, end = yield Call("forward", backend.chunk_forward, inputs, chunked)
+    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
+    yield Call("backward", backend.chunk_backward, arguments, chunked)
+    if not sizes.packed:
+        query, key, value, log_decay = (sizes.rows(1) for _ in range(4))
+        arguments = (query, key, value, log_decay.float(), weights, state)
+        in_place = {"in_place": True, **options}
+        yield Call("recurrent", backend.recurrent, arguments, in_place)
+
+
+def gated_delta_rule(sizes: Sizes, *, decay: bool = False) -> Calls:
+    from supra.kernels.gated_delta_rule import triton as backend
+
+    options, state = {"scale": 1.0}, sizes.state(sizes.width, sizes.width)
+    query, key, value = (sizes.rows() for _ in range(3))
+    log_decay = sizes.log_decay() if decay else None
+    before = state if sizes.packed else None
+    inputs = (query, key, value, query[..., 0].clone(), log_decay, before, sizes.cu_seqlens)
+    chunked = {"chunk_size": 64, **options}
+    output, end = yield Call("forward", backend.chunk_forward, inputs, chunked)
+    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
+    yield Call("backward", backend.chunk_backward, arguments, chunked)
+    if not sizes.packed:
+        query, key, value = (sizes.rows(1) for _ in range(3))
+        log_decay = sizes.log_decay(1) if decay else None
+        arguments = (query, key, value, query[..., 0].clone(), log_decay, state)
+        yield Call("recurrent", backend.recurrent, arguments, options, (state,))
+
+
+def causal_conv(sizes: Sizes, *, bias: bool = False, silu: bool = False) -> Calls:
+    """Over 4 tokens; the channels are those of all heads."""
+    from supra.kernels.causal_conv import triton as backend
+
+    input, options = sizes.rows().flatten(2), {"silu": silu}
+    channels = input.shape[2]
+    weight = input.new_ones(channels, 4)
+    added = input.new_ones(channels) if bias else None
+    state = input.new_zeros(2 if sizes.packed else sizes.batch, 3, channels)
+    before = state if sizes.packed else None
+    inputs = (input, weight, added, before, sizes.cu_seqlens)
+    output, end = yield Call("forward", backend.forward, inputs, options)
+    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
+    yield Call("backward", backend.backward, arguments, options)
+    if not sizes.packed:
+        arguments = (sizes.rows(1).flatten(2)[:, 0], weight, added, state)
+        yield Call("recurrent", backend.step, arguments, options, (state,))
+
+
+class Case(NamedTuple):
+    calls: Callable[[Sizes], Calls]
+    packed: bool = False
+
+    def with_sizes(self, *sizes: Any) -> Calls:
+        return self.calls(Sizes(*sizes, packed=self.packed))
+
+
+# operation -> case; each case asks more of the kernels than the one before
+OPERATIONS: dict[str, dict[str, Case]] = {
+    "linear_attention": {
+        "plain": Case(linear_attention),
+        "decay, sum": Case(partial(linear_attention, decay=True, normalized=True)),
+        "packed": Case(partial(linear_attention, decay=True, normalized=True), packed=True),
+    },
+    "gated_linear_attention": {
+        "plain": Case(gated_linear_attention),
+        "bonus": Case(partial(gated_linear_attention, bonus=True)),
+        "packed": Case(gated_linear_attention, packed=True),
+    },
+    "gated_delta_rule": {
+        "plain": Case(gated_delta_rule),
+        "decay": Case(partial(gated_delta_rule, decay=True)),
+        "packed": Case(partial(gated_delta_rule, decay=True), packed=True),
+    },
+    "causal_conv": {
+        "plain": Case(causal_conv),
+        "bias, silu": Case(partial(causal_conv, bias=True, silu=True)),
+        "packed": Case(partial(causal_conv, bias=True, silu=True), packed=True),
+    },
+}
+
+
+def run_calls(calls: Calls, run: Callable[[Call], Any]) -> None:
+    """Run every call by `run`, and send on what it returned."""
+    result = None
+    while True:
+        try:
+            call = calls.send(result)
+        except StopIteration:
+            return
+        result = run(call)

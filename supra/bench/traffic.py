@@ -1,0 +1,144 @@
+"""Bytes that an operation moves, against the least that it could.
+
+Triton's interpreter runs the kernels, at the tilings of their target, and every lane that a mask
+leaves on is counted. `requested` is the sum. `distinct` counts a sector of 32 bytes once a kernel
+for loads and once for stores, as if caches held all that a kernel touches: GPU memory sees
+something between the two. What torch does around the kernels counts as every tensor it reads or
+writes. `least` is every input read once and every output written once.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from supra.bench.operations import OPERATIONS, Call, run_calls
+from supra.kernels import launch
+
+TOKENS, HEADS = 512, 1
+SECTOR = 32  # bytes, what GPU memory is read and written in
+
+
+class Job(NamedTuple):
+    operation: str
+    case: str
+    width: int
+    targets: tuple[str, ...]
+
+
+@dataclass
+class Traffic:
+    """Bytes per token and head of one call, with equal tilings on all of `targets`."""
+
+    operation: str
+    case: str
+    width: int
+    part: str
+    least: float
+    torch: float = 0.0
+    requested: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by kernel
+    distinct: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    targets: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return (sum(self.distinct.values()) + self.torch) / self.least
+
+
+def measure(job: Job) -> list[Traffic]:
+    """Traffic of every call of one case. Triton must be interpreting."""
+    case = OPERATIONS[job.operation][job.case]
+    found: dict[tuple, Traffic] = {}
+
+    def run(call: Call) -> Any:
+        with launch.recording() as launches, _TorchBytes() as around:
+            result = call()
+        key = (call.part, str([(x.kernel.__name__, x.grid, x.constants) for x in launches]))
+        if key not in found:
+            rows = HEADS * (1 if call.part == "recurrent" else TOKENS)
+            least = _bytes((call.arguments, result, call.changed)) / rows
+            traffic = Traffic(*job[:3], call.part, least, around.total / rows)
+            for launched in launches:
+                with counting() as counted:
+                    kernel, grid, arguments, constants, cut = launched
+                    launch.launch(kernel, grid, arguments, cut, **constants)
+                traffic.requested[launched.kernel.__name__] += counted.requested / rows
+                traffic.distinct[launched.kernel.__name__] += counted.distinct() / rows
+            found[key] = traffic
+        found[key].targets.append(target)
+        return result
+
+    # bf16 stays bf16: the interpreter gets its numbers wrong, but no address depends on them
+    with mock.patch.object(launch, "interpreting", lambda: False):
+        for target in job.targets:
+            with launch.target(target):
+                run_calls(case.with_sizes(1, TOKENS, HEADS, job.width, "cpu"), run)
+    return list(found.values())
+
+
+class Counted:
+    """Loads and stores of one kernel."""
+
+    def __init__(self):
+        self.requested = 0
+        self.loaded: list[np.ndarray] = []
+        self.stored: list[np.ndarray] = []
+
+    def add(self, pointers, mask, sectors: list[np.ndarray]) -> None:
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        self.requested += addresses.size * size
+        sectors.append(np.unique(addresses // SECTOR))
+
+    def distinct(self) -> int:
+        ways = [np.concatenate(x) for x in (self.loaded, self.stored) if x]
+        return SECTOR * sum(np.unique(sectors).size for sectors in ways)
+
+
+@contextmanager
+def counting() -> Iterator[Counted]:
+    """Count what the interpreter loads and stores meanwhile."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    counted = Counted()
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counted_load(pointers, mask, *rest):
+        counted.add(pointers, mask, counted.loaded)
+        return load(pointers, mask, *rest)
+
+    def counted_store(pointers, value, mask, *rest):
+        counted.add(pointers, mask, counted.stored)
+        return store(pointers, value, mask, *rest)
+
+    with (
+        np.errstate(all="ignore"),
+        mock.patch.object(builder, "create_masked_load", counted_load),
+        mock.patch.object(builder, "create_masked_store", counted_store),
+        mock.patch.object(builder, "get_bf16", builder.get_fp16, create=True),  # it has none
+    ):
+        yield counted
+
+
+class _TorchBytes(TorchDispatchMode):
+    """Counts the tensors that torch's operators read and write; views and empty ones are free."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        view = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
+        if not view and "empty" not in func._schema.name:
+            self.total += _bytes((args, kwargs, result))
+        return result
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, Tensor))

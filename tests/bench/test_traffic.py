@@ -1,0 +1,77 @@
+"""Bytes counted in the interpreter, on kernels whose bytes are known."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from supra.bench import traffic
+from supra.bench.operations import OPERATIONS
+from supra.kernels.tiles import load_tile, store_tile
+
+
+@triton.jit
+def copy(x, y, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    i, j = tl.arange(0, 16), tl.arange(0, 64)
+    store_tile(y, WIDTH, i, ROWS, j, WIDTH, load_tile(x, WIDTH, i, ROWS, j, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_lanes_do_not_count(dtype):
+    x = torch.ones(13, 48, dtype=dtype)
+    y = torch.zeros_like(x)
+    with traffic.counting() as counted:
+        copy[(1,)](x, y, ROWS=13, WIDTH=48)
+    assert torch.equal(x, y)
+    assert counted.requested == 2 * x.numel() * x.element_size()
+    assert counted.requested <= counted.distinct() <= counted.requested + 4 * traffic.SECTOR
+
+
+def test_what_programs_share_is_distinct_once():
+    x, y = torch.ones(16, 64), torch.zeros(16, 64)
+    with traffic.counting() as counted:
+        copy[(3,)](x, y, ROWS=16, WIDTH=64)
+    assert counted.requested == 3 * 2 * x.numel() * 4
+    assert counted.distinct() <= 2 * x.numel() * 4 + 4 * traffic.SECTOR
+
+
+def test_torch_counts_what_it_reads_and_writes():
+    x = torch.ones(4, 8)
+    with traffic._TorchBytes() as counted:
+        x.T[:2].unsqueeze(0)
+        torch.empty(1000)
+    assert counted.total == 0
+    with traffic._TorchBytes() as counted:
+        (x + 1).to(torch.bfloat16)
+    assert counted.total == 128 + 128 + 128 + 64
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(traffic, "TOKENS", 128)
+
+
+@pytest.mark.parametrize(
+    ("operation", "case"), [(name, case) for name in OPERATIONS for case in OPERATIONS[name]]
+)
+def test_no_operation_moves_less_than_the_least(short, operation, case):
+    rows = traffic.measure(traffic.Job(operation, case, 32, ("sm_90",)))
+    parts = {row.part for row in rows}
+    assert {"forward", "backward"} <= parts <= {"forward", "backward", "recurrent"}
+    for row in rows:
+        assert 0.99 <= row.ratio <= 8, row
+        assert sum(row.distinct.values()) <= 1.02 * sum(row.requested.values()), row
+
+
+def test_targets_of_equal_tilings_are_one_row(short):
+    rows = traffic.measure(traffic.Job("linear_attention", "plain", 32, ("sm_80", "sm_80")))
+    assert all(row.targets == ["sm_80", "sm_80"] for row in rows)
+
+
+def test_bytes_of_linear_attention(short):
+    rows = traffic.measure(traffic.Job("linear_attention", "plain", 32, ("sm_80",)))
+    least = {row.part: row.least for row in rows}
+    state = 32 * 32 * 4
+    assert least["forward"] == 4 * 32 * 2 + state / 128  # query, key, value, output, final state
+    assert least["backward"] == (5 + 3) * 32 * 2  # the same, the gradient of the output; and theirs
+    assert least["recurrent"] == 4 * 32 * 2 + 2 * state
