@@ -6,6 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# exp(-104) is 0 in float32: a lower log of a decay counts as this, and gets no gradient
+LOWEST_LOG_DECAY = -104.0
+
 
 def shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)

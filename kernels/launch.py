@@ -80,15 +80,49 @@ def tiling(
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], tiling: Tiling, **constants: Any
+    kernel: Any, grid: tuple[int, ...], given: Mapping[str, Any], tiling: Tiling, **more: Any
 ) -> None:
-    """Run kernel[grid] on the device of its first tensor."""
+    """Run kernel[grid] with those arguments that it names; compile-time ones are CAPITALS."""
+    given = {**given, **more}
+    given = {name: given[name] for name in kernel.arg_names}
+    arguments = {name: x for name, x in given.items() if not name.isupper()}
     if _recorded is not None:
+        constants = {name: x for name, x in given.items() if name.isupper()}
         _recorded.append(Launch(kernel, grid, arguments, constants, tiling))
         return
     first = next(x for x in arguments.values() if isinstance(x, Tensor))
     with torch.cuda.device_of(first):
-        kernel[grid](**arguments, **constants, num_warps=tiling.warps, num_stages=tiling.stages)
+        kernel[grid](**given, num_warps=tiling.warps, num_stages=tiling.stages)
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Strides of x [B, T, H, ...] by the names of kernels' parameters."""
+    names = (f"{name}_batch", f"{name}_time", f"{name}_head")
+    return dict(zip(names, x.stride(), strict=False))
+
+
+def sequences(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[dict[str, Any], int]:
+    """What kernels need to know of the sequences in x [B, T, ...], and how many chunks they have.
+
+    Of packed rows that number is an upper bound, which the host knows without asking the device.
+    """
+    batch, length = x.shape[:2]
+    count, chunks, offsets = batch, batch * blocks(length, chunk), None
+    if cu_seqlens is not None:
+        count = len(cu_seqlens) - 1
+        chunks = length // chunk + count
+        cu_seqlens = cu_seqlens.to(x.device, torch.int32)
+        offsets = F.pad((cu_seqlens.diff() + chunk - 1) // chunk, (1, 0)).cumsum(0)
+        offsets = offsets.to(torch.int32)
+    found = {
+        "cu_seqlens": cu_seqlens, "chunk_offsets": offsets, "sequences": count, "length": length,
+        "PACKED": cu_seqlens is not None,
+    }  # fmt: skip
+    return found, chunks
+
+
+def blocks(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def precision(*tensors: Tensor) -> str:

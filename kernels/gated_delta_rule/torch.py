@@ -20,9 +20,6 @@ from torch import Tensor
 from supra.kernels import checks
 from supra.kernels.packing import Layout
 
-# exp(-104) is 0 in float32; a lower sum of logs would only cost the differences their digits
-LOWEST_LOG_DECAY = -104.0
-
 
 def recurrent(
     query: Tensor,
@@ -178,7 +175,9 @@ class _Tiles:
 
         if log_decay is None:
             log_decay = query.new_zeros(kv_heads)
-        sums = layout.decay_sums(log_decay.double().clamp(min=LOWEST_LOG_DECAY)).flatten(0, 1)
+        sums = layout.decay_sums(log_decay.double().clamp(min=checks.LOWEST_LOG_DECAY)).flatten(
+            0, 1
+        )
         last = sums[:, -1:]
         self.entering = sums.to(dtype).exp()[..., None]
         self.leaving = (last - sums).to(dtype).exp()[..., None]
@@ -261,4 +260,4 @@ def _d_log_decay(layout: Layout, d_sums: Tensor, log_decay: Tensor) -> Tensor:
         if layout.padded is not None:
             d_steps = d_steps.masked_fill(layout.padded[:, None], 0)
         found = d_steps.sum((0, 2))
-    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
+    return found.masked_fill(log_decay < checks.LOWEST_LOG_DECAY, 0).to(log_decay.dtype)

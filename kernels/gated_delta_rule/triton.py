@@ -4,20 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supra.kernels.checks import LOWEST_LOG_DECAY
+from supra.kernels.decay import chunk_d_log_decay, sums_in_chunks
 from supra.kernels.gated_delta_rule import triton_backward, triton_forward
-from supra.kernels.gated_delta_rule.torch import LOWEST_LOG_DECAY
 from supra.kernels.launch import (
     Table,
     Tiling,
+    blocks,
     common_dtype,
     launch,
     operands,
     precision,
+    sequences,
     storage_dtype,
+    strides,
     tiling,
 )
-from supra.kernels.linear_attention.triton_backward import chunk_d_log_decay
-from supra.kernels.linear_attention.triton_forward import decay_sums
 
 # T is as wide as its chunk: with 128 tokens a token would cost 5 times the work to invert it, in
 # tiles that no longer fit the registers, to halve the bytes of the states, which up to heads of 128
@@ -92,7 +94,7 @@ def chunk_backward(
     """Arguments and results are those of operator.backward; T and the states are computed again."""
     plan = _Plan(query, key, value, beta, log_decay, cu_seqlens, scale)
     (d_output,) = operands(d_output.to(plan.query.dtype))
-    plan.arguments |= {"d_output": d_output, **_strides("d", d_output)}
+    plan.arguments |= {"d_output": d_output, **strides("d", d_output)}
     inverse, reading, errors, states = _states(plan, state)
     d_states, d_written, d_initial = _d_states(plan, reading, d_state, state is not None)
     del reading
@@ -164,11 +166,11 @@ def recurrent(
     decay_strides = (0, 0, 0) if log_decay is None else (0, 0, *log_decay.stride())[-3:]
     launch(
         triton_forward.recurrent_steps,
-        (batch * heads * _blocks(value_width, cut.value),),
+        (batch * heads * blocks(value_width, cut.value),),
         {
             "query": query, "key": key, "value": value, "beta": beta, "log_decay": log_decay,
-            "state": state, "output": output, **_strides("query", query), **_strides("key", key),
-            **_strides("value", value), **_strides("beta", beta),
+            "state": state, "output": output, **strides("query", query), **strides("key", key),
+            **strides("value", value), **strides("beta", beta),
             **dict(zip(("decay_batch", "decay_time", "decay_head"), decay_strides, strict=True)),
             "length": length, "heads": heads, "scale": scale,
         },
@@ -193,60 +195,29 @@ class _Plan:
         batch, self.length, self.query_heads, self.key_width = self.query.shape
         self.heads, self.value_width = self.value.shape[2:]
         self.total = batch * self.length
-        self.packed = cu_seqlens is not None
-        self.count = len(cu_seqlens) - 1 if self.packed else batch
-        self.chunks = batch * _blocks(self.length, CHUNK)
-        offsets = None
-        if self.packed:
-            self.chunks = self.length // CHUNK + self.count  # an upper bound, known to the host
-            cu_seqlens = cu_seqlens.to(query.device, torch.int32)
-            offsets = F.pad((cu_seqlens.diff() + CHUNK - 1) // CHUNK, (1, 0)).cumsum(0)
-            offsets = offsets.to(torch.int32)
+        found, self.chunks = sequences(self.query, cu_seqlens, CHUNK)
+        self.count = found["sequences"]
         self.constants = {
             "KEY_WIDTH": self.key_width, "VALUE_WIDTH": self.value_width, "CHUNK": CHUNK,
-            "QUERIES": self.query_heads // self.heads, "PACKED": self.packed, "PRECISION": exact,
+            "QUERIES": self.query_heads // self.heads, "PRECISION": exact,
         }  # fmt: skip
         beta = beta.float()
         self.arguments = {
             "query": self.query, "key": self.key, "beta": beta,
-            **_strides("query", self.query), **_strides("key", self.key), **_strides("beta", beta),
-            "cu_seqlens": cu_seqlens, "chunk_offsets": offsets, "sequences": self.count,
-            "length": self.length, "heads": self.heads, "total": self.total,
-            "chunks": self.chunks, "scale": scale,
+            **strides("query", self.query), **strides("key", self.key), **strides("beta", beta),
+            **found, "heads": self.heads, "total": self.total, "chunks": self.chunks,
+            "scale": scale,
         }  # fmt: skip
-        self.arguments |= self._decay_sums(log_decay)
-
-    def _decay_sums(self, log_decay: Tensor | None) -> dict[str, object]:
-        """Sums since the chunk began, in two parts, of every token or of one chunk for all."""
-        names = ("sums", "sums_batch", "sums_time", "sums_head", "sums_low")
         if log_decay is None:
             log_decay = self.query.new_zeros(self.heads, dtype=torch.float32)
-        heads = self.heads
-        if log_decay.dim() == 1:
-            steps = torch.arange(1, CHUNK + 1, dtype=torch.float64, device=log_decay.device)
-            exact = log_decay.double().clamp(min=LOWEST_LOG_DECAY)[:, None] * steps
-            high = (exact * 256).floor() / 256
-            sums = torch.stack((high, exact - high)).float()
-            return dict(zip(names, (sums, 0, 0, CHUNK, heads * CHUNK), strict=True))
-        sums = self.query.new_empty(2, heads, self.total, dtype=torch.float32)
-        self.launch(
-            decay_sums, (self.chunks, heads),
-            log_decay=log_decay, **_strides("decay", log_decay), sums=sums,
-            lowest=LOWEST_LOG_DECAY,
-        )  # fmt: skip
-        strides = (self.length, 1, self.total, heads * self.total)
-        return dict(zip(names, (sums, *strides), strict=True))
+        self.arguments |= sums_in_chunks(log_decay, CHUNK, self.chunks, found)
 
     def launch(self, kernel, grid: tuple[int, ...], **own: object) -> None:
         """Launch the kernel with those of the shared arguments that it names, and its own."""
         name = kernel.__name__
         cut = self.tiling(name) if name in TILINGS else Tiling(1, 1, 4, 1)
-        constants = {**self.constants, "BLOCK_K": cut.key, "BLOCK_V": cut.value}
-        given = {**self.arguments, **constants, **own}
-        given = {name: given[name] for name in kernel.arg_names}
-        arguments = {name: x for name, x in given.items() if not name.isupper()}
-        constants = {name: x for name, x in given.items() if name.isupper()}
-        launch(kernel, grid, arguments, cut, **constants)
+        shared = {**self.arguments, **self.constants, "BLOCK_K": cut.key, "BLOCK_V": cut.value}
+        launch(kernel, grid, {**shared, **own}, cut)
 
     def tiling(self, kernel: str) -> Tiling:
         return tiling(TILINGS, kernel, self.key_width, self.value_width, self.query.device)
@@ -254,7 +225,7 @@ class _Plan:
     def blocks(self, kernel: str, side: str) -> int:
         """Blocks of channels that the kernel cuts a key or a value into."""
         width = {"key": self.key_width, "value": self.value_width}[side]
-        return _blocks(width, getattr(self.tiling(kernel), side))
+        return blocks(width, getattr(self.tiling(kernel), side))
 
     def grid(self, kernel: str, side: str, heads: int | None = None) -> tuple[int, int]:
         return self.chunks * self.blocks(kernel, side), heads or self.heads
@@ -303,7 +274,7 @@ def _states(
         found.append(plan.new_kept(x.shape[3]))
         plan.launch(
             triton_forward.chunk_solve, plan.grid("chunk_solve", side),
-            inverse=inverse, x=x, **_strides("x", x), found=found[-1], WIDTH=x.shape[3],
+            inverse=inverse, x=x, **strides("x", x), found=found[-1], WIDTH=x.shape[3],
             BLOCK=getattr(plan.tiling("chunk_solve"), side), DECAYED=side == "key",
         )  # fmt: skip
     reading, errors = found
@@ -342,16 +313,9 @@ def _d_log_decay(
     plan.launch(
         chunk_d_log_decay, (plan.chunks, plan.heads),
         query_products=query_products, key_products=key_products, carried=carried,
-        d_log_decay=found, key_blocks=len(key_products), state_blocks=len(carried),
+        d_log_decay=found, query_blocks=len(query_products), key_blocks=len(key_products),
+        state_blocks=len(carried),
     )  # fmt: skip
     if log_decay.dim() == 1:
         found = found.sum((0, 1))
     return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return dict(zip((f"{name}_batch", f"{name}_time", f"{name}_head"), x.stride(), strict=False))

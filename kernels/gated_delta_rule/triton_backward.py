@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 
 from supra.kernels.gated_delta_rule.triton_forward import decay_between, kept, locate
-from supra.kernels.tiles import dot, load_sums, load_tile, narrow, offset, sequence, store_tile
+from supra.kernels.tiles import dot, load_pairs, load_tile, narrow, offset, sequence, store_tile
 
 
 @triton.jit
 def chunk_d_written(
     query, key, d_output, sums, d_written, cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
-    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads, scale,
+    sums_batch, sums_time, sums_head, sequences, length, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -49,7 +49,7 @@ def chunk_d_written(
                 query_time, rows, left, columns_k, KEY_WIDTH,
             )  # fmt: skip
             scores = dot(k, tl.trans(q), scores, PRECISION)
-        high, low = load_sums(sums, sums + sums_low, rows, left)
+        high, low = load_pairs(sums, rows, left)
         scores *= decay_between(high, low) * scale
         scores = tl.where(rows[:, None] <= rows[None, :], scores, 0.0)
         base = d_output + r * tl.cast(d_head, tl.int64)
@@ -66,7 +66,7 @@ def chunk_d_states(
     query, key, beta, d_output, sums, reading, d_written, d_end, d_states, d_initial,
     cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
-    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head, sums_low,
+    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head,
     length, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr,
@@ -111,9 +111,9 @@ def chunk_d_states(
             key + at * tl.cast(key_time, tl.int64), key_time, rows, left, columns_k, KEY_WIDTH
         )
         sums_at = sums + at * sums_time
-        high, low = load_sums(sums_at, sums_at + sums_low, rows, left)
-        last = sums_at + tl.minimum(left, CHUNK) - 1
-        last_high, last_low = tl.load(last), tl.load(last + sums_low)
+        high, low = load_pairs(sums_at, rows, left)
+        last = sums_at + tl.minimum(left, CHUNK) * 2 - 2
+        last_high, last_low = tl.load(last), tl.load(last + 1)
         du = dot(k, ds, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
         du *= tl.exp((last_high - high) + (last_low - low))[:, None]
         place = d_written + at * step * VALUE_WIDTH
@@ -186,7 +186,7 @@ def chunk_d_overlap(
     query, key, beta, d_output, sums, errors, d_value, d_overlap, d_beta, key_products,
     cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
-    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head, sums_low,
+    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head,
     sequences, length, heads, total, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
@@ -213,7 +213,7 @@ def chunk_d_overlap(
         products = dot(dv, tl.trans(e), products, PRECISION)
         transposed = dot(e, tl.trans(dv), transposed, PRECISION)
     sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-    high, low = load_sums(sums, sums + sums_low, rows, left)
+    high, low = load_pairs(sums, rows, left)
     beta += offset(row, beta_batch, token, beta_time, head, beta_head)
     b = tl.load(beta + rows * beta_time, mask=rows < left, other=0.0)
     decay = decay_between(high, low)
@@ -262,7 +262,7 @@ def chunk_d_query(
     query, key, beta, d_output, sums, errors, states, d_query, query_products,
     cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
-    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head, sums_low,
+    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head,
     sequences, length, heads, total, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
@@ -293,7 +293,7 @@ def chunk_d_query(
         e = load_tile(errors, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
         d_scores = dot(do, tl.trans(e), d_scores, PRECISION)
     sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-    high, low = load_sums(sums, sums + sums_low, rows, left)
+    high, low = load_pairs(sums, rows, left)
     acc *= (tl.exp(high + low) * scale)[:, None]
     query += offset(row, query_batch, token, query_time, query_at, query_head)
     q = load_tile(query, query_time, rows, left, columns_k, KEY_WIDTH)
@@ -316,7 +316,7 @@ def chunk_d_key(
     query, key, beta, d_output, sums, errors, states, d_states, d_value, d_overlap, d_key,
     key_products, carried, cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
-    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head, sums_low,
+    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head,
     sequences, length, heads, total, chunks, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
@@ -353,9 +353,9 @@ def chunk_d_key(
         acc = dot(e, tl.trans(ds), acc, PRECISION)
         along += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
     sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-    high, low = load_sums(sums, sums + sums_low, rows, left)
-    last = sums + tl.minimum(left, CHUNK) - 1
-    last_high, last_low = tl.load(last), tl.load(last + sums_low)
+    high, low = load_pairs(sums, rows, left)
+    last = sums + tl.minimum(left, CHUNK) * 2 - 2
+    last_high, last_low = tl.load(last), tl.load(last + 1)
     beta += offset(row, beta_batch, token, beta_time, head, beta_head)
     b = tl.load(beta + rows * beta_time, mask=rows < left, other=0.0)
     k = load_tile(key, key_time, rows, left, columns_k, KEY_WIDTH)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from supra.kernels.tiles import (
     dot,
-    load_sums,
+    load_pairs,
     load_tile,
     narrow,
     offset,
@@ -48,7 +48,7 @@ def decay_between(high, low):
 def chunk_inverse(
     key, beta, sums, inverse, cu_seqlens, chunk_offsets,
     key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
-    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads,
+    sums_batch, sums_time, sums_head, sequences, length, heads,
     KEY_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def chunk_inverse(
         k = load_tile(key, key_time, rows, left, columns, KEY_WIDTH)
         below = dot(k, tl.trans(k), below, PRECISION)
     sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-    high, low = load_sums(sums, sums + sums_low, rows, left)
+    high, low = load_pairs(sums, rows, left)
     beta += offset(row, beta_batch, token, beta_time, head, beta_head)
     b = tl.load(beta + rows * beta_time, mask=rows < left, other=0.0)
     below = tl.where(i > j, below * decay_between(high, low) * b[None, :], 0.0)
@@ -91,7 +91,7 @@ def chunk_inverse(
 @triton.jit
 def chunk_solve(
     inverse, x, sums, found, cu_seqlens, chunk_offsets, x_batch, x_time, x_head,
-    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads,
+    sums_batch, sums_time, sums_head, sequences, length, heads,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, DECAYED: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def chunk_solve(
     tile = load_tile(x, x_time, rows, left, columns, WIDTH)
     if DECAYED:
         sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-        high, low = load_sums(sums, sums + sums_low, rows, left)
+        high, low = load_pairs(sums, rows, left)
         tile = tile * tl.exp(high + low)[:, None]
     inverse += kept(row, token, length, head, heads, CHUNK)
     t = load_tile(inverse, heads * CHUNK, rows, left, rows, CHUNK)
@@ -120,7 +120,7 @@ def chunk_solve(
 def chunk_states(
     key, beta, sums, reading, errors, initial, states, end, cu_seqlens, chunk_offsets,
     key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
-    sums_batch, sums_time, sums_head, sums_low, length, heads,
+    sums_batch, sums_time, sums_head, length, heads,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_END: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -169,9 +169,9 @@ def chunk_states(
             beta + at * tl.cast(beta_time, tl.int64) + rows * beta_time, mask=rows < left, other=0.0
         )
         sums_at = sums + at * sums_time
-        high, low = load_sums(sums_at, sums_at + sums_low, rows, left)
-        last = sums_at + tl.minimum(left, CHUNK) - 1
-        last_high, last_low = tl.load(last), tl.load(last + sums_low)
+        high, low = load_pairs(sums_at, rows, left)
+        last = sums_at + tl.minimum(left, CHUNK) * 2 - 2
+        last_high, last_low = tl.load(last), tl.load(last + 1)
         acc *= tl.exp(last_high + last_low)
         e *= (b * tl.exp((last_high - high) + (last_low - low)))[:, None]
         k = load_tile(
@@ -191,7 +191,7 @@ def chunk_states(
 def chunk_output(
     query, key, beta, sums, errors, states, output, cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head,
-    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head, sums_low,
+    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head,
     sequences, length, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
@@ -219,7 +219,7 @@ def chunk_output(
         acc = dot(q, s, acc, PRECISION)
         scores = dot(q, tl.trans(k), scores, PRECISION)
     sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-    high, low = load_sums(sums, sums + sums_low, rows, left)
+    high, low = load_pairs(sums, rows, left)
     beta += offset(row, beta_batch, token, beta_time, head, beta_head)
     b = tl.load(beta + rows * beta_time, mask=rows < left, other=0.0)
     scores *= decay_between(high, low) * b[None, :]

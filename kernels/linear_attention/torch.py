@@ -19,8 +19,6 @@ from torch import Tensor
 
 from supra.kernels import checks
 
-# exp(-104) is 0 in float32
-LOWEST_LOG_DECAY = -104.0
 # Tiles that a product should have: with fewer the calls cost more than the work
 TILES = 32
 # Decay within a chunk, as a sum of logs, at the most: its tokens are weighed by exp(+-40), and
@@ -160,7 +158,7 @@ def chunk_backward(
     d_log_decay = None
     if log_decay is not None:
         d_log_decay = d_decays[..., 0] if log_decay.dim() == 3 else d_decays.sum((0, 1, 3))
-        lost = log_decay < LOWEST_LOG_DECAY
+        lost = log_decay < checks.LOWEST_LOG_DECAY
         d_log_decay = d_log_decay.masked_fill(lost, 0).to(log_decay.dtype)
     d_memory = None if memory is None else d_state[0]
     return *d_inputs[:3], d_log_decay, d_memory, None if normalizer is None else d_state[1]
@@ -296,7 +294,7 @@ class _Blocks:
         self.bounds = [*range(0, length, chunk_size), length]
         self.decay = None
         if log_decay is not None:
-            logs = log_decay.double().clamp(min=LOWEST_LOG_DECAY)
+            logs = log_decay.double().clamp(min=checks.LOWEST_LOG_DECAY)
             if log_decay.dim() == 1:
                 logs = logs.expand(group.rows.stop - group.rows.start, length, -1)
             else:

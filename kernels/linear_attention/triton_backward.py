@@ -11,12 +11,13 @@ import triton.language as tl
 
 from supra.kernels.tiles import (
     dot,
-    load_sums,
+    load_pairs,
     load_tile,
     narrow,
     offset,
     sequence,
     sequence_of,
+    store_pairs,
     store_tile,
 )
 
@@ -26,7 +27,7 @@ def output_factors(
     output, d_output, weights, factors, d_batch, d_time, d_head, length, heads, total, eps,
     VALUE_WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """1 / (weights + eps) and -sum(d_output * output) of every row, [2, Hq, B * T].
+    """1 / (weights + eps) and -sum(d_output * output) of every row, [Hq, B * T, 2].
 
     grid: (B * T / TILE, Hq).
     """
@@ -43,9 +44,8 @@ def output_factors(
         do = tl.load(d_output + d_place[:, None] + columns[None, :], mask=mask, other=0)
         delta -= tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     inverse = 1 / (tl.load(weights + place, mask=valid, other=1.0) + eps)
-    base = factors + head * tl.cast(total, tl.int64)
-    tl.store(base + token, inverse, mask=valid)
-    tl.store(base + heads * tl.cast(total, tl.int64) + token, delta, mask=valid)
+    base = factors + head * tl.cast(total, tl.int64) * 2
+    store_pairs(base, token, total, inverse, delta)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def chunk_d_states(
     query, d_output, sums, factors, states, normalizers, d_end_memory, d_end_normalizer,
     d_states, d_normalizers, carried, d_memory, d_normalizer, cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, d_batch, d_time, d_head,
-    sums_batch, sums_time, sums_head, sums_low, length, heads, total, chunks, scale,
+    sums_batch, sums_time, sums_head, length, heads, total, chunks, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
     NORMALIZED: tl.constexpr, HAS_END: tl.constexpr, HAS_END_NORMALIZER: tl.constexpr,
@@ -88,8 +88,7 @@ def chunk_d_states(
     if NORMALIZED:
         normalizers += slot * KEY_WIDTH
         d_normalizers += (tl.cast(first, tl.int64) * heads + head) * KEY_WIDTH
-        factors += offset(row, length, begin, 1, head * QUERIES, total)
-        delta_low = heads * QUERIES * tl.cast(total, tl.int64)
+        factors += offset(row, length, begin, 1, head * QUERIES, total) * 2
         d_z = tl.zeros([BLOCK_K], tl.float32)
         if HAS_END_NORMALIZER:
             base = d_end_normalizer + tl.cast(lane, tl.int64) * KEY_WIDTH
@@ -119,16 +118,16 @@ def chunk_d_states(
                 z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
                 along += tl.sum(z * d_z)
             tl.store(carried + c, along)
-            last = sums + c * CHUNK * sums_time + tl.minimum(tokens - c * CHUNK, CHUNK) - 1
-            whole = tl.exp(tl.load(last) + tl.load(last + sums_low))
+            last = sums + c * CHUNK * sums_time + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
+            whole = tl.exp(tl.load(last) + tl.load(last + 1))
             acc *= whole
             if NORMALIZED:
                 d_z *= whole
         for t in range(0, CHUNK, TILE):
             at = c * CHUNK + t
             if HAS_DECAY:
-                base = sums + c * CHUNK * sums_time + t
-                high, low = load_sums(base, base + sums_low, rows, tokens - at)
+                base = sums + c * CHUNK * sums_time + t * 2
+                high, low = load_pairs(base, rows, tokens - at)
                 entering = tl.exp(high + low)
             for r in range(0, QUERIES):
                 q = load_tile(
@@ -142,12 +141,12 @@ def chunk_d_states(
                 if HAS_DECAY:
                     q = q * entering[:, None]
                 if NORMALIZED:
-                    base = factors + at + r * tl.cast(total, tl.int64)
-                    inverse, delta = load_sums(base, base + delta_low, rows, tokens - at)
+                    base = factors + (at + r * tl.cast(total, tl.int64)) * 2
+                    inverse, delta = load_pairs(base, rows, tokens - at)
                     q = q * inverse[:, None]
                     d_z += tl.sum(q.to(tl.float32) * delta[:, None], 0)
                 else:
-                    q = q * scale
+                    q = q.to(tl.float32) * scale
                 acc = dot(tl.trans(q), do, acc, PRECISION)
 
     if HAS_INITIAL:
@@ -164,7 +163,7 @@ def chunk_d_query(
     cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head,
     value_batch, value_time, value_head, d_batch, d_time, d_head,
-    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads, total, scale,
+    sums_batch, sums_time, sums_head, sequences, length, heads, total, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
     HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PACKED: tl.constexpr,
@@ -202,16 +201,15 @@ def chunk_d_query(
         s = load_tile(states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
         acc = dot(do, tl.trans(s), acc, PRECISION)
     if NORMALIZED:
-        factors += offset(row, length, token + part * TILE, 1, head, total)
-        delta_low = heads * tl.cast(total, tl.int64)
-        inverse, delta = load_sums(factors, factors + delta_low, rows, left - part * TILE)
+        factors += offset(row, length, token + part * TILE, 1, head, total) * 2
+        inverse, delta = load_pairs(factors, rows, left - part * TILE)
         base = normalizers + slot * KEY_WIDTH
         z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
         acc += delta[:, None] * z[None, :]
     if HAS_DECAY:
         sums += offset(row, sums_batch, token, sums_time, state_head, sums_head)
-        base = sums + part * TILE
-        high, low = load_sums(base, base + sums_low, rows, left - part * TILE)
+        base = sums + part * TILE * 2
+        high, low = load_pairs(base, rows, left - part * TILE)
         acc *= tl.exp(high + low)[:, None]
 
     for j in range(0, part + 1):
@@ -228,8 +226,8 @@ def chunk_d_query(
             d_scores += delta[:, None]
         past = (part * TILE + rows)[:, None] >= (j * TILE + rows)[None, :]
         if HAS_DECAY:
-            base = sums + j * TILE
-            high_j, low_j = load_sums(base, base + sums_low, rows, left - j * TILE)
+            base = sums + j * TILE * 2
+            high_j, low_j = load_pairs(base, rows, left - j * TILE)
             logs = (high[:, None] - high_j[None, :]) + (low[:, None] - low_j[None, :])
             d_scores *= tl.exp(tl.where(past, logs, float("-inf")))
         else:
@@ -263,7 +261,7 @@ def chunk_d_key(
     cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head,
     value_batch, value_time, value_head, d_batch, d_time, d_head,
-    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads, total, scale,
+    sums_batch, sums_time, sums_head, sequences, length, heads, total, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
     HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PACKED: tl.constexpr,
@@ -292,8 +290,7 @@ def chunk_d_key(
     query += offset(row, query_batch, token, query_time, 0, query_head)
     d_output += offset(row, d_batch, token, d_time, 0, d_head)
     if NORMALIZED:
-        factors += offset(row, length, token, 1, 0, total)
-        delta_low = heads * STATES * QUERIES * tl.cast(total, tl.int64)
+        factors += offset(row, length, token, 1, 0, total) * 2
     all_states = tl.zeros([TILE, BLOCK_K], tl.float32)
 
     for s in range(0, STATES):
@@ -313,10 +310,10 @@ def chunk_d_key(
             acc += tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)[None, :]
         if HAS_DECAY:
             sums_s = sums + offset(row, sums_batch, token, sums_time, state_head, sums_head)
-            base = sums_s + part * TILE
-            high, low = load_sums(base, base + sums_low, rows, left - part * TILE)
-            last = sums_s + tl.minimum(left, CHUNK) - 1
-            whole_high, whole_low = tl.load(last), tl.load(last + sums_low)
+            base = sums_s + part * TILE * 2
+            high, low = load_pairs(base, rows, left - part * TILE)
+            last = sums_s + tl.minimum(left, CHUNK) * 2 - 2
+            whole_high, whole_low = tl.load(last), tl.load(last + 1)
             acc *= tl.exp((whole_high - high) + (whole_low - low))[:, None]
         for r in range(0, QUERIES):
             query_at = query + (state_head * QUERIES + r) * tl.cast(query_head, tl.int64)
@@ -334,17 +331,16 @@ def chunk_d_key(
                     )  # fmt: skip
                     d_scores = dot(v, tl.trans(do), d_scores, PRECISION)
                 if NORMALIZED:
-                    base = factors + (state_head * QUERIES + r) * tl.cast(total, tl.int64)
-                    base += i * TILE
-                    inverse, delta = load_sums(base, base + delta_low, rows, left - i * TILE)
+                    base = factors + ((state_head * QUERIES + r) * tl.cast(total, tl.int64)) * 2
+                    inverse, delta = load_pairs(base + i * TILE * 2, rows, left - i * TILE)
                     d_scores = (d_scores + delta[None, :]) * inverse[None, :]
                 else:
                     d_scores *= scale
                 future = (part * TILE + rows)[:, None] <= (i * TILE + rows)[None, :]
                 future &= (rows < left - i * TILE)[None, :]
                 if HAS_DECAY:
-                    base = sums_s + i * TILE
-                    high_i, low_i = load_sums(base, base + sums_low, rows, left - i * TILE)
+                    base = sums_s + i * TILE * 2
+                    high_i, low_i = load_pairs(base, rows, left - i * TILE)
                     logs = (high_i[None, :] - high[:, None]) + (low_i[None, :] - low[:, None])
                     d_scores *= tl.exp(tl.where(future, logs, float("-inf")))
                 else:
@@ -374,7 +370,7 @@ def chunk_d_key(
 def chunk_d_value(
     query, key, d_output, sums, factors, d_states, d_value, cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
-    sums_batch, sums_time, sums_head, sums_low, sequences, length, heads, total, scale,
+    sums_batch, sums_time, sums_head, sequences, length, heads, total, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
     HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PACKED: tl.constexpr,
@@ -398,7 +394,7 @@ def chunk_d_value(
     query += offset(row, query_batch, token, query_time, 0, query_head)
     d_output += offset(row, d_batch, token, d_time, 0, d_head)
     if NORMALIZED:
-        factors += offset(row, length, token, 1, 0, total)
+        factors += offset(row, length, token, 1, 0, total) * 2
     acc = tl.zeros([TILE, BLOCK_V], tl.float32)
 
     for s in range(0, STATES):
@@ -415,10 +411,10 @@ def chunk_d_value(
             carried = dot(k, ds, carried, PRECISION)
         if HAS_DECAY:
             sums_s = sums + offset(row, sums_batch, token, sums_time, state_head, sums_head)
-            base = sums_s + part * TILE
-            high, low = load_sums(base, base + sums_low, rows, left - part * TILE)
-            last = sums_s + tl.minimum(left, CHUNK) - 1
-            whole_high, whole_low = tl.load(last), tl.load(last + sums_low)
+            base = sums_s + part * TILE * 2
+            high, low = load_pairs(base, rows, left - part * TILE)
+            last = sums_s + tl.minimum(left, CHUNK) * 2 - 2
+            whole_high, whole_low = tl.load(last), tl.load(last + 1)
             carried *= tl.exp((whole_high - high) + (whole_low - low))[:, None]
         acc += carried
         for r in range(0, QUERIES):
@@ -435,16 +431,16 @@ def chunk_d_value(
                     )  # fmt: skip
                     scores = dot(k, tl.trans(q), scores, PRECISION)
                 if NORMALIZED:
-                    base = factors + (state_head * QUERIES + r) * tl.cast(total, tl.int64)
-                    base += i * TILE
-                    scores *= tl.load(base + rows, mask=rows < left - i * TILE, other=0.0)[None, :]
+                    base = factors + ((state_head * QUERIES + r) * tl.cast(total, tl.int64)) * 2
+                    inverse, _ = load_pairs(base + i * TILE * 2, rows, left - i * TILE)
+                    scores *= inverse[None, :]
                 else:
                     scores *= scale
                 future = (part * TILE + rows)[:, None] <= (i * TILE + rows)[None, :]
                 future &= (rows < left - i * TILE)[None, :]
                 if HAS_DECAY:
-                    base = sums_s + i * TILE
-                    high_i, low_i = load_sums(base, base + sums_low, rows, left - i * TILE)
+                    base = sums_s + i * TILE * 2
+                    high_i, low_i = load_pairs(base, rows, left - i * TILE)
                     logs = (high_i[None, :] - high[:, None]) + (low_i[None, :] - low[:, None])
                     scores *= tl.exp(tl.where(future, logs, float("-inf")))
                 else:
@@ -460,37 +456,3 @@ def chunk_d_value(
         base + head * VALUE_WIDTH, heads * VALUE_WIDTH, rows, left - part * TILE,
         columns_v, VALUE_WIDTH, acc,
     )  # fmt: skip
-
-
-@triton.jit
-def chunk_d_log_decay(
-    query_products, key_products, carried, d_log_decay, cu_seqlens, chunk_offsets,
-    sequences, length, heads, total, chunks, key_blocks, state_blocks,
-    CHUNK: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the log of every token's decay [B * T, Hs]; heads = Hs. grid: (chunks, Hs).
-
-    A chunk at a time: sums over a whole sequence would cancel digits that a long text has not got.
-    """
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    at = (chunk - first) * CHUNK
-    if at >= tokens:
-        return
-    rows = tl.arange(0, CHUNK)
-    valid = rows < tokens - at
-    place = row * tl.cast(length, tl.int64) + begin + at
-    d_sums = tl.zeros([CHUNK], tl.float32)
-    for block in range(0, key_blocks):
-        for r in range(0, QUERIES):
-            lane = (block * heads + head) * QUERIES + r
-            base = query_products + lane * tl.cast(total, tl.int64) + place
-            d_sums += tl.load(base + rows, mask=valid, other=0.0)
-        base = key_products + (block * heads + head) * tl.cast(total, tl.int64) + place
-        d_sums -= tl.load(base + rows, mask=valid, other=0.0)
-    found = tl.cumsum(d_sums, 0, reverse=True)
-    for block in range(0, state_blocks):
-        base = carried + (block * heads + head) * tl.cast(chunks, tl.int64)
-        found += tl.load(base + chunk)
-    tl.store(d_log_decay + (place + rows) * heads + head, found, mask=valid)

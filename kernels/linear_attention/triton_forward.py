@@ -1,4 +1,4 @@
-"""Triton kernels of linear attention: decay sums, states, outputs, and the recurrent form.
+"""Triton kernels of linear attention: states, outputs, and the recurrent form.
 
 Legend: Hq query heads, Hs state heads, Hkv key heads; QUERIES = Hq / Hs, STATES = Hs / Hkv. Rows of
 a tile are tokens. The state before chunk c of sequence n lies in slot c + n of `states`, so that
@@ -10,41 +10,14 @@ import triton.language as tl
 
 from supra.kernels.tiles import (
     dot,
-    load_sums,
+    load_pairs,
     load_tile,
     narrow,
     offset,
     sequence,
     sequence_of,
-    split_sum,
     store_tile,
 )
-
-
-@triton.jit
-def decay_sums(
-    log_decay, sums, cu_seqlens, chunk_offsets,
-    decay_batch, decay_time, decay_head, sequences, length, heads, total, lowest,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Sums of log_decay since the chunk began, [2, Hs, B * T], for a decay per token.
-
-    grid: (chunks, Hs). The second half is the remainder that float32 would lose, see split_sum.
-    """
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    at = (chunk - first) * CHUNK
-    if at >= tokens:
-        return
-    rows = tl.arange(0, CHUNK)
-    valid = rows < tokens - at
-    base = log_decay + offset(row, decay_batch, begin + at, decay_time, head, decay_head)
-    x = tl.load(base + rows * decay_time, mask=valid, other=0.0).to(tl.float64)
-    high, low = split_sum(tl.cumsum(tl.maximum(x, lowest), 0))
-    base = sums + offset(row, length, begin + at, 1, head, total)
-    tl.store(base + rows, high, mask=valid)
-    tl.store(base + heads * tl.cast(total, tl.int64) + rows, low, mask=valid)
 
 
 @triton.jit
@@ -52,7 +25,7 @@ def chunk_states(
     key, value, sums, memory, normalizer, states, normalizers, end_memory, end_normalizer,
     cu_seqlens, chunk_offsets,
     key_batch, key_time, key_head, value_batch, value_time, value_head,
-    sums_batch, sums_time, sums_head, sums_low, length, heads,
+    sums_batch, sums_time, sums_head, length, heads,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STATES: tl.constexpr, HAS_DECAY: tl.constexpr,
     NORMALIZED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr,
@@ -102,8 +75,8 @@ def chunk_states(
                 normalizers + c * heads * KEY_WIDTH + columns_k, sum_k, mask=columns_k < KEY_WIDTH
             )
         if HAS_DECAY:
-            last = sums + c * CHUNK * sums_time + tl.minimum(tokens - c * CHUNK, CHUNK) - 1
-            whole_high, whole_low = tl.load(last), tl.load(last + sums_low)
+            last = sums + c * CHUNK * sums_time + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
+            whole_high, whole_low = tl.load(last), tl.load(last + 1)
             whole = tl.exp(whole_high + whole_low)
             acc *= whole
             if NORMALIZED:
@@ -115,8 +88,8 @@ def chunk_states(
                 value + at * value_step, value_time, rows, tokens - at, columns_v, VALUE_WIDTH
             )
             if HAS_DECAY:
-                base = sums + c * CHUNK * sums_time + t
-                high, low = load_sums(base, base + sums_low, rows, tokens - at)
+                base = sums + c * CHUNK * sums_time + t * 2
+                high, low = load_pairs(base, rows, tokens - at)
                 k = k * tl.exp((whole_high - high) + (whole_low - low))[:, None]
             if NORMALIZED:
                 sum_k += tl.sum(k.to(tl.float32), 0)
@@ -142,7 +115,7 @@ def chunk_states(
 def chunk_output(
     query, key, value, sums, states, normalizers, output, weights, cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head,
-    value_batch, value_time, value_head, sums_batch, sums_time, sums_head, sums_low,
+    value_batch, value_time, value_head, sums_batch, sums_time, sums_head,
     sequences, length, heads, scale, eps,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
@@ -187,8 +160,8 @@ def chunk_output(
             weight += tl.sum(q.to(tl.float32) * z[None, :], 1)
     if HAS_DECAY:
         sums += offset(row, sums_batch, token, sums_time, state_head, sums_head)
-        base = sums + part * TILE
-        high, low = load_sums(base, base + sums_low, rows, left - part * TILE)
+        base = sums + part * TILE * 2
+        high, low = load_pairs(base, rows, left - part * TILE)
         entering = tl.exp(high + low)
         acc *= entering[:, None]
         weight *= entering
@@ -204,8 +177,8 @@ def chunk_output(
             scores = dot(q, tl.trans(k), scores, PRECISION)
         past = (part * TILE + rows)[:, None] >= (j * TILE + rows)[None, :]
         if HAS_DECAY:
-            base = sums + j * TILE
-            high_j, low_j = load_sums(base, base + sums_low, rows, left - j * TILE)
+            base = sums + j * TILE * 2
+            high_j, low_j = load_pairs(base, rows, left - j * TILE)
             logs = (high[:, None] - high_j[None, :]) + (low[:, None] - low_j[None, :])
             scores *= tl.exp(tl.where(past, logs, float("-inf")))
         else:

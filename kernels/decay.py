@@ -1,0 +1,115 @@
+"""Decay on GPUs: sums of its logs within a chunk, and the way back from their gradients."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from supra.kernels.checks import LOWEST_LOG_DECAY
+from supra.kernels.launch import Tiling, launch, strides
+from supra.kernels.tiles import offset, sequence, sequence_of, store_pairs
+
+SMALL = Tiling(1, 1, 4, 1)
+
+
+def sums_in_chunks(
+    log_decay: Tensor, chunk: int, chunks: int, sequences: dict[str, object]
+) -> dict[str, object]:
+    """Arguments of kernels: `sums`, in pairs of a number and its remainder, and their strides.
+
+    log_decay: [H], whose sums are the same in every chunk, or [B, T, H]. chunks: how many there
+    are, or an upper bound. sequences: as launch.sequences() gives them.
+    """
+    names = ("sums", "sums_batch", "sums_time", "sums_head")
+    heads = log_decay.shape[-1]
+    if log_decay.dim() == 1:
+        steps = torch.arange(1, chunk + 1, dtype=torch.float64, device=log_decay.device)
+        exact = log_decay.double().clamp(min=LOWEST_LOG_DECAY)[:, None] * steps
+        high = (exact * 256).floor() / 256
+        sums = torch.stack((high, exact - high), -1).float()
+        return dict(zip(names, (sums, 0, 0, 2 * chunk), strict=True))
+    batch, length = log_decay.shape[:2]
+    total = batch * length
+    sums = log_decay.new_empty(heads, total, 2, dtype=torch.float32)
+    launch(
+        decay_sums,
+        (chunks, heads),
+        {
+            "log_decay": log_decay, "sums": sums, **sequences, **strides("decay", log_decay),
+            "total": total, "lowest": LOWEST_LOG_DECAY,
+        },
+        SMALL,
+        CHUNK=chunk,
+    )  # fmt: skip
+    return dict(zip(names, (sums, 2 * length, 2, 2 * total), strict=True))
+
+
+@triton.jit
+def split_sum(x):
+    """A float64 sum as a multiple of 2^-8 and a remainder, both float32.
+
+    The difference of two sums is then as exact as a small sum is: with float32 sums alone, five
+    resets of -104 in a chunk would leave the decay between two tokens 3e-5.
+    """
+    high = tl.floor(x * 256) / 256
+    return high.to(tl.float32), (x - high).to(tl.float32)
+
+
+@triton.jit
+def decay_sums(
+    log_decay, sums, cu_seqlens, chunk_offsets,
+    decay_batch, decay_time, decay_head, sequences, length, total, lowest,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Sums of log_decay since the chunk began, [Hs, B * T, 2], for a decay per token.
+
+    grid: (chunks, Hs). The second number is the remainder that float32 would lose, see split_sum.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    at = (chunk - first) * CHUNK
+    if at >= tokens:
+        return
+    rows = tl.arange(0, CHUNK)
+    valid = rows < tokens - at
+    base = log_decay + offset(row, decay_batch, begin + at, decay_time, head, decay_head)
+    x = tl.load(base + rows * decay_time, mask=valid, other=0.0).to(tl.float64)
+    high, low = split_sum(tl.cumsum(tl.maximum(x, lowest), 0))
+    base = sums + offset(row, length, begin + at, 1, head, total) * 2
+    store_pairs(base, rows, tokens - at, high, low)
+
+
+@triton.jit
+def chunk_d_log_decay(
+    query_products, key_products, carried, d_log_decay, cu_seqlens, chunk_offsets,
+    sequences, length, heads, total, chunks, query_blocks, key_blocks, state_blocks,
+    CHUNK: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the log of every token's decay [B * T, Hs]; heads = Hs. grid: (chunks, Hs).
+
+    A chunk at a time: sums over a whole sequence would cancel digits that a long text has not got.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    at = (chunk - first) * CHUNK
+    if at >= tokens:
+        return
+    rows = tl.arange(0, CHUNK)
+    valid = rows < tokens - at
+    place = row * tl.cast(length, tl.int64) + begin + at
+    d_sums = tl.zeros([CHUNK], tl.float32)
+    for block in range(0, query_blocks):
+        for r in range(0, QUERIES):
+            lane = (block * heads + head) * QUERIES + r
+            base = query_products + lane * tl.cast(total, tl.int64) + place
+            d_sums += tl.load(base + rows, mask=valid, other=0.0)
+    for block in range(0, key_blocks):
+        base = key_products + (block * heads + head) * tl.cast(total, tl.int64) + place
+        d_sums -= tl.load(base + rows, mask=valid, other=0.0)
+    found = tl.cumsum(d_sums, 0, reverse=True)
+    for block in range(0, state_blocks):
+        base = carried + (block * heads + head) * tl.cast(chunks, tl.int64)
+        found += tl.load(base + chunk)
+    tl.store(d_log_decay + (place + rows) * heads + head, found, mask=valid)
