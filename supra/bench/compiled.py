@@ -62,7 +62,7 @@ class Compiled:
     dots: int = 0  # products of tiles in the source
     scalar_dots: int = 0  # of these, those that are computed without tensor cores
     tensor_core: dict[str, int] = field(default_factory=dict)  # instructions by kind
-    matrices: bool = True  # whether it loads or stores any
+    matrices: bool = True  # whether it loads or stores any; pairs of numbers are none
     wide: float = 1.0  # share of the bytes that move 128 bits a thread, see ir.wide_share
     narrow: int = 0  # instructions that move fewer
     code: str = ""  # equal for launches that compile to the same
@@ -164,7 +164,7 @@ def examine(job: Job, part: str, compiled: Any) -> Compiled:
         dots=ir.count_dots(ttir),
         scalar_dots=ir.count_scalar_dots(compiled.asm["ttgir"]),
         tensor_core=dict(sass.tensor_core_instructions(instructions)),
-        matrices=any(len(x.shape) > 1 for x in accesses),
+        matrices=any(len(x.shape) > 1 and min(x.shape) > 2 for x in accesses),
         wide=ir.wide_share(accesses, sass.wide_shares(instructions)),
         narrow=sass.narrow_accesses(instructions),
         code=compiled.hash,

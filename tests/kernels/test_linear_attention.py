@@ -6,10 +6,12 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from supra.kernels.linear_attention import (
     LinearAttentionState,
     chunk_linear_attention,
+    operator,
     recurrent_linear_attention,
 )
 
@@ -374,3 +376,91 @@ def test_works_without_triton():
         "x = torch.ones(1, 3, 1, 2); assert f(x, x, x)[0][0, :, 0, 0].tolist() == [2, 4, 6]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("decay", "normalize"), FORMS)
+def test_custom_ops_are_sound(decay, normalize):
+    inputs = make_inputs(1, 20, 4, 2, 5, 4, decay, torch.float32)
+    state = make_state(inputs, normalize, sequences=3)
+    cu_seqlens = torch.tensor([0, 3, 3, 20])
+    arguments = (
+        *(inputs.get(name) for name in ("query", "key", "value", "log_decay")),
+        *state, cu_seqlens, normalize == "sum", 0.7, 1e-6, 16, "torch",
+    )  # fmt: skip
+    torch.library.opcheck(operator.forward, arguments)
+    output, memory, normalizer, weights = (x.detach() for x in operator.forward(*arguments))
+    d_normalizer = torch.ones_like(normalizer) if normalize else None
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(
+        operator.backward,
+        (output, memory, d_normalizer, *arguments[:7], output, weights, *arguments[7:]),
+    )
+
+
+def test_training_compiles_without_a_graph_break():
+    inputs = make_inputs(1, 40, 4, 2, 5, 4, ("token", "query"), torch.float32)
+    cu_seqlens = torch.tensor([0, 3, 40])
+
+    def loss(**inputs):
+        output, state = chunk_linear_attention(
+            **inputs, normalize="sum", cu_seqlens=cu_seqlens, return_state=True
+        )
+        return output.square().sum() + state.memory.sum()
+
+    expected = torch.autograd.grad(loss(**inputs), inputs.values())
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert_close(torch.autograd.grad(compiled(**inputs), inputs.values()), expected, 1e-6)
+
+
+def test_activation_checkpointing_changes_nothing():
+    inputs = make_inputs(1, 40, 4, 2, 5, 4, ("token", "query"), torch.float32)
+
+    def loss(*leaves):
+        return chunk_linear_attention(*leaves[:3], log_decay=leaves[3])[0].square().sum()
+
+    expected = torch.autograd.grad(loss(*inputs.values()), inputs.values())
+    again = checkpoint(loss, *inputs.values(), use_reentrant=False)
+    found = torch.autograd.grad(again, inputs.values())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("decay", "normalize"), FORMS)
+def test_a_step_in_place_is_a_step(decay, normalize):
+    inputs = {n: x.detach() for n, x in make_inputs(2, 2, 4, 2, 5, 4, decay).items()}
+    state = LinearAttentionState(
+        *(x if x is None else x.detach() for x in make_state(inputs, normalize))
+    )
+    options = {"normalize": normalize, "return_state": True}
+    expected, end = recurrent_linear_attention(**inputs, **options, initial_state=state)
+    found, same = recurrent_linear_attention(
+        **inputs, **options, initial_state=state, in_place=True
+    )
+    assert_close([found, *present(*state)], [expected, *present(*end)], 1e-12)
+    assert all(a is b for a, b in zip(same, state, strict=True))
+
+
+def test_decay_of_any_strength_keeps_float32s_digits():
+    # chunks are cut where a head decays by more than exp(-80): by two tokens here, at resets there
+    for strength in (0.01, 0.5, 3.0, 50.0):
+        inputs = make_inputs(1, 200, 2, 2, 8, 4, ("token", "key"), torch.float32)
+        with torch.no_grad():
+            inputs["log_decay"][..., 0] *= strength / 0.3
+        expected = run_with_gradients(chunk_linear_attention, inputs, backend="reference")
+        assert_close(run_with_gradients(chunk_linear_attention, inputs), expected, 1e-5)
+
+
+def test_memory_of_a_long_text_is_flat():
+    """What is allocated at once, beside inputs and outputs, does not grow with the length."""
+    peaks = []
+    for length in (2048, 16384):
+        x = torch.zeros(1, length, 1, 16)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            chunk_linear_attention(x, x, x, log_decay=torch.zeros(1, length, 1))
+        held = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        peaks.append(peak - 4 * length * 16)
+    # the decay's sums and factors are 6 numbers a token and head, of which 4 have 8 bytes
+    assert peaks[1] - peaks[0] < (16384 - 2048) * 80, peaks

@@ -16,6 +16,7 @@ from supra.kernels import launch
 from supra.kernels.linear_attention import (
     LinearAttentionState,
     chunk_linear_attention,
+    operator,
     recurrent_linear_attention,
 )
 from supra.kernels.linear_attention import triton as triton_backend
@@ -229,6 +230,19 @@ def test_recurrent_form_with_gradients_runs_the_chunked_kernels():
     whole = chunk_linear_attention(**inputs, normalize="sum", backend="reference")[0]
     found, expected = (torch.autograd.grad(x.sum(), inputs["value"])[0] for x in (step, whole))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_custom_ops_are_sound():
+    inputs = make_inputs(1, 20, 2, 1, 16, 16, ("token", "query"), torch.float32)
+    memory, normalizer = make_state(inputs, "sum", 2)
+    arguments = (
+        *inputs.values(), memory, normalizer, torch.tensor([0, 3, 20]),
+        True, 0.7, 1e-6, 64, "triton",
+    )  # fmt: skip
+    torch.library.opcheck(operator.forward, arguments)
+    step = [x.detach()[:, :1] for x in inputs.values()]
+    state = (memory.detach()[:1].clone(), normalizer.detach()[:1].clone())
+    torch.library.opcheck(operator.step, (*step, *state, 0.7, 1e-6))
 
 
 def test_launches_need_no_host_and_no_device():
