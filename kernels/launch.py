@@ -16,6 +16,7 @@ from supra.kernels.backends import interpreting
 # "small" is for less than 100 KiB of shared memory a block; its kernels fit into 64 KiB
 TARGETS = ("sm_80", "sm_90", "sm_100", "small")
 SMALL_SHARED_MEMORY = 100 * 1024
+ALL_CHANNELS = 1 << 16  # of a head: tiling() takes what the head has
 
 
 class Tiling(NamedTuple):

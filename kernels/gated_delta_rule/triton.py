@@ -8,6 +8,7 @@ from supra.kernels.checks import LOWEST_LOG_DECAY
 from supra.kernels.decay import chunk_d_log_decay, sums_in_chunks
 from supra.kernels.gated_delta_rule import triton_backward, triton_forward
 from supra.kernels.launch import (
+    ALL_CHANNELS,
     Table,
     Tiling,
     blocks,
@@ -25,31 +26,26 @@ from supra.kernels.launch import (
 # tiles that no longer fit the registers, to halve the bytes of the states, which up to heads of 128
 # are fewer than those of W, e and T.
 CHUNK = 64
+MOST_KEY_CHANNELS = 256
 
 # 64 x 64 wherever that does not spill: on sm_90 everywhere, elsewhere not where three tiles of sums
-# live at once. The scans hold all channels of the keys; from 129 on they need 8 warps or narrower
-# blocks. On sm_100, which has to do with 4 warps, they still spill 100 bytes then.
+# live at once. The scans hold all channels of the keys; from 129 on they need 8 warps, or narrower
+# blocks on sm_100, where 8 warps race before Triton 3.8.
 SQUARE, LOW, FLAT = Tiling(64, 64, 4, 2), Tiling(32, 64, 4, 2), Tiling(32, 32, 4, 2)
-SCAN, NARROW, WIDE = Tiling(256, 32, 4, 2), Tiling(256, 16, 4, 2), Tiling(256, 32, 8, 1)
+SCAN, WIDE, NARROW = Tiling(128, 32, 4, 2), Tiling(128, 32, 8, 1), Tiling(128, 16, 4, 2)
 
 TILINGS: Table = {
     "chunk_inverse": {"any": ((256, SQUARE),)},
     "chunk_solve": {"any": ((256, SQUARE),)},
-    "chunk_states": {
-        "any": ((128, SCAN), (256, WIDE)),
-        "sm_100": ((128, SCAN), (256, NARROW)),
-    },
+    "chunk_states": {"any": ((128, SCAN), (256, WIDE)), "sm_100": ((128, SCAN), (256, NARROW))},
     "chunk_output": {"any": ((256, SQUARE),)},
     "chunk_d_written": {"any": ((256, SQUARE),)},
-    "chunk_d_states": {
-        "any": ((128, SCAN), (256, WIDE)),
-        "sm_100": ((64, SCAN), (128, NARROW), (256, Tiling(256, 16, 4, 1))),
-    },
+    "chunk_d_states": {"any": ((128, SCAN), (256, WIDE)), "sm_100": ((128, SCAN), (256, NARROW))},
     "chunk_d_value": {"any": ((256, SQUARE),)},
     "chunk_d_overlap": {"any": ((256, FLAT),), "sm_90": ((256, SQUARE),)},
     "chunk_d_query": {"any": ((256, LOW),), "sm_90": ((256, SQUARE),)},
     "chunk_d_key": {"any": ((256, LOW),), "sm_90": ((256, SQUARE),)},
-    "recurrent_steps": {"any": ((256, Tiling(256, 16, 4, 1)),)},
+    "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }
 
 
@@ -188,6 +184,11 @@ class _Plan:
     """
 
     def __init__(self, query, key, value, beta, log_decay, cu_seqlens, scale):
+        if key.shape[3] > MOST_KEY_CHANNELS:
+            raise ValueError(
+                f"key (width {key.shape[3]}) must have at most {MOST_KEY_CHANNELS} channels for "
+                "backend='triton', which holds them all at once; use backend='torch'"
+            )
         self.widths = key.shape[3], value.shape[3]
         exact = precision(query, key, value)
         self.dtype = torch.bfloat16 if exact == "bf16" else torch.float32  # between kernels

@@ -75,12 +75,14 @@ def chunk_d_states(
 ):  # fmt: skip
     """Gradients of the state after every chunk, from the last to the first, and all of du.
 
-    grid: (N * Hkv * blocks of V,). The mirror of chunk_states: BLOCK_K holds all channels.
+    grid: (N * Hkv * blocks of V,). The mirror of chunk_states, with `upper` as there.
     """
     across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
     lane, block = tl.program_id(0) // across, tl.program_id(0) % across
     n, head = lane // heads, lane % heads
     columns_k = tl.arange(0, BLOCK_K)
+    columns_u = columns_k + BLOCK_K
+    wide: tl.constexpr = KEY_WIDTH > BLOCK_K
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, CHUNK)
     row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
@@ -98,6 +100,10 @@ def chunk_d_states(
     if HAS_END:
         base = d_end + tl.cast(lane, tl.int64) * state_size
         acc = load_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
+    if wide:
+        upper = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        if HAS_END:
+            upper = load_tile(base, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH)
 
     count = tl.cdiv(tokens, CHUNK)
     for back in range(0, count):
@@ -107,14 +113,18 @@ def chunk_d_states(
         ds = narrow(acc, PRECISION)
         slot = d_states + ((first + c) * step + head) * state_size
         store_tile(slot, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, ds)
-        k = load_tile(
-            key + at * tl.cast(key_time, tl.int64), key_time, rows, left, columns_k, KEY_WIDTH
-        )
+        k_at = key + at * tl.cast(key_time, tl.int64)
+        k = load_tile(k_at, key_time, rows, left, columns_k, KEY_WIDTH)
+        du = dot(k, ds, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
+        if wide:
+            ds = narrow(upper, PRECISION)
+            store_tile(slot, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH, ds)
+            k = load_tile(k_at, key_time, rows, left, columns_u, KEY_WIDTH)
+            du = dot(k, ds, du, PRECISION)
         sums_at = sums + at * sums_time
         high, low = load_pairs(sums_at, rows, left)
         last = sums_at + tl.minimum(left, CHUNK) * 2 - 2
         last_high, last_low = tl.load(last), tl.load(last + 1)
-        du = dot(k, ds, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
         du *= tl.exp((last_high - high) + (last_low - low))[:, None]
         place = d_written + at * step * VALUE_WIDTH
         du += load_tile(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
@@ -124,26 +134,33 @@ def chunk_d_states(
         b = tl.load(
             beta + at * tl.cast(beta_time, tl.int64) + rows * beta_time, mask=rows < left, other=0.0
         )
-        w = load_tile(
-            reading + at * step * KEY_WIDTH, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH
-        )
-        acc *= tl.exp(last_high + last_low)
-        acc = dot(tl.trans(w), -du * b[:, None], acc, PRECISION)
+        du = -du * b[:, None]
+        whole = tl.exp(last_high + last_low)
+        w_at = reading + at * step * KEY_WIDTH
+        w = load_tile(w_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH)
+        acc = dot(tl.trans(w), du, acc * whole, PRECISION)
+        if wide:
+            w = load_tile(w_at, heads * KEY_WIDTH, rows, left, columns_u, KEY_WIDTH)
+            upper = dot(tl.trans(w), du, upper * whole, PRECISION)
         entering = tl.exp(high + low) * scale
         for r in range(0, QUERIES):
-            q = load_tile(
-                query + at * tl.cast(query_time, tl.int64) + r * tl.cast(query_head, tl.int64),
-                query_time, rows, left, columns_k, KEY_WIDTH,
-            )  # fmt: skip
             do = load_tile(
                 d_output + at * tl.cast(d_time, tl.int64) + r * tl.cast(d_head, tl.int64),
                 d_time, rows, left, columns_v, VALUE_WIDTH,
             )  # fmt: skip
-            acc = dot(tl.trans(q), do * entering[:, None], acc, PRECISION)
+            do = do * entering[:, None]
+            q_at = query + at * tl.cast(query_time, tl.int64) + r * tl.cast(query_head, tl.int64)
+            q = load_tile(q_at, query_time, rows, left, columns_k, KEY_WIDTH)
+            acc = dot(tl.trans(q), do, acc, PRECISION)
+            if wide:
+                q = load_tile(q_at, query_time, rows, left, columns_u, KEY_WIDTH)
+                upper = dot(tl.trans(q), do, upper, PRECISION)
 
     if HAS_INITIAL:
         base = d_initial + tl.cast(lane, tl.int64) * state_size
         store_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, acc)
+        if wide:
+            store_tile(base, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH, upper)
 
 
 @triton.jit

@@ -127,13 +127,16 @@ def chunk_states(
 ):  # fmt: skip
     """States before every chunk and after the last, and the errors e = T v - W S in place of T v.
 
-    grid: (N * Hkv * blocks of V,). Every error needs all channels of the keys, so BLOCK_K holds
-    them all; errors are scaled by the decay and not the keys, which are wider.
+    grid: (N * Hkv * blocks of V,). Every error needs all channels of the keys, so a program has
+    them all: BLOCK_K, and as many again in `upper` where keys are wider. As one block they would
+    spill 100 bytes on sm_100. Errors are scaled by the decay and not the keys, which are wider.
     """
     across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
     lane, block = tl.program_id(0) // across, tl.program_id(0) % across
     n, head = lane // heads, lane % heads
     columns_k = tl.arange(0, BLOCK_K)
+    columns_u = columns_k + BLOCK_K
+    wide: tl.constexpr = KEY_WIDTH > BLOCK_K
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, CHUNK)
     row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
@@ -150,18 +153,26 @@ def chunk_states(
     if HAS_INITIAL:
         base = initial + tl.cast(lane, tl.int64) * state_size
         acc = load_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
+    if wide:
+        upper = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        if HAS_INITIAL:
+            upper = load_tile(base, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH)
 
     for at in range(0, tokens, CHUNK):
         left = tokens - at
-        s = narrow(acc, PRECISION)
-        store_tile(states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, s)
-        states += step * state_size
-        w = load_tile(
-            reading + at * step * KEY_WIDTH, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH
-        )
+        w_at = reading + at * step * KEY_WIDTH
         place = errors + at * step * VALUE_WIDTH
         e = load_tile(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
+        s = narrow(acc, PRECISION)
+        store_tile(states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, s)
+        w = load_tile(w_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH)
         e = e - dot(w, s, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
+        if wide:
+            s = narrow(upper, PRECISION)
+            store_tile(states, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH, s)
+            w = load_tile(w_at, heads * KEY_WIDTH, rows, left, columns_u, KEY_WIDTH)
+            e -= dot(w, s, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
+        states += step * state_size
         store_tile(
             place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, narrow(e, PRECISION)
         )
@@ -172,19 +183,26 @@ def chunk_states(
         high, low = load_pairs(sums_at, rows, left)
         last = sums_at + tl.minimum(left, CHUNK) * 2 - 2
         last_high, last_low = tl.load(last), tl.load(last + 1)
-        acc *= tl.exp(last_high + last_low)
+        whole = tl.exp(last_high + last_low)
         e *= (b * tl.exp((last_high - high) + (last_low - low)))[:, None]
-        k = load_tile(
-            key + at * tl.cast(key_time, tl.int64), key_time, rows, left, columns_k, KEY_WIDTH
-        )
-        acc = dot(tl.trans(k), e, acc, PRECISION)
+        k_at = key + at * tl.cast(key_time, tl.int64)
+        k = load_tile(k_at, key_time, rows, left, columns_k, KEY_WIDTH)
+        acc = dot(tl.trans(k), e, acc * whole, PRECISION)
+        if wide:
+            k = load_tile(k_at, key_time, rows, left, columns_u, KEY_WIDTH)
+            upper = dot(tl.trans(k), e, upper * whole, PRECISION)
 
     store_tile(
         states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, narrow(acc, PRECISION)
     )
+    if wide:
+        s = narrow(upper, PRECISION)
+        store_tile(states, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH, s)
     if HAS_END:
         base = end + tl.cast(lane, tl.int64) * state_size
         store_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, acc)
+        if wide:
+            store_tile(base, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH, upper)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from supra.kernels.gated_linear_attention import triton_backward, triton_decay, triton_forward
 from supra.kernels.launch import (
+    ALL_CHANNELS,
     Table,
     Tiling,
     common_dtype,
@@ -25,13 +26,16 @@ TILINGS: Table = {
     "decay_sums": {"any": ((256, Tiling(64, 64, 4, 1)),)},
     "chunk_states": {"any": ((256, Tiling(64, 64, 4, 2)),)},
     "chunk_scores": {"any": ((256, Tiling(64, 64, 4, 1)),)},
-    "chunk_output": {"any": ((256, Tiling(64, 64, 4, 2)),)},
+    "chunk_output": {
+        "any": ((256, Tiling(64, 64, 4, 2)),),
+        "sm_100": ((128, Tiling(64, 64, 4, 2)), (256, Tiling(64, 64, 4, 1))),
+    },
     "chunk_d_states": {"any": ((256, Tiling(64, 64, 4, 2)),)},
     "chunk_d_scores": {"any": ((256, Tiling(64, 64, 4, 2)),)},
     "chunk_d_query": {"any": ((256, Tiling(32, 64, 4, 1)),)},
     "chunk_d_key": {"any": ((256, Tiling(32, 64, 4, 1)),)},
     "chunk_d_value": {"any": ((256, Tiling(64, 64, 4, 2)),)},
-    "recurrent_steps": {"any": ((256, Tiling(256, 16, 4, 1)),)},
+    "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }
 
 

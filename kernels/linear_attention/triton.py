@@ -9,6 +9,7 @@ from torch import Tensor
 from supra.kernels.checks import LOWEST_LOG_DECAY
 from supra.kernels.decay import SMALL, chunk_d_log_decay, sums_in_chunks
 from supra.kernels.launch import (
+    ALL_CHANNELS,
     Table,
     Tiling,
     blocks,
@@ -38,7 +39,7 @@ TILINGS: Table = {
     "chunk_d_key": {"any": ((256, SQUARE),)},
     "chunk_d_value": {"any": ((256, SQUARE),)},
     "output_factors": {"any": ((256, Tiling(16, 64, 4, 2)),)},
-    "recurrent_steps": {"any": ((256, Tiling(256, 16, 4, 1)),)},
+    "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }
 
 

@@ -100,7 +100,7 @@ def test_lengths(length, batch):
     assert_matches(inputs, None, TOLERANCES[torch.float32], scale=0.7)
 
 
-@pytest.mark.parametrize("widths", [(8, 100), (100, 40), (256, 16)])
+@pytest.mark.parametrize("widths", [(8, 100), (100, 40), (200, 16)])
 def test_widths(widths):
     inputs = make_inputs(70, "token", widths=widths)
     with launch.target("small"):
@@ -185,3 +185,9 @@ def test_the_step_keeps_what_torch_asks_of_it():
     inputs = {name: x.detach() for name, x in make_inputs(2, "token").items()}
     state = make_state(inputs, 1).detach()
     torch.library.opcheck(operator.step, (*inputs.values(), state, 0.7))
+
+
+def test_keys_too_wide_are_refused():
+    inputs = make_inputs(3, None, widths=(257, 16))
+    with pytest.raises(ValueError, match=r"key \(width 257\) must have at most 256 channels"):
+        chunk_gated_delta_rule(**inputs, backend="triton")
