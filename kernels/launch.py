@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supra.kernels import checks
 from supra.kernels.backends import interpreting
 
 # "small" is for less than 100 KiB of shared memory a block; its kernels fit into 64 KiB
@@ -110,9 +111,11 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[dict[st
     batch, length = x.shape[:2]
     count, chunks, offsets = batch, batch * blocks(length, chunk), None
     if cu_seqlens is not None:
+        if cu_seqlens.device.type == "cpu":  # on a GPU they are trusted: to look would be to wait
+            checks.bounds(cu_seqlens, batch, length)
         count = len(cu_seqlens) - 1
         chunks = length // chunk + count
-        cu_seqlens = cu_seqlens.to(x.device, torch.int32)
+        cu_seqlens = cu_seqlens.to(x.device, torch.int32, non_blocking=True)
         offsets = F.pad((cu_seqlens.diff() + chunk - 1) // chunk, (1, 0)).cumsum(0)
         offsets = offsets.to(torch.int32)
     found = {

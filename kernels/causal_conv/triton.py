@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from supra.kernels import launch
+from supra.kernels import checks, launch
 from supra.kernels.causal_conv import triton_kernels as kernels
 from supra.kernels.launch import Table, Tiling
 
@@ -119,6 +119,8 @@ class _Rows:
             self.sequences = batch
             self.chunks = batch * triton.cdiv(length + taps - 1, TILE)
         else:
+            if cu_seqlens.device.type == "cpu":
+                checks.bounds(cu_seqlens, batch, length)
             self.sequences = len(cu_seqlens) - 1
             self.chunks = (length + self.sequences * (taps - 1)) // TILE + self.sequences
             cu_seqlens = cu_seqlens.to(input.device, non_blocking=True)

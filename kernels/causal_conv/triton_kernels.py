@@ -33,14 +33,15 @@ def place(
 def load_rows(base, stride, rows, count, columns, WIDTH: tl.constexpr):
     """[rows, columns] as float32; zero where a row is not in 0 ... count - 1."""
     mask = ((rows >= 0) & (rows < count))[:, None] & (columns < WIDTH)[None, :]
-    x = tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    places = rows[:, None].to(tl.int64) * stride + columns[None, :]  # rows of a whole sequence
+    x = tl.load(base + places, mask=mask, other=0.0)
     return x.to(tl.float32)
 
 
 @triton.jit
 def store_rows(base, rows, count, columns, WIDTH: tl.constexpr, x):
     mask = ((rows >= 0) & (rows < count))[:, None] & (columns < WIDTH)[None, :]
-    tl.store(base + rows[:, None] * WIDTH + columns[None, :], x, mask=mask)
+    tl.store(base + rows[:, None].to(tl.int64) * WIDTH + columns[None, :], x, mask=mask)
 
 
 @triton.jit

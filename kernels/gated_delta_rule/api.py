@@ -22,6 +22,7 @@ from supra.kernels.gated_delta_rule import operator, reference
 from supra.kernels.gated_delta_rule import torch as torch_backend
 
 OPERATION = "gated_delta_rule"
+MOST_KEY_CHANNELS = 256  # of the chunked Triton kernels
 
 
 def chunk_gated_delta_rule(
@@ -75,7 +76,7 @@ def chunk_gated_delta_rule(
     _check_inputs(query, key, value, beta, log_decay)
     sequences = checks.check_packing("query", query, cu_seqlens)
     state = _check_state(initial_state, query, key, value, sequences)
-    backend = choose(OPERATION, backend, query, key, value)
+    backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
     if backend == "reference":
         inputs = (query, key, value, beta, log_decay, state, cu_seqlens)
         return _reference(*inputs, scale, return_state)
@@ -114,7 +115,7 @@ def recurrent_gated_delta_rule(
     graded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if in_place:
         _check_in_place(initial_state, state, graded, backend)
-    backend = choose(OPERATION, backend, query, key, value)
+    backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
     if backend == "reference":
         return _reference(*inputs, None, scale, return_state)
     if backend == "torch":
@@ -190,3 +191,12 @@ def _check_in_place(given: Tensor | None, state: Tensor | None, graded: bool, ba
             f"initial_state ({given.dtype}, strides {given.stride()}) must be contiguous "
             f"{state.dtype} to be written in place"
         )
+
+
+def _limit(key: Tensor) -> str | None:
+    if key.shape[3] <= MOST_KEY_CHANNELS:
+        return None
+    return (
+        f"key (width {key.shape[3]}) must have at most {MOST_KEY_CHANNELS} channels, which its "
+        "kernels hold all at once; use 'auto' or 'torch'"
+    )

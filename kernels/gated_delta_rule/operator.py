@@ -31,10 +31,11 @@ def forward(
     state: the initial state, float32 or float64, or None for zeros.
     """
     with without_autocast(query.device):
-        return _module(backend).chunk_forward(
+        output, end = _module(backend).chunk_forward(
             query, key, value, beta, log_decay, state, cu_seqlens,
             scale=scale, chunk_size=chunk_size,
         )  # fmt: skip
+    return output.contiguous(), end
 
 
 @torch.library.custom_op("supra::gated_delta_rule_backward", mutates_args=())
@@ -58,7 +59,7 @@ def backward(
             d_output, d_state, query, key, value, beta, log_decay, state, cu_seqlens,
             scale=scale, chunk_size=chunk_size,
         )  # fmt: skip
-    return tuple(query.new_empty(0) if x is None else x for x in results)
+    return tuple(query.new_empty(0) if x is None else x.contiguous() for x in results)
 
 
 @torch.library.custom_op("supra::gated_delta_rule_step", mutates_args=("state",))

@@ -26,7 +26,6 @@ from supra.kernels.launch import (
 # tiles that no longer fit the registers, to halve the bytes of the states, which up to heads of 128
 # are fewer than those of W, e and T.
 CHUNK = 64
-MOST_KEY_CHANNELS = 256
 
 # 64 x 64 wherever that does not spill: on sm_90 everywhere, elsewhere not where three tiles of sums
 # live at once. The scans hold all channels of the keys; from 129 on they need 8 warps, or narrower
@@ -184,11 +183,6 @@ class _Plan:
     """
 
     def __init__(self, query, key, value, beta, log_decay, cu_seqlens, scale):
-        if key.shape[3] > MOST_KEY_CHANNELS:
-            raise ValueError(
-                f"key (width {key.shape[3]}) must have at most {MOST_KEY_CHANNELS} channels for "
-                "backend='triton', which holds them all at once; use backend='torch'"
-            )
         self.widths = key.shape[3], value.shape[3]
         exact = precision(query, key, value)
         self.dtype = torch.bfloat16 if exact == "bf16" else torch.float32  # between kernels

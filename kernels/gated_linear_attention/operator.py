@@ -28,10 +28,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, Hq, V] and final state [N, Hkv, K, V]; state is the initial one or None."""
     with without_autocast(query.device):
-        return module(backend).chunk_forward(
+        output, end = module(backend).chunk_forward(
             query, key, value, log_decay, bonus, state, cu_seqlens,
             scale=scale, chunk_size=chunk_size,
         )  # fmt: skip
+    return output.contiguous(), end
 
 
 @torch.library.custom_op("supra::gated_linear_attention_backward", mutates_args=())
@@ -55,7 +56,7 @@ def backward(
             d_output, d_end, query, key, value, log_decay, bonus, state, cu_seqlens,
             scale=scale, chunk_size=chunk_size,
         )  # fmt: skip
-    return tuple(query.new_empty(0) if x is None else x for x in results)
+    return tuple(query.new_empty(0) if x is None else x.contiguous() for x in results)
 
 
 def module(backend: str):

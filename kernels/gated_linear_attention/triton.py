@@ -9,12 +9,15 @@ from supra.kernels.launch import (
     ALL_CHANNELS,
     Table,
     Tiling,
+    blocks,
     common_dtype,
     launch,
     operands,
     pad_width,
     precision,
+    sequences,
     storage_dtype,
+    strides,
     tiling,
 )
 
@@ -59,11 +62,11 @@ def chunk_forward(
     cut = plan.tiling("chunk_output")
     launch(
         triton_forward.chunk_output,
-        (plan.chunks * _blocks(plan.value_width, cut.value), plan.heads),
+        (plan.chunks * blocks(plan.value_width, cut.value), plan.heads),
         {
             "query": plan.query, "value": plan.value, "sums": plan.sums, "scores": scores,
-            "states": states, "output": output, **plan.shared, **_strides("query", plan.query),
-            **_strides("value", plan.value), "heads": plan.heads, "scale": scale,
+            "states": states, "output": output, **plan.shared, **strides("query", plan.query),
+            **strides("value", plan.value), "heads": plan.heads, "scale": scale,
         },
         cut,
         **plan.widths, **plan.constants, BLOCK_K=cut.key, BLOCK_V=cut.value, QUERIES=plan.queries,
@@ -92,7 +95,7 @@ def chunk_backward(
     tensors = {
         "query": plan.query, "key": plan.key, "value": plan.value, "d": d_output,
     }  # fmt: skip
-    strides = {name: _strides(name, x) for name, x in tensors.items()}
+    by_name = {name: strides(name, x) for name, x in tensors.items()}
     states, scores = plan.states(state), plan.scores()
     d_states, d_whole, d_start = _d_states(plan, states, d_output, d_end, scale, state is not None)
 
@@ -103,7 +106,7 @@ def chunk_backward(
         (plan.chunks, plan.heads),
         {
             "value": plan.value, "d_output": d_output, "d_scores": d_scores, **plan.shared,
-            **strides["value"], **strides["d"], "heads": plan.heads, "scale": scale,
+            **by_name["value"], **by_name["d"], "heads": plan.heads, "scale": scale,
         },
         cut,
         VALUE_WIDTH=plan.value_width, **plan.constants, BLOCK_V=cut.value, QUERIES=plan.queries,
@@ -113,11 +116,11 @@ def chunk_backward(
     cut = plan.tiling("chunk_d_value")
     launch(
         triton_backward.chunk_d_value,
-        (plan.chunks * _blocks(plan.value_width, cut.value), plan.kv_heads),
+        (plan.chunks * blocks(plan.value_width, cut.value), plan.kv_heads),
         {
             "key": plan.key, "d_output": d_output, "sums": plan.sums, "scores": scores,
-            "d_states": d_states, "d_value": d_value, **plan.shared, **strides["key"],
-            **strides["d"], "heads": plan.kv_heads, "scale": scale,
+            "d_states": d_states, "d_value": d_value, **plan.shared, **by_name["key"],
+            **by_name["d"], "heads": plan.kv_heads, "scale": scale,
         },
         cut,
         **plan.widths, **plan.constants, BLOCK_K=cut.key, BLOCK_V=cut.value, QUERIES=plan.queries,
@@ -131,12 +134,12 @@ def chunk_backward(
     cut = plan.tiling("chunk_d_query")
     launch(
         triton_backward.chunk_d_query,
-        (plan.chunks * _blocks(plan.key_width, cut.key), plan.heads),
+        (plan.chunks * blocks(plan.key_width, cut.key), plan.heads),
         {
             "query": plan.query, "key": plan.key, "d_output": d_output, "sums": plan.sums,
             "bonus": plan.bonus, "states": states, "d_scores": d_scores, "d_query": d_query,
-            "d_logs": d_logs, "d_bonus": d_bonus, **plan.shared, **strides["query"],
-            **strides["key"], **strides["d"], "heads": plan.heads, "scale": scale,
+            "d_logs": d_logs, "d_bonus": d_bonus, **plan.shared, **by_name["query"],
+            **by_name["key"], **by_name["d"], "heads": plan.heads, "scale": scale,
         },
         cut,
         **plan.widths, **plan.constants, BLOCK_K=cut.key, BLOCK_V=cut.value, QUERIES=plan.queries,
@@ -148,12 +151,12 @@ def chunk_backward(
     cut = plan.tiling("chunk_d_key")
     launch(
         triton_backward.chunk_d_key,
-        (plan.chunks * _blocks(plan.key_width, cut.key), plan.kv_heads),
+        (plan.chunks * blocks(plan.key_width, cut.key), plan.kv_heads),
         {
             "query": plan.query, "key": plan.key, "value": plan.value, "sums": plan.sums,
             "bonus": plan.bonus, "d_states": d_states, "d_scores": d_scores, "d_whole": d_whole,
             "d_query_logs": d_logs, "d_key": d_key, "d_log_decay": d_log_decay, **plan.shared,
-            **strides["query"], **strides["key"], **strides["value"], "heads": plan.kv_heads,
+            **by_name["query"], **by_name["key"], **by_name["value"], "heads": plan.kv_heads,
             "chunks": plan.chunks, "value_blocks": len(d_whole),
         },
         cut,
@@ -199,12 +202,12 @@ def recurrent(
     cut = tiling(TILINGS, "recurrent_steps", key_width, value_width, query.device)
     launch(
         triton_forward.recurrent_steps,
-        (batch * kv_heads * _blocks(value_width, cut.value),),
+        (batch * kv_heads * blocks(value_width, cut.value),),
         {
             "query": query, "key": key, "value": value, "log_decay": log_decay,
             "bonus": None if bonus is None else bonus.contiguous(), "state": start,
-            "end_state": end, "output": output, **_strides("query", query),
-            **_strides("key", key), **_strides("value", value), **_strides("decay", log_decay),
+            "end_state": end, "output": output, **strides("query", query),
+            **strides("key", key), **strides("value", value), **strides("decay", log_decay),
             "length": length, "heads": kv_heads, "scale": scale,
         },
         cut,
@@ -221,26 +224,15 @@ class _Plan:
         self.given = query.shape[3], value.shape[3]
         self.query, self.key, self.value = operands(query, key, value)
         self.precision = precision(query, key, value)
-        batch, self.length, self.heads, self.key_width = self.query.shape
+        _, self.length, self.heads, self.key_width = self.query.shape
         self.kv_heads, self.value_width = self.value.shape[2:]
         self.queries = self.heads // self.kv_heads
         self.has_bonus = bonus is not None
         self.bonus = pad_width(bonus.float()).contiguous() if self.has_bonus else None
-        packed = cu_seqlens is not None
-        self.count = len(cu_seqlens) - 1 if packed else batch
-        self.chunks = batch * _blocks(self.length, TILE)
-        offsets = None
-        if packed:
-            self.chunks = self.length // TILE + self.count  # an upper bound, known to the host
-            cu_seqlens = cu_seqlens.to(query.device, torch.int32)
-            offsets = F.pad((cu_seqlens.diff() + TILE - 1) // TILE, (1, 0)).cumsum(0)
-            offsets = offsets.to(torch.int32)
-        self.sequences = {
-            "cu_seqlens": cu_seqlens, "chunk_offsets": offsets, "length": self.length,
-        }  # fmt: skip
-        self.shared = {**self.sequences, "sequences": self.count}
+        self.shared, self.chunks = sequences(self.query, cu_seqlens, TILE)
+        self.count = self.shared["sequences"]
         self.widths = {"KEY_WIDTH": self.key_width, "VALUE_WIDTH": self.value_width}
-        self.constants = {"TILE": TILE, "PACKED": packed, "PRECISION": self.precision}
+        self.constants = {"TILE": TILE, "PRECISION": self.precision}
         self.sums, self.whole = self._decay_sums(pad_width(log_decay))
 
     def _decay_sums(self, log_decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,13 +242,13 @@ class _Plan:
         cut = self.tiling("decay_sums")
         launch(
             triton_decay.decay_sums,
-            (self.chunks * _blocks(self.key_width, cut.key), self.kv_heads),
+            (self.chunks * blocks(self.key_width, cut.key), self.kv_heads),
             {
                 "log_decay": log_decay, "sums": sums, "whole": whole, **self.shared,
-                **_strides("decay", log_decay), "heads": self.kv_heads,
+                **strides("decay", log_decay), "heads": self.kv_heads,
             },
             cut,
-            KEY_WIDTH=self.key_width, TILE=TILE, BLOCK_K=cut.key, PACKED=self.constants["PACKED"],
+            KEY_WIDTH=self.key_width, TILE=TILE, BLOCK_K=cut.key,
         )  # fmt: skip
         return sums, whole
 
@@ -277,14 +269,14 @@ class _Plan:
         slots = self.chunks + self.count
         states = self.kept(slots, self.kv_heads, self.key_width, self.value_width)
         cut = self.tiling("chunk_states")
-        blocks = _blocks(self.key_width, cut.key) * _blocks(self.value_width, cut.value)
+        count = blocks(self.key_width, cut.key) * blocks(self.value_width, cut.value)
         launch(
             triton_forward.chunk_states,
-            (self.count * self.kv_heads * blocks,),
+            (self.count * self.kv_heads * count,),
             {
                 "key": self.key, "value": self.value, "sums": self.sums, "whole": self.whole,
-                "state": start, "states": states, "end_state": end, **self.sequences,
-                **_strides("key", self.key), **_strides("value", self.value),
+                "state": start, "states": states, "end_state": end, **self.shared,
+                **strides("key", self.key), **strides("value", self.value),
                 "heads": self.kv_heads,
             },
             cut,
@@ -301,8 +293,8 @@ class _Plan:
             (self.chunks, self.heads),
             {
                 "query": self.query, "key": self.key, "sums": self.sums, "bonus": self.bonus,
-                "scores": scores, **self.shared, **_strides("query", self.query),
-                **_strides("key", self.key), "heads": self.heads,
+                "scores": scores, **self.shared, **strides("query", self.query),
+                **strides("key", self.key), "heads": self.heads,
             },
             cut,
             KEY_WIDTH=self.key_width, **self.constants, BLOCK_K=cut.key, QUERIES=self.queries,
@@ -336,16 +328,16 @@ def _d_states(
     d_states = plan.kept(plan.chunks, *states.shape[1:])
     d_start = plan.empty_state() if has_initial else None
     cut = plan.tiling("chunk_d_states")
-    value_blocks = _blocks(plan.value_width, cut.value)
+    value_blocks = blocks(plan.value_width, cut.value)
     d_whole = plan.whole.new_empty(value_blocks, *plan.whole.shape)
     launch(
         triton_backward.chunk_d_states,
-        (plan.count * plan.kv_heads * _blocks(plan.key_width, cut.key) * value_blocks,),
+        (plan.count * plan.kv_heads * blocks(plan.key_width, cut.key) * value_blocks,),
         {
             "query": plan.query, "d_output": d_output, "sums": plan.sums, "whole": plan.whole,
             "states": states, "d_end": d_end, "d_states": d_states, "d_whole": d_whole,
-            "d_state": d_start, **plan.sequences, **_strides("query", plan.query),
-            **_strides("d", d_output), "heads": plan.kv_heads, "chunks": plan.chunks,
+            "d_state": d_start, **plan.shared, **strides("query", plan.query),
+            **strides("d", d_output), "heads": plan.kv_heads, "chunks": plan.chunks,
             "scale": scale,
         },
         cut,
@@ -353,11 +345,3 @@ def _d_states(
         HAS_BONUS=plan.has_bonus, HAS_END=d_end is not None, HAS_INITIAL=has_initial,
     )  # fmt: skip
     return d_states, d_whole, d_start
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return dict(zip((f"{name}_batch", f"{name}_time", f"{name}_head"), x.stride(), strict=False))

@@ -71,11 +71,13 @@ def chunk_linear_attention(
         initial_state: state before the first token, shaped as LinearAttentionState says.
         return_state: also return the state after the last token.
         cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
-            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. It
-            is read on the host: keep it on the CPU to spare a GPU the synchronisation.
-        chunk_size: tokens a chunk, >= 1. Changes speed and rounding only.
+            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
+            torch backend reads it on the host; Triton does not, and trusts one that is on a GPU.
+        chunk_size: tokens a chunk in torch, >= 1. Changes speed and rounding only; Triton has its
+            own.
         backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            "torch" on every device. A backend that cannot run raises; none falls back to another.
+            "triton" on a GPU that it runs on, for float32 and 16-bit inputs, and "torch" for all
+            else. A backend that cannot run raises; none falls back to another.
 
     Returns:
         Output [B, T, Hq, V] in value.dtype, and the final state or None. Everything is computed in
@@ -205,6 +207,7 @@ def _check_state(
     heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
     shape = (sequences, heads, key.shape[3], value.shape[3])
     memory, normalizer = state
+    checks.check_tensors(query=query, initial_state=memory, normalizer=normalizer)
     if memory.shape != shape:
         raise ValueError(
             f"initial_state.memory (shape {checks.shape(memory)}) must be {list(shape)} "

@@ -38,7 +38,7 @@ def forward(
             query, key, value, log_decay, memory, normalizer, cu_seqlens,
             normalized=normalized, scale=scale, eps=eps, chunk_size=chunk_size,
         )  # fmt: skip
-    return tuple(query.new_empty(0) if x is None else x for x in results)
+    return tuple(query.new_empty(0) if x is None else x.contiguous() for x in results)
 
 
 @torch.library.custom_op("supra::linear_attention_backward", mutates_args=())
@@ -68,7 +68,7 @@ def backward(
             cu_seqlens, output, weights,
             normalized=normalized, scale=scale, eps=eps, chunk_size=chunk_size,
         )  # fmt: skip
-    return tuple(query.new_empty(0) if x is None else x for x in results)
+    return tuple(query.new_empty(0) if x is None else x.contiguous() for x in results)
 
 
 @torch.library.custom_op("supra::linear_attention_step", mutates_args=("memory", "normalizer"))

@@ -48,11 +48,13 @@ def recurrent(
     dtype, (heads, kv_heads) = memory.dtype, (memory.shape[1], key.shape[2])
     decay = None if log_decay is None else log_decay.to(dtype).exp()
     output_dtype = value.dtype
-    query = query.to(dtype).unflatten(2, (heads, -1))
-    key, value = (
-        x.to(dtype)[:, :, :, None].expand(-1, -1, -1, heads // kv_heads, -1).flatten(2, 3)
-        for x in (key, value)
-    )
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    query = query.unflatten(2, (heads, -1))
+    if heads > kv_heads:
+        key, value = (
+            x[:, :, :, None].expand(-1, -1, -1, heads // kv_heads, -1).flatten(2, 3)
+            for x in (key, value)
+        )
     outputs = []
     for t in range(query.shape[1]):
         q, k, v = query[:, t], key[:, t], value[:, t]
@@ -68,7 +70,8 @@ def recurrent(
             normalizer = add(normalizer, k)
             output = output / (q @ normalizer[..., None] + eps)
         outputs.append(output.flatten(1, 2))
-    return torch.stack(outputs, 1).to(output_dtype), (memory, normalizer)
+    output = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, 1)
+    return output.to(output_dtype), (memory, normalizer)
 
 
 def chunk_forward(
@@ -294,11 +297,11 @@ class _Blocks:
         self.bounds = [*range(0, length, chunk_size), length]
         self.decay = None
         if log_decay is not None:
-            logs = log_decay.double().clamp(min=checks.LOWEST_LOG_DECAY)
             if log_decay.dim() == 1:
-                logs = logs.expand(group.rows.stop - group.rows.start, length, -1)
+                logs = log_decay.expand(group.rows.stop - group.rows.start, length, -1)
             else:
-                logs = logs[group.rows, group.begin : group.end]
+                logs = log_decay[group.rows, group.begin : group.end]
+            logs = logs.double().clamp(min=checks.LOWEST_LOG_DECAY)
             # float64: a sum over a long text would cost float32 the digits of small differences
             sums = logs.cumsum(1).transpose(1, 2).flatten(0, 1)
             self.bounds = _narrow_bounds(sums, self.bounds)

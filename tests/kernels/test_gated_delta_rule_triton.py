@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from supra.kernels import launch
-from supra.kernels.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from supra.kernels.gated_delta_rule import (
+    chunk_gated_delta_rule,
+    operator,
+    recurrent_gated_delta_rule,
+)
 
 FORMS = (
     *((decay, torch.float32) for decay in (None, "head", "token")),
@@ -180,8 +184,6 @@ def test_recurrent_form_with_gradients_runs_the_chunked_kernels():
 
 
 def test_the_step_keeps_what_torch_asks_of_it():
-    from supra.kernels.gated_delta_rule import operator
-
     inputs = {name: x.detach() for name, x in make_inputs(2, "token").items()}
     state = make_state(inputs, 1).detach()
     torch.library.opcheck(operator.step, (*inputs.values(), state, 0.7))
@@ -191,3 +193,15 @@ def test_keys_too_wide_are_refused():
     inputs = make_inputs(3, None, widths=(257, 16))
     with pytest.raises(ValueError, match=r"key \(width 257\) must have at most 256 channels"):
         chunk_gated_delta_rule(**inputs, backend="triton")
+
+
+def test_custom_ops_are_sound():
+    inputs = {
+        name: x.detach()
+        for name, x in make_inputs(5, "token", heads=2, kv_heads=2, widths=(20, 12)).items()
+    }
+    state = make_state(inputs, 2).detach()
+    arguments = (*inputs.values(), state, torch.tensor([0, 3, 5]), 0.7, 64, "triton")
+    torch.library.opcheck(operator.forward, arguments)
+    output, end = operator.forward(*arguments)
+    torch.library.opcheck(operator.backward, (output, end, *arguments))

@@ -5,6 +5,7 @@ import torch
 
 from supra.kernels.gated_linear_attention import (
     chunk_gated_linear_attention,
+    operator,
     recurrent_gated_linear_attention,
 )
 
@@ -128,3 +129,20 @@ def test_inputs_need_not_be_contiguous(kind):
         expected, _ = function(**inputs, backend="triton")
         found, _ = function(**strided, backend="triton")
         assert torch.equal(found, expected)
+
+
+def test_custom_ops_are_sound():
+    inputs = make_inputs(1, 5, 2, 1, 20, 12, "rwkv6", torch.float32, 2)
+    names = ("query", "key", "value", "log_decay", "bonus", "initial_state")
+    arguments = (*(inputs[name] for name in names), torch.tensor([0, 3, 5]), 0.7, 64, "triton")
+    torch.library.opcheck(operator.forward, arguments)
+    output, end = operator.forward(*arguments)
+    torch.library.opcheck(operator.backward, (output, end, *arguments))
+
+
+def test_bounds_are_checked_where_that_waits_for_nothing():
+    inputs = make_inputs(1, 8, 1, 1, 4, 4, "gla", torch.float32)
+    with pytest.raises(ValueError, match=r"cu_seqlens \(from 2 to 8\) must go from 0"):
+        chunk_gated_linear_attention(
+            **inputs | {"initial_state": None}, cu_seqlens=torch.tensor([2, 8]), backend="triton"
+        )

@@ -231,16 +231,17 @@ def test_recurrent_form_with_gradients_runs_the_chunked_kernels():
 
 
 def test_custom_ops_are_sound():
-    inputs = make_inputs(1, 20, 2, 1, 16, 16, ("token", "query"), torch.float32)
-    memory, normalizer = make_state(inputs, "sum", 2)
-    arguments = (
-        *inputs.values(), memory, normalizer, torch.tensor([0, 3, 20]),
-        True, 0.7, 1e-6, 64, "triton",
-    )  # fmt: skip
-    torch.library.opcheck(operator.forward, arguments)
-    step = [x.detach()[:, :1] for x in inputs.values()]
-    state = (memory.detach()[:1].clone(), normalizer.detach()[:1].clone())
-    torch.library.opcheck(operator.step, (*step, *state, 0.7, 1e-6))
+    inputs = make_inputs(1, 5, 2, 1, 20, 12, ("token", "query"), torch.float32)
+    inputs = [x.detach() for x in inputs.values()]
+    memory, normalizer = torch.ones(2, 2, 20, 12), torch.ones(2, 2, 20)
+    options = (True, 0.7, 1e-6, 64, "triton")
+    arguments = (*inputs, memory, normalizer, torch.tensor([0, 3, 5]))
+    torch.library.opcheck(operator.forward, (*arguments, *options))
+    output, memory, normalizer, weights = operator.forward(*arguments, *options)
+    gradients = (output, memory, normalizer)
+    torch.library.opcheck(operator.backward, (*gradients, *arguments, output, weights, *options))
+    step = [x[:, :1] for x in inputs]
+    torch.library.opcheck(operator.step, (*step, memory[:1], normalizer[:1], 0.7, 1e-6))
 
 
 def test_launches_need_no_host_and_no_device():
