@@ -28,7 +28,8 @@ PARTS = ("forward", "backward", "recurrent")
 PREFACE = f"""\
 # Compiled kernels
 
-Made by `supra bench compile --out kernels/COMPILED.md` with Triton {{version}}; bf16 inputs.
+Made by `supra bench compile{{options}} --out kernels/COMPILED.md` with Triton {{version}}; bf16
+inputs.
 
 Stack is what a thread spills, in bytes. Shared memory is that of a block, and blocks per SM is how
 many fit at once. Dots are the products of tiles in the source. 128-bit bytes is the share of the
@@ -69,6 +70,8 @@ def report(
     for width in widths or ():
         if not 1 <= width <= 256:
             raise UserError(f"--head-sizes (={width}) must be 1 to 256, as the kernels' heads are")
+    given = {"--ops": operations, "--case": cases, "--archs": targets, "--head-sizes": widths}
+    options = "".join(f" {name} {','.join(map(str, x))}" for name, x in given.items() if x)
     operations, targets = operations or list(OPERATIONS), targets or TARGETS
     known = {case for name in OPERATIONS for case in OPERATIONS[name]}
     for what, names, choices in (
@@ -84,8 +87,8 @@ def report(
         for case, width in product(OPERATIONS[operation], widths or head_sizes(operation))
         if not cases or case in cases
     ]
-    kernels = compile_all([Job(*x, target) for x in chosen for target in targets], processes)
     moved = measure_all([traffic.Job(*x, tuple(targets)) for x in chosen], processes)
+    kernels = compile_all([Job(*x, target) for x in chosen for target in targets], processes)
     if as_json:
         rows = {
             "kernels": [asdict(x) | {"failures": x.failures()} for x in kernels],
@@ -93,7 +96,7 @@ def report(
         }
         text = json.dumps(rows, indent=1)
     else:
-        text = "\n".join(lines(kernels, moved))
+        text = "\n".join(lines(kernels, moved, options))
     if out:
         out.write_text(text + "\n")
     else:
@@ -129,11 +132,11 @@ def describe(row: Compiled) -> str:
     )
 
 
-def lines(kernels: list[Compiled], moved: list[Traffic]) -> list[str]:
+def lines(kernels: list[Compiled], moved: list[Traffic], options: str) -> list[str]:
     """The report in Markdown."""
     import triton
 
-    found = PREFACE.format(version=triton.__version__).splitlines()
+    found = PREFACE.format(options=options, version=triton.__version__).splitlines()
     for operation in dict.fromkeys(x.job.operation for x in kernels):
         ordered = sorted((x for x in kernels if x.job.operation == operation), key=_order)
         rows = [kernel_row(x) for x in ordered]
