@@ -44,6 +44,27 @@ def sums_in_chunks(
     return dict(zip(names, (sums, 2 * length, 2, 2 * total), strict=True))
 
 
+def d_log_decay(
+    log_decay: Tensor, given: dict[str, object], query_products: Tensor, **sums: Tensor
+) -> Tensor:
+    """Gradient of log_decay from q . dq, k . dk and <state, its gradient>, in blocks of channels.
+
+    given: arguments of kernels that launches share. sums: key_products and carried.
+    """
+    batch, length = query_products.shape[-1] // given["length"], given["length"]
+    heads = log_decay.shape[-1]
+    found = query_products.new_empty(batch, length, heads)
+    launch(
+        chunk_d_log_decay, (given["chunks"], heads), given, SMALL,
+        query_products=query_products, **sums, d_log_decay=found, heads=heads,
+        query_blocks=len(query_products), key_blocks=len(sums["key_products"]),
+        state_blocks=len(sums["carried"]),
+    )  # fmt: skip
+    if log_decay.dim() == 1:
+        found = found.sum((0, 1))
+    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
+
+
 @triton.jit
 def split_sum(x):
     """A float64 sum as a multiple of 2^-8 and a remainder, both float32.

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra.kernels.checks import LOWEST_LOG_DECAY
-from supra.kernels.decay import chunk_d_log_decay, sums_in_chunks
+from supra.kernels.decay import SMALL, d_log_decay, sums_in_chunks
 from supra.kernels.gated_delta_rule import triton_backward, triton_forward
 from supra.kernels.launch import (
     ALL_CHANNELS,
@@ -125,15 +124,18 @@ def chunk_backward(
         errors=errors, states=states, d_states=d_states, d_value=d_value, d_overlap=inverse,
         d_key=d_key, key_products=key_products, carried=carried,
     )  # fmt: skip
-    d_log_decay = None
+    gradient = None
     if log_decay is not None:
-        d_log_decay = _d_log_decay(plan, query_products, key_products, carried, log_decay)
+        gradient = d_log_decay(
+            log_decay, {**plan.arguments, **plan.constants}, query_products,
+            key_products=key_products, carried=carried,
+        )  # fmt: skip
     return (
         d_query[..., : query.shape[3]].to(query.dtype),
         d_key[..., : key.shape[3]].to(key.dtype),
         d_value[..., : value.shape[3]].to(value.dtype),
         d_beta.sum(0).T.reshape(beta.shape).to(beta.dtype),
-        d_log_decay,
+        gradient,
         None if d_initial is None else plan.unpad(d_initial),
     )
 
@@ -210,7 +212,7 @@ class _Plan:
     def launch(self, kernel, grid: tuple[int, ...], **own: object) -> None:
         """Launch the kernel with those of the shared arguments that it names, and its own."""
         name = kernel.__name__
-        cut = self.tiling(name) if name in TILINGS else Tiling(1, 1, 4, 1)
+        cut = self.tiling(name) if name in TILINGS else SMALL
         shared = {**self.arguments, **self.constants, "BLOCK_K": cut.key, "BLOCK_V": cut.value}
         launch(kernel, grid, {**shared, **own}, cut)
 
@@ -299,18 +301,3 @@ def _d_states(
         d_initial=d_initial, HAS_END=d_end is not None, HAS_INITIAL=has_initial,
     )  # fmt: skip
     return d_states, d_written, d_initial
-
-
-def _d_log_decay(
-    plan: _Plan, query_products: Tensor, key_products: Tensor, carried: Tensor, log_decay: Tensor
-) -> Tensor:
-    found = plan.query.new_empty(*plan.query.shape[:2], plan.heads, dtype=torch.float32)
-    plan.launch(
-        chunk_d_log_decay, (plan.chunks, plan.heads),
-        query_products=query_products, key_products=key_products, carried=carried,
-        d_log_decay=found, query_blocks=len(query_products), key_blocks=len(key_products),
-        state_blocks=len(carried),
-    )  # fmt: skip
-    if log_decay.dim() == 1:
-        found = found.sum((0, 1))
-    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra.kernels.checks import LOWEST_LOG_DECAY
-from supra.kernels.decay import SMALL, chunk_d_log_decay, sums_in_chunks
+from supra.kernels.decay import d_log_decay, sums_in_chunks
 from supra.kernels.launch import (
     ALL_CHANNELS,
     Table,
@@ -121,15 +120,17 @@ def chunk_backward(
         heads=plan.kv_heads,
     )  # fmt: skip
 
-    d_log_decay = None
+    gradient = None
     if log_decay is not None:
-        d_log_decay = _d_log_decay(plan, query_products, key_products, carried, log_decay)
+        gradient = d_log_decay(
+            log_decay, plan.given, query_products, key_products=key_products, carried=carried
+        )
     d_memory, d_normalizer = plan.unpad(d_memory, d_normalizer)
     return (
         d_query[..., : query.shape[3]].to(query.dtype),
         d_key[..., : query.shape[3]].to(key.dtype),
         d_value[..., : value.shape[3]].to(value.dtype),
-        d_log_decay,
+        gradient,
         d_memory,
         d_normalizer,
     )
@@ -334,19 +335,3 @@ def _d_states(
         HAS_INITIAL=has_initial,
     )  # fmt: skip
     return d_states, d_normalizers, carried, d_memory, d_normalizer
-
-
-def _d_log_decay(
-    plan: _Plan, query_products: Tensor, key_products: Tensor, carried: Tensor, log_decay: Tensor
-) -> Tensor:
-    shape = (plan.batch, plan.length, plan.state_heads)
-    found = plan.query.new_empty(shape, dtype=torch.float32)
-    launch(
-        chunk_d_log_decay, (plan.chunks, plan.state_heads), plan.given, SMALL,
-        query_products=query_products, key_products=key_products, carried=carried,
-        d_log_decay=found, heads=plan.state_heads, query_blocks=len(query_products),
-        key_blocks=len(key_products), state_blocks=len(carried),
-    )  # fmt: skip
-    if log_decay.dim() == 1:
-        found = found.sum((0, 1))
-    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
