@@ -100,3 +100,25 @@ def bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int]:
         if begin > end:
             raise ValueError(f"cu_seqlens (={begin} then {end} at index {i + 1}) must not decrease")
     return found
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def check_in_place(
+    dtype: torch.dtype, inputs: tuple[Tensor | None, ...], **states: Tensor | None
+) -> None:
+    """in_place=True: the given states can be written over, and nothing asks for a gradient."""
+    for name, state in states.items():
+        if state is None:
+            raise ValueError(f"in_place (=True) needs {name} (=None) to write into; give zeros")
+        if state.dtype != dtype or not state.is_contiguous():
+            raise ValueError(
+                f"{name} ({state.dtype}, strides {state.stride()}) must be contiguous and {dtype} "
+                "for in_place (=True); take what the last call returned"
+            )
+    if needs_gradient(*inputs, *states.values()):
+        raise ValueError(
+            "in_place (=True) has no gradient; use torch.no_grad(), or leave in_place out"
+        )

@@ -29,7 +29,8 @@ class Tiling(NamedTuple):
     stages: int = 2
 
 
-# kernel -> target or "any" -> (widest head, tiling), narrow heads first
+# kernel -> target or "any" -> (widest head, tiling), narrow heads first. " float32" after a target:
+# for operands of 32 bits, which take twice the registers and the shared memory
 Table = Mapping[str, Mapping[str, tuple[tuple[int, Tiling], ...]]]
 
 
@@ -70,11 +71,21 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def tiling(
-    table: Table, kernel: str, key_width: int, value_width: int, device: torch.device
+    table: Table,
+    kernel: str,
+    key_width: int,
+    value_width: int,
+    device: torch.device,
+    precision: str = "bf16",
 ) -> Tiling:
-    """The row of the table for heads of these widths on that device, no tile wider than a head."""
-    rows = table[kernel]
-    rows = rows.get(_target or _target_of(device), rows["any"])
+    """The row of the table for heads of these widths on that device, no tile wider than a head.
+
+    precision: of products, as precision() gives it.
+    """
+    names = [_target or _target_of(device), "any"]
+    if not precision.startswith("bf16"):
+        names = [f"{name} float32" for name in names] + names
+    rows = next(table[kernel][name] for name in names if name in table[kernel])
     width = max(key_width, value_width)
     found = next((row for widest, row in rows if width <= widest), rows[-1][1])
     key, value = (max(16, 1 << (width - 1).bit_length()) for width in (key_width, value_width))

@@ -14,7 +14,6 @@ a tensor in its own way. Channels are innermost, as in the input, so that a deco
 writes whole rows.
 """
 
-import torch
 from torch import Tensor
 
 from supra.kernels import checks
@@ -108,25 +107,23 @@ def causal_conv_step(
     _check(token, weight, bias, activation)
     if token.shape[1] != 1:
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, D] or [B, 1, D]")
-    if not in_place:
-        output, state = causal_conv(
+    if state is None:
+        raise ValueError("state (=None) must be [B, W - 1, D]; give zeros before the first token")
+    _check_state("state", state, token, weight, len(token))
+    if in_place:
+        checks.check_in_place(input.dtype, (input, weight, bias), state=state)
+    backend = choose(OPERATION, backend, *_present(token, weight, bias))
+    if not in_place or backend == "reference":
+        output, end = causal_conv(
             token, weight, bias,
             activation=activation, initial_state=state, return_state=True, backend=backend,
         )  # fmt: skip
-        return output.view_as(input), state
-    _check_in_place(state, token, weight, bias)
-    chosen = choose(OPERATION, backend, *_present(token, weight, bias))
-    if chosen == "triton":
-        output = operator.step(token[:, 0], weight, bias, state, activation == "silu")
-    elif chosen == "torch":
+        state = state.copy_(end) if in_place else end
+    elif backend == "torch":
         with without_autocast(input.device):
             output = torch_backend.step(token[:, 0], weight, bias, state, activation == "silu")
     else:
-        output, end = causal_conv(
-            token, weight, bias,
-            activation=activation, initial_state=state, return_state=True, backend=chosen,
-        )  # fmt: skip
-        state.copy_(end)
+        output = operator.step(token[:, 0], weight, bias, state, activation == "silu")
     return output.view_as(input), state
 
 
@@ -166,20 +163,3 @@ def _check_state(
         )
     checks.check_tensors(input=input, **{name: state})
     return state.to(input.dtype)
-
-
-def _check_in_place(state: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_state("state", state, input, weight, len(input))
-    if state.dtype != input.dtype:
-        raise ValueError(
-            f"state (dtype {state.dtype}) must be {input.dtype}, as input is, to be written "
-            "in place; convert it"
-        )
-    if not state.is_contiguous():
-        raise ValueError("state (not contiguous) must be contiguous to be written in place")
-    tensors = _present(state, input, weight, bias)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError(
-            "in_place (=True) keeps no gradients, and an input requires one; "
-            "use torch.no_grad() or in_place=False"
-        )

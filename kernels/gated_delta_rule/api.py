@@ -78,11 +78,11 @@ def chunk_gated_delta_rule(
     state = _check_state(initial_state, query, key, value, sequences)
     backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
     if backend == "reference":
-        inputs = (query, key, value, beta, log_decay, state, cu_seqlens)
-        return _reference(*inputs, scale, return_state)
-    output, end = operator.forward(
-        query, key, value, beta, log_decay, state, cu_seqlens, scale, chunk_size, backend
-    )
+        output, end = _reference(query, key, value, beta, log_decay, state, cu_seqlens, scale)
+    else:
+        output, end = operator.forward(
+            query, key, value, beta, log_decay, state, cu_seqlens, scale, chunk_size, backend
+        )
     return output, end if return_state else None
 
 
@@ -112,16 +112,17 @@ def recurrent_gated_delta_rule(
     _check_inputs(query, key, value, beta, log_decay)
     state = _check_state(initial_state, query, key, value, len(query))
     inputs = (query, key, value, beta, log_decay, state)
-    graded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if in_place:
-        _check_in_place(initial_state, state, graded, backend)
+        dtype = checks.state_dtype(query, key, value)
+        checks.check_in_place(dtype, inputs[:-1], initial_state=initial_state)
     backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
     if backend == "reference":
-        return _reference(*inputs, None, scale, return_state)
-    if backend == "torch":
+        output, end = _reference(*inputs, None, scale)
+        end = state.copy_(end) if in_place else end
+    elif backend == "torch":
         with without_autocast(query.device):
             output, end = torch_backend.recurrent(*inputs, scale=scale, in_place=in_place)
-    elif graded:
+    elif checks.needs_gradient(*inputs):
         output, end = operator.forward(*inputs, None, scale, 64, backend)
     else:
         end = state if in_place else _own_state(state, query, key, value)
@@ -130,15 +131,14 @@ def recurrent_gated_delta_rule(
 
 
 def _reference(
-    query, key, value, beta, log_decay, state, cu_seqlens, scale, return_state
-) -> tuple[Tensor, Tensor | None]:
+    query, key, value, beta, log_decay, state, cu_seqlens, scale
+) -> tuple[Tensor, Tensor]:
     bounds = checks.bounds(cu_seqlens, *query.shape[:2])
     with without_autocast(query.device):
         output, end = reference.recurrence(
             query, key, value, beta, log_decay, state, bounds=bounds, scale=scale
         )
-    end = end.to(checks.state_dtype(query, key, value)) if return_state else None
-    return output.to(value.dtype), end
+    return output.to(value.dtype), end.to(checks.state_dtype(query, key, value))
 
 
 def _check_inputs(
@@ -177,20 +177,6 @@ def _own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) 
         return state.clone(memory_format=torch.contiguous_format)
     shape = (len(query), key.shape[2], key.shape[3], value.shape[3])
     return query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))
-
-
-def _check_in_place(given: Tensor | None, state: Tensor | None, graded: bool, backend: str) -> None:
-    if given is None:
-        raise ValueError("in_place (=True) needs an initial_state to write into; pass one")
-    if backend == "reference":
-        raise ValueError("in_place (=True) cannot run with backend='reference'; use 'torch'")
-    if graded:
-        raise ValueError("in_place (=True) has no gradient; call it under torch.no_grad()")
-    if state is not given or not state.is_contiguous():
-        raise ValueError(
-            f"initial_state ({given.dtype}, strides {given.stride()}) must be contiguous "
-            f"{state.dtype} to be written in place"
-        )
 
 
 def _limit(key: Tensor) -> str | None:

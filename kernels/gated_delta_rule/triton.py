@@ -5,7 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels.decay import SMALL, d_log_decay, sums_in_chunks
-from supra.kernels.gated_delta_rule import triton_backward, triton_forward
+from supra.kernels.gated_delta_rule import (
+    triton_backward,
+    triton_backward_keys,
+    triton_forward,
+)
 from supra.kernels.launch import (
     ALL_CHANNELS,
     Table,
@@ -26,25 +30,40 @@ from supra.kernels.launch import (
 # are fewer than those of W, e and T.
 CHUNK = 64
 
-# 64 x 64 wherever that does not spill: on sm_90 everywhere, elsewhere not where three tiles of sums
-# live at once. The scans hold all channels of the keys; from 129 on they need 8 warps, or narrower
-# blocks on sm_100, where 8 warps race before Triton 3.8.
+# 64 x 64 wherever that does not spill; one stage where operands of 32 bits fill the shared memory.
 SQUARE, LOW, FLAT = Tiling(64, 64, 4, 2), Tiling(32, 64, 4, 2), Tiling(32, 32, 4, 2)
-SCAN, WIDE, NARROW = Tiling(128, 32, 4, 2), Tiling(128, 32, 8, 1), Tiling(128, 16, 4, 2)
+TALL, FLOAT32 = Tiling(64, 32, 4, 2), ((256, Tiling(32, 32, 4, 1)),)
+
+# The scans hold all channels of the keys. From 129 on they need 8 warps, or narrower blocks where 8
+# warps may race: on Blackwell before Triton 3.8, which is sm_100 and some of "small". There, as
+# code for sm_80, two stages would spill 336 bytes.
+UP_TO_128 = ((32, Tiling(32, 32, 4, 1)), (128, Tiling(128, 32, 4, 2)))
+SCANS = {
+    "any": (*UP_TO_128, (256, Tiling(128, 32, 8, 1))),
+    "sm_100": (*UP_TO_128, (256, Tiling(128, 16, 4, 2))),
+    "small": (*UP_TO_128, (256, Tiling(128, 16, 4, 1))),
+    "any float32": ((256, Tiling(128, 16, 4, 1)),),
+}
 
 TILINGS: Table = {
-    "chunk_inverse": {"any": ((256, SQUARE),)},
-    "chunk_solve": {"any": ((256, SQUARE),)},
-    "chunk_states": {"any": ((128, SCAN), (256, WIDE)), "sm_100": ((128, SCAN), (256, NARROW))},
-    "chunk_output": {"any": ((256, SQUARE),)},
-    "chunk_d_written": {"any": ((256, SQUARE),)},
-    "chunk_d_states": {"any": ((128, SCAN), (256, WIDE)), "sm_100": ((128, SCAN), (256, NARROW))},
-    "chunk_d_value": {"any": ((256, SQUARE),)},
-    "chunk_d_overlap": {"any": ((256, FLAT),), "sm_90": ((256, SQUARE),)},
-    "chunk_d_query": {"any": ((256, LOW),), "sm_90": ((256, SQUARE),)},
-    "chunk_d_key": {"any": ((256, LOW),), "sm_90": ((256, SQUARE),)},
+    "chunk_inverse": {"any": ((256, SQUARE),), "any float32": FLOAT32},
+    "chunk_solve": {"any": ((256, SQUARE),), "any float32": FLOAT32},
+    "chunk_states": SCANS,
+    "chunk_output": {"any": ((256, SQUARE),), "any float32": FLOAT32},
+    "chunk_d_written": {"any": ((256, SQUARE),), "any float32": FLOAT32},
+    "chunk_d_states": SCANS,
+    "chunk_d_value": {"any": ((256, SQUARE),), "any float32": FLOAT32},
+    "chunk_d_overlap": {
+        "any": ((256, FLAT),), "sm_90": ((256, LOW),), "any float32": FLOAT32,
+    },
+    "chunk_d_query": {
+        "any": ((256, LOW),), "sm_90": ((256, SQUARE),), "any float32": FLOAT32,
+    },
+    "chunk_d_key": {
+        "any": ((128, LOW), (256, FLAT)), "sm_90": ((256, TALL),), "any float32": FLOAT32,
+    },
     "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
-}
+}  # fmt: skip
 
 
 def chunk_forward(
@@ -94,7 +113,7 @@ def chunk_backward(
     del reading
 
     d_value = torch.empty_like(errors)
-    d_beta = plan.new_sums(plan.blocks("chunk_d_value", "value") + 1, plan.heads)
+    d_beta = plan.new_sums(plan.blocks("chunk_d_value", "value"), plan.heads)
     plan.launch(
         triton_backward.chunk_d_value, plan.grid("chunk_d_value", "value"),
         inverse=inverse, errors=errors, d_written=d_written, d_value=d_value, d_beta=d_beta,
@@ -103,29 +122,30 @@ def chunk_backward(
 
     blocks = plan.blocks("chunk_d_key", "key")
     assert blocks == plan.blocks("chunk_d_query", "key"), "dq and dk cut the channels alike"
-    key_products = plan.new_sums(blocks, plan.heads)
+    key_products = plan.new_sums(blocks, plan.heads) if plan.decayed else None
     plan.launch(
-        triton_backward.chunk_d_overlap, (plan.chunks, plan.heads),
-        errors=errors, d_value=d_value, d_overlap=inverse, d_beta=d_beta[-1],
-        key_products=key_products, HAS_DECAY=log_decay is not None,
+        triton_backward_keys.chunk_d_overlap, (plan.chunks, plan.heads),
+        errors=errors, d_value=d_value, d_overlap=inverse, key_products=key_products,
     )  # fmt: skip
 
-    query_products = plan.new_sums(blocks, plan.query_heads)
+    query_products = plan.new_sums(blocks, plan.query_heads) if plan.decayed else None
     d_query = plan.query.new_empty(*query.shape[:3], plan.key_width)
     plan.launch(
-        triton_backward.chunk_d_query, plan.grid("chunk_d_query", "key", plan.query_heads),
+        triton_backward_keys.chunk_d_query, plan.grid("chunk_d_query", "key", plan.query_heads),
         errors=errors, states=states, d_query=d_query, query_products=query_products,
     )  # fmt: skip
 
     d_key = plan.key.new_empty(*key.shape[:3], plan.key_width)
-    carried = plan.query.new_empty(blocks, plan.heads, plan.chunks, dtype=torch.float32)
+    carried = None
+    if plan.decayed:
+        carried = plan.query.new_empty(blocks, plan.heads, plan.chunks, dtype=torch.float32)
     plan.launch(
-        triton_backward.chunk_d_key, plan.grid("chunk_d_key", "key"),
+        triton_backward_keys.chunk_d_key, plan.grid("chunk_d_key", "key"),
         errors=errors, states=states, d_states=d_states, d_value=d_value, d_overlap=inverse,
         d_key=d_key, key_products=key_products, carried=carried,
     )  # fmt: skip
     gradient = None
-    if log_decay is not None:
+    if plan.decayed:
         gradient = d_log_decay(
             log_decay, {**plan.arguments, **plan.constants}, query_products,
             key_products=key_products, carried=carried,
@@ -186,8 +206,9 @@ class _Plan:
 
     def __init__(self, query, key, value, beta, log_decay, cu_seqlens, scale):
         self.widths = key.shape[3], value.shape[3]
-        exact = precision(query, key, value)
-        self.dtype = torch.bfloat16 if exact == "bf16" else torch.float32  # between kernels
+        self.precision, self.decayed = precision(query, key, value), log_decay is not None
+        # of what is kept between kernels
+        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.query, self.key, self.value = operands(query, key, value)
         batch, self.length, self.query_heads, self.key_width = self.query.shape
         self.heads, self.value_width = self.value.shape[2:]
@@ -196,7 +217,8 @@ class _Plan:
         self.count = found["sequences"]
         self.constants = {
             "KEY_WIDTH": self.key_width, "VALUE_WIDTH": self.value_width, "CHUNK": CHUNK,
-            "QUERIES": self.query_heads // self.heads, "PRECISION": exact,
+            "QUERIES": self.query_heads // self.heads, "HAS_DECAY": self.decayed,
+            "PRECISION": self.precision,
         }  # fmt: skip
         beta = beta.float()
         self.arguments = {
@@ -205,9 +227,10 @@ class _Plan:
             **found, "heads": self.heads, "total": self.total, "chunks": self.chunks,
             "scale": scale,
         }  # fmt: skip
-        if log_decay is None:
-            log_decay = self.query.new_zeros(self.heads, dtype=torch.float32)
-        self.arguments |= sums_in_chunks(log_decay, CHUNK, self.chunks, found)
+        sums = {"sums": None, "sums_batch": 0, "sums_time": 0, "sums_head": 0}
+        if self.decayed:
+            sums = sums_in_chunks(log_decay, CHUNK, self.chunks, found)
+        self.arguments |= sums
 
     def launch(self, kernel, grid: tuple[int, ...], **own: object) -> None:
         """Launch the kernel with those of the shared arguments that it names, and its own."""
@@ -217,7 +240,8 @@ class _Plan:
         launch(kernel, grid, {**shared, **own}, cut)
 
     def tiling(self, kernel: str) -> Tiling:
-        return tiling(TILINGS, kernel, self.key_width, self.value_width, self.query.device)
+        widths = self.key_width, self.value_width
+        return tiling(TILINGS, kernel, *widths, self.query.device, self.precision)
 
     def blocks(self, kernel: str, side: str) -> int:
         """Blocks of channels that the kernel cuts a key or a value into."""
@@ -261,10 +285,9 @@ def _states(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """T, W, the errors, and the states before every chunk and after the last."""
     inverse = plan.new_kept(CHUNK)
-    exact = plan.constants["PRECISION"]
     plan.launch(
         triton_forward.chunk_inverse, (plan.chunks, plan.heads),
-        inverse=inverse, SOLVE="tf32x3" if exact == "tf32x3" else "tf32",
+        inverse=inverse, SOLVE="tf32x3" if plan.precision == "tf32x3" else "tf32",
     )  # fmt: skip
     found = []
     for side, x in (("key", plan.key), ("value", plan.value)):
@@ -272,7 +295,8 @@ def _states(
         plan.launch(
             triton_forward.chunk_solve, plan.grid("chunk_solve", side),
             inverse=inverse, x=x, **strides("x", x), found=found[-1], WIDTH=x.shape[3],
-            BLOCK=getattr(plan.tiling("chunk_solve"), side), DECAYED=side == "key",
+            BLOCK=getattr(plan.tiling("chunk_solve"), side),
+            DECAYED=plan.decayed and side == "key",
         )  # fmt: skip
     reading, errors = found
     states = plan.new_slots(plan.chunks + plan.count)

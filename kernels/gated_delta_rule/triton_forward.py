@@ -45,12 +45,19 @@ def decay_between(high, low):
 
 
 @triton.jit
+def not_zero(strength):
+    """0 as 2^-60: column j of T, and so dv_j, keeps a factor beta_j, by which d beta divides."""
+    least = 2.0**-60
+    return tl.where(tl.abs(strength) < least, least, strength)
+
+
+@triton.jit
 def chunk_inverse(
     key, beta, sums, inverse, cu_seqlens, chunk_offsets,
     key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
     sums_batch, sums_time, sums_head, sequences, length, heads,
     KEY_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    HAS_DECAY: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """T of every chunk; grid: (chunks, Hkv).
 
@@ -70,11 +77,13 @@ def chunk_inverse(
         columns = k0 + tl.arange(0, BLOCK_K)
         k = load_tile(key, key_time, rows, left, columns, KEY_WIDTH)
         below = dot(k, tl.trans(k), below, PRECISION)
-    sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-    high, low = load_pairs(sums, rows, left)
     beta += offset(row, beta_batch, token, beta_time, head, beta_head)
     b = tl.load(beta + rows * beta_time, mask=rows < left, other=0.0)
-    below = tl.where(i > j, below * decay_between(high, low) * b[None, :], 0.0)
+    if HAS_DECAY:
+        sums += offset(row, sums_batch, token, sums_time, head, sums_head)
+        high, low = load_pairs(sums, rows, left)
+        below *= decay_between(high, low)
+    below = tl.where(i > j, below * not_zero(b)[None, :], 0.0)
 
     found = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -below, 0.0))
     size = 2
@@ -122,8 +131,9 @@ def chunk_states(
     key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
     sums_batch, sums_time, sums_head, length, heads,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_END: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States before every chunk and after the last, and the errors e = T v - W S in place of T v.
 
@@ -143,7 +153,8 @@ def chunk_states(
 
     key += offset(row, key_batch, begin, key_time, head, key_head)
     beta += offset(row, beta_batch, begin, beta_time, head, beta_head)
-    sums += offset(row, sums_batch, begin, sums_time, head, sums_head)
+    if HAS_DECAY:
+        sums += offset(row, sums_batch, begin, sums_time, head, sums_head)
     reading += kept(row, begin, length, head, heads, KEY_WIDTH)
     errors += kept(row, begin, length, head, heads, VALUE_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
@@ -179,18 +190,23 @@ def chunk_states(
         b = tl.load(
             beta + at * tl.cast(beta_time, tl.int64) + rows * beta_time, mask=rows < left, other=0.0
         )
-        sums_at = sums + at * sums_time
-        high, low = load_pairs(sums_at, rows, left)
-        last = sums_at + tl.minimum(left, CHUNK) * 2 - 2
-        last_high, last_low = tl.load(last), tl.load(last + 1)
-        whole = tl.exp(last_high + last_low)
-        e *= (b * tl.exp((last_high - high) + (last_low - low)))[:, None]
+        if HAS_DECAY:
+            sums_at = sums + at * sums_time
+            high, low = load_pairs(sums_at, rows, left)
+            last = sums_at + tl.minimum(left, CHUNK) * 2 - 2
+            last_high, last_low = tl.load(last), tl.load(last + 1)
+            b *= tl.exp((last_high - high) + (last_low - low))
+            whole = tl.exp(last_high + last_low)
+            acc *= whole
+            if wide:
+                upper *= whole
+        e *= b[:, None]
         k_at = key + at * tl.cast(key_time, tl.int64)
         k = load_tile(k_at, key_time, rows, left, columns_k, KEY_WIDTH)
-        acc = dot(tl.trans(k), e, acc * whole, PRECISION)
+        acc = dot(tl.trans(k), e, acc, PRECISION)
         if wide:
             k = load_tile(k_at, key_time, rows, left, columns_u, KEY_WIDTH)
-            upper = dot(tl.trans(k), e, upper * whole, PRECISION)
+            upper = dot(tl.trans(k), e, upper, PRECISION)
 
     store_tile(
         states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, narrow(acc, PRECISION)
@@ -212,8 +228,8 @@ def chunk_output(
     beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head,
     sequences, length, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs; heads = Hkv. grid: (chunks * blocks of V, Hq)."""
     across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
@@ -236,15 +252,17 @@ def chunk_output(
         s = load_tile(states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
         acc = dot(q, s, acc, PRECISION)
         scores = dot(q, tl.trans(k), scores, PRECISION)
-    sums += offset(row, sums_batch, token, sums_time, head, sums_head)
-    high, low = load_pairs(sums, rows, left)
     beta += offset(row, beta_batch, token, beta_time, head, beta_head)
     b = tl.load(beta + rows * beta_time, mask=rows < left, other=0.0)
-    scores *= decay_between(high, low) * b[None, :]
-    scores = tl.where(rows[:, None] >= rows[None, :], scores, 0.0)
+    if HAS_DECAY:
+        sums += offset(row, sums_batch, token, sums_time, head, sums_head)
+        high, low = load_pairs(sums, rows, left)
+        acc *= tl.exp(high + low)[:, None]
+        scores *= decay_between(high, low)
+    scores = tl.where(rows[:, None] >= rows[None, :], scores * b[None, :], 0.0)
     errors += kept(row, token, length, head, heads, VALUE_WIDTH)
     e = load_tile(errors, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
-    acc = dot(scores, e, acc * tl.exp(high + low)[:, None], PRECISION)
+    acc = dot(scores, e, acc, PRECISION)
     output += kept(row, token, length, query_at, heads * QUERIES, VALUE_WIDTH)
     store_tile(
         output, heads * QUERIES * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, acc * scale

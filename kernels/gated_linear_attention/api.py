@@ -18,6 +18,7 @@ from torch import Tensor
 from supra.kernels import checks
 from supra.kernels.backends import choose, without_autocast
 from supra.kernels.gated_linear_attention import operator, reference
+from supra.kernels.gated_linear_attention import torch as torch_backend
 
 OPERATION = "gated_linear_attention"
 
@@ -72,14 +73,14 @@ def chunk_gated_linear_attention(
         raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
     _check_inputs(query, key, value, log_decay, bonus)
     sequences = checks.check_packing("query", query, cu_seqlens)
-    _check_state(initial_state, query, key, value, sequences)
+    state = _check_state(initial_state, query, key, value, sequences)
     backend = choose(OPERATION, backend, query, key, value, log_decay)
-    inputs = (query, key, value, log_decay, bonus, initial_state)
+    inputs = (query, key, value, log_decay, bonus, state)
     if backend == "reference":
-        output, state = _reference(*inputs, cu_seqlens, scale)
+        output, end = _reference(*inputs, cu_seqlens, scale)
     else:
-        output, state = operator.forward(*inputs, cu_seqlens, scale, chunk_size, backend)
-    return output, state if return_state else None
+        output, end = operator.forward(*inputs, cu_seqlens, scale, chunk_size, backend)
+    return output, end if return_state else None
 
 
 def recurrent_gated_linear_attention(
@@ -97,37 +98,33 @@ def recurrent_gated_linear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The same function token by token; for decoding, where T = 1 is one short step.
 
-    Arguments, results and errors are those of `chunk_gated_linear_attention`. The triton backend
-    has no gradients here, so "auto" takes torch when they are asked for.
+    Arguments, results and errors are those of `chunk_gated_linear_attention`, and one more:
 
-    in_place: write the final state over initial_state, which must be contiguous and in the dtype of
-        the state, and return that; without gradients. Otherwise initial_state is not changed.
+    in_place: write the final state into the tensor initial_state and return that, so that a step
+        allocates no state. It must be contiguous, float32 (float64 for float64 inputs), and need no
+        gradient. Otherwise the state that is passed in is not changed.
+
+    With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, log_decay, bonus)
-    _check_state(initial_state, query, key, value, len(query))
-    inputs = (query, key, value, log_decay, bonus, initial_state)
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs
-    )
+    state = _check_state(initial_state, query, key, value, len(query))
+    inputs = (query, key, value, log_decay, bonus)
     if in_place:
-        _check_in_place(initial_state, checks.state_dtype(query, key, value), differentiable)
-    if differentiable and backend == "auto":
-        backend = "torch"
+        dtype = checks.state_dtype(query, key, value)
+        checks.check_in_place(dtype, inputs, initial_state=initial_state)
     backend = choose(OPERATION, backend, query, key, value, log_decay)
-    if differentiable and backend == "triton":
-        raise ValueError(
-            "backend (='triton') has no gradients token by token; use 'auto', torch.no_grad() or "
-            f"chunk_{OPERATION}"
-        )
     if backend == "reference":
-        output, state = _reference(*inputs, None, scale)
-        state = initial_state.copy_(state) if in_place else state
-    else:
+        output, end = _reference(*inputs, state, None, scale)
+        end = initial_state.copy_(end) if in_place else end
+    elif backend == "torch":
         with without_autocast(query.device):
-            output, state = operator.module(backend).recurrent(
-                *inputs, scale=scale, in_place=in_place
-            )
-    return output, state if return_state else None
+            output, end = torch_backend.recurrent(*inputs, state, scale=scale, in_place=in_place)
+    elif checks.needs_gradient(*inputs, state):
+        output, end = operator.forward(*inputs, state, None, scale, 64, backend)
+    else:
+        end = state if in_place else _own_state(state, query, key, value)
+        output = operator.step(*inputs, end, scale)
+    return output, end if return_state else None
 
 
 def _reference(query, key, value, log_decay, bonus, state, cu_seqlens, scale):
@@ -158,26 +155,22 @@ def _check_inputs(
 
 def _check_state(
     state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, sequences: int
-) -> None:
-    shape = (sequences, key.shape[2], key.shape[3], value.shape[3])
+) -> Tensor | None:
+    """The given state in the precision of the computation."""
     if state is None:
-        return
+        return None
     checks.check_tensors(query=query, initial_state=state)
+    shape = (sequences, key.shape[2], key.shape[3], value.shape[3])
     if state.shape != shape:
         raise ValueError(
-            f"initial_state (shape {checks.shape(state)}) must be {list(shape)} [N, H, K, V]"
+            f"initial_state (shape {checks.shape(state)}) must be {list(shape)} [N, Hkv, K, V]"
         )
+    return state.to(checks.state_dtype(query, key, value))
 
 
-def _check_in_place(state: Tensor | None, dtype: torch.dtype, differentiable: bool) -> None:
-    if state is None:
-        raise ValueError("in_place (=True) needs an initial_state to write into; give zeros")
-    if state.dtype != dtype or not state.is_contiguous():
-        raise ValueError(
-            f"initial_state ({state.dtype}, strides {state.stride()}) must be contiguous and "
-            f"{dtype} for in_place (=True); take what the last call returned"
-        )
-    if differentiable:
-        raise ValueError(
-            "in_place (=True) has no gradients; use torch.no_grad(), or leave in_place out"
-        )
+def _own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A copy of the state, or zeros, for a kernel that writes into it."""
+    if state is not None:
+        return state.clone(memory_format=torch.contiguous_format)
+    shape = (len(query), key.shape[2], key.shape[3], value.shape[3])
+    return query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))

@@ -2,7 +2,7 @@
 checkpointing and autograd treat it as they do any operator of torch.
 
 A backend is a module with `chunk_forward` and `chunk_backward`, which take and return what the ops
-below do, an absent tensor being None, and `recurrent`.
+below do, an absent tensor being None.
 """
 
 import torch
@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, Hq, V] and final state [N, Hkv, K, V]; state is the initial one or None."""
     with without_autocast(query.device):
-        output, end = module(backend).chunk_forward(
+        output, end = _module(backend).chunk_forward(
             query, key, value, log_decay, bonus, state, cu_seqlens,
             scale=scale, chunk_size=chunk_size,
         )  # fmt: skip
@@ -52,14 +52,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, log_decay, bonus and state; empty for absent ones."""
     with without_autocast(query.device):
-        results = module(backend).chunk_backward(
+        results = _module(backend).chunk_backward(
             d_output, d_end, query, key, value, log_decay, bonus, state, cu_seqlens,
             scale=scale, chunk_size=chunk_size,
         )  # fmt: skip
     return tuple(query.new_empty(0) if x is None else x.contiguous() for x in results)
 
 
-def module(backend: str):
+@torch.library.custom_op("supra::gated_linear_attention_step", mutates_args=("state",))
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    state: Tensor,
+    scale: float,
+) -> Tensor:
+    """Output of the recurrence token by token in Triton; the state is updated in place.
+
+    torch's recurrent form needs no op of its own: it is made of torch's.
+    """
+    return _module("triton").recurrent(query, key, value, log_decay, bonus, state, scale=scale)
+
+
+def _module(backend: str):
     if backend == "torch":
         return torch_backend
     from supra.kernels.gated_linear_attention import triton  # not everybody has triton
@@ -81,6 +98,11 @@ def _(query, key, value, log_decay, bonus, state, cu_seqlens, *_):
 def _(d_output, d_end, query, key, value, log_decay, bonus, state, *_):
     inputs = (query, key, value, log_decay, bonus, state)
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+@step.register_fake
+def _(query, key, value, *_):
+    return value.new_empty(*query.shape[:3], value.shape[3])
 
 
 def _setup_context(ctx, inputs, output):

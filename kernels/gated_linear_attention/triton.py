@@ -25,19 +25,45 @@ from supra.kernels.launch import (
 # move 11 % fewer bytes, since the sums of logs weigh more than the states, and score two tiles.
 TILE, LEVELS = 64, 6
 
+# a target has a row of its own where the kernel would spill with that of "any"
 TILINGS: Table = {
     "decay_sums": {"any": ((256, Tiling(64, 64, 4, 1)),)},
-    "chunk_states": {"any": ((256, Tiling(64, 64, 4, 2)),)},
-    "chunk_scores": {"any": ((256, Tiling(64, 64, 4, 1)),)},
+    "chunk_states": {
+        "any": ((256, Tiling(64, 64, 4, 2)),),
+        "sm_100": ((32, Tiling(32, 32, 4, 2)), (256, Tiling(64, 64, 8, 2))),
+        "any float32": ((256, Tiling(32, 32, 4, 2)),),
+    },
+    "chunk_scores": {
+        "any": ((256, Tiling(64, 64, 4, 1)),),
+        "any float32": ((256, Tiling(32, 32, 4, 1)),),
+    },
     "chunk_output": {
         "any": ((256, Tiling(64, 64, 4, 2)),),
         "sm_100": ((128, Tiling(64, 64, 4, 2)), (256, Tiling(64, 64, 4, 1))),
+        "any float32": ((256, Tiling(32, 32, 4, 2)),),
     },
-    "chunk_d_states": {"any": ((256, Tiling(64, 64, 4, 2)),)},
-    "chunk_d_scores": {"any": ((256, Tiling(64, 64, 4, 2)),)},
-    "chunk_d_query": {"any": ((256, Tiling(32, 64, 4, 1)),)},
-    "chunk_d_key": {"any": ((256, Tiling(32, 64, 4, 1)),)},
-    "chunk_d_value": {"any": ((256, Tiling(64, 64, 4, 2)),)},
+    "chunk_d_states": {
+        "any": ((256, Tiling(64, 64, 4, 2)),),
+        "sm_100": ((32, Tiling(32, 32, 4, 3)), (256, Tiling(64, 64, 4, 2))),
+        "any float32": ((256, Tiling(32, 32, 4, 2)),),
+    },
+    "chunk_d_scores": {
+        "any": ((256, Tiling(64, 64, 4, 2)),),
+        "any float32": ((256, Tiling(32, 32, 4, 2)),),
+    },
+    "chunk_d_query": {
+        "any": ((256, Tiling(32, 64, 4, 1)),),
+        "any float32": ((256, Tiling(32, 32, 4, 1)),),
+    },
+    "chunk_d_key": {
+        "any": ((256, Tiling(32, 64, 4, 2)),),
+        "sm_90": ((256, Tiling(32, 64, 4, 1)),),
+        "any float32": ((256, Tiling(32, 32, 4, 1)),),
+    },
+    "chunk_d_value": {
+        "any": ((256, Tiling(32, 64, 4, 2)),),
+        "any float32": ((256, Tiling(32, 32, 4, 2)),),
+    },
     "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }
 
@@ -181,12 +207,11 @@ def recurrent(
     value: Tensor,
     log_decay: Tensor,
     bonus: Tensor | None,
-    state: Tensor | None,
+    state: Tensor,
     *,
     scale: float,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence token by token, without gradients; in_place needs a contiguous state."""
+) -> Tensor:
+    """Output of the recurrence token by token; the state is updated in place."""
     batch, length, heads, key_width = query.shape
     kv_heads, value_width = value.shape[2:]
     output_dtype = value.dtype
@@ -195,9 +220,6 @@ def recurrent(
         x if x.stride(-1) == 1 else x.contiguous()
         for x in (query.to(dtype), key.to(dtype), value.to(dtype), log_decay)
     )
-    start = None if state is None else state.float().contiguous()
-    shape = (batch, kv_heads, key_width, value_width)
-    end = start if in_place else query.new_empty(shape, dtype=torch.float32)
     output = value.new_empty(batch, length, heads, value_width)
     cut = tiling(TILINGS, "recurrent_steps", key_width, value_width, query.device)
     launch(
@@ -205,16 +227,16 @@ def recurrent(
         (batch * kv_heads * blocks(value_width, cut.value),),
         {
             "query": query, "key": key, "value": value, "log_decay": log_decay,
-            "bonus": None if bonus is None else bonus.contiguous(), "state": start,
-            "end_state": end, "output": output, **strides("query", query),
-            **strides("key", key), **strides("value", value), **strides("decay", log_decay),
-            "length": length, "heads": kv_heads, "scale": scale,
+            "bonus": None if bonus is None else bonus.contiguous(), "state": state,
+            "output": output, **strides("query", query), **strides("key", key),
+            **strides("value", value), **strides("decay", log_decay), "length": length,
+            "heads": kv_heads, "scale": scale,
         },
         cut,
         KEY_WIDTH=key_width, VALUE_WIDTH=value_width, BLOCK_K=cut.key, BLOCK_V=cut.value,
-        QUERIES=heads // kv_heads, HAS_BONUS=bonus is not None, HAS_INITIAL=state is not None,
+        QUERIES=heads // kv_heads, HAS_BONUS=bonus is not None,
     )  # fmt: skip
-    return output.to(output_dtype), end
+    return output.to(output_dtype)
 
 
 class _Plan:
@@ -253,11 +275,8 @@ class _Plan:
         return sums, whole
 
     def tiling(self, kernel: str) -> Tiling:
-        """The table is for 16-bit products; tf32 ones need twice the registers and memory."""
-        cut = tiling(TILINGS, kernel, self.key_width, self.value_width, self.query.device)
-        if self.precision.startswith("bf16"):
-            return cut
-        return cut._replace(key=min(cut.key, 32), value=min(cut.value, 32))
+        widths, device = (self.key_width, self.value_width), self.query.device
+        return tiling(TILINGS, kernel, *widths, device, self.precision)
 
     def kept(self, *shape: int) -> Tensor:
         """Room for what kernels pass on in the precision of an operand."""

@@ -12,10 +12,11 @@ weight by 2e-6 at most. It does not add up over chunks, whose whole decay is kep
 import triton
 import triton.language as tl
 
+from supra.kernels.checks import LOWEST_LOG_DECAY
 from supra.kernels.tiles import load_tile, offset, sequence, sequence_of
 
 UNIT = tl.constexpr(2.0**-18)
-LOWEST = tl.constexpr(-104.0)
+LOWEST = tl.constexpr(LOWEST_LOG_DECAY)
 
 
 @triton.jit

@@ -173,18 +173,16 @@ def chunk_output(
 
 @triton.jit
 def recurrent_steps(
-    query, key, value, log_decay, bonus, state, end_state, output,
+    query, key, value, log_decay, bonus, state, output,
     query_batch, query_time, query_head, key_batch, key_time, key_head,
     value_batch, value_time, value_head, decay_batch, decay_time, decay_head,
     length, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_BONUS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """The recurrence token by token with the state in registers; heads = Hkv.
 
-    grid: (B * Hkv * blocks of V,). end_state may be state: a program reads and writes its own block
-    only.
+    grid: (B * Hkv * blocks of V,). A program reads and writes its own block of the state only.
     """
     across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
     lane, block = tl.program_id(0) // across, tl.program_id(0) % across
@@ -197,10 +195,8 @@ def recurrent_steps(
     value += offset(n, value_batch, 0, value_time, head, value_head) + columns_v
     log_decay += offset(n, decay_batch, 0, decay_time, head, decay_head) + columns_k
     output += (n * length * heads + head) * QUERIES * VALUE_WIDTH + columns_v
-    place = tl.cast(lane, tl.int64) * KEY_WIDTH * VALUE_WIDTH
-    s = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if HAS_INITIAL:
-        s = load_tile(state + place, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
+    state += tl.cast(lane, tl.int64) * KEY_WIDTH * VALUE_WIDTH
+    s = load_tile(state, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
     for t in range(0, length):
         k = tl.load(key + offset(0, 0, t, key_time, 0, 0), mask=valid_k, other=0.0)
         v = tl.load(value + offset(0, 0, t, value_time, 0, 0), mask=valid_v, other=0.0)
@@ -219,4 +215,4 @@ def recurrent_steps(
                 out = tl.sum(q[:, None] * s, 0)
             place_o = (t * tl.cast(heads, tl.int64) * QUERIES + r) * VALUE_WIDTH
             tl.store(output + place_o, out * scale, mask=valid_v)
-    store_tile(end_state + place, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, s)
+    store_tile(state, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, s)

@@ -134,11 +134,17 @@ def recurrent_linear_attention(
     state = _check_state(initial_state, normalize, query, key, value, log_decay, len(query))
     backend = choose(OPERATION, backend, query, key, value)
     if in_place:
-        _check_in_place(initial_state, state, (query, key, value, log_decay), backend)
+        _check_in_place(initial_state, query, key, value, log_decay)
     if backend == "reference":
-        return _reference(
-            query, key, value, log_decay, state, None, normalize, scale, eps, return_state
+        output, end = _reference(
+            query, key, value, log_decay, state, None, normalize, scale, eps, return_state=True
         )
+        if in_place:
+            for given, part in zip(state, end, strict=True):
+                if part is not None:
+                    given.copy_(part)
+            end = LinearAttentionState(*state)
+        return output, end if return_state else None
     if backend == "torch":
         with without_autocast(query.device):
             output, end = torch_backend.recurrent(
@@ -146,7 +152,7 @@ def recurrent_linear_attention(
                 normalized=normalize == "sum", scale=scale, eps=eps, in_place=in_place,
             )  # fmt: skip
         return output, LinearAttentionState(*end) if return_state else None
-    if _needs_gradient(query, key, value, log_decay, *state):
+    if checks.needs_gradient(query, key, value, log_decay, *state):
         output, *end, _ = operator.forward(
             query, key, value, log_decay, *state, None,
             normalize == "sum", scale, eps, 64, backend,
@@ -249,24 +255,15 @@ def _own_state(
 
 
 def _check_in_place(
-    given: LinearAttentionState | None,
-    state: tuple[Tensor | None, Tensor | None],
-    inputs: tuple[Tensor | None, ...],
-    backend: str,
+    state: LinearAttentionState | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
 ) -> None:
-    if given is None:
-        raise ValueError("in_place (=True) needs an initial_state to write into; pass one")
-    if backend == "reference":
-        raise ValueError("in_place (=True) cannot run with backend='reference'; use 'torch'")
-    if _needs_gradient(*inputs, *state):
-        raise ValueError("in_place (=True) has no gradient; call it under torch.no_grad()")
-    for name, before, part in zip(("memory", "normalizer"), given, state, strict=True):
-        if part is not None and (part is not before or not part.is_contiguous()):
-            raise ValueError(
-                f"initial_state.{name} ({before.dtype}, strides {before.stride()}) must be "
-                f"contiguous {part.dtype} to be written in place"
-            )
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    given = {"initial_state": None}
+    if state is not None:
+        names = ("initial_state.memory", "initial_state.normalizer")
+        given = {name: x for name, x in zip(names, state, strict=True) if x is not None}
+    dtype = checks.state_dtype(query, key, value)
+    checks.check_in_place(dtype, (query, key, value, log_decay), **given)

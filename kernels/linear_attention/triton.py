@@ -21,25 +21,37 @@ from supra.kernels.launch import (
     strides,
     tiling,
 )
-from supra.kernels.linear_attention import triton_backward, triton_forward
+from supra.kernels.linear_attention import triton_backward, triton_backward_states, triton_forward
 
 # A state is kept every CHUNK tokens, in tiles of TILE: halving CHUNK would add a quarter to the
 # bytes of the forward pass, doubling it gains 15 % on an H100 and nothing on an A100.
 CHUNK, TILE = 128, 64
 
-# Nothing spills with these; where two stages would by 8 bytes, three do not
+# Nothing spills with these in bf16: where SQUARE would by 8 bytes, other stages or warps do not
 SQUARE, DEEP = Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3)
+SLIM, BROAD = Tiling(32, 32, 2, 2), Tiling(64, 64, 8, 2)
+
+# In float32 SQUARE takes up to 97 KiB of shared memory and spills 7 KB on sm_80. These take 48 KiB
+# and spill at most 80 bytes: what a program keeps is wide, what it sums over is not
+FINE = {f"{target} float32": ((256, Tiling(32, 32, 4, 1)),) for target in ("sm_80", "small")}
+BY_KEY = {"any float32": ((256, Tiling(64, 32, 4, 1)),), **FINE}
+BY_VALUE = {"any float32": ((256, Tiling(32, 64, 4, 1)),), **FINE}
 
 TILINGS: Table = {
-    "chunk_states": {"any": ((256, SQUARE),)},
-    "chunk_output": {"any": ((256, SQUARE),), "sm_100": ((128, SQUARE), (256, DEEP))},
-    "chunk_d_states": {"any": ((256, SQUARE),), "sm_100": ((128, SQUARE), (256, DEEP))},
-    "chunk_d_query": {"any": ((256, SQUARE),)},
-    "chunk_d_key": {"any": ((256, SQUARE),)},
-    "chunk_d_value": {"any": ((256, SQUARE),)},
+    "chunk_states": {
+        "any": ((32, SLIM), (256, SQUARE)), "sm_90": ((256, SQUARE),),
+        "sm_100": ((64, SQUARE), (128, DEEP), (256, SQUARE)), **BY_KEY,
+    },
+    "chunk_output": {"any": ((256, SQUARE),), "sm_100": ((128, SQUARE), (256, DEEP)), **BY_VALUE},
+    "chunk_d_states": {
+        "any": ((256, SQUARE),), "sm_100": ((32, DEEP), (64, BROAD), (256, SQUARE)), **BY_KEY
+    },
+    "chunk_d_query": {"any": ((256, SQUARE),), **BY_KEY},
+    "chunk_d_key": {"any": ((256, SQUARE),), **BY_KEY},
+    "chunk_d_value": {"any": ((256, SQUARE),), **BY_VALUE},
     "output_factors": {"any": ((256, Tiling(16, 64, 4, 2)),)},
     "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
-}
+}  # fmt: skip
 
 
 def chunk_forward(
@@ -167,8 +179,7 @@ def recurrent(
         (batch * state_heads * blocks(value_width, cut.value),),
         {
             "query": query, "key": key, "value": value, "log_decay": log_decay,
-            "memory": memory, "normalizer": normalizer,
-            "end_memory": memory, "end_normalizer": end, "output": output,
+            "memory": memory, "normalizer": normalizer, "end_normalizer": end, "output": output,
             **strides("query", query), **strides("key", key), **strides("value", value),
             **decay_strides, "length": length, "heads": state_heads, "scale": scale, "eps": eps,
         },
@@ -224,7 +235,9 @@ class _Plan:
         launch(kernel, grid, self.given, cut, BLOCK_K=cut.key, BLOCK_V=cut.value, **own)
 
     def tiling(self, kernel: str) -> Tiling:
-        return tiling(TILINGS, kernel, self.key_width, self.value_width, self.query.device)
+        return tiling(
+            TILINGS, kernel, self.key_width, self.value_width, self.query.device, self.precision
+        )
 
     def blocks(self, kernel: str) -> tuple[int, int]:
         """Blocks of key and of value channels."""
@@ -302,7 +315,7 @@ def _factors(plan: _Plan, output: Tensor, weights: Tensor, eps: float) -> Tensor
     factors = plan.query.new_empty(plan.heads, plan.total, 2, dtype=torch.float32)
     (output,) = operands(output.to(plan.query.dtype))
     plan.launch(
-        triton_backward.output_factors, (blocks(plan.total, TILE), plan.heads),
+        triton_backward_states.output_factors, (blocks(plan.total, TILE), plan.heads),
         output=output.contiguous(), weights=weights.contiguous(), factors=factors,
         heads=plan.heads, eps=eps,
     )  # fmt: skip
@@ -327,7 +340,7 @@ def _d_states(
         shape = (key * value, plan.state_heads, plan.chunks)
         carried = plan.query.new_empty(shape, dtype=torch.float32)
     plan.launch(
-        triton_backward.chunk_d_states, plan.by_state("chunk_d_states"),
+        triton_backward_states.chunk_d_states, plan.by_state("chunk_d_states"),
         states=states, normalizers=normalizers, d_end_memory=d_end,
         d_end_normalizer=d_end_normalizer, d_states=d_states, d_normalizers=d_normalizers,
         carried=carried, d_memory=d_memory, d_normalizer=d_normalizer, heads=plan.state_heads,

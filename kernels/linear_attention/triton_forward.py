@@ -52,6 +52,7 @@ def chunk_states(
     slot = tl.cast(first + n, tl.int64) * heads + head
     states += slot * state_size
     state_step = tl.cast(heads, tl.int64) * state_size
+    normalizer_step = tl.cast(heads, tl.int64) * KEY_WIDTH
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if HAS_INITIAL:
         base = memory + tl.cast(lane, tl.int64) * state_size
@@ -71,11 +72,11 @@ def chunk_states(
             narrow(acc, PRECISION),
         )  # fmt: skip
         if NORMALIZED and block % across == 0:
-            tl.store(
-                normalizers + c * heads * KEY_WIDTH + columns_k, sum_k, mask=columns_k < KEY_WIDTH
-            )
+            base = normalizers + c * normalizer_step
+            tl.store(base + columns_k, sum_k, mask=columns_k < KEY_WIDTH)
         if HAS_DECAY:
-            last = sums + c * CHUNK * sums_time + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
+            sums_c = sums + c * CHUNK * tl.cast(sums_time, tl.int64)
+            last = sums_c + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
             whole_high, whole_low = tl.load(last), tl.load(last + 1)
             whole = tl.exp(whole_high + whole_low)
             acc *= whole
@@ -88,8 +89,7 @@ def chunk_states(
                 value + at * value_step, value_time, rows, tokens - at, columns_v, VALUE_WIDTH
             )
             if HAS_DECAY:
-                base = sums + c * CHUNK * sums_time + t * 2
-                high, low = load_pairs(base, rows, tokens - at)
+                high, low = load_pairs(sums_c + t * 2, rows, tokens - at)
                 k = k * tl.exp((whole_high - high) + (whole_low - low))[:, None]
             if NORMALIZED:
                 sum_k += tl.sum(k.to(tl.float32), 0)
@@ -101,7 +101,7 @@ def chunk_states(
         narrow(acc, PRECISION),
     )  # fmt: skip
     if NORMALIZED and block % across == 0:
-        base = normalizers + c * heads * KEY_WIDTH
+        base = normalizers + c * normalizer_step
         tl.store(base + columns_k, sum_k, mask=columns_k < KEY_WIDTH)
     if HAS_END:
         base = end_memory + tl.cast(lane, tl.int64) * state_size
@@ -204,7 +204,7 @@ def chunk_output(
 
 @triton.jit
 def recurrent_steps(
-    query, key, value, log_decay, memory, normalizer, end_memory, end_normalizer, output,
+    query, key, value, log_decay, memory, normalizer, end_normalizer, output,
     query_batch, query_time, query_head, key_batch, key_time, key_head,
     value_batch, value_time, value_head, decay_batch, decay_time, decay_head,
     length, heads, scale, eps,
@@ -214,8 +214,8 @@ def recurrent_steps(
 ):  # fmt: skip
     """The recurrence token by token with the state in registers; heads = Hs.
 
-    grid: (N * Hs * blocks of V,). end_memory may be memory: a program reads and writes its own
-    block only. end_normalizer may not be normalizer, which all blocks of a head read.
+    grid: (N * Hs * blocks of V,). memory is updated in place: a program reads and writes its own
+    block only. The normalizer, which all blocks of a head read, ends up in end_normalizer.
     """
     across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
     lane, block = tl.program_id(0) // across, tl.program_id(0) % across
@@ -256,8 +256,7 @@ def recurrent_steps(
             place_o = (t * tl.cast(heads, tl.int64) * QUERIES + r) * VALUE_WIDTH
             tl.store(output + place_o, out, mask=valid_v)
     store_tile(
-        end_memory + place * VALUE_WIDTH, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v,
-        VALUE_WIDTH, s,
+        memory + place * VALUE_WIDTH, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, s
     )  # fmt: skip
     if NORMALIZED and block == 0:
         tl.store(end_normalizer + place + columns_k, z, mask=valid_k)

@@ -106,8 +106,7 @@ def gated_linear_attention(sizes: Sizes, *, bonus: bool = False) -> Calls:
     if not sizes.packed:
         query, key, value, log_decay = (sizes.rows(1) for _ in range(4))
         arguments = (query, key, value, log_decay.float(), weights, state)
-        in_place = {"in_place": True, **options}
-        yield Call("recurrent", backend.recurrent, arguments, in_place)
+        yield Call("recurrent", backend.recurrent, arguments, options, (state,))
 
 
 def gated_delta_rule(sizes: Sizes, *, decay: bool = False) -> Calls:

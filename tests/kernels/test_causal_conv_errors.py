@@ -43,11 +43,16 @@ PACKED_MISTAKES = {
 STEP_MISTAKES = {
     "input (shape [2, 2, 5]) must be [B, D] or [B, 1, D]": {"input": torch.zeros(2, 2, 5)},
     "state (shape [2, 5, 3]) must be [2, 3, 5] [N, W - 1, D]": {"state": torch.zeros(2, 5, 3)},
-    "state (dtype torch.float16) must be torch.float32, as input is": {
+    "state (=None) must be [B, W - 1, D]; give zeros": {"state": None},
+}
+IN_PLACE_MISTAKES = {
+    "state (torch.float16, strides (15, 5, 1)) must be contiguous and torch.float32": {
         "state": torch.zeros(2, 3, 5, dtype=torch.float16)
     },
-    "state (not contiguous) must be contiguous": {"state": torch.zeros(2, 5, 3).mT},
-    "in_place (=True) keeps no gradients": {"weight": torch.zeros(5, 4, requires_grad=True)},
+    "state (torch.float32, strides (15, 1, 3)) must be contiguous and torch.float32": {
+        "state": torch.zeros(2, 5, 3).mT
+    },
+    "in_place (=True) has no gradient": {"weight": torch.zeros(5, 4, requires_grad=True)},
 }
 
 
@@ -70,7 +75,14 @@ def test_mistakes_in_packing_are_named(message):
     fails(causal_conv, message, input=torch.zeros(1, 7, 5), cu_seqlens=cu_seqlens)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("message", [*MISTAKES, *STEP_MISTAKES])
-def test_mistakes_in_a_step_are_named(message):
-    arguments = {"input": torch.zeros(2, 5), "state": torch.zeros(2, 3, 5), "in_place": True}
+def test_mistakes_in_a_step_are_named(message, in_place):
+    arguments = {"input": torch.zeros(2, 5), "state": torch.zeros(2, 3, 5), "in_place": in_place}
     fails(causal_conv_step, message, **arguments | (MISTAKES | STEP_MISTAKES)[message])
+
+
+@pytest.mark.parametrize("message", IN_PLACE_MISTAKES)
+def test_mistakes_in_a_step_in_place_are_named(message):
+    arguments = {"input": torch.zeros(2, 5), "state": torch.zeros(2, 3, 5), "in_place": True}
+    fails(causal_conv_step, message, **arguments | IN_PLACE_MISTAKES[message])

@@ -288,17 +288,19 @@ def test_the_custom_ops_keep_what_torch_asks_of_them(decay):
     torch.library.opcheck(operator.backward, (d_output, d_state, *detached, 0.7, 4, "torch"))
 
 
-def test_the_given_state_changes_in_place_only():
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_given_state_changes_in_place_only(backend):
     inputs = make_inputs(2, 3, 3, 1, 5, 4, "head", torch.float32)
     given = make_state(inputs).detach()
+    options = {"return_state": True, "backend": backend}
     for function in FORMS:
         state = given.clone()
-        output, end = function(**inputs, initial_state=state, return_state=True)
+        output, end = function(**inputs, initial_state=state, **options)
         assert torch.equal(state, given)
         assert not torch.equal(end, given)
     with torch.no_grad():
         found, same = recurrent_gated_delta_rule(
-            **inputs, initial_state=state, return_state=True, in_place=True
+            **inputs, initial_state=state, in_place=True, **options
         )
     assert same is state
     assert torch.equal(found, output)

@@ -32,22 +32,17 @@ CHUNK_MISTAKES = {
     },
 }
 RECURRENT_MISTAKES = {
-    "in_place (=True) needs an initial_state to write into; pass one": {"in_place": True},
-    "in_place (=True) cannot run with backend='reference'; use 'torch'": {
-        "in_place": True,
-        "initial_state": STATE,
-        "backend": "reference",
-    },
-    "in_place (=True) has no gradient; call it under torch.no_grad()": {
+    "in_place (=True) needs initial_state (=None) to write into; give zeros": {"in_place": True},
+    "in_place (=True) has no gradient; use torch.no_grad(), or leave in_place out": {
         "in_place": True,
         "initial_state": STATE,
         "query": torch.zeros(2, 7, 4, 5, requires_grad=True),
     },
-    "initial_state (torch.float16, strides (30, 15, 3, 1)) must be contiguous torch.float32": {
+    "initial_state (torch.float16, strides (30, 15, 3, 1)) must be contiguous and torch.float32": {
         "in_place": True,
         "initial_state": STATE.half(),
     },
-    "initial_state (torch.float32, strides (30, 15, 1, 5)) must be contiguous torch.float32": {
+    "initial_state (torch.float32, strides (30, 15, 1, 5)) must be contiguous and torch.float32": {
         "in_place": True,
         "initial_state": torch.zeros(2, 2, 3, 5).mT,
     },

@@ -26,7 +26,7 @@ MISTAKES = {
         "backend": "triton",
         "log_decay": torch.zeros(2, 7, 2, 5, dtype=torch.float64),
     },
-    "initial_state (shape [2, 4, 5, 3]) must be [2, 2, 5, 3] [N, H, K, V]": {
+    "initial_state (shape [2, 4, 5, 3]) must be [2, 2, 5, 3] [N, Hkv, K, V]": {
         "initial_state": torch.zeros(2, 4, 5, 3)
     },
 }
@@ -37,18 +37,14 @@ CHUNK_MISTAKES = {
     },
 }
 STEP_MISTAKES = {
-    "in_place (=True) needs an initial_state": {"in_place": True},
+    "in_place (=True) needs initial_state (=None) to write into": {"in_place": True},
     "must be contiguous and torch.float32 for in_place (=True)": {
         "in_place": True,
         "initial_state": torch.zeros(2, 2, 5, 3, dtype=torch.bfloat16),
     },
-    "in_place (=True) has no gradients": {
+    "in_place (=True) has no gradient": {
         "in_place": True,
         "initial_state": torch.zeros(2, 2, 5, 3),
-        "query": torch.zeros(2, 7, 4, 5, requires_grad=True),
-    },
-    "backend (='triton') has no gradients token by token": {
-        "backend": "triton",
         "query": torch.zeros(2, 7, 4, 5, requires_grad=True),
     },
 }

@@ -111,6 +111,15 @@ def test_steps_agree_with_the_reference(kind, dtype):
         assert (found[1].data_ptr() == inputs["initial_state"].data_ptr()) is in_place
 
 
+def test_recurrent_form_with_gradients_runs_the_chunked_kernels():
+    inputs = make_inputs(1, 3, 2, 1, 16, 16, "rwkv6", torch.float32)
+    inputs["value"].requires_grad_()
+    step, _ = recurrent_gated_linear_attention(**inputs, backend="triton")
+    whole, _ = chunk_gated_linear_attention(**inputs, backend="reference")
+    found, expected = (torch.autograd.grad(x.sum(), inputs["value"])[0] for x in (step, whole))
+    assert_close([found], [expected], TOLERANCES[torch.float32])
+
+
 def test_no_state_is_zeros():
     inputs = make_inputs(1, 3, 1, 1, 4, 4, "gla", torch.float32)
     del inputs["initial_state"]
@@ -138,6 +147,8 @@ def test_custom_ops_are_sound():
     torch.library.opcheck(operator.forward, arguments)
     output, end = operator.forward(*arguments)
     torch.library.opcheck(operator.backward, (output, end, *arguments))
+    step = [inputs[name][:, :1] for name in names[:4]]
+    torch.library.opcheck(operator.step, (*step, inputs["bonus"], end[:1], 0.7))
 
 
 def test_bounds_are_checked_where_that_waits_for_nothing():

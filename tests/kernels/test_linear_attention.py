@@ -424,13 +424,14 @@ def test_activation_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize(("decay", "normalize"), FORMS)
-def test_a_step_in_place_is_a_step(decay, normalize):
+def test_a_step_in_place_is_a_step(decay, normalize, backend):
     inputs = {n: x.detach() for n, x in make_inputs(2, 2, 4, 2, 5, 4, decay).items()}
     state = LinearAttentionState(
         *(x if x is None else x.detach() for x in make_state(inputs, normalize))
     )
-    options = {"normalize": normalize, "return_state": True}
+    options = {"normalize": normalize, "return_state": True, "backend": backend}
     expected, end = recurrent_linear_attention(**inputs, **options, initial_state=state)
     found, same = recurrent_linear_attention(
         **inputs, **options, initial_state=state, in_place=True

@@ -43,6 +43,23 @@ CHUNK_MISTAKES = {
         "cu_seqlens": torch.tensor([0, 7])
     },
 }
+MEMORY = torch.zeros(2, 2, 5, 3)
+IN_PLACE_MISTAKES = {
+    "in_place (=True) needs initial_state (=None) to write into": {},
+    "initial_state.memory (torch.float64, strides (30, 15, 3, 1)) must be contiguous and": {
+        "initial_state": (MEMORY.double(), None)
+    },
+    "initial_state.memory (torch.float32, strides (30, 15, 1, 5)) must be contiguous and": {
+        "initial_state": (torch.zeros(2, 2, 3, 5).mT, None)
+    },
+    "initial_state.normalizer (torch.bfloat16, strides (10, 5, 1)) must be contiguous and": {
+        "initial_state": (MEMORY, torch.zeros(2, 2, 5, dtype=torch.bfloat16)),
+        "normalize": "sum",
+    },
+    "in_place (=True) has no gradient; use torch.no_grad()": {
+        "initial_state": (MEMORY.clone().requires_grad_(), None)
+    },
+}
 PACKED_MISTAKES = {
     "cu_seqlens (from 1 to 7) must go from 0 to T (=7)": [1, 7],
     "cu_seqlens (from 0 to 6) must go from 0 to T (=7)": [0, 3, 6],
@@ -69,6 +86,14 @@ def test_mistakes_are_named(message):
             function(**zeros() | (MISTAKES | CHUNK_MISTAKES)[message])
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("message", IN_PLACE_MISTAKES)
+def test_mistakes_in_place_are_named(message):
+    with pytest.raises(ValueError) as error:
+        recurrent_linear_attention(**zeros(), in_place=True, **IN_PLACE_MISTAKES[message])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("message", PACKED_MISTAKES)

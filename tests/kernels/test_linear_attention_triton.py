@@ -187,11 +187,14 @@ def test_gradients_of_what_is_not_asked_for():
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", launch.TARGETS)
-def test_every_tiling_computes_the_same(target):
-    inputs = make_inputs(1, 70, 2, 1, 130, 70, ("token", "query"), torch.float32)
+@pytest.mark.parametrize(
+    ("target", "dtype"),  # the others differ in warps and stages alone, which cannot be seen here
+    [("sm_80", torch.float32), ("sm_90", torch.float32), ("sm_100", torch.bfloat16)],
+)
+def test_every_tiling_computes_the_same(target, dtype):
+    inputs = make_inputs(1, 70, 2, 1, 130, 70, ("token", "query"), dtype)
     with launch.target(target):
-        assert_matches(inputs, None, TOLERANCES[torch.float32], normalize="sum")
+        assert_matches(inputs, None, TOLERANCES[dtype], normalize="sum")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
