@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from supra.attention import attention_modules
 from supra.errors import UserError
 from supra.mixers import Mixer, MixerInputs, build_mixer
-from supra.modeling import attention_modules
 
 
 class _Witness(nn.Module):

@@ -18,19 +18,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from supra.attention import attention_modules
 from supra.checkpoints import Checkpoint, find_checkpoint
 from supra.configuration import converted_config
 from supra.errors import UserError
+from supra.families import FAMILIES, REFUSED
 from supra.files import check_space, check_vacant, staged_folder
 from supra.mixers import NEW_PARAMETERS, resolve_mixer
-from supra.modeling import attention_modules
 from supra.remote_code import write_shim
 from supra.report import ConversionReport, TensorFate
 from supra.weights import FolderReader, ModuleReader, ShardWriter, TensorSpec, tied_names
 
-# The families for which tests show that the swap itself loses nothing. Others may convert into
-# something else without a sign of it: SmolLM3 rotates in some layers only, Gemma 2 caps its logits.
-FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 COPIED_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -110,8 +108,10 @@ def check_family(config: PreTrainedConfig) -> None:
     if config.model_type == "supra":
         raise UserError("the model is a converted one already: convert its teacher instead")
     if config.model_type not in FAMILIES:
+        reason = REFUSED.get(config.model_type, "no test has shown that it loses nothing")
         raise UserError(
-            f"model_type {config.model_type!r} is not supported (supported: {', '.join(FAMILIES)})"
+            f"model_type {config.model_type!r} does not convert: {reason} "
+            f"({len(FAMILIES)} families do: docs/families.md)"
         )
     if getattr(config, "quantization_config", None) is not None and not is_gguf(config):
         raise UserError("quantised checkpoints do not convert: take the original weights")

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra.mixers import AttentionShape, MixerInputs
 
@@ -38,34 +39,87 @@ def tiny_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return wrapped
 
 
+# Under the names of all families; a config takes those that it knows
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "ffn_dim": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "sliding_window": 9,
+    # outputs of the usual 0.02 are so near to zero that a wrong one looks right
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    # latent attention
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    # mixtures of experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT = {"num_key_value_heads": 6, "head_dim": 4}
+_FAMILY_SIZES = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), _LATENT),
+    "minicpm3": _LATENT,
+    "mimo_v2_flash": {"num_key_value_heads": 1, "v_head_dim": 10},
+    "modernbert-decoder": {"pad_token_id": 0},
+    # without a window, unless a test asks for one
+    **{family: {"sliding_window": None} for family in ("mistral", "qwen2", "qwen3")},
+}
+
+
 def tiny_config(family: str = "llama", **overrides):
-    """A two-layer config of `family`: 6 heads of size 8, over 2 key-value heads where it can."""
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "max_position_embeddings": 512,
-        # outputs of the usual 0.02 are so near to zero that a wrong one looks right
-        "initializer_range": 0.2,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-        "tie_word_embeddings": False,
-    }
-    if family != "gpt_neox":
-        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
-    return AutoConfig.for_model(family, **(sizes | overrides))
+    """A two-layer config of `family`: 6 heads of size 8, over 2 key-value heads where it can.
+
+    The layers are of different kinds if the family has such.
+    """
+    config_class = CONFIG_MAPPING[family]
+    default = config_class()
+    known = {*default.to_dict(), *default.attribute_map}
+    sizes = {name: size for name, size in _SIZES.items() if name in known}
+    sizes |= _FAMILY_SIZES.get(family, {}) | overrides
+    for name in {"layer_types", "mlp_layer_types"} & known - set(overrides):
+        if kinds := list(dict.fromkeys(getattr(default, name) or ())):
+            count = sizes["num_hidden_layers"]
+            sizes[name] = (kinds * count)[:count]
+    return config_class(**sizes)
 
 
 def tiny_checkpoint(
     folder: str | Path, family: str = "llama", *, seed: int = 0, **overrides
 ) -> PreTrainedModel:
-    """A random model of `tiny_config(family, **overrides)`, saved with a tokenizer in `folder`."""
+    """A random model of `tiny_config(family, **overrides)`, saved with a tokenizer in `folder`.
+
+    Biases and weights of norms are random too: at zeros and ones they would commute with what they
+    must not.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return model.eval()
@@ -86,6 +140,8 @@ def mixer_inputs(shape: AttentionShape, tokens: int, *, seed: int = 0, **fields)
         "rotary": None,
         "scaling": shape.head_size**-0.5,
         "sliding_window": None,
+        "softcap": None,
+        "sinks": None,
         "padding_mask": None,
         "cu_seqlens": None,
     }

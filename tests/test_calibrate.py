@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from supra.attention import attention_modules
 from supra.calibrate import calibrate
 from supra.configuration import converted_config
 from supra.errors import UserError
 from supra.mixers import resolve_mixer
-from supra.modeling import attention_modules
 from supra.testing import tiny_config
 
 

@@ -62,7 +62,7 @@ def test_inspect_refuses_what_does_not_convert(folders, tmp_path, capsys):
     from transformers import AutoConfig
 
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
-    assert "'t5' is not supported" in fails(capsys, "inspect", tmp_path)
+    assert "'t5' does not convert" in fails(capsys, "inspect", tmp_path)
     line = fails(capsys, "inspect", folders / "rnn", "--context", "0")
     assert "context (=0) must be at least 1" in line
 

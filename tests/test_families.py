@@ -1,91 +1,88 @@
-"""The swap itself loses nothing: with the `softmax` mixer a model computes what it did before."""
+"""Every family that converts, as a tiny random model, through the command's own function.
+
+Under the `softmax` mixer it computes what it did before, so the swap loses nothing; under `supra`
+it is a recurrent network whose state, padding and checkpoint are right.
+"""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from supra.configuration import converted_config
-from supra.convert import FAMILIES
-from supra.testing import tiny_config
+from supra.convert import convert
+from supra.families import FAMILIES
+from supra.testing import tiny_checkpoint
 
-# a window shorter than the text, where the family has one
-WINDOWS = {
-    "mistral": {"sliding_window": 9},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
-}
-LAYERS = 3
+TOKENS, PADDED = 33, 12
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request):
-    """A random model of the family, and the same weights under the softmax mixer."""
-    overrides = WINDOWS.get(request.param, {})
-    config = tiny_config(request.param, num_hidden_layers=LAYERS, **overrides)
-    torch.manual_seed(1)
-    teacher = AutoModelForCausalLM.from_config(config).eval()
-    student = AutoModelForCausalLM.from_config(converted_config(config, ["softmax"] * LAYERS, {}))
-    student.load_state_dict(teacher.state_dict(), strict=True)
-    return teacher, student.eval()
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param.replace("-", "_"))
+    return folder, tiny_checkpoint(folder / "base", request.param, seed=1)
 
 
 @pytest.fixture
 def tokens():
-    return torch.randint(1, 300, (2, 37))
+    return torch.randint(1, 300, (2, TOKENS))
 
 
 @pytest.fixture
 def left_padding():
-    mask = torch.ones(2, 37, dtype=torch.long)
-    mask[0, :11] = 0
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[0, :PADDED] = 0
     return mask
 
 
-def assert_same_logits(pair, tokens, rows=slice(None), **inputs):
-    teacher, student = pair
+def converted(base, mixer):
+    folder, _ = base
+    out = folder / mixer
+    if not out.exists():
+        convert(folder / "base", out, mixer=mixer)
+    return AutoModelForCausalLM.from_pretrained(out).eval()
+
+
+def logits(model, tokens, **inputs):
     with torch.no_grad():
-        expected = teacher(tokens, **inputs).logits[rows]
-        actual = student(tokens, **inputs).logits[rows]
-    assert expected.abs().max() > 1, "the logits are too small to tell a wrong model from a right"
-    assert (actual - expected).abs().max() <= 1e-4
+        return model(tokens, use_cache=False, **inputs).logits
 
 
-def test_logits(pair, tokens):
-    assert_same_logits(pair, tokens)
+def close(found, expected):
+    assert expected.std() > 0.05, "the logits are too small to tell a wrong model from a right"
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_logits_of_a_left_padded_batch(pair, tokens, left_padding):
-    rows = left_padding.bool()
-    assert_same_logits(pair, tokens, rows, attention_mask=left_padding)
+def test_softmax_is_the_original(base, tokens, left_padding):
+    teacher, student = base[1], converted(base, "softmax")
+    close(logits(student, tokens), logits(teacher, tokens))
+    positions = (left_padding.cumsum(1) - 1).clamp(min=0)
+    padded = {"attention_mask": left_padding, "position_ids": positions}
+    kept = left_padding.bool()
+    close(logits(student, tokens, **padded)[kept], logits(teacher, tokens, **padded)[kept])
+    options = {"attention_mask": left_padding, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(student.generate(tokens, **options), teacher.generate(tokens, **options))
 
 
-def test_logits_of_packed_rows(pair, tokens):
-    position_ids = torch.cat([torch.arange(n) for n in (10, 17, 10)])[None].expand(2, -1)
-    assert_same_logits(pair, tokens, position_ids=position_ids, use_cache=False)
+@torch.no_grad()
+def test_supra_decodes_pads_packs_and_saves(base, tokens, left_padding, tmp_path):
+    student = converted(base, "supra")
+    expected = logits(student, tokens)
+    cache, pieces = None, []
+    for start, end in ((0, 20), (20, 31), (31, 32), (32, 33)):
+        output = student(tokens[:, start:end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    close(torch.cat(pieces, dim=1), expected)
 
+    positions = (left_padding.cumsum(1) - 1).clamp(min=0)
+    padded = logits(student, tokens, attention_mask=left_padding, position_ids=positions)
+    close(padded[0, PADDED:], logits(student, tokens[:1, PADDED:])[0])
+    close(padded[1], expected[1])
 
-def test_hidden_states_and_tuples(pair, tokens):
-    teacher, student = pair
-    with torch.no_grad():
-        expected = teacher(tokens, output_hidden_states=True).hidden_states
-        actual = student(tokens, output_hidden_states=True, return_dict=False)[-1]
-    assert len(actual) == len(expected) == LAYERS + 1
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    positions = torch.cat([torch.arange(n) for n in (20, 13)]).expand(2, -1)
+    packed = logits(student, tokens, position_ids=positions)
+    close(packed[:, :20], logits(student, tokens[:, :20]))
+    close(packed[:, 20:], logits(student, tokens[:, 20:]))
 
-
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
-def test_generate(pair, tokens, left_padding, options):
-    """Beyond the window, from a padded batch: greedy, beams, and sampling by the same seed."""
-    texts = []
-    for model in pair:
-        torch.manual_seed(3)
-        texts.append(
-            model.generate(
-                tokens,
-                attention_mask=left_padding,
-                max_new_tokens=12,
-                **{"do_sample": False, **options},
-            )
-        )
-    assert torch.equal(*texts)
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, tokens), expected)

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import supra.modeling
-from supra.convert import FAMILIES, convert
+from supra.convert import convert
 from supra.errors import UserError
-from supra.testing import tiny_checkpoint
+from supra.testing import FAMILIES, tiny_checkpoint
 
 # pure, hybrid with attention kept in the middle, and the paper's form
 PLANS = {

@@ -28,17 +28,19 @@ class AttentionShape:
 class Rotary:
     """The family's own rotation, at the positions of this call.
 
-    `cos` and `sin` are [B or 1, T, R]; R may be smaller than the head size (partial rotary).
+    `cos` and `sin` are [B or 1, T, R], or R / 2 where a pair of features shares one; `size` is R,
+    which may be smaller than the head size (partial rotary).
     `rotate` is the family's `apply_rotary_pos_emb`: some rotate halves, some interleaved pairs.
     """
 
     cos: Tensor
     sin: Tensor
     rotate: Callable[..., tuple[Tensor, Tensor]]
+    size: int
 
     def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate query [B, T, Hq, K] and key [B, T, Hkv, K]; features beyond R pass unchanged."""
-        size = self.cos.shape[-1]
+        size = self.size
         rotated = self.rotate(
             query[..., :size], key[..., :size], self.cos, self.sin, unsqueeze_dim=2
         )
@@ -61,6 +63,8 @@ class MixerInputs:
     rotary: Rotary | None  # None for families without rotary positions
     scaling: float  # the teacher's factor on QKᵀ
     sliding_window: int | None  # the teacher's window in tokens, the current one included
+    softcap: float | None  # the teacher's c in c·tanh(QKᵀ·scaling / c)
+    sinks: Tensor | None  # [Hq]: the teacher's score of a token that is not there
     padding_mask: Tensor | None  # bool [B, T], False where padded; None: no padding
     cu_seqlens: Tensor | None  # int [N + 1]: documents of the row B·T, flattened; None: one a row
 

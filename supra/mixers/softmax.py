@@ -46,21 +46,46 @@ class Softmax(Mixer):
             value = torch.cat([state.value, value], dim=1)
             valid = torch.cat([state.valid, valid], dim=1)
         mask = attention_mask(inputs, tokens, key.shape[1], valid, fresh=state is None)
-        output = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and tokens > 1,
-            scale=inputs.scaling,
-            enable_gqa=query.shape[2] != key.shape[2],
-        ).transpose(1, 2)
+        query, heads_first = query.transpose(1, 2), [x.transpose(1, 2) for x in (key, value)]
+        if inputs.softcap is not None or inputs.sinks is not None:
+            output = capped_attention(query, *heads_first, mask, inputs)
+        else:
+            output = F.scaled_dot_product_attention(
+                query, *heads_first,
+                attn_mask=mask,
+                is_causal=mask is None and tokens > 1,
+                scale=inputs.scaling,
+                enable_gqa=query.shape[1] != key.shape[2],
+            )  # fmt: skip
+        output = output.transpose(1, 2)
         if not return_state:
             return output, None
         if inputs.sliding_window is not None and key.shape[1] >= inputs.sliding_window:
             keep = key.shape[1] - (inputs.sliding_window - 1)
             key, value, valid = key[:, keep:], value[:, keep:], valid[:, keep:]
         return output, SoftmaxState(key, value, valid)
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: MixerInputs
+) -> Tensor:
+    """Attention with capped scores or a sink, which torch's own has not; [B, H, T, D] throughout.
+
+    A sink (gpt-oss) is one more score in a head's softmax, and has no value. All T×S scores are in
+    memory, as they are in these families' own attention.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * inputs.scaling
+    if inputs.softcap is not None:
+        scores = torch.tanh(scores / inputs.softcap) * inputs.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.to(scores.dtype).view(1, -1, 1, 1)
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.float().softmax(-1).to(value.dtype)
+    return weights[..., : key.shape[2]] @ value
 
 
 def attention_mask(
@@ -73,6 +98,7 @@ def attention_mask(
     window = inputs.sliding_window
     windowed = window is not None and length >= window
     plain = fresh and inputs.padding_mask is None and inputs.cu_seqlens is None
+    plain = plain and inputs.softcap is None and inputs.sinks is None
     if plain and not windowed:
         return None
     query_at = torch.arange(length - tokens, length, device=inputs.query.device)[:, None]

@@ -33,7 +33,7 @@ def rotary(positions, size):
     size = size // 2
     angles = positions[..., None] * 10.0 ** -torch.arange(0, 1, 2 / size, dtype=torch.float64)
     angles = torch.cat([angles, angles], dim=-1)
-    return Rotary(angles.cos(), angles.sin(), rotate_half)
+    return Rotary(angles.cos(), angles.sin(), rotate_half, angles.shape[-1])
 
 
 def make_inputs(shape, seed=0, tokens=TOKENS):

@@ -74,7 +74,9 @@ def test_rotary_turns_both_halves_of_the_pair():
     def at(shift):
         positions = torch.arange(shift, shift + 45, dtype=torch.float64)
         angles = positions[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.03] * 2).double()
-        return mixer(inputs_of(shape, Rotary(angles.cos(), angles.sin(), turn)))[0]
+        return mixer(inputs_of(shape, Rotary(angles.cos(), angles.sin(), turn, angles.shape[-1])))[
+            0
+        ]
 
     torch.testing.assert_close(at(0), at(1000), atol=1e-6, rtol=1e-6)
 
