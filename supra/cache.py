@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -9,22 +10,39 @@ from supra.errors import UserError
 from supra.mixers import Mixer, MixerInputs
 
 
+class _Call(NamedTuple):
+    """What a layer needs to undo some tokens of one call: to compute the others again."""
+
+    mixer: Mixer
+    inputs: MixerInputs
+    before: Any  # the state, a NamedTuple or None
+    tokens: int
+
+
 class MixerLayer(CacheLayerMixin):
     """Holds the state of one layer's mixer: a NamedTuple of tensors with the batch first.
 
     transformers' own linear-attention layer does not serve here: without a convolution it never
     reports a previous state, and a cache of such layers alone cannot say how long it is.
+
+    A state cannot forget its last tokens, which assisted decoding asks for. So while
+    `activate_past_recording` holds, every call is kept until the next `crop`, which goes back to
+    the state before the calls it undoes and mixes the tokens that stay once more.
     """
 
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self):
         super().__init__()
         self.state: NamedTuple | None = None
         self.length = 0
+        self.record_past = False
+        self._calls: list[_Call] = []
 
     def mix(self, mixer: Mixer, inputs: MixerInputs) -> Tensor:
         """Run the mixer on the tokens of one call and keep the state after them."""
+        if self.record_past:
+            self._calls.append(_Call(mixer, inputs, self.state, inputs.query.shape[1]))
         output, self.state = mixer(inputs, self.state, return_state=True)
         self.is_initialized = True
         return output
@@ -33,6 +51,28 @@ class MixerLayer(CacheLayerMixin):
         """Count the tokens. The mixer needs those of this call only, so they pass unchanged."""
         self.length += key_states.shape[-2]
         return key_states, value_states
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, of those since recording began or since the last crop."""
+        surplus = abs(tokens_to_remove)
+        if surplus > (recorded := sum(call.tokens for call in self._calls)):
+            raise UserError(
+                f"crop ({surplus} tokens) goes back further than what was recorded ({recorded}): "
+                "call activate_past_recording() on the cache before the tokens to take back"
+            )
+        self.length -= surplus
+        while surplus > 0:
+            call = self._calls.pop()
+            self.state = call.before
+            if call.tokens > surplus:
+                kept = call.inputs.first(call.tokens - surplus)
+                _, self.state = call.mixer(kept, call.before, return_state=True)
+            surplus -= call.tokens
+        self._calls.clear()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
@@ -48,6 +88,7 @@ class MixerLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.length, self.is_initialized = None, 0, False
+        self._calls.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -59,6 +100,8 @@ class MixerLayer(CacheLayerMixin):
         self._map(lambda x: x[indices])
 
     def _map(self, function: Any) -> None:
+        if self._calls:
+            raise UserError("rows of a cache that records its past cannot change: crop it first")
         if self.state is not None:
             self.state = type(self.state)(*(x if x is None else function(x) for x in self.state))
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -29,7 +35,7 @@ class _SupraPreTrained:
 
     _keep_in_fp32_modules_strict = {"mixer"}  # noqa: RUF012 (transformers reads a class attribute)
     _supports_context_parallel = False
-    _is_stateful = True
+    _is_stateful = False  # the cache can go back, see supra/cache.py
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         return "supra"
@@ -126,6 +132,8 @@ class SupraForCausalLM(_SupraPreTrained):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
             adopt_cache(cache, self.config.num_hidden_layers)
+            if generation_config.is_assistant:  # what was activated is gone with the old layers
+                cache.activate_past_recording()
 
 
 def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -160,7 +168,7 @@ def document_boundaries(
 @functools.cache
 def model_class(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
     """The converted class of a family's headless model or language model."""
-    mixin = SupraForCausalLM if base.__name__.endswith("ForCausalLM") else SupraModel
+    mixin = SupraForCausalLM if issubclass(base, GenerationMixin) else SupraModel
     fields = {
         "config_class": config_class(model_type),
         "__module__": __name__,
@@ -174,7 +182,7 @@ def _class_name(base: type[PreTrainedModel], model_type: str) -> str:
     family = CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
     if base.config_class is CONFIG_MAPPING[model_type]:
         return f"Supra{base.__name__}"
-    return f"Supra{family}{'ForCausalLM' if base.__name__.endswith('ForCausalLM') else 'Model'}"
+    return f"Supra{family}{'ForCausalLM' if issubclass(base, GenerationMixin) else 'Model'}"
 
 
 def family_classes(model_type: str) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:

@@ -6,7 +6,7 @@ K head size of query and key, V head size of value, D hidden size. Layout [B, T,
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +68,15 @@ class MixerInputs:
     padding_mask: Tensor | None  # bool [B, T], False where padded; None: no padding
     cu_seqlens: Tensor | None  # int [N + 1]: documents of the row B·T, flattened; None: one a row
 
+    def first(self, tokens: int) -> "MixerInputs":
+        """The first tokens of every row; of inputs that are not packed."""
+        names = ("hidden_states", "query", "key", "value", "padding_mask")
+        cut = {name: x[:, :tokens] for name in names if (x := getattr(self, name)) is not None}
+        if self.rotary is not None:
+            cos, sin = (x[:, :tokens] for x in (self.rotary.cos, self.rotary.sin))
+            cut["rotary"] = replace(self.rotary, cos=cos, sin=sin)
+        return replace(self, **cut)
+
 
 class Mixer(nn.Module, ABC):
     """Mixes tokens along T. Concrete mixers are final: none subclasses another.
@@ -80,6 +89,7 @@ class Mixer(nn.Module, ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    State: ClassVar[type]  # a NamedTuple of tensors
 
     def __init__(self, shape: AttentionShape, options: Any):
         super().__init__()

@@ -28,6 +28,7 @@ class Softmax(Mixer):
 
     name = "softmax"
     Options = SoftmaxOptions
+    State = SoftmaxState
 
     def reset_parameters(self) -> None:
         pass

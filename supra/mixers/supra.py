@@ -55,6 +55,7 @@ class Supra(Mixer):
 
     name = "supra"
     Options = SupraOptions
+    State = LinearAttentionState
 
     def __init__(self, shape: AttentionShape, options: SupraOptions):
         super().__init__(shape, options)
