@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import supra.modeling
@@ -163,6 +164,27 @@ def test_an_empty_cache_of_another_kind_is_adopted(llama, tokens):
     for options in ({"past_key_values": DynamicCache()}, {"cache_implementation": "static"}):
         text = model.generate(tokens, max_new_tokens=5, do_sample=False, **options)
         assert torch.equal(text, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_attention": [1]}], ids=["pure", "hybrid"])
+@torch.no_grad()
+def test_a_compiled_step_has_no_graph_breaks(tmp_path, tokens, options):
+    """Two graphs in all: one for the first length, one for any."""
+    tiny_checkpoint(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "rnn", **options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn").eval()
+    mask = padded(9)
+    expected = model(tokens, attention_mask=mask).logits
+    cache = model(tokens[:, :60], attention_mask=mask[:, :60], use_cache=True).past_key_values
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(model.forward, backend=counter, fullgraph=True)
+    for n in range(60, 75):
+        found = step(
+            tokens[:, n : n + 1], attention_mask=mask[:, : n + 1], past_key_values=cache
+        ).logits
+        close(found[:, 0], expected[:, n])
+    assert counter.frame_count <= 2
 
 
 def test_what_cannot_work_says_so(llama, tokens):
