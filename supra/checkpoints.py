@@ -20,7 +20,7 @@ from supra.errors import UserError, check_choice
 from supra.weights import check_complete
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
 # copies of the same weights in other layouts, which some repositories keep beside the shards
 OTHER_FILES = ["consolidated*", "*/*"]
 

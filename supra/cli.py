@@ -1,4 +1,4 @@
-"""The command `supra`: convert | inspect | uptrain | eval | generate | bench.
+"""The command `supra`: convert | inspect | uptrain | eval | generate | serve | bench.
 
 A user's mistake is one line on stderr and exit code 2. Imports stand inside the commands, so that
 `supra --help` answers at once.
@@ -21,6 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
         from supra.uptrain import main as uptrain
 
         uptrain(arguments[1:])
+        return
+    if arguments[:1] == ["serve"]:  # as those of transformers serve
+        from supra.serve import serve
+
+        serve(arguments[1:])
         return
     parsed = build_parser().parse_args(arguments)
     parsed.run(parsed)

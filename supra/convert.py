@@ -6,6 +6,7 @@ Tensors pass one at a time from the old checkpoint to the new; the folder appear
 """
 
 import copy
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,12 +20,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from supra.attention import attention_modules
+from supra.card import write_card
 from supra.checkpoints import Checkpoint, find_checkpoint
 from supra.configuration import converted_config
 from supra.errors import UserError
 from supra.families import FAMILIES, REFUSED
 from supra.files import check_space, check_vacant, staged_folder
-from supra.mixers import NEW_PARAMETERS, resolve_mixer
+from supra.mixers import NEW_PARAMETERS, MixerInputs, resolve_mixer
 from supra.remote_code import write_shim
 from supra.report import ConversionReport, TensorFate
 from supra.weights import FolderReader, ModuleReader, ShardWriter, TensorSpec, tied_names
@@ -84,6 +86,7 @@ def convert(
         family=base.model_type,
         layers=layers,
         options={name: options for name in dict.fromkeys(layers) if name == mixer},
+        command=command_line(checkpoint, out, layers, mixer, options, dtype, seed),
         tensors=list(fates.values()),
     )
     check_space(out, sum(fate.nbytes for fate in fates.values()))
@@ -99,6 +102,13 @@ def convert(
         copy_tokenizer(checkpoint, staging)
         write_shim(staging)
         report.write(staging)
+        write_card(
+            staging,
+            report,
+            teacher_folder=checkpoint.folder,
+            hub_id=checkpoint.hub_id,
+            state=carried_bytes(student, config.dtype),
+        )
         config.save_pretrained(staging)  # last: a folder without it does not load
     return report
 
@@ -133,6 +143,30 @@ def plan_layers(count: int, mixer: str, keep_attention: Iterable[int]) -> list[s
             )
         layers[layer] = "softmax"
     return layers
+
+
+def command_line(
+    checkpoint: Checkpoint,
+    out: Path,
+    layers: list[str],
+    mixer: str,
+    options: dict[str, Any],
+    dtype: torch.dtype | None,
+    seed: int,
+) -> str:
+    """The command of a conversion, every option spelt out; of paths the last part alone, since
+    the checkpoint may be published."""
+    words = ["supra", "convert", "--model", checkpoint.hub_id or Path(checkpoint.name).name]
+    if checkpoint.revision is not None:
+        words += ["--revision", checkpoint.revision]
+    words += ["--out", f"./{out.name}", "--mixer", mixer]
+    for name, value in options.items():
+        words += ["--mixer-option", f"{name}={str(value).lower()}"]
+    if kept := [str(n) for n, name in enumerate(layers) if name != mixer]:
+        words += ["--keep-attention", ",".join(kept)]
+    if dtype is not None:
+        words += ["--dtype", _short(dtype)]
+    return shlex.join([*words, "--seed", str(seed)])
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -180,6 +214,7 @@ def plan_tensors(
     """
     wanted = {name: tuple(x.shape) for name, x in student.state_dict().items()}
     tied = tied_names(student)
+    float32 = student._keep_in_fp32_modules_strict  # parts of names, such as a router's bias
     fates = {}
     for name, spec in reader.specs.items():
         fate, note, kept = "copied", "", spec.dtype
@@ -197,7 +232,11 @@ def plan_tensors(
                 f"tensor {name} has shape {list(spec.shape)}, its config says "
                 f"{list(wanted[name])}: weights and config do not belong together"
             )
-        elif dtype is not None and dtype != spec.dtype and spec.dtype.is_floating_point:
+        elif (
+            dtype not in (None, spec.dtype)
+            and spec.dtype.is_floating_point
+            and not any(part in name for part in float32)
+        ):
             fate, note, kept = "transformed", f"cast from {_short(spec.dtype)}", dtype
         elif name != reader.sources[name]:
             fate, note = "transformed", f"renamed from {reader.sources[name]}"
@@ -225,6 +264,33 @@ def new_tensors(student: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tens
             mixer.reset_parameters()
         path = f"{names[attention]}.mixer"
         yield from ((f"{path}.{name}", x) for name, x in mixer.state_dict().items())
+
+
+def carried_bytes(student: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of one sequence's state under weights of `dtype`: for good, and for every token more.
+
+    The mixers alone run, without memory, on one token and on two.
+    """
+    sizes = [0, 0]
+    for attention in attention_modules(student):
+        mixer, shape = attention.mixer, attention.mixer.shape
+        for index in (0, 1):
+            heads = {
+                "query": (shape.query_heads, shape.head_size),
+                "key": (shape.key_heads, shape.head_size),
+                "value": (shape.key_heads, shape.value_size),
+                "hidden_states": (shape.hidden_size,),
+            }
+            tensors = {
+                name: torch.empty(1, index + 1, *size, dtype=dtype, device="meta")
+                for name, size in heads.items()
+            }
+            others = ("sliding_window", "softcap", "sinks", "padding_mask", "cu_seqlens", "rotary")
+            inputs = MixerInputs(**tensors, **dict.fromkeys(others), scaling=1.0)
+            _, state = mixer(inputs, return_state=True)
+            sizes[index] += sum(x.nbytes for x in state if x is not None)
+    one, two = sizes
+    return 2 * one - two, two - one
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

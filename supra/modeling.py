@@ -1,6 +1,7 @@
 """The converted model: the base family's own classes, with a mixer in every attention module."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+import supra.adapters  # noqa: F401 (tells peft of converted models)
 from supra.attention import attention_modules, insert_mixer
 from supra.cache import adopt_cache, new_cache
+from supra.card import carry_card
 from supra.configuration import config_class
 from supra.errors import UserError
 from supra.families import FAMILIES
@@ -33,12 +36,18 @@ from supra.weights import check_complete
 class _SupraPreTrained:
     """What the headless model and the language model share."""
 
-    _keep_in_fp32_modules_strict = {"mixer"}  # noqa: RUF012 (transformers reads a class attribute)
     _supports_context_parallel = False
+    # what is set as attention implementation would stand in the mixers' place
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
+    _supports_attention_backend = False
     _is_stateful = False  # the cache can go back, see supra/cache.py
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         return "supra"
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, Mixer):
@@ -56,9 +65,18 @@ class _SupraPreTrained:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
-        """As transformers', which would leave out the module that `auto_map` names."""
+        """As transformers', which would leave out the module that `auto_map` names and the
+        model card."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_shim(Path(save_directory))
+        carry_card(self.name_or_path, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | Path, *args, **kwargs):
+        """What `push_to_hub` and `save_pretrained(push_to_hub=True)` call before they upload; they
+        have put a placeholder of transformers' in the place of the card."""
+        write_shim(Path(working_dir))
+        carry_card(self.name_or_path, working_dir, local_files_only=False)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         raise UserError(
@@ -82,20 +100,37 @@ class SupraModel(_SupraPreTrained):
             insert_mixer(attention, self.config, name, plan["options"].get(name))
         super().post_init()
 
+    def init_parallel_plans(self) -> None:
+        """As the base family's, with attention modules whole on every rank, as their mixers are."""
+        super().init_parallel_plans()
+        mixing = set(attention_modules(self))
+        names = (name for name, module in self.named_modules() if module in mixing)
+        whole = tuple({re.sub(r"\.\d+\.", ".*.", f"{name}.") for name in names})
+        for plan in (self._tp_plan, self._ep_plan):
+            for name in [name for name in plan if f"{name}.".startswith(whole)]:
+                del plan[name]
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ):
         """As the base family's. Packed rows are those whose `position_ids` start anew in a row."""
-        tokens = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("a model reads input_ids or inputs_embeds: pass one of them")
+        batch, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         boundaries = None
         if attention_mask is None and past_key_values is None and position_ids is not None:
-            boundaries = document_boundaries(position_ids, input_ids, kwargs.get("inputs_embeds"))
+            given = kwargs.get("cu_seq_lens_q")  # collators that pack may know: no wait, one graph
+            if given is not None:
+                boundaries = given[None, None, None]
+            else:
+                boundaries = document_boundaries(position_ids, batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and boundaries is None
         if use_cache and boundaries is not None:
@@ -113,6 +148,7 @@ class SupraModel(_SupraPreTrained):
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
@@ -126,6 +162,8 @@ class SupraForCausalLM(_SupraPreTrained):
         if not isinstance(base, SupraModel):
             family = model_class(type(base), self.config.base_model_type)
             setattr(self, self.base_model_prefix, family(self.config))
+            if base.is_activation_checkpointing:  # from the config, where it is found only once
+                self.activation_checkpointing_enable()
         super().post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -151,15 +189,12 @@ def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     return mask[:, None, None]
 
 
-def document_boundaries(
-    position_ids: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None
-) -> Tensor | None:
-    """Int [1, 1, 1, N + 1] where positions [B, T] do not go up by one; None: one document a row."""
+def document_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Int [1, 1, 1, N + 1] where positions [B or 1, T] do not go up by one; None where all do."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
     if not starts[:, 1:].any():
         return None
-    batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
     starts = starts.expand(batch, -1).flatten()
     ends = torch.tensor([starts.numel()], device=starts.device)
     return torch.cat([starts.nonzero().flatten(), ends]).to(torch.int32)[None, None, None]
@@ -171,6 +206,9 @@ def model_class(base: type[PreTrainedModel], model_type: str) -> type[PreTrained
     mixin = SupraForCausalLM if issubclass(base, GenerationMixin) else SupraModel
     fields = {
         "config_class": config_class(model_type),
+        "_keep_in_fp32_modules_strict": {"mixer", *(base._keep_in_fp32_modules_strict or ())},
+        # quantisation leaves these alone, and takes a pattern from the start of a module's name
+        "_keep_in_fp32_modules": {r".*\.mixer", *(base._keep_in_fp32_modules or ())},
         "__module__": __name__,
         "__doc__": f"{base.__name__} with a mixer in place of softmax attention in every layer.",
     }

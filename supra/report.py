@@ -31,16 +31,21 @@ class TensorFate:
 
 @dataclass
 class ConversionReport:
-    """All that a conversion did."""
+    """All that a conversion did, and the command that does it again."""
 
     teacher: str
     family: str
     layers: list[str]
     options: dict[str, dict]
+    command: str
     tensors: list[TensorFate] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         (folder / REPORT).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    def values(self, *fates: str) -> int:
+        """How many numbers are in the tensors of these fates."""
+        return sum(math.prod(x.shape) for x in self.tensors if x.fate in fates)
 
     def lines(self) -> list[str]:
         """The report for a terminal."""
@@ -50,9 +55,10 @@ class ConversionReport:
                 lines.append(f"{name}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
         for fate in ("copied", "transformed", "new", "dropped"):
             some = [x for x in self.tensors if x.fate == fate]
-            size = sum(math.prod(x.shape) for x in some)
             note = f"  ({some[0].note})" if some and some[0].note else ""
-            lines.append(f"{fate:>12}: {len(some):5d} tensors {size:15,d} values{note}")
+            lines.append(
+                f"{fate:>12}: {len(some):5d} tensors {self.values(fate):15,d} values{note}"
+            )
         return lines
 
 

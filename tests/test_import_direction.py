@@ -14,6 +14,7 @@ MODEL = {"torch", "transformers", "safetensors", "supra"}
 LAYERS = {
     "kernels": {"torch", "triton", "supra.kernels"},
     "supra/errors.py": set(),
+    "supra/adapters.py": {"peft", "supra.errors"},
     "supra/files.py": {"safetensors", "supra.errors"},
     "supra/mixers": {"torch", "supra.kernels", "supra.mixers", "supra.errors"},
     "supra/cache.py": {"torch", "transformers", "supra.mixers", "supra.errors"},

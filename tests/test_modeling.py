@@ -1,5 +1,6 @@
 """A converted model behaves as a model of its family: cached, padded, packed, trained, saved."""
 
+import inspect
 import pickle
 import subprocess
 import sys
@@ -7,7 +8,14 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaModel,
+)
 
 import supra.modeling
 from supra.convert import convert
@@ -200,6 +208,39 @@ def test_what_cannot_work_says_so(llama, tokens):
         model(tokens, past_key_values=foreign)
     with pytest.raises(UserError, match="continuous batching"):
         model.init_continuous_batching()
+
+
+@torch.no_grad()
+def test_embeddings_are_read_in_place_of_tokens(llama, tokens):
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    names = list(inspect.signature(model.base_model.forward).parameters)
+    assert names[:-1] == list(inspect.signature(LlamaModel.forward).parameters)[1:-1]
+    embeddings, positions = model.get_input_embeddings()(tokens), torch.arange(75)[None] % 30
+    for more in ({}, {"position_ids": positions}, {"attention_mask": padded(30)}):
+        expected = model(tokens, **more).logits
+        close(model(inputs_embeds=embeddings, **more).logits, expected)
+    with pytest.raises(UserError, match="pass one of them"):
+        model.base_model()
+
+
+def test_gradient_checkpointing_is_read_from_the_config(llama):
+    config = AutoConfig.from_pretrained(llama)
+    config.gradient_checkpointing = True
+    assert AutoModelForCausalLM.from_config(config).is_activation_checkpointing
+
+
+def test_tensor_parallelism_leaves_attention_whole(llama):
+    """Sharded projections would hand a mixer fewer heads than it has parameters for."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    assert "model.layers.*.mlp.up_proj" in model.tp_plan
+    assert not any("self_attn" in name for name in model.tp_plan)
+
+
+def test_attention_stays_the_mixers(llama):
+    model = AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager")
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "supra"
+    assert not model.is_backend_compatible()
 
 
 def test_loading_is_strict(llama, tmp_path):

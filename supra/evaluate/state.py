@@ -17,7 +17,9 @@ def state_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype | Non
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype, experts_implementation="batched_mm"
+        ).eval()
         tokens = torch.zeros((1, context), dtype=torch.long)
         with torch.no_grad():
             cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values

@@ -98,7 +98,7 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ()  # none: all projections of the attention
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, 
 from torch.distributed.tensor import DTensor
 
 from supra.calibrate import calibrate
+from supra.card import update_card
 from supra.checkpoints import find_checkpoint
 from supra.errors import UserError, check_choice
 from supra.evaluate.perplexity import perplexity
@@ -154,6 +155,11 @@ class Run:
         if self.accelerator.is_main_process:
             with staged_folder(self.folder.final) as staging:
                 models.export(self.config, state, self.tokenizer, staging)
+                update_card(
+                    staging,
+                    tokens=self.step * self.tokens_per_step,
+                    results=self.folder.perplexities(),
+                )
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()
 

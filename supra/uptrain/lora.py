@@ -4,8 +4,8 @@ import importlib.util
 
 from transformers import PreTrainedModel
 
+from supra.adapters import LORA_TARGETS, TRAINED_IN_FULL
 from supra.errors import UserError
-from supra.mixers import NEW_PARAMETERS
 from supra.uptrain.config import LoraConfig
 
 
@@ -19,16 +19,11 @@ def add_lora(model: PreTrainedModel, config: LoraConfig):
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
-        exclude_modules=[name for name, _ in model.named_modules() if NEW_PARAMETERS in name]
-        or None,
+        target_modules=list(config.targets) or LORA_TARGETS,
+        modules_to_save=TRAINED_IN_FULL,
         task_type="CAUSAL_LM",
     )
     try:
-        wrapped = peft.get_peft_model(model, settings)
+        return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets (={', '.join(config.targets)}): {error}") from error
-    for name, parameter in wrapped.named_parameters():
-        if NEW_PARAMETERS in name:
-            parameter.requires_grad_(True)
-    return wrapped

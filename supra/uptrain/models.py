@@ -52,14 +52,17 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     to: Path,
 ) -> None:
-    """Write trained weights as a checkpoint like the student's: same dtype, no adapters, with its
-    conversion report and licence.
+    """Write trained weights as a checkpoint like the student's: same dtype, with its conversion
+    report and licence. LoRA is merged into it, and is in the folder `adapter` as well, for use on
+    top of the student.
 
     What conversion added stays float32, because decays and gates lose their differences in bf16.
     """
     model = make_trainable(load_student(config), config)
     model.load_state_dict(state)
     if config.lora:
+        model.active_peft_config.base_model_name_or_path = config.student
+        model.save_pretrained(to / "adapter", save_embedding_layers=False)
         model = model.merge_and_unload()
     student = find_checkpoint(config.student)
     dtype = student.config().dtype or torch.float32

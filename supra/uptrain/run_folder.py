@@ -64,6 +64,17 @@ class RunFolder:
             kept = (line for line in lines if step > 0 and _step(line) <= step)
             _write(self.log, "".join(kept))
 
+    def perplexities(self) -> dict[str, dict[str, float]]:
+        """The last held-out perplexity of every model in the log, as the model card has it."""
+        names = {"teacher": "teacher", "converted": "converted", "eval": "uptrained"}
+        found = {}
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            for key, value in json.loads(line).items():
+                if key.endswith("_perplexity"):
+                    name = names[key.removesuffix("_perplexity")]
+                    found[name] = {"held-out perplexity": value}
+        return found
+
     def prune(self, keep: int) -> None:
         for folder in sorted(self.checkpoints.glob("step-*"))[:-keep]:
             shutil.rmtree(folder)

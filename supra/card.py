@@ -1,0 +1,192 @@
+"""The model card of a converted checkpoint: README.md, as the hub reads it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import cached_file
+
+from supra.report import ConversionReport, describe_layers
+
+CARD = "README.md"
+TAGS = ["supra", "recurrent", "linear-attention"]
+# what the first lines of these licences say -> the hub's name for them
+LICENSES = {
+    r"apache license\s+version 2\.0": "apache-2.0",
+    r"mit license": "mit",
+    r"gnu general public license\s+version 3": "gpl-3.0",
+    r"bsd 3-clause": "bsd-3-clause",
+}
+
+LOADING = """\
+```python
+import supra  # pip install supra; registers the classes with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+here = "."  # this folder, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(here)
+tokenizer = AutoTokenizer.from_pretrained(here)
+prompt = tokenizer("The state is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
+```
+
+Tools that cannot import supra pass `trust_remote_code=True`: `modeling_supra.py` then imports the
+installed package.
+"""
+UPTRAINING = "\n## Uptraining\n"
+
+
+def write_card(
+    folder: Path,
+    report: ConversionReport,
+    *,
+    teacher_folder: Path,
+    hub_id: str | None,
+    state: tuple[int, int],
+) -> None:
+    """Write the card of a fresh conversion.
+
+    Args:
+        folder: of the converted checkpoint.
+        report: of its conversion.
+        teacher_folder: where the teacher's own card and licence are looked for.
+        hub_id: of the teacher; None if it has none, for a card links to nothing else.
+        state: bytes that one sequence carries along: for good, and for every token more.
+    """
+    name = Path(report.teacher).name  # where the user keeps it is nobody's business
+    teacher = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{name}`"
+    data = ModelCardData(
+        base_model=hub_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *report.options],
+        **teacher_metadata(teacher_folder),
+    )
+    text = f"""
+# {name} as a recurrent network
+
+{teacher} (`{report.family}`) with other mixers in the place of softmax(QKᵀ)V, converted with supra
+([Linearizing Large Language Models](https://arxiv.org/abs/2405.06640)): \
+{describe_layers(report.layers)}.
+
+{_options(report.options)}Parameters: {report.values("copied", "transformed"):,} inherited, \
+{report.values("new"):,} new. `conversion.json` says what became of every tensor.
+
+{_state(*state)}
+
+## Use
+
+{LOADING}
+## How it was made
+
+```
+{report.command}
+```
+"""
+    _card(data, text).save(folder / CARD)
+
+
+def update_card(
+    folder: str | Path,
+    *,
+    tokens: int,
+    results: Mapping[str, Mapping[str, float]],
+    dataset: str | None = None,
+) -> None:
+    """Write what uptraining did into the card in `folder`, in the place of what it said before.
+
+    A folder without a card stays as it is: a student need not come from `supra convert`.
+
+    Args:
+        tokens: that the model was trained on.
+        results: a table; by row (a model, as "teacher") and column (a measure).
+        dataset: the hub's name of the training text; None for text that is not on the hub.
+    """
+    path = Path(folder) / CARD
+    if not path.is_file():
+        return
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if dataset is not None:
+        card.data.datasets = [dataset]
+    text = card.text.split(UPTRAINING)[0].rstrip("\n") + f"\n{UPTRAINING}\n"
+    text += f"Trained on {tokens:,} tokens" + (f" of {dataset}.\n" if dataset else ".\n")
+    if results:
+        measures = list(dict.fromkeys(name for row in results.values() for name in row))
+        rows = [
+            [model, *(f"{row[name]:,.2f}" if name in row else "" for name in measures)]
+            for model, row in results.items()
+        ]
+        text += "\n" + _table(["", *measures], rows) + "\n"
+    card.text = text
+    card.save(path)
+
+
+def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True) -> None:
+    """Put the card of the checkpoint `source`, a folder or a hub id, into `folder` too.
+
+    The placeholder that transformers writes when it uploads gives way, but for its tags; a card
+    that supra wrote, and the user may have gone on writing, stays.
+    """
+    target, tags = Path(folder) / CARD, []
+    if target.is_file():
+        tags = ModelCard.load(target, ignore_metadata_errors=True).data.tags or []
+        if "supra" in tags:
+            return
+    found = source and cached_file(
+        source,
+        CARD,
+        local_files_only=local_files_only,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found:
+        card = ModelCard.load(Path(found), ignore_metadata_errors=True)
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        card.save(target)
+
+
+def teacher_metadata(folder: Path) -> dict[str, str | list[str]]:
+    """Licence and languages, for the front matter: out of a card, or out of a licence's text."""
+    found = {}
+    if (folder / CARD).is_file():
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
+        names = ("license", "license_name", "license_link", "language")
+        found = {name: data.get(name) for name in names if data.get(name)}
+    files = sorted(path for path in folder.glob("LICENSE*") if path.is_file())
+    if "license" in found or not files:
+        return found
+    head = files[0].read_text(encoding="utf-8", errors="replace")[:500].strip()
+    for pattern, name in LICENSES.items():
+        if re.search(pattern, head, re.IGNORECASE):
+            return found | {"license": name}
+    name = re.sub(r"[^a-z0-9.]+", "-", head.split("\n")[0].lower()).strip("-")
+    return found | {"license": "other", "license_name": name, "license_link": files[0].name}
+
+
+def _card(data: ModelCardData, text: str) -> ModelCard:
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _options(options: Mapping[str, Mapping]) -> str:
+    lines = [
+        f"`{name}`: " + ", ".join(f"{key} {value}" for key, value in chosen.items()) + ".\n\n"
+        for name, chosen in options.items()
+        if chosen
+    ]
+    return "".join(lines)
+
+
+def _state(constant: int, growth: int) -> str:
+    if not growth:
+        return f"A sequence carries {constant:,} bytes along, however long it is."
+    return (
+        f"A sequence carries {constant:,} bytes along, and {growth:,} more for every token, which "
+        "the layers with softmax attention keep, within their window if they have one."
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

@@ -1,0 +1,28 @@
+"""`supra serve DIR …`: `transformers serve` with a converted model."""
+
+import sys
+
+from supra import modeling
+from supra.checkpoints import find_checkpoint
+from supra.errors import UserError
+
+
+def serve(arguments: list[str]) -> None:
+    """Serve the checkpoint arguments[0] over HTTP; what follows are options of transformers serve.
+
+    That looks the architecture of config.json up in the module `transformers`, and finds none that
+    is not transformers' own. So the class is put there.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("supra serve needs a model first: supra serve DIR --port 8000")
+    try:
+        from transformers.cli.serving import model_manager
+        from transformers.cli.transformers import main
+    except ImportError as error:
+        raise UserError(f"supra serve: {error}: pip install 'supra[serve]'") from error
+    for name in find_checkpoint(arguments[0]).config().architectures:
+        if name.startswith("Supra"):
+            # its own reference: sys.modules may hold another copy of transformers by now
+            setattr(model_manager.transformers, name, getattr(modeling, name))
+    sys.argv = ["transformers", "serve", *arguments]
+    main()

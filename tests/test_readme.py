@@ -1,0 +1,96 @@
+"""Every example of the README runs, on a tiny model and a tiny text."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from supra.testing import tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# first line -> why the block is not run
+NOT_RUN = {
+    "make demo    # a real model becomes a recurrent network": "minutes each; one runs this test",
+    "supra/": "the map of files, see test_the_map_names_every_file",
+}
+# (as the README has it, as it is small enough)
+SUBSTITUTIONS = [
+    ("HuggingFaceTB/SmolLM2-135M", "./teacher"),
+    (
+        "out=out/first",
+        "out=out/first precision=fp32 budget.tokens=256 batch.size=2 data.sequence_length=32 "
+        "data.eval_documents=2 eval.tokens=64 calibrate.tokens=64 schedule.warmup=1",
+    ),
+    ("--text corpus.jsonl", "--text corpus.jsonl --sequence-length 64"),
+]
+
+
+def blocks():
+    """(language, text) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def first_line(block):
+    return block.splitlines()[0]
+
+
+def test_every_example_runs(tmp_path):
+    tiny_checkpoint(tmp_path / "teacher")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    with open(tmp_path / "corpus.jsonl", "w") as file:
+        for number in range(12):
+            print(json.dumps({"text": f"The river rises {number} times. " * 8}), file=file)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    used, output, python = set(), "", ""
+    for language, block in blocks():
+        if first_line(block) in NOT_RUN:
+            continue
+        for written, small in SUBSTITUTIONS:
+            if written in block:
+                used.add(written)
+            block = block.replace(written, small)
+        if language == "python":
+            python += block  # a block goes on where the last one stopped
+        command = [sys.executable, "-c", python] if language == "python" else ["sh", "-ec", block]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+        output += result.stdout
+    assert used == {written for written, _ in SUBSTITUTIONS}
+    for printed in ("copied", "The state is", "perplexity", "layers 0-1 supra"):
+        assert printed in output
+    card = (tmp_path / "out" / "first" / "final" / "README.md").read_text()
+    assert "Trained on 256 tokens" in card and "| uptrained |" in card
+
+
+def test_no_reason_outlives_its_block():
+    assert set(NOT_RUN) <= {first_line(block) for _, block in blocks()}
+
+
+def test_the_map_names_every_file():
+    """And no other."""
+    (text,) = (block for _, block in blocks() if first_line(block) == "supra/")
+    named, folders = set(), []
+    for line in text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.split(r"\s{2,}", line.strip()):
+            if not re.fullmatch(r"[\w./]+(\.\w+|/)", name):
+                break
+            del folders[depth:]
+            if name.endswith("/"):
+                folders.append(name)
+            named.add("".join([*folders, "" if name.endswith("/") else name]))
+    for name in named:
+        assert (ROOT / name).exists(), f"{name} is on the map and not there"
+    library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "supra").rglob("*.py")}
+    missing = {name for name in library - named if not name.endswith("/__init__.py")}
+    assert not missing, "not on the map"
