@@ -61,7 +61,7 @@ class Supra(Mixer):
         super().__init__(shape, options)
         self.feature_map = FEATURE_MAPS[options.feature_map](shape)
         # log(−log γ): any value is a decay below one, and float32 resolves γ near one
-        log_slope = torch.empty(shape.query_heads)
+        log_slope = lightning_slopes(shape.query_heads).log()
         if options.decay == "learnable":
             self.log_slope = nn.Parameter(log_slope)
         else:  # loading makes every parameter trainable, so what is fixed is none
@@ -70,7 +70,7 @@ class Supra(Mixer):
             # in units of the head's magnitude: calibrated scales go down to 0.01, and steps of
             # AdamW at a rate of 1e-3 would turn those over within ten
             self.scale = nn.Parameter(torch.empty(shape.query_heads, shape.value_size))
-            self.register_buffer("magnitude", torch.empty(shape.query_heads, 1))
+            self.register_buffer("magnitude", torch.ones(shape.query_heads, 1))
 
     def reset_parameters(self) -> None:
         self.feature_map.reset_parameters()
