@@ -40,18 +40,21 @@ TALL, FLOAT32 = Tiling(64, 32, 4, 2), ((256, Tiling(32, 32, 4, 1)),)
 UP_TO_128 = ((32, Tiling(32, 32, 4, 1)), (128, Tiling(128, 32, 4, 2)))
 SCANS = {
     "any": (*UP_TO_128, (256, Tiling(128, 32, 8, 1))),
-    "sm_100": (*UP_TO_128, (256, Tiling(128, 16, 4, 2))),
     "small": (*UP_TO_128, (256, Tiling(128, 16, 4, 1))),
     "any float32": ((256, Tiling(128, 16, 4, 1)),),
 }
+SCANS_100 = (
+    (32, Tiling(32, 32, 4, 1)), (128, Tiling(128, 32, 4, 3)), (256, Tiling(128, 16, 4, 3)),
+)  # fmt: skip
+D_SCANS_100 = ((32, Tiling(32, 32, 4, 1)), (256, Tiling(128, 16, 4, 2)))
 
 TILINGS: Table = {
     "chunk_inverse": {"any": ((256, SQUARE),), "any float32": FLOAT32},
     "chunk_solve": {"any": ((256, SQUARE),), "any float32": FLOAT32},
-    "chunk_states": SCANS,
+    "chunk_states": SCANS | {"sm_100": SCANS_100},
     "chunk_output": {"any": ((256, SQUARE),), "any float32": FLOAT32},
     "chunk_d_written": {"any": ((256, SQUARE),), "any float32": FLOAT32},
-    "chunk_d_states": SCANS,
+    "chunk_d_states": SCANS | {"sm_100": D_SCANS_100},
     "chunk_d_value": {"any": ((256, SQUARE),), "any float32": FLOAT32},
     "chunk_d_overlap": {
         "any": ((256, FLAT),), "sm_90": ((256, LOW),), "any float32": FLOAT32,

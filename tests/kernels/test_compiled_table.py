@@ -16,80 +16,12 @@ MADE_WITH = re.compile(r"with Triton (\S+);")
 OPTIONS = re.compile(r"`supra bench compile(.*) --out")
 NAMES = ("kernel", "pass", "case", "head size", "target")
 
-# 8 or 16 bytes each; everything else holds
-SPILLS = {
-    (
-        "linear_attention",
-        "chunk_d_states",
-        "backward",
-        "plain",
-        "64",
-        "sm_100",
-    ): "spills 8 B of stack",
-    (
-        "gated_linear_attention",
-        "chunk_states",
-        "forward",
-        "plain",
-        "64",
-        "sm_100",
-    ): "spills 16 B of stack",
-    (
-        "gated_linear_attention",
-        "chunk_d_value",
-        "backward",
-        "plain",
-        "64",
-        "sm_80",
-    ): "spills 8 B of stack",
-    (
-        "gated_linear_attention",
-        "chunk_d_value",
-        "backward",
-        "plain",
-        "64",
-        "small",
-    ): "spills 8 B of stack",
-    (
-        "gated_linear_attention",
-        "chunk_d_value",
-        "backward",
-        "packed",
-        "64",
-        "sm_80",
-    ): "spills 8 B of stack",
-    (
-        "gated_linear_attention",
-        "chunk_d_value",
-        "backward",
-        "packed",
-        "64",
-        "small",
-    ): "spills 8 B of stack",
-    (
-        "gated_delta_rule",
-        "chunk_d_overlap",
-        "backward",
-        "packed",
-        "64",
-        "sm_90",
-    ): "spills 8 B of stack",
-    (
-        "gated_delta_rule",
-        "chunk_d_written",
-        "backward",
-        "packed",
-        "64",
-        "sm_80",
-    ): "spills 8 B of stack",
-    (
-        "gated_delta_rule",
-        "chunk_d_written",
-        "backward",
-        "packed",
-        "64",
-        "small",
-    ): "spills 8 B of stack",
+# Of heads of 32 the sums of logs and the factors, in pairs of 64 bits, are a tenth of the bytes;
+# everything else holds
+NARROW = {
+    ("linear_attention", "chunk_d_states", "backward", case, "32", target)
+    for case in ("decay, sum", "packed")
+    for target in ("sm_80", "sm_90", "sm_100", "small")
 }
 
 
@@ -149,7 +81,10 @@ def test_gates_hold_in_the_table():
         for row in kernels
         if row["gates"] != "ok"
     }
-    assert broken == SPILLS
+    assert set(broken) == NARROW
+    assert all(
+        re.fullmatch(r"(89|90)% of bytes in 128 bits, less than 90%", x) for x in broken.values()
+    )
 
 
 def test_a_part_of_the_table_is_up_to_date(tmp_path):
