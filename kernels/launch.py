@@ -50,7 +50,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def target(name: str) -> Iterator[None]:
-    """Launch with the tilings of that target, whatever the device is."""
+    """Launch with the tilings of that target, whatever the device is; in all threads."""
     global _target
     before, _target = _target, name
     try:
@@ -61,7 +61,7 @@ def target(name: str) -> Iterator[None]:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """List the launches instead of running them; works with tensors on the meta device."""
+    """List the launches instead of running them, in all threads; takes tensors on meta too."""
     global _recorded
     before, _recorded = _recorded, []
     try:
