@@ -102,6 +102,29 @@ def bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int]:
     return found
 
 
+def check_state(
+    state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, sequences: int
+) -> Tensor | None:
+    """The given state [N, Hkv, K, V] in the precision of the computation."""
+    if state is None:
+        return None
+    check_tensors(query=query, initial_state=state)
+    wanted = (sequences, key.shape[2], key.shape[3], value.shape[3])
+    if state.shape != wanted:
+        raise ValueError(
+            f"initial_state (shape {shape(state)}) must be {list(wanted)} [N, Hkv, K, V]"
+        )
+    return state.to(state_dtype(query, key, value))
+
+
+def own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A copy of the state, or zeros, for a kernel that writes into it."""
+    if state is not None:
+        return state.clone(memory_format=torch.contiguous_format)
+    wanted = (len(query), key.shape[2], key.shape[3], value.shape[3])
+    return query.new_zeros(wanted, dtype=state_dtype(query, key, value))
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

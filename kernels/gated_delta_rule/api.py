@@ -13,7 +13,6 @@ The keys are used as they are given: normalize them to length 1 before. beta_t |
 below 2, or the state may grow without bound.
 """
 
-import torch
 from torch import Tensor
 
 from supra.kernels import checks
@@ -75,7 +74,7 @@ def chunk_gated_delta_rule(
         raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
     _check_inputs(query, key, value, beta, log_decay)
     sequences = checks.check_packing("query", query, cu_seqlens)
-    state = _check_state(initial_state, query, key, value, sequences)
+    state = checks.check_state(initial_state, query, key, value, sequences)
     backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
     if backend == "reference":
         output, end = _reference(query, key, value, beta, log_decay, state, cu_seqlens, scale)
@@ -110,7 +109,7 @@ def recurrent_gated_delta_rule(
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, beta, log_decay)
-    state = _check_state(initial_state, query, key, value, len(query))
+    state = checks.check_state(initial_state, query, key, value, len(query))
     inputs = (query, key, value, beta, log_decay, state)
     if in_place:
         dtype = checks.state_dtype(query, key, value)
@@ -125,7 +124,7 @@ def recurrent_gated_delta_rule(
     elif checks.needs_gradient(*inputs):
         output, end = operator.forward(*inputs, None, scale, 64, backend)
     else:
-        end = state if in_place else _own_state(state, query, key, value)
+        end = state if in_place else checks.own_state(state, query, key, value)
         output = operator.step(*inputs[:5], end, scale)
     return output, end if return_state else None
 
@@ -154,29 +153,6 @@ def _check_inputs(
             f"log_decay (shape {checks.shape(log_decay)}) must be {list(per_token[2:])} or "
             f"{list(per_token)} to fit key"
         )
-
-
-def _check_state(
-    state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, sequences: int
-) -> Tensor | None:
-    """The given state in the precision of the computation."""
-    if state is None:
-        return None
-    checks.check_tensors(query=query, initial_state=state)
-    shape = (sequences, key.shape[2], key.shape[3], value.shape[3])
-    if state.shape != shape:
-        raise ValueError(
-            f"initial_state (shape {checks.shape(state)}) must be {list(shape)} [N, Hkv, K, V]"
-        )
-    return state.to(checks.state_dtype(query, key, value))
-
-
-def _own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A copy of the state, or zeros, for a kernel that writes into it."""
-    if state is not None:
-        return state.clone(memory_format=torch.contiguous_format)
-    shape = (len(query), key.shape[2], key.shape[3], value.shape[3])
-    return query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))
 
 
 def _limit(key: Tensor) -> str | None:

@@ -12,7 +12,6 @@ RWKV-6 (Peng et al. 2024, eq. 19), which reads the state before the token's own 
 and weighs the token itself by u.
 """
 
-import torch
 from torch import Tensor
 
 from supra.kernels import checks
@@ -73,7 +72,7 @@ def chunk_gated_linear_attention(
         raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
     _check_inputs(query, key, value, log_decay, bonus)
     sequences = checks.check_packing("query", query, cu_seqlens)
-    state = _check_state(initial_state, query, key, value, sequences)
+    state = checks.check_state(initial_state, query, key, value, sequences)
     backend = choose(OPERATION, backend, query, key, value, log_decay)
     inputs = (query, key, value, log_decay, bonus, state)
     if backend == "reference":
@@ -107,7 +106,7 @@ def recurrent_gated_linear_attention(
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, log_decay, bonus)
-    state = _check_state(initial_state, query, key, value, len(query))
+    state = checks.check_state(initial_state, query, key, value, len(query))
     inputs = (query, key, value, log_decay, bonus)
     if in_place:
         dtype = checks.state_dtype(query, key, value)
@@ -122,7 +121,7 @@ def recurrent_gated_linear_attention(
     elif checks.needs_gradient(*inputs, state):
         output, end = operator.forward(*inputs, state, None, scale, 64, backend)
     else:
-        end = state if in_place else _own_state(state, query, key, value)
+        end = state if in_place else checks.own_state(state, query, key, value)
         output = operator.step(*inputs, end, scale)
     return output, end if return_state else None
 
@@ -151,26 +150,3 @@ def _check_inputs(
         raise ValueError(
             f"bonus (shape {checks.shape(bonus)}) must be {list(shape)} [Hq, K] to fit query"
         )
-
-
-def _check_state(
-    state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, sequences: int
-) -> Tensor | None:
-    """The given state in the precision of the computation."""
-    if state is None:
-        return None
-    checks.check_tensors(query=query, initial_state=state)
-    shape = (sequences, key.shape[2], key.shape[3], value.shape[3])
-    if state.shape != shape:
-        raise ValueError(
-            f"initial_state (shape {checks.shape(state)}) must be {list(shape)} [N, Hkv, K, V]"
-        )
-    return state.to(checks.state_dtype(query, key, value))
-
-
-def _own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A copy of the state, or zeros, for a kernel that writes into it."""
-    if state is not None:
-        return state.clone(memory_format=torch.contiguous_format)
-    shape = (len(query), key.shape[2], key.shape[3], value.shape[3])
-    return query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))
