@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def supra_attention(
     call = attention_mask
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if isinstance(call, _Probe):
-        return call.answer(query, key, value), None
+        call.answer(query, key, value)
     packed = call.mask is not None and call.mask.dtype != torch.bool
     inputs = MixerInputs(
         hidden_states=call.hidden_states,
@@ -170,7 +170,7 @@ def probe_attention(attention: nn.Module, config: PreTrainedConfig) -> tuple[Att
     runs on two tokens without memory, and what reaches the attention function is looked at.
     """
     failure = None
-    for positions in _positions(attention):
+    for positions in _positions_to_try(attention):
         probe = _Probe()
         try:
             with torch.no_grad(), positions:
@@ -185,7 +185,7 @@ def probe_attention(attention: nn.Module, config: PreTrainedConfig) -> tuple[Att
     )
 
 
-def _positions(attention: nn.Module) -> Iterator["_Positions"]:
+def _positions_to_try(attention: nn.Module) -> Iterator["_Positions"]:
     """What families may want as cosines and sines, of which their configs say little."""
     names = ("qk_rope_head_dim", "head_dim")
     sizes = [getattr(attention, name) for name in names if hasattr(attention, name)]
@@ -198,21 +198,17 @@ def _positions(attention: nn.Module) -> Iterator["_Positions"]:
 def _run_without_memory(
     attention: nn.Module, hidden_size: int, probe: "_Probe", positions: "_Positions"
 ) -> None:
+    tensors = (*attention.named_parameters(), *attention.named_buffers())
+    state = {name: torch.empty_like(x, device="meta") for name, x in tensors}
+    dtype = next(x.dtype for x in state.values() if x.is_floating_point())
     given = {
-        "hidden_states": torch.empty(1, 2, hidden_size, device="meta"),
+        "hidden_states": torch.empty(1, 2, hidden_size, device="meta", dtype=dtype),
         "attention_mask": probe,
         "position_embeddings": positions.embeddings,
         "position_ids": torch.zeros(1, 2, dtype=torch.int64, device="meta"),
     }
     known = inspect.signature(attention.forward).parameters
-    tensors = (*attention.named_parameters(), *attention.named_buffers())
-    state = {name: torch.empty_like(x, device="meta") for name, x in tensors}
-    dtype = next(x.dtype for x in state.values() if x.is_floating_point())
-    given = {
-        name: x.to(dtype) if name == "hidden_states" else x
-        for name, x in given.items()
-        if name in known
-    }
+    given = {name: x for name, x in given.items() if name in known}
     torch.func.functional_call(attention, state, (), given)
 
 
@@ -225,7 +221,7 @@ class _Probe:
 
     sizes: tuple[int, int, int, int]
 
-    def answer(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def answer(self, query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
         self.sizes = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
         raise _Answered
 

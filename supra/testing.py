@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from supra.mixers import AttentionShape, MixerInputs
 
 VOCABULARY = 300
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+MAIN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 
 _TEXT = [
     "The river rises in the hills and runs south through the valley to the sea.",

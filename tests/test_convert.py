@@ -17,7 +17,7 @@ import supra.files
 from supra.convert import convert
 from supra.errors import UserError
 from supra.mixers.supra import lightning_slopes
-from supra.testing import FAMILIES, tiny_checkpoint
+from supra.testing import MAIN_FAMILIES, tiny_checkpoint
 from supra.weights import ShardWriter
 
 
@@ -32,7 +32,7 @@ def tensors_of(folder):
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_every_tensor_is_accounted_for(family, tmp_path):
     """The report, the files and the model agree, and inherited tensors keep their values."""
     teacher = tiny_checkpoint(tmp_path / "base", family)

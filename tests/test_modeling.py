@@ -20,7 +20,7 @@ from transformers import (
 import supra.modeling
 from supra.convert import convert
 from supra.errors import UserError
-from supra.testing import FAMILIES, tiny_checkpoint
+from supra.testing import MAIN_FAMILIES, tiny_checkpoint
 
 # pure, hybrid with attention kept in the middle, and the paper's form
 PLANS = {
@@ -30,7 +30,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MAIN_FAMILIES)
 def family(request):
     return request.param
 

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from supra.convert import convert
-from supra.testing import FAMILIES, tiny_checkpoint
+from supra.testing import MAIN_FAMILIES, tiny_checkpoint
 
 PROMPTS = ["The river", "A model reads one token at a time", "In 1843"]
 TEMPLATE = (
@@ -121,7 +121,7 @@ def test_several_end_tokens(model, tokenizer):
 TOKENS = torch.arange(1, 61).reshape(2, 30)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MAIN_FAMILIES)
 def any_family(request, tmp_path_factory):
     where = tmp_path_factory.mktemp(request.param)
     tiny_checkpoint(where / "base", request.param, num_hidden_layers=3)

@@ -329,7 +329,7 @@ def test_another_vocabulary(files, tmp_path, capsys):
     assert "tok/s" not in capsys.readouterr().err, "the bar begins with training"
 
 
-@pytest.mark.parametrize("family", testing.FAMILIES)
+@pytest.mark.parametrize("family", testing.MAIN_FAMILIES)
 def test_families(files, tmp_path, family):
     testing.tiny_checkpoint(tmp_path / "model", family)
     changes = {"student": str(tmp_path / "model"), "teacher": str(tmp_path / "model")}
