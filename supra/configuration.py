@@ -36,6 +36,14 @@ class SupraConfig(PreTrainedConfig):
 class _ConvertedConfig:
     """Mixed into the base family's config class."""
 
+    @property
+    def _attn_implementation(self) -> str:
+        return "supra"
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        """Any other would stand in the mixers' place, and some tools write "eager" here."""
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         plan = config_dict.get("supra") or {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -123,6 +124,7 @@ class SupraModel(_SupraPreTrained):
         """As the base family's. Packed rows are those whose `position_ids` start anew in a row."""
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("a model reads input_ids or inputs_embeds: pass one of them")
+        refuse_context_parallel()
         batch, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         boundaries = None
         if attention_mask is None and past_key_values is None and position_ids is not None:
@@ -172,6 +174,17 @@ class SupraForCausalLM(_SupraPreTrained):
             adopt_cache(cache, self.config.num_hidden_layers)
             if generation_config.is_assistant:  # what was activated is gone with the old layers
                 cache.activate_past_recording()
+
+
+def refuse_context_parallel() -> None:
+    """Raise inside torch's `context_parallel`, which cuts rows along T: the pieces of a row would
+    each start from an empty state. It shows only in the attention function that it swaps."""
+    swapped = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
+    if not torch.compiler.is_compiling() and "context_parallel" in swapped:
+        raise UserError(
+            "context parallelism cuts a row into pieces that hand no state on: train a recurrent "
+            "model with cp_size=1, and with activation checkpointing where long rows do not fit"
+        )
 
 
 def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:

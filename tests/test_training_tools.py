@@ -191,6 +191,27 @@ def test_a_prefix_of_keys_and_values_is_refused(llama, tokens, config, call):
         getattr(model, call)(input_ids=tokens)
 
 
+def test_context_parallelism_is_refused(llama, tokens, tmp_path):
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    store = f"file://{tmp_path / 'store'}"
+    init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        row = tokens.clone()
+        with (
+            context_parallel(mesh, buffers=[row], buffer_seq_dims=[1]),
+            pytest.raises(UserError, match="context parallelism"),
+        ):
+            model(row)
+    finally:
+        destroy_process_group()
+    model(tokens)
+
+
 @torch.no_grad()
 def test_prompt_tuning_is_the_prompts_embeddings_in_front(folder, tokens):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
