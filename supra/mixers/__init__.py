@@ -5,10 +5,14 @@ from typing import Any
 
 from supra.errors import UserError, check_choice
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs, Rotary
+from supra.mixers.gated_delta import GatedDelta
 from supra.mixers.softmax import Softmax
 from supra.mixers.supra import Supra
+from supra.mixers.window import Window
 
-MIXERS: dict[str, type[Mixer]] = {mixer.name: mixer for mixer in (Softmax, Supra)}
+MIXERS: dict[str, type[Mixer]] = {
+    mixer.name: mixer for mixer in (Softmax, Supra, Window, GatedDelta)
+}
 
 # In the name of every parameter that conversion adds.
 NEW_PARAMETERS = ".mixer."
@@ -16,6 +20,24 @@ NEW_PARAMETERS = ".mixer."
 # A preset is a mixer with options that have a name of their own in the literature.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "supra_paper": ("supra", {"feature_map": "mixed_relu", "decay": "fixed", "scale": False}),
+    "t2r": (
+        "supra",
+        {"feature_map": "relu", "decay": "none", "normalize": "sum", "scale": False},
+    ),
+    "hedgehog": (
+        "supra",
+        {"feature_map": "hedgehog", "decay": "none", "normalize": "sum", "scale": False},
+    ),
+    "lolcats": ("window", {"decay": "none", "output_gate": False, "sinks": 0}),
+    "gated": (
+        "supra",
+        {
+            "feature_map": "hedgehog",
+            "decay": "gated",
+            "normalize": "sum",
+            "output_gate": True,
+        },
+    ),
 }
 
 

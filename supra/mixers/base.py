@@ -4,13 +4,16 @@ Notation: B batch, T tokens of this call, Hq query heads, Hkv key/value heads (H
 K head size of query and key, V head size of value, D hidden size. Layout [B, T, H, D].
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+LEAST_POWER = 1e-5  # of a head's output, in divisions
 
 
 @dataclass(frozen=True)
@@ -85,22 +88,36 @@ class Mixer(nn.Module, ABC):
     neither the state nor the outputs of other tokens, and nothing crosses a document boundary.
     A state is a NamedTuple whose tensors have the batch first; the cache reorders, repeats and
     restores them without knowing more.
+
+    A mixer is two steps: `mix` sums values over tokens, `read_out` turns each token's sums into the
+    output. Options named `scale` and `output_gate`, where a mixer has them, are seen to here.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     State: ClassVar[type]  # a NamedTuple of tensors
+    branches: ClassVar[tuple[str, ...]] = ()  # of a mixer that adds several, their names
+    only: str | None = None  # the one branch that is left on, to see what it does alone
 
     def __init__(self, shape: AttentionShape, options: Any):
         super().__init__()
         self.shape = shape
         self.options = options
+        if getattr(options, "scale", False):
+            # in units of the head's magnitude: calibrated scales go down to 0.01, and steps of
+            # AdamW at a rate of 1e-3 would turn those over within ten
+            self.scale = nn.Parameter(torch.empty(shape.query_heads, shape.value_size))
+            self.register_buffer("magnitude", torch.ones(shape.query_heads, 1))
+        if getattr(options, "output_gate", False):
+            self.output_gate = OutputGate(shape)
 
-    @abstractmethod
     def reset_parameters(self) -> None:
         """Write the starting values into the parameters, in place."""
+        if hasattr(self, "scale"):
+            self.set_scale(torch.ones_like(self.scale))
+        for module in self.children():
+            module.reset_parameters()
 
-    @abstractmethod
     def forward(
         self, inputs: MixerInputs, state: Any = None, return_state: bool = False
     ) -> tuple[Tensor, Any]:
@@ -108,7 +125,88 @@ class Mixer(nn.Module, ABC):
 
         Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None.
         """
+        output, state = self.mix(inputs, state, return_state)
+        return self.read_out(inputs, output).to(inputs.value.dtype), state
+
+    @abstractmethod
+    def mix(
+        self, inputs: MixerInputs, state: Any = None, return_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Sums of values over tokens, [B, T, Hq, V] and linear in the value; and the new state."""
+
+    def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
+        """The output of each token, from its own sums [B, T, Hq, V]."""
+        if hasattr(self, "scale"):
+            output = output * (self.scale * self.magnitude)
+        if hasattr(self, "output_gate"):
+            output = output * self.output_gate(inputs.hidden_states)
+        return output
+
+    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+        """How much of the value at j is in the sum at i: [B, Hq, T, T], for T of some hundreds."""
+        batch, tokens, heads, _ = inputs.value.shape
+        identity = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
+        value = identity[None, :, None].expand(batch, -1, heads, -1)
+        output, _ = self.mix(replace(inputs, value=value))
+        return output.transpose(1, 2)
 
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
         """Move the starting values towards `target` [B, T, Hq, V], what softmax attention makes of
         the same inputs; in place. A mixer with nothing to choose leaves this as it is."""
+
+    def choose(
+        self,
+        inputs: MixerInputs,
+        target: Tensor,
+        candidates: Sequence[float],
+        assign: Callable[[Tensor], None],
+    ) -> None:
+        """Give every head the candidate that leaves the smallest error to `target`.
+
+        `assign` takes one value a head, [Hq]. Where there is a scale, each candidate is judged with
+        the one that least squares gives it, per channel, and the best is set too.
+        """
+        heads, scaled = self.shape.query_heads, hasattr(self, "scale")
+        target = target.float().flatten(0, 1)  # [B·T, Hq, V]
+        best_error, best = target.new_full((heads,), torch.inf), target.new_empty(heads)
+        best_scale = torch.ones_like(target[0])
+        if scaled:
+            self.set_scale(best_scale)
+        for candidate in candidates:
+            assign(torch.full_like(best, candidate))
+            output = self(inputs)[0].float().flatten(0, 1)
+            scale = torch.ones_like(best_scale)
+            if scaled:
+                scale = (output * target).sum(0) / (output * output).sum(0).clamp(min=LEAST_POWER)
+            error = (target - scale * output).pow(2).sum((0, 2))
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale[better], best[better] = scale[better], candidate
+        assign(best)
+        if scaled:
+            self.set_scale(best_scale)
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Factors per head and channel, [Hq, V], as magnitude times scale."""
+        magnitude = scale.square().mean(1, keepdim=True).sqrt().clamp(min=LEAST_POWER)
+        self.magnitude.data.copy_(magnitude)
+        self.scale.data.copy_(scale / magnitude)
+
+
+class OutputGate(nn.Module):
+    """2σ(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        self.sizes = shape.query_heads, shape.value_size
+        self.weight = nn.Parameter(torch.empty(math.prod(self.sizes), shape.hidden_size))
+        self.bias = nn.Parameter(torch.empty(math.prod(self.sizes)))
+
+    def reset_parameters(self) -> None:
+        self.weight.data.zero_()
+        self.bias.data.zero_()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight, bias = (x.to(hidden_states.dtype) for x in (self.weight, self.bias))
+        gate = nn.functional.linear(hidden_states, weight, bias)
+        return 2 * gate.float().sigmoid().unflatten(-1, self.sizes)

@@ -1,15 +1,22 @@
-"""Feature maps φ of the `supra` mixer: query and key to the features whose dot product is taken."""
+"""Feature maps φ: query and key to the features whose dot product is taken.
+
+`after_rotary`: φ is taken of rotated heads, so that features stay nonnegative; other features turn
+themselves.
+"""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from supra.mixers.base import AttentionShape
+from supra.mixers.base import AttentionShape, MixerInputs
 
 
 class Identity(nn.Module):
     """φ(x) = x: the teacher's own queries and keys."""
+
+    after_rotary = False
 
     def __init__(self, shape: AttentionShape):
         super().__init__()
@@ -21,12 +28,8 @@ class Identity(nn.Module):
         return query, key
 
 
-class SignPair(nn.Module):
-    """φ(x) = [relu(Wx + b), relu(−Wx − b)] per head, started at W = I, b = 0.
-
-    A single relu would drop half of an identity map; both signs keep it: φ(q)·φ(k) is the sum of
-    q·k over the features whose signs agree. Head size doubles. [B, T, H, K] to [B, T, H, 2K].
-    """
+class _PerHead(nn.Module, ABC):
+    """φ(x) = f(Wx + b) with a W of its own for each head, started at W = I, b = 0."""
 
     def __init__(self, shape: AttentionShape):
         super().__init__()
@@ -44,18 +47,53 @@ class SignPair(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return (
-            self._features(query, self.query_weight, self.query_bias),
-            self._features(key, self.key_weight, self.key_bias),
+            self.activate(_dense(query, self.query_weight, self.query_bias)),
+            self.activate(_dense(key, self.key_weight, self.key_bias)),
         )
 
-    @staticmethod
-    def _features(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x [B, T, H, K] times weight [H, out, in]: a dense layer per head."""
-        batch, tokens, heads, size = x.shape
-        rows = x.permute(2, 0, 1, 3).reshape(heads, batch * tokens, size)
-        rows = torch.baddbmm(bias.to(x.dtype)[:, None], rows, weight.to(x.dtype).mT)
-        mapped = rows.view(heads, batch, tokens, size).permute(1, 2, 0, 3)
+    @abstractmethod
+    def activate(self, mapped: Tensor) -> Tensor:
+        """f: features of y = Wx + b."""
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [B, T, H, K] times weight [H, out, in]: a dense layer per head."""
+    batch, tokens, heads, size = x.shape
+    rows = x.permute(2, 0, 1, 3).reshape(heads, batch * tokens, size)
+    rows = torch.baddbmm(bias.to(x.dtype)[:, None], rows, weight.to(x.dtype).mT)
+    return rows.view(heads, batch, tokens, size).permute(1, 2, 0, 3)
+
+
+class SignPair(_PerHead):
+    """[relu(y), relu(−y)] of y = Wx + b. [B, T, H, K] to [B, T, H, 2K].
+
+    A single relu would drop half of an identity map; both signs keep it: φ(q)·φ(k) is the sum of
+    q·k over the features whose signs agree.
+    """
+
+    after_rotary = False
+
+    def activate(self, mapped: Tensor) -> Tensor:
         return torch.cat([mapped.relu(), (-mapped).relu()], dim=-1)
+
+
+class ReLU(_PerHead):
+    """relu(Wx + b): the feature map of T2R (Kasai et al. 2021, equation 5)."""
+
+    after_rotary = True
+
+    def activate(self, mapped: Tensor) -> Tensor:
+        return mapped.relu()
+
+
+class Hedgehog(_PerHead):
+    """softmax([y, −y]) of y = Wx + b (Hedgehog, Zhang et al. 2024, section 4.1): peaked, as
+    softmax attention is. [B, T, H, K] to [B, T, H, 2K]."""
+
+    after_rotary = True
+
+    def activate(self, mapped: Tensor) -> Tensor:
+        return torch.cat([mapped, -mapped], dim=-1).softmax(-1)
 
 
 class MixedReLU(nn.Module):
@@ -65,6 +103,8 @@ class MixedReLU(nn.Module):
     of their own, as in the published code. Random weights discard what the teacher knew: this map
     is here to run the published method, which spends 10 billion tokens and more to recover.
     """
+
+    after_rotary = False
 
     def __init__(self, shape: AttentionShape):
         super().__init__()
@@ -99,4 +139,29 @@ class MixedReLU(nn.Module):
         return mapped.relu().view_as(x)
 
 
-FEATURE_MAPS = {"identity": Identity, "sign_pair": SignPair, "mixed_relu": MixedReLU}
+FEATURE_MAPS = {
+    "identity": Identity,
+    "sign_pair": SignPair,
+    "relu": ReLU,
+    "hedgehog": Hedgehog,
+    "mixed_relu": MixedReLU,
+}
+
+
+def map_features(
+    feature_map: nn.Module, inputs: MixerInputs, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Features of query and key at their positions. Features that turn themselves do so in blocks
+    of head_size, each as the head would."""
+    if inputs.rotary is None:
+        return feature_map(query, key)
+    if feature_map.after_rotary:
+        return feature_map(*inputs.rotary(query, key))
+    size = query.shape[-1]
+    features = feature_map(query, key)
+    blocks = [x.unflatten(-1, (-1, size)).flatten(2, 3) for x in features]
+    rotated = inputs.rotary(*blocks)
+    return tuple(
+        turned.unflatten(2, (x.shape[2], -1)).flatten(3)
+        for turned, x in zip(rotated, features, strict=True)
+    )

@@ -30,10 +30,7 @@ class Softmax(Mixer):
     Options = SoftmaxOptions
     State = SoftmaxState
 
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(
+    def mix(
         self, inputs: MixerInputs, state: SoftmaxState | None = None, return_state: bool = False
     ) -> tuple[Tensor, SoftmaxState | None]:
         query, key, value = inputs.query, inputs.key, inputs.value

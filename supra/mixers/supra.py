@@ -1,8 +1,9 @@
-"""`supra`: normalised linear attention with decay (SUPRA, Mercat et al. 2024, equation 10).
+"""`supra`: linear attention with decay, the mixer of SUPRA (Mercat et al. 2024, equation 10),
 
     v'ᵢ = s · GroupNorm( Σ_{j≤i} γ^{i−j} RoPE(φ(qᵢ))·RoPE(φ(kⱼ)) vⱼ )
 
-GroupNorm has one group a head and takes its statistics per token, so it needs no state.
+and its relatives: other feature maps, decays from the hidden states, weights that sum to one. The
+presets of `supra.mixers` give these their names.
 """
 
 import math
@@ -12,37 +13,51 @@ import torch
 from torch import Tensor, nn
 
 from supra.errors import UserError, check_choice
-from supra.kernels.linear_attention import (
-    LinearAttentionState,
-    chunk_linear_attention,
-    recurrent_linear_attention,
-)
+from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.feature_maps import FEATURE_MAPS
+from supra.mixers.feature_maps import FEATURE_MAPS, map_features
+from supra.mixers.gates import DecayGate, slope_of_half_life
+from supra.mixers.scan import LINEAR_ATTENTION, scan
 
 NORM_EPS = 1e-5
-HALF_LIVES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens; what calibration chooses from
+HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; what calibration chooses from
 
 
 @dataclass(frozen=True)
 class SupraOptions:
-    """The defaults keep the teacher's function at the start; `supra_paper` is the published form.
+    """The defaults keep the teacher's function at the start.
 
-    feature_map: "sign_pair", "identity" or "mixed_relu" (supra/mixers/feature_maps.py).
-    decay: "learnable" or "fixed"; both start from Lightning Attention's slopes.
-    scale: whether s, one factor per head and channel, follows the norm. It can be folded into the
-        output projection.
+    feature_map: "sign_pair", "identity", "relu", "hedgehog" or "mixed_relu"
+        (supra/mixers/feature_maps.py).
+    decay: "learnable" or "fixed", one per head, both from Lightning Attention's slopes; "gated",
+        one per token and head, from the hidden states; or "none".
+    normalize: "group", GroupNorm with one group a head, whose statistics are a token's own and need
+        no state; "sum", divide by the sum of the weights, for features that stay nonnegative; or
+        "none".
+    scale: whether s, one factor per head and channel, follows. It can be folded into the output
+        projection.
+    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
     """
 
     feature_map: str = "sign_pair"
     decay: str = "learnable"
+    normalize: str = "group"
     scale: bool = True
+    output_gate: bool = False
 
     def __post_init__(self):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
-        check_choice("decay", self.decay, ("learnable", "fixed"))
-        if not isinstance(self.scale, bool):
-            raise UserError(f"scale (={self.scale!r}) must be true or false")
+        check_choice("decay", self.decay, ("learnable", "fixed", "gated", "none"))
+        check_choice("normalize", self.normalize, ("group", "sum", "none"))
+        for name in ("scale", "output_gate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} (={value!r}) must be true or false")
+        if self.normalize == "sum" and not FEATURE_MAPS[self.feature_map].after_rotary:
+            raise UserError(
+                f"normalize (='sum') needs features that stay nonnegative, which those of "
+                f"feature_map (={self.feature_map!r}) do not when they turn with the position: "
+                "take relu or hedgehog, or normalize=group"
+            )
 
 
 def lightning_slopes(heads: int) -> Tensor:
@@ -51,7 +66,7 @@ def lightning_slopes(heads: int) -> Tensor:
 
 
 class Supra(Mixer):
-    """SUPRA's mixer; state [B, Hq, features, V], a constant size whatever the context."""
+    """Linear attention; state [B, Hq, features, V], a constant size whatever the context."""
 
     name = "supra"
     Options = SupraOptions
@@ -60,61 +75,49 @@ class Supra(Mixer):
     def __init__(self, shape: AttentionShape, options: SupraOptions):
         super().__init__(shape, options)
         self.feature_map = FEATURE_MAPS[options.feature_map](shape)
-        # log(−log γ): any value is a decay below one, and float32 resolves γ near one
-        log_slope = lightning_slopes(shape.query_heads).log()
-        if options.decay == "learnable":
-            self.log_slope = nn.Parameter(log_slope)
-        else:  # loading makes every parameter trainable, so what is fixed is none
-            self.register_buffer("log_slope", log_slope)
-        if options.scale:
-            # in units of the head's magnitude: calibrated scales go down to 0.01, and steps of
-            # AdamW at a rate of 1e-3 would turn those over within ten
-            self.scale = nn.Parameter(torch.empty(shape.query_heads, shape.value_size))
-            self.register_buffer("magnitude", torch.ones(shape.query_heads, 1))
+        if options.decay == "gated":
+            self.decay_gate = DecayGate(shape)
+        elif options.decay != "none":
+            # log(−log γ): any value is a decay below one, and float32 resolves γ near one
+            log_slope = lightning_slopes(shape.query_heads).log()
+            if options.decay == "learnable":
+                self.log_slope = nn.Parameter(log_slope)
+            else:  # loading makes every parameter trainable, so what is fixed is none
+                self.register_buffer("log_slope", log_slope)
 
     def reset_parameters(self) -> None:
-        self.feature_map.reset_parameters()
-        self.log_slope.data.copy_(lightning_slopes(self.shape.query_heads).log())
-        if self.options.scale:
-            self.scale.data.fill_(1.0)
-            self.magnitude.fill_(1.0)
+        super().reset_parameters()
+        if hasattr(self, "log_slope"):
+            self.log_slope.data.copy_(lightning_slopes(self.shape.query_heads).log())
 
-    def forward(
+    def mix(
         self,
         inputs: MixerInputs,
         state: LinearAttentionState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, LinearAttentionState | None]:
-        query, key = self.feature_map(inputs.query, inputs.key)
-        if inputs.rotary is not None:
-            query, key = rotate_features(inputs, query, key)
-        value, log_decay = inputs.value, -self.log_slope.float().exp()
-        if inputs.padding_mask is not None:
-            kept = inputs.padding_mask[:, :, None]
-            key, value = key * kept[..., None], value * kept[..., None]
-            log_decay = torch.where(kept, log_decay, 0.0)
-        scale = 1 / math.sqrt(self.shape.head_size)
-        if query.shape[1] == 1:
-            output, state = recurrent_linear_attention(
-                query, key, value, log_decay=log_decay, scale=scale,
-                initial_state=state, return_state=return_state,
-            )  # fmt: skip
-        elif inputs.cu_seqlens is not None:
-            rows = (x.flatten(0, 1)[None] for x in (query, key, value))
-            output, state = chunk_linear_attention(
-                *rows, log_decay=log_decay, scale=scale, cu_seqlens=inputs.cu_seqlens
-            )
-            output = output.view(*query.shape[:3], -1)
-        else:
-            output, state = chunk_linear_attention(
-                query, key, value, log_decay=log_decay, scale=scale,
-                initial_state=state, return_state=return_state,
-            )  # fmt: skip
-        # GroupNorm, one group a head, no bias
-        output = nn.functional.layer_norm(output.float(), output.shape[-1:], eps=NORM_EPS)
-        if self.options.scale:
-            output = output * (self.scale * self.magnitude)
-        return output.to(inputs.value.dtype), state
+        query, key = map_features(self.feature_map, inputs, inputs.query, inputs.key)
+        return scan(
+            LINEAR_ATTENTION, inputs, query, key, inputs.value,
+            log_decay=self._log_decay(inputs),
+            state=state,
+            return_state=return_state,
+            normalize="sum" if self.options.normalize == "sum" else None,
+            scale=1 / math.sqrt(self.shape.head_size),
+        )  # fmt: skip
+
+    def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
+        output = output.float()
+        if self.options.normalize == "group":  # one group a head, no bias
+            output = nn.functional.layer_norm(output, output.shape[-1:], eps=NORM_EPS)
+        return super().read_out(inputs, output)
+
+    def _log_decay(self, inputs: MixerInputs) -> Tensor | None:
+        if self.options.decay == "none":
+            return None
+        if self.options.decay == "gated":
+            return self.decay_gate(inputs.hidden_states)
+        return -self.log_slope.float().exp()
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
@@ -125,33 +128,12 @@ class Supra(Mixer):
         """
         if not self.options.scale:
             return
-        target = target.float().flatten(0, 1)  # [B·T, Hq, V]
-        best_error = target.new_full((self.shape.query_heads,), torch.inf)
-        best_scale, best_slope = torch.zeros_like(self.scale), self.log_slope.clone()
-        self.scale.fill_(1.0)
-        self.magnitude.fill_(1.0)
-        learnable = self.options.decay == "learnable"
-        for half_life in HALF_LIVES if learnable else (None,):
-            if half_life is not None:
-                self.log_slope.fill_(math.log(math.log(2) / half_life))
-            output = self(inputs)[0].float().flatten(0, 1)
-            scale = (output * target).sum(0) / (output * output).sum(0).clamp(min=NORM_EPS)
-            error = (target - scale * output).pow(2).sum((0, 2))
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale[better] = scale[better]
-            best_slope[better] = self.log_slope[better]
-        self.magnitude.copy_(best_scale.square().mean(1, keepdim=True).sqrt().clamp(min=NORM_EPS))
-        self.scale.copy_(best_scale / self.magnitude)
-        self.log_slope.copy_(best_slope)
+        if self.options.decay == "gated":
+            self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
+        elif self.options.decay == "learnable":
+            self.choose(inputs, target, HALF_LIVES, self._set_half_life)
+        else:
+            self.choose(inputs, target, (0.0,), lambda _: None)
 
-
-def rotate_features(inputs: MixerInputs, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """RoPE on features: each block of head_size features turns as the head itself would."""
-    size = inputs.query.shape[-1]
-    blocks = [x.unflatten(-1, (-1, size)).flatten(2, 3) for x in (query, key)]
-    rotated = inputs.rotary(*blocks)
-    return tuple(
-        turned.unflatten(2, (x.shape[2], -1)).flatten(3)
-        for turned, x in zip(rotated, (query, key), strict=True)
-    )
+    def _set_half_life(self, tokens: Tensor) -> None:
+        self.log_slope.data.copy_(slope_of_half_life(tokens))

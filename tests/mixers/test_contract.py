@@ -11,7 +11,11 @@ from supra.mixers import resolve_mixer as resolve
 from supra.testing import mixer_inputs
 
 NAMES = [*MIXERS, *PRESETS]
-VARIANTS = [(name, {}) for name in NAMES] + [("supra", {"feature_map": "identity"})]
+VARIANTS = [(name, {}) for name in NAMES] + [
+    ("supra", {"feature_map": "identity"}),
+    ("window", {"size": 5, "sinks": 3}),
+    ("window", {"size": 1, "sinks": 0, "decay": "none"}),
+]
 SHAPES = [
     AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48),
     AttentionShape(query_heads=3, key_heads=3, head_size=10, value_size=7, hidden_size=30),
@@ -187,7 +191,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         resolve("supr")
     with pytest.raises(UserError, match="did you mean 'feature_map'"):
         resolve("supra", {"featuremap": "identity"})
-    with pytest.raises(UserError, match="identity, mixed_relu, sign_pair"):
+    with pytest.raises(UserError, match="hedgehog, identity, mixed_relu"):
         resolve("supra", {"feature_map": "none"})
     with pytest.raises(UserError, match="has no options"):
         resolve("softmax", {"scale": True})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from supra.errors import UserError
 from supra.mixers import AttentionShape, Rotary, build_mixer
 from supra.mixers.supra import lightning_slopes
 from supra.testing import mixer_inputs
@@ -99,3 +100,55 @@ def test_slopes_for_any_number_of_heads(heads):
     assert slopes.shape == (heads,)
     torch.testing.assert_close(slopes[-1], torch.tensor(2.0**-8))  # half-life 177 tokens
     assert (slopes.diff() < 0).all()
+
+
+def weighted_mean(weights, value):
+    """Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij of weights [B, H, T, T]."""
+    weights = weights.tril()
+    mean = torch.einsum("bhij,bjhv->bihv", weights, value)
+    return mean / weights.sum(-1).transpose(1, 2)[..., None]
+
+
+@pytest.mark.parametrize("name", ["t2r", "hedgehog"])
+def test_normalised_presets_are_weighted_means(name):
+    shape = AttentionShape(4, 2, 8, 6, 32)
+    mixer = build_mixer(name, shape, {}).double()
+    mixer.reset_parameters()
+    inputs = inputs_of(shape)
+    x = (inputs.query, inputs.key)
+    if name == "t2r":
+        query, key = (y.relu() for y in x)
+    else:
+        query, key = (torch.cat([y, -y], -1).softmax(-1) for y in x)
+    key, value = (y.repeat_interleave(2, dim=2) for y in (key, inputs.value))
+    expected = weighted_mean(torch.einsum("bihk,bjhk->bhij", query, key), value)
+    torch.testing.assert_close(mixer(inputs)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gated_starts_with_half_lives_that_the_gate_can_change():
+    shape = AttentionShape(3, 3, 8, 8, 24)
+    mixer = build_mixer("gated", shape, {}).double()
+    mixer.reset_parameters()
+    inputs = inputs_of(shape)
+    decay = mixer.decay_gate(inputs.hidden_states).exp()
+    half_lives = torch.log(torch.tensor(0.5)) / decay.log()
+    expected = torch.tensor([4.0, 4 * 512**0.5, 2048.0], dtype=torch.float64)
+    torch.testing.assert_close(half_lives[0, 0], expected, atol=0, rtol=1e-4)
+    mixer.decay_gate.weight.data.normal_()
+    assert mixer.decay_gate(inputs.hidden_states).std(dim=1).min() > 0.1
+
+
+def test_mixing_matrix_is_what_multiplies_the_values():
+    shape = AttentionShape(4, 2, 8, 6, 32)
+    for name in ("supra", "gated", "gated_delta", "softmax", "window"):
+        mixer = build_mixer(name, shape, {}).double()
+        mixer.reset_parameters()
+        inputs = inputs_of(shape)
+        value = inputs.value.repeat_interleave(2, dim=2)
+        mixed = torch.einsum("bhij,bjhv->bihv", mixer.mixing_matrix(inputs), value)
+        torch.testing.assert_close(mixer.mix(inputs)[0], mixed, atol=1e-6, rtol=1e-6)
+
+
+def test_weights_that_may_be_negative_cannot_be_normalised_by_their_sum():
+    with pytest.raises(UserError, match="stay nonnegative"):
+        build_mixer("supra", AttentionShape(2, 2, 8, 8, 16), {"normalize": "sum"})

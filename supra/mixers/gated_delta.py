@@ -1,0 +1,95 @@
+"""`gated_delta`: the gated delta rule (Yang, Kautz & Hatamizadeh 2024, equation 10).
+
+    Sᵢ = γᵢ (1 − βᵢ kᵢkᵢᵀ) Sᵢ₋₁ + βᵢ kᵢvᵢᵀ        v'ᵢ = s · qᵢSᵢ
+
+The state is a memory of values by keys; what it holds under a key is moved towards the new value
+by the share β, where linear attention would only add to it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from supra.errors import UserError, check_choice
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.feature_maps import FEATURE_MAPS, map_features
+from supra.mixers.gates import DecayGate, HeadLogits
+from supra.mixers.scan import GATED_DELTA_RULE, scan
+
+HALF_LIVES = tuple(4**n for n in range(1, 7))  # tokens; what calibration chooses from
+STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # of writing
+STRENGTH = 0.12  # at the start
+
+
+@dataclass(frozen=True)
+class GatedDeltaOptions:
+    """feature_map: of queries and keys, which are then brought to length one; "hedgehog",
+        "identity" or "sign_pair" (supra/mixers/feature_maps.py).
+    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    """
+
+    feature_map: str = "hedgehog"
+    output_gate: bool = True
+    scale: bool = True
+
+    def __post_init__(self):
+        check_choice("feature_map", self.feature_map, ("hedgehog", "identity", "sign_pair"))
+        for name in ("scale", "output_gate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} (={value!r}) must be true or false")
+
+
+class GatedDeltaState(NamedTuple):
+    memory: Tensor  # [B, Hq, features, V], float32
+
+
+class GatedDelta(Mixer):
+    """The gated delta rule with a decay and a writing strength per token and query head."""
+
+    name = "gated_delta"
+    Options = GatedDeltaOptions
+    State = GatedDeltaState
+
+    def __init__(self, shape: AttentionShape, options: GatedDeltaOptions):
+        super().__init__(shape, options)
+        self.feature_map = FEATURE_MAPS[options.feature_map](shape)
+        self.decay_gate = DecayGate(shape)
+        self.strength = HeadLogits(shape)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._set_strength(torch.full((self.shape.query_heads,), STRENGTH))
+
+    def mix(
+        self,
+        inputs: MixerInputs,
+        state: GatedDeltaState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, GatedDeltaState | None]:
+        query, key = map_features(self.feature_map, inputs, inputs.query, inputs.key)
+        query, key = (torch.nn.functional.normalize(x, dim=-1) for x in (query, key))
+        # every query head writes a memory of its own, which its decay and strength shape
+        groups = self.shape.query_heads // self.shape.key_heads
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, inputs.value))
+        output, memory = scan(
+            GATED_DELTA_RULE, inputs, query, key, value,
+            self.strength(inputs.hidden_states).sigmoid(),
+            log_decay=self.decay_gate(inputs.hidden_states),
+            state=None if state is None else state.memory,
+            return_state=return_state,
+        )  # fmt: skip
+        return output, None if memory is None else GatedDeltaState(memory)
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Per head, half-life and writing strength under which least squares leaves the smallest
+        error, one after the other, and the scale."""
+        if self.options.scale:
+            self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
+            self.choose(inputs, target, STRENGTHS, self._set_strength)
+            self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
+
+    def _set_strength(self, share: Tensor) -> None:
+        self.strength.set(share.logit())

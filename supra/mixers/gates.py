@@ -1,0 +1,53 @@
+"""Numbers per token and head from the hidden states: decays, strengths, weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from supra.kernels.backends import without_autocast
+from supra.mixers.base import AttentionShape
+
+
+class HeadLogits(nn.Module):
+    """Wx + b, W zero at the start. In float32 also under autocast: bf16 rounds decays near 1."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.query_heads, shape.hidden_size))
+        self.bias = nn.Parameter(torch.empty(shape.query_heads))
+
+    def reset_parameters(self) -> None:
+        self.weight.data.zero_()
+        self.bias.data.zero_()
+
+    def set(self, bias: Tensor) -> None:
+        """Start every head [Hq] at this, whatever the token."""
+        self.bias.data.copy_(bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, Hq]."""
+        with without_autocast(hidden_states.device):
+            hidden_states = hidden_states.to(self.weight.dtype)
+            return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+
+class DecayGate(HeadLogits):
+    """log σ(Wx + b), a log_decay. It starts with half-lives from 4 to 2048 tokens."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        heads = len(self.bias)
+        self.set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+
+    def set_half_life(self, tokens: Tensor) -> None:
+        decay = torch.exp2(-1 / tokens.double())  # float32 does not tell 1 - 1e-8 from 1
+        self.set(decay.logit())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.logsigmoid(super().forward(hidden_states))
+
+
+def slope_of_half_life(tokens: Tensor) -> Tensor:
+    """log(−log γ) of a decay γ that halves in so many tokens."""
+    return (math.log(2) / tokens).log()

@@ -1,0 +1,254 @@
+"""`window`: exact attention to the last tokens and to the first ones, linear attention to the rest.
+
+    v'ᵢ = ( Σ_{j exact} e^{sᵢⱼ} vⱼ + e^{aᵢ} φ(qᵢ)·Σ_{j left} φ(kⱼ) vⱼ ) / ( the same with vⱼ = 1 )
+
+One softmax over both: sᵢⱼ is the teacher's own score, and aᵢ, from the hidden states, says how much
+what has left the window weighs. After LoLCATs (Zhang et al. 2024, section 3.3)
+and Lizard (2025); the first tokens, which softmax attention leans on, stay exact as in StreamingLLM
+(Xiao et al. 2023).
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from supra.errors import UserError, check_choice
+from supra.kernels.linear_attention import LinearAttentionState
+from supra.mixers.band import band_distance, band_scores, band_sums
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.feature_maps import FEATURE_MAPS, map_features
+from supra.mixers.gates import DecayGate, HeadLogits
+from supra.mixers.scan import LINEAR_ATTENTION, scan
+
+LEAST_MASS = 1e-30  # of what has left the window, where nothing has
+WEIGHTS = tuple(range(-4, 15, 2))  # of the linear part, in nats; what calibration chooses from
+HALF_LIVES = tuple(4.0**n for n in range(2, 7))  # tokens
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """size: tokens of the window, the current one included.
+    sinks: first tokens of a document that never leave.
+    feature_map: of the linear part, "hedgehog" or "relu" (supra/mixers/feature_maps.py).
+    decay: of the linear part, "none", or "gated" by the hidden states.
+    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    dropout: share of training's calls in which the window is the current token alone, so that the
+        linear part learns to do without.
+    """
+
+    size: int = 64
+    sinks: int = 4
+    feature_map: str = "hedgehog"
+    decay: str = "gated"
+    output_gate: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        check_choice("feature_map", self.feature_map, ("hedgehog", "relu"))
+        check_choice("decay", self.decay, ("gated", "none"))
+        for name, least in (("size", 1), ("sinks", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} (={value!r}) must be a whole number >= {least}")
+        if not isinstance(self.output_gate, bool):
+            raise UserError(f"output_gate (={self.output_gate!r}) must be true or false")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout (={self.dropout!r}) must be >= 0 and < 1")
+
+
+class WindowState(NamedTuple):
+    """Of constant size: W window tokens and S sinks, whatever the context."""
+
+    memory: Tensor  # [B, Hq, features, V + 1], float32; the last column sums the weights
+    recent_key: Tensor  # [B, W, Hkv, K], rotated, the newest last
+    recent_value: Tensor  # [B, W, Hkv, V]
+    sink_key: Tensor  # [B, S, Hkv, K], rotated
+    sink_value: Tensor  # [B, S, Hkv, V]
+    length: Tensor  # int [B], tokens so far
+
+
+class Window(Mixer):
+    """Exact within a window and at the first tokens of a document, linear beyond."""
+
+    name = "window"
+    Options = WindowOptions
+    State = WindowState
+    branches = ("linear", "window")
+
+    def __init__(self, shape: AttentionShape, options: WindowOptions):
+        super().__init__(shape, options)
+        self.feature_map = FEATURE_MAPS[options.feature_map](shape)
+        self.linear_weight = HeadLogits(shape)
+        if options.decay == "gated":
+            self.decay_gate = DecayGate(shape)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.options.decay == "gated":  # the linear part is for what is far
+            self.decay_gate.set_half_life(torch.full((self.shape.query_heads,), HALF_LIVES[-1]))
+
+    def mix(
+        self, inputs: MixerInputs, state: WindowState | None = None, return_state: bool = False
+    ) -> tuple[Tensor, WindowState | None]:
+        if inputs.rotary is not None:
+            query, key = inputs.rotary(inputs.query, inputs.key)
+            inputs = replace(inputs, query=query, key=key, rotary=None)
+        if inputs.padding_mask is None:
+            return self._mix(inputs, state, return_state)
+        # padding to the end of each row, so that a place in the row is a place in the document
+        order = inputs.padding_mask.long().argsort(dim=1, descending=True, stable=True)
+        names = ("hidden_states", "query", "key", "value", "padding_mask")
+        inputs = replace(inputs, **{name: pick(getattr(inputs, name), order) for name in names})
+        output, state = self._mix(inputs, state, return_state)
+        return pick(output, order.argsort(dim=1)), state
+
+    def _mix(
+        self, inputs: MixerInputs, state: WindowState | None, return_state: bool
+    ) -> tuple[Tensor, WindowState | None]:
+        state = state or self._empty_state(inputs)
+        rank, sinks = self._places(inputs, state)
+        key = torch.cat([state.recent_key, inputs.key], dim=1)
+        value = torch.cat([state.recent_value, inputs.value], dim=1)
+        size = self._size_now()
+        first = self.options.size - size
+        near = key[:, first:], value[:, first:]
+        linear, memory = self._linear(inputs, near, rank, size, state.memory, return_state)
+        output = self._join(inputs, near, rank, sinks, linear, size)
+        if not return_state:
+            return output, None
+        count = torch.full_like(state.length, inputs.key.shape[1])
+        if inputs.padding_mask is not None:
+            count = inputs.padding_mask.sum(1)
+        last = count[:, None] + torch.arange(self.options.size, device=count.device)
+        recent = pick(key, last), pick(value, last)
+        return output, WindowState(memory, *recent, *sinks, state.length + count)
+
+    def _size_now(self) -> int:
+        dropped = self.training and torch.rand(()).item() < self.options.dropout
+        return 1 if dropped or self.only == "linear" else self.options.size
+
+    def _empty_state(self, inputs: MixerInputs) -> WindowState:
+        key, value, options = inputs.key, inputs.value, self.options
+        return WindowState(
+            memory=None,
+            recent_key=torch.zeros_like(key[:, :1]).expand(-1, options.size, -1, -1),
+            recent_value=torch.zeros_like(value[:, :1]).expand(-1, options.size, -1, -1),
+            sink_key=torch.zeros_like(key[:, :1]).expand(-1, options.sinks, -1, -1),
+            sink_value=torch.zeros_like(value[:, :1]).expand(-1, options.sinks, -1, -1),
+            length=torch.zeros(len(key), dtype=torch.int64, device=key.device),
+        )
+
+    def _places(
+        self, inputs: MixerInputs, state: WindowState
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Each token's place in its document, int [B, T], and the key and value of the document's
+        first tokens: [B, S, Hkv, D], or [B, T, S, Hkv, D] where documents are packed."""
+        batch, tokens = inputs.key.shape[:2]
+        sinks = torch.arange(self.options.sinks, device=inputs.key.device)
+        if inputs.cu_seqlens is not None:
+            bounds = inputs.cu_seqlens.to(sinks.device)
+            at = torch.arange(batch * tokens, device=sinks.device)
+            start = bounds[torch.bucketize(at, bounds, right=True) - 1]
+            first = (start[:, None] + sinks).clamp(max=batch * tokens - 1).view(batch, tokens, -1)
+            key, value = (x.flatten(0, 1)[first] for x in (inputs.key, inputs.value))
+            return (at - start).view(batch, tokens), (key, value)
+        rank = state.length[:, None] + torch.arange(tokens, device=sinks.device)
+        at = sinks - state.length[:, None]
+        new = ((at >= 0) & (at < tokens))[..., None, None]
+        at = at.clamp(0, tokens - 1)
+        return rank, (
+            torch.where(new, pick(inputs.key, at), state.sink_key),
+            torch.where(new, pick(inputs.value, at), state.sink_value),
+        )
+
+    def _linear(
+        self,
+        inputs: MixerInputs,
+        near: tuple[Tensor, Tensor],
+        rank: Tensor,
+        size: int,
+        memory: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums [B, T, Hq, V + 1] over what has left the window, the weights' own sum last."""
+        key, value = (x[:, : inputs.key.shape[1]] for x in near)  # leaves as each token arrives
+        left = (rank >= self.options.sinks + size)[..., None, None]
+        query, key = map_features(self.feature_map, inputs, inputs.query, key)
+        wide = torch.promote_types(value.dtype, torch.float32)
+        value = torch.nn.functional.pad(value.to(wide), (0, 1), value=1.0)
+        gated = self.options.decay == "gated"
+        sums, end = scan(
+            LINEAR_ATTENTION, inputs, query, key * left, value * left,
+            log_decay=self.decay_gate(inputs.hidden_states) if gated else None,
+            state=None if memory is None else LinearAttentionState(memory, None),
+            return_state=return_state,
+        )  # fmt: skip
+        return sums, None if end is None else end.memory
+
+    def _join(
+        self,
+        inputs: MixerInputs,
+        near: tuple[Tensor, Tensor],
+        rank: Tensor,
+        sinks: tuple[Tensor, Tensor],
+        linear: Tensor,
+        size: int,
+    ) -> Tensor:
+        """One softmax over the window, the sinks and what is left: [B, T, Hq, V]."""
+        wide = linear.dtype
+        query, key, value = (x.to(wide) for x in (inputs.query, *near))
+        sink_key, sink_value = (x.to(wide) for x in sinks)
+        distance = band_distance(query.shape[1], size, query.device)
+        outside = (distance < 0) | (distance >= size)
+        outside = outside | (distance > rank[..., None] - self.options.sinks)
+        window = self._scores(inputs, band_scores(query, key, size), outside)
+        later = torch.arange(self.options.sinks, device=rank.device) > rank[..., None]
+        first = self._scores(inputs, sink_scores(query, sink_key), later)
+        mass = linear[..., -1:].clamp(min=LEAST_MASS)
+        far = self.linear_weight(inputs.hidden_states)[..., None].to(wide) + mass.log()
+        if self.only == "window":
+            far = torch.full_like(far, -torch.inf)
+        parts = [window, first, far]
+        if inputs.sinks is not None:
+            parts.append(inputs.sinks.to(wide).view(-1, 1).expand_as(far))
+        shares = torch.cat(parts, dim=-1).softmax(-1)
+        window, first, far = shares.split([x.shape[-1] for x in parts], dim=-1)[:3]
+        output = band_sums(window, value, size) + sink_sums(first, sink_value)
+        return output + far * linear[..., :-1] / mass
+
+    @staticmethod
+    def _scores(inputs: MixerInputs, products: Tensor, hidden: Tensor) -> Tensor:
+        """The teacher's scores from q·k [B, T, Hq, J]; −inf where `hidden` [B, T, J]."""
+        scores = products * inputs.scaling
+        if inputs.softcap is not None:
+            scores = torch.tanh(scores / inputs.softcap) * inputs.softcap
+        return scores.masked_fill(hidden[:, :, None], -torch.inf)
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Per head, the weight of the linear part that leaves the smallest error, and its decay."""
+        self.choose(inputs, target, WEIGHTS, self.linear_weight.set)
+        if self.options.decay == "gated":
+            self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
+            self.choose(inputs, target, WEIGHTS, self.linear_weight.set)
+
+
+def pick(x: Tensor, at: Tensor) -> Tensor:
+    """Tokens `at` [B, N] of each row of x [B, T, …]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], at]
+
+
+def sink_scores(query: Tensor, key: Tensor) -> Tensor:
+    """q·k of the first tokens, the row's or each token's own document's: [B, T, Hq, S]."""
+    query = query.unflatten(2, (key.shape[-2], -1))
+    places = "bshk" if key.dim() == 4 else "btshk"
+    return torch.einsum(f"bthgk,{places}->bthgs", query, key).flatten(2, 3)
+
+
+def sink_sums(shares: Tensor, value: Tensor) -> Tensor:
+    """Σ share·v over the first tokens: [B, T, Hq, S] to [B, T, Hq, V]."""
+    shares = shares.unflatten(2, (value.shape[-2], -1))
+    places = "bshv" if value.dim() == 4 else "btshv"
+    return torch.einsum(f"bthgs,{places}->bthgv", shares, value).flatten(2, 3)
