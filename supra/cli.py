@@ -44,9 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="an option of the mixer, as feature_map=identity; may be repeated",
     )  # fmt: skip
     add.add_argument(
-        "--keep-attention", default="", metavar="3,7",
-        help="layers that stay softmax attention; -1 is the last",
+        "--keep-attention", default="", metavar="LAYERS",
+        help="layers that stay softmax attention: 3,-1; a share, evenly spaced: 0.25 or 25%%; "
+        "the share whose conversion costs most on --text: auto:0.25",
     )  # fmt: skip
+    add.add_argument("--text", help="what auto measures costs on: .txt, .jsonl, .parquet")
+    add.add_argument("--text-field", default="text", help="field of the text in a record")
     add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add.add_argument("--revision", help="of a hub id")
     add.add_argument("--seed", type=int, default=0, help="of random starting values")
@@ -61,17 +64,28 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print JSON")
     add.set_defaults(run=run_inspect)
 
+    # these two parse their own arguments
     commands.add_parser(
         "uptrain", add_help=False, help="train a converted model: --config FILE a.b=c"
     )
+    commands.add_parser("serve", add_help=False, help="answer over HTTP: DIR --port 8000")
 
     add = commands.add_parser("eval", help="perplexity of a model on a text, by position too")
     add_model(add)
     add.add_argument("--text", required=True, help=".txt, .jsonl, .jsonl.gz or .parquet")
     add.add_argument("--text-field", default="text", help="field of the text in a record")
     add.add_argument("--sequence-length", type=int, default=2048)
-    add.add_argument("--tokens", type=int, help="at most that many tokens of the text")
+    add.add_argument(
+        "--tokens", type=int, help="at most that many of the text; default: all, 8192 to ablate"
+    )
     add.add_argument("--batch", type=int, default=4)
+    add.add_argument(
+        "--ablate", nargs="?", const="", metavar="A,B",
+        help="diagnose the model: floors, layers, lookback, recall, labels, samples; default: all",
+    )  # fmt: skip
+    add.add_argument("--teacher", help="for --ablate: what the model was converted from")
+    add.add_argument("--recall-lengths", metavar="A,B", help="for --ablate: tokens of prompts")
+    add.add_argument("--seed", type=int, default=0, help="of prompts that --ablate makes up")
     add.add_argument("--json", action="store_true", help="print JSON")
     add.set_defaults(run=run_eval)
 
@@ -136,7 +150,9 @@ def run_convert(arguments: argparse.Namespace) -> None:
         arguments.out,
         mixer=arguments.mixer,
         options=parse_options(arguments.mixer_option),
-        keep_attention=parse_integers("keep-attention", arguments.keep_attention),
+        keep_attention=parse_layers(arguments.keep_attention),
+        text=arguments.text,
+        text_field=arguments.text_field,
         dtype=parse_dtype(arguments.dtype),
         seed=arguments.seed,
         shard_bytes=arguments.shard_size * 1e9,
@@ -159,16 +175,36 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 def run_eval(arguments: argparse.Namespace) -> None:
     from supra.checkpoints import find_checkpoint, parse_dtype
     from supra.evaluate.command import evaluate_text
+    from supra.evaluate.diagnostics import diagnose
 
-    result = evaluate_text(
-        find_checkpoint(arguments.model),
-        arguments.text,
-        text_field=arguments.text_field,
-        sequence_length=arguments.sequence_length,
-        tokens=arguments.tokens,
-        batch=arguments.batch,
-        dtype=parse_dtype(arguments.dtype),
-    )
+    common = {
+        "text_field": arguments.text_field,
+        "sequence_length": arguments.sequence_length,
+        "tokens": arguments.tokens,
+        "batch": arguments.batch,
+        "dtype": parse_dtype(arguments.dtype),
+    }
+    for_ablate = {"teacher": arguments.teacher, "recall-lengths": arguments.recall_lengths}
+    if arguments.ablate is None:
+        for name, value in for_ablate.items():
+            if value is not None:
+                raise UserError(f"--{name} is for --ablate: give both")
+        result = evaluate_text(find_checkpoint(arguments.model), arguments.text, **common)
+    else:
+        given = {}
+        if arguments.teacher is not None:
+            given["teacher"] = find_checkpoint(arguments.teacher)
+        if arguments.recall_lengths is not None:
+            given["recall_lengths"] = parse_integers("recall-lengths", arguments.recall_lengths)
+        result = diagnose(
+            find_checkpoint(arguments.model),
+            arguments.text,
+            parts=parse_names(arguments.ablate),
+            seed=arguments.seed,
+            progress=True,
+            **given,
+            **common,
+        )
     print(json.dumps(result.as_dict(), indent=1) if arguments.json else "\n".join(result.lines()))
 
 
@@ -234,6 +270,17 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"--mixer-option {pair!r}: {value!r} is no value in YAML") from None
     return options
+
+
+def parse_layers(text: str) -> list[int] | float | str:
+    """`--keep-attention`, as `convert` takes it."""
+    from supra.layer_choice import parse_share
+
+    if text.startswith("auto"):
+        return text
+    if "." in text or "%" in text:
+        return parse_share(text)
+    return parse_integers("keep-attention", text)
 
 
 def parse_names(text: str) -> list[str]:

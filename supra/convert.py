@@ -6,11 +6,12 @@ Tensors pass one at a time from the old checkpoint to the new; the folder appear
 """
 
 import copy
+import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from supra.configuration import converted_config
 from supra.errors import UserError
 from supra.families import FAMILIES, REFUSED
 from supra.files import check_space, check_vacant, staged_folder
+from supra.layer_choice import dearest, evenly_spaced, layer_costs, read_blocks, read_share
 from supra.mixers import NEW_PARAMETERS, MixerInputs, resolve_mixer
 from supra.remote_code import write_shim
 from supra.report import ConversionReport, TensorFate
@@ -43,7 +45,9 @@ def convert(
     *,
     mixer: str = "supra",
     options: dict[str, Any] | None = None,
-    keep_attention: Iterable[int] = (),
+    keep_attention: Iterable[int] | float | str = (),
+    text: str | None = None,
+    text_field: str = "text",
     dtype: torch.dtype | None = None,
     seed: int = 0,
     shard_bytes: float = 4e9,
@@ -56,7 +60,11 @@ def convert(
         model: hub id, folder with safetensors, or GGUF file of a causal language model.
         mixer: a name of MIXERS or PRESETS, for all layers but those in `keep_attention`.
         options: options of that mixer; what is left out takes its default.
-        keep_attention: numbers of the layers that keep softmax attention; −1 is the last.
+        keep_attention: numbers of the layers that keep softmax attention; −1 is the last. A float
+            is a share of the layers, evenly spaced. "auto:0.25" is the share whose conversion
+            costs most on `text`; then the model is loaded whole.
+        text: file, folder, glob or name on the hub of the text that costs are measured on.
+        text_field: of a record of that text.
         dtype: of the inherited tensors; None keeps theirs. New parameters are float32.
         seed: of random starting values.
         shard_bytes: size of one safetensors file at the most.
@@ -72,45 +80,63 @@ def convert(
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed (={seed}) must be from 0 to 2**63 - 1")
+    share, ranked = read_share(keep_attention, text)
     checkpoint = find_checkpoint(str(model), revision)
     base = checkpoint.config()
     check_family(base)
-    layers = plan_layers(base.num_hidden_layers, mixer, keep_attention)
-    config = converted_config(base, layers, {mixer: options})
-    student = meta_model(config)
+    count = base.num_hidden_layers
+    if share is not None:
+        keep_attention = () if ranked else evenly_spaced(count, share)
+    layers = plan_layers(count, mixer, keep_attention)
+    blocks = read_blocks(checkpoint.tokenizer(), text, text_field) if ranked else []
     reader = open_weights(checkpoint, base)
-    fates = plan_tensors(reader, student, dtype)
-    config.dtype = dtype or main_dtype(reader.specs)
+    plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
+    check_space(out, sum(fate.nbytes for fate in plan.fates))
+    costs = []
+    if ranked:
+        costs = layer_costs(load_converted(plan, seed, progress), blocks, progress)
+        layers = plan_layers(count, mixer, dearest(costs, share))
+        plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
     report = ConversionReport(
-        teacher=checkpoint.name,
+        teacher=public_name(checkpoint),
         family=base.model_type,
         layers=layers,
         options={name: options for name in dict.fromkeys(layers) if name == mixer},
         command=command_line(checkpoint, out, layers, mixer, options, dtype, seed),
-        tensors=list(fates.values()),
+        layer_costs=costs,
+        tensors=plan.fates,
     )
-    check_space(out, sum(fate.nbytes for fate in fates.values()))
     with staged_folder(out) as staging:
         writer = ShardWriter(staging, shard_bytes)
-        inherited = [x for x in fates.values() if x.fate in ("copied", "transformed")]
-        for fate in tqdm(inherited, desc="convert", unit="tensor", disable=not progress):
-            tensor = reader.load(fate.name)
-            writer.add(fate.name, tensor.to(getattr(torch, fate.dtype)))
-        for name, tensor in new_tensors(student, seed):
+        for name, tensor in converted_tensors(plan, seed, "convert" if progress else None):
             writer.add(name, tensor)
         writer.finish()
-        copy_tokenizer(checkpoint, staging)
-        write_shim(staging)
-        report.write(staging)
-        write_card(
-            staging,
-            report,
-            teacher_folder=checkpoint.folder,
-            hub_id=checkpoint.hub_id,
-            state=carried_bytes(student, config.dtype),
-        )
-        config.save_pretrained(staging)  # last: a folder without it does not load
+        write_small_files(staging, checkpoint, plan, report)
     return report
+
+
+class Plan(NamedTuple):
+    """A conversion before any tensor is read."""
+
+    reader: FolderReader | ModuleReader
+    config: PreTrainedConfig
+    student: PreTrainedModel  # without memory
+    fates: list[TensorFate]
+
+
+def plan_conversion(
+    reader: FolderReader | ModuleReader,
+    base: PreTrainedConfig,
+    layers: list[str],
+    options: dict[str, dict[str, Any]],
+    dtype: torch.dtype | None,
+) -> Plan:
+    """The plan for these mixers, one a layer. Raises UserError as `plan_tensors` does."""
+    config = converted_config(base, layers, options)
+    student = meta_model(config)
+    fates = plan_tensors(reader, student, dtype)
+    config.dtype = dtype or main_dtype(reader.specs)
+    return Plan(reader, config, student, fates)
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -145,6 +171,11 @@ def plan_layers(count: int, mixer: str, keep_attention: Iterable[int]) -> list[s
     return layers
 
 
+def public_name(checkpoint: Checkpoint) -> str:
+    """The hub id, or of a path the last part alone, since what names it may be published."""
+    return checkpoint.hub_id or Path(os.path.abspath(checkpoint.name)).name
+
+
 def command_line(
     checkpoint: Checkpoint,
     out: Path,
@@ -154,9 +185,8 @@ def command_line(
     dtype: torch.dtype | None,
     seed: int,
 ) -> str:
-    """The command of a conversion, every option spelt out; of paths the last part alone, since
-    the checkpoint may be published."""
-    words = ["supra", "convert", "--model", checkpoint.hub_id or Path(checkpoint.name).name]
+    """The command of a conversion, every option spelt out; of paths the last part alone."""
+    words = ["supra", "convert", "--model", public_name(checkpoint)]
     if checkpoint.revision is not None:
         words += ["--revision", checkpoint.revision]
     words += ["--out", f"./{out.name}", "--mixer", mixer]
@@ -207,8 +237,8 @@ def main_dtype(specs: dict[str, TensorSpec]) -> torch.dtype:
 
 def plan_tensors(
     reader: FolderReader | ModuleReader, student: PreTrainedModel, dtype: torch.dtype | None
-) -> dict[str, TensorFate]:
-    """What becomes of every tensor, by name in the model: the old checkpoint's and the new ones.
+) -> list[TensorFate]:
+    """What becomes of every tensor: the old checkpoint's and the new ones.
 
     Raises UserError when one is missing or has another shape than its config says.
     """
@@ -251,7 +281,25 @@ def plan_tensors(
     for name, shape in wanted.items():
         if NEW_PARAMETERS in name:
             fates[name] = TensorFate(name, "new", shape, "float32")
-    return fates
+    return list(fates.values())
+
+
+def converted_tensors(plan: Plan, seed: int, bar: str | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the converted model, one at a time; `bar` is the progress bar's name."""
+    inherited = [x for x in plan.fates if x.fate in ("copied", "transformed")]
+    for fate in tqdm(inherited, desc=bar, unit="tensor", disable=bar is None):
+        yield fate.name, plan.reader.load(fate.name).to(getattr(torch, fate.dtype))
+    yield from new_tensors(plan.student, seed)
+
+
+def load_converted(plan: Plan, seed: int, progress: bool) -> PreTrainedModel:
+    """The converted model in memory, as it would be loaded from the folder."""
+    return type(plan.student).from_pretrained(
+        None,
+        config=plan.config,
+        dtype=plan.config.dtype,
+        state_dict=dict(converted_tensors(plan, seed, "load" if progress else None)),
+    )
 
 
 def new_tensors(student: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -291,6 +339,23 @@ def carried_bytes(student: PreTrainedModel, dtype: torch.dtype) -> tuple[int, in
             sizes[index] += sum(x.nbytes for x in state if x is not None)
     one, two = sizes
     return 2 * one - two, two - one
+
+
+def write_small_files(
+    folder: Path, checkpoint: Checkpoint, plan: Plan, report: ConversionReport
+) -> None:
+    """All but the tensors."""
+    copy_tokenizer(checkpoint, folder)
+    write_shim(folder)
+    report.write(folder)
+    write_card(
+        folder,
+        report,
+        teacher_folder=checkpoint.folder,
+        hub_id=checkpoint.hub_id,
+        state=carried_bytes(plan.student, plan.config.dtype),
+    )
+    plan.config.save_pretrained(folder)  # last: a folder without it does not load
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

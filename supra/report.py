@@ -38,6 +38,8 @@ class ConversionReport:
     layers: list[str]
     options: dict[str, dict]
     command: str
+    # nats a token that converting the layer alone costs; empty where the choice was not `auto`
+    layer_costs: list[float] = field(default_factory=list)
     tensors: list[TensorFate] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
@@ -53,6 +55,10 @@ class ConversionReport:
         for name, options in self.options.items():
             if options:
                 lines.append(f"{name}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+        if self.layer_costs:
+            lines.append(" layer   nats a token")
+            for layer, (cost, name) in enumerate(zip(self.layer_costs, self.layers, strict=True)):
+                lines.append(f"{layer:6d} {cost:14.6f}  {'kept' if name == 'softmax' else name}")
         for fate in ("copied", "transformed", "new", "dropped"):
             some = [x for x in self.tensors if x.fate == fate]
             note = f"  ({some[0].note})" if some and some[0].note else ""

@@ -44,6 +44,52 @@ def test_convert(folders, tmp_path, capsys):
     assert (tmp_path / "rnn" / "config.json").is_file()
 
 
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    for name in ("convert", "inspect", "uptrain", "eval", "generate", "serve", "bench"):
+        assert f"\n    {name} " in printed
+
+
+@pytest.mark.parametrize("share", ["0.34", "34%"])
+def test_convert_keeps_a_share(folders, tmp_path, capsys, share):
+    main(["convert", "--model", f"{folders / 'base'}", "--out", f"{tmp_path / 'rnn'}",
+          "--keep-attention", share])  # fmt: skip
+    assert "layer 0 supra, layer 1 softmax, layer 2 supra" in capsys.readouterr().out
+
+
+def test_convert_keeps_what_costs_most(folders, tmp_path, capsys):
+    main(["convert", "--model", f"{folders / 'base'}", "--out", f"{tmp_path / 'rnn'}",
+          "--keep-attention", "auto:67%", "--text", f"{folders / 'text.txt'}"])  # fmt: skip
+    printed = capsys.readouterr()
+    report = json.loads((tmp_path / "rnn" / "conversion.json").read_text())
+    assert report["layers"].count("softmax") == 2
+    for layer, (cost, name) in enumerate(zip(report["layer_costs"], report["layers"], strict=True)):
+        kept = "kept" if name == "softmax" else "supra"
+        assert f"{layer:6d} {cost:14.6f}  {kept}\n" in printed.out
+    assert "measure: 100%" in printed.err
+
+
+def test_layers_that_cannot_be_kept(folders, tmp_path, capsys):
+    def convert_fails(*extra):
+        arguments = ["--model", folders / "base", "--out", tmp_path / "x", "--keep-attention"]
+        return fails(capsys, "convert", *arguments, *extra)
+
+    text = ["--text", folders / "text.txt"]
+    for share in ("0.0", "1.0", "1.5", "-0.25", "100%", "nan%"):
+        assert "must be between 0 and 1" in convert_fails(share)
+    assert "between 0 and 1" in convert_fails("auto:25", *text)
+    assert "'3.5,7' is no share of the layers" in convert_fails("3.5,7")
+    assert "as auto:0.25" in convert_fails("auto", *text)
+    assert "integers with commas" in convert_fails("most", *text)
+    assert "needs text" in convert_fails("auto:0.25")
+    assert "read only with keep_attention auto" in convert_fails("0.25", *text)
+    assert "read only with keep_attention auto" in convert_fails("1", *text)
+    assert "no such file" in convert_fails("auto:0.25", "--text", tmp_path / "none.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inspect(folders, capsys):
     main(["inspect", str(folders / "rnn"), "--context", "10,1000"])
     assert "layers 0-2 supra" in capsys.readouterr().out

@@ -121,11 +121,88 @@ def test_keep_attention(base, tmp_path):
     assert not any("layers.0" in n and ".mixer." in n for n in tensors_of(tmp_path / "rnn"))
 
 
+def test_a_share_keeps_attention_evenly(base, tmp_path):
+    report = convert(str(base), tmp_path / "rnn", keep_attention=0.3)
+    assert report.layers == ["supra", "softmax", "supra"]
+    assert "--keep-attention 1 " in report.command
+    assert report.layer_costs == []
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    sentence = "The river rises in the hills and runs south through the valley. "
+    file.write_text(json.dumps({"text": sentence * 100, "title": sentence * 99}) + "\n")
+    return str(file)
+
+
+def test_auto_keeps_the_dearest(tmp_path, text):
+    """A layer whose attention adds nothing costs nothing and goes first; a loud one stays."""
+    teacher = tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
+    for layer, scale in zip(teacher.model.layers, (0.02, 0, 4), strict=True):
+        layer.self_attn.o_proj.weight.data *= scale
+    teacher.save_pretrained(tmp_path / "base")
+    few, many = (
+        convert(tmp_path / "base", tmp_path / name, keep_attention=f"auto:{share}", text=text)
+        for name, share in (("few", 0.3), ("many", "67%"))
+    )
+    assert few.layers == ["supra", "supra", "softmax"]
+    assert many.layers == ["softmax", "supra", "softmax"]
+    quiet, silent, loud = few.layer_costs
+    assert silent == 0 < quiet < loud
+    assert many.layer_costs == few.layer_costs
+    table = [line.split() for line in few.lines() if line.split()[0] in "012"]
+    assert table == [
+        ["0", f"{quiet:.6f}", "supra"],
+        ["1", "0.000000", "supra"],
+        ["2", f"{loud:.6f}", "kept"],
+    ]
+    written = json.loads((tmp_path / "few" / "conversion.json").read_text())
+    assert written["layer_costs"] == few.layer_costs
+
+
+def test_auto_changes_the_choice_alone(base, tmp_path, text):
+    """What is written is what naming these layers writes, as the report's command does."""
+    report = convert(base, tmp_path / "auto", keep_attention="auto:0.3", text=text)
+    (kept,) = [layer for layer, name in enumerate(report.layers) if name == "softmax"]
+    assert f"--keep-attention {kept} " in report.command
+    convert(base, tmp_path / "named", keep_attention=[kept])
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
+
+
+def test_auto_reads_another_field(base, tmp_path, text):
+    arguments = {"keep_attention": "auto:0.3", "text": text}
+    fails("its fields are text, title", base, tmp_path / "x", text_field="body", **arguments)
+    report = convert(base, tmp_path / "rnn", text_field="title", **arguments)
+    assert len(report.layer_costs) == 3
+
+
+def test_auto_needs_a_tokenizer_and_text(base, broken, tmp_path, text):
+    out = tmp_path / "rnn"
+    fails("does not load", broken, out, keep_attention="auto:0.3", text=text)
+    fails("needs text", base, out, keep_attention="auto:0.3")
+    fails("read only with keep_attention auto", base, out, keep_attention=0.3, text=text)
+    fails("between 0 and 1", base, out, keep_attention=1.0)
+
+
+@pytest.mark.parametrize("typed", ["{base}", "{base}/", "."])
+def test_the_report_names_no_folder_above_the_teacher(base, tmp_path, typed, monkeypatch):
+    monkeypatch.chdir(base)
+    report = convert(typed.format(base=base), tmp_path / "rnn")
+    assert report.teacher == base.name
+    assert f"--model {base.name} --out ./rnn" in report.command
+    for file in (tmp_path / "rnn").iterdir():
+        assert str(base.parent).encode() not in file.read_bytes(), file.name
+
+
 def test_options_reach_the_config(base, tmp_path):
     convert(str(base), tmp_path / "rnn", mixer="supra_paper", options={"scale": True})
     plan = AutoConfig.from_pretrained(tmp_path / "rnn").supra
-    expected = {"feature_map": "mixed_relu", "decay": "fixed", "scale": True}
-    assert plan["options"] == {"supra": expected}
+    options = plan["options"]["supra"]
+    assert options["feature_map"] == "mixed_relu"
+    assert options["decay"] == "fixed"
+    assert options["scale"] is True
 
 
 def test_random_starting_values_follow_the_seed(base, tmp_path):
