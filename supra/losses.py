@@ -6,6 +6,7 @@ of tokens at a time, and the gradient is written in the same pass, in the logits
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,10 +28,29 @@ class Losses(NamedTuple):
     kl: torch.Tensor  # nats, times temperature squared
 
 
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's k likeliest tokens. The KL term takes all others as one token, whose probability
+    is what those leave."""
+
+    tokens: torch.Tensor  # [N, k] int64
+    log_probabilities: torch.Tensor  # [N, k] float16, at the temperature of the KL term
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, k: int, temperature: float) -> "TopK":
+        """From logits [N, V]."""
+        log_p = torch.log_softmax(logits.to(_wide(logits)) / temperature, -1)
+        values, tokens = log_p.topk(min(k, logits.shape[-1]), -1)
+        return cls(tokens, values.half())
+
+    def rows(self, rows: slice) -> "TopK":
+        return TopK(self.tokens[rows], self.log_probabilities[rows])
+
+
 def token_losses(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    teacher_logits: torch.Tensor | None = None,
+    teacher: torch.Tensor | TopK | None = None,
     *,
     next_token_weight: float = 1.0,
     kl_weight: float = 0.0,
@@ -41,14 +61,15 @@ def token_losses(
     Args:
         logits: [N, V], any floating dtype.
         labels: [N] int64, already shifted: row n is scored on labels[n].
-        teacher_logits: [N, V], needed when kl_weight > 0; gets no gradient.
+        teacher: its logits [N, V], or its likeliest tokens; needed when kl_weight > 0, and without
+            a gradient.
         temperature: T divides both sets of logits in the KL term, which is multiplied by T^2 so
             that its gradient keeps its size (Hinton et al. 2015, arXiv 1503.02531, section 2).
     """
     if kl_weight == 0:
-        teacher_logits = None
+        teacher = None
     weights = (next_token_weight, kl_weight, temperature)
-    return Losses(*_TokenLosses.apply(logits, labels, teacher_logits, *weights))
+    return Losses(*_TokenLosses.apply(logits, labels, teacher, *weights))
 
 
 @torch.no_grad()
@@ -64,7 +85,7 @@ def next_token_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, teacher_logits, next_token_weight, kl_weight, temperature):
+    def forward(ctx, logits, labels, teacher, next_token_weight, kl_weight, temperature):
         next_token, kl = logits.new_zeros(2, dtype=_wide(logits)).unbind()
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for rows in _chunks(logits):
@@ -75,12 +96,12 @@ class _TokenLosses(torch.autograd.Function):
             if gradient is not None:
                 dx = log_q.exp().mul_(next_token_weight + kl_weight * (temperature == 1))
                 dx.scatter_add_(-1, targets, dx.new_full(targets.shape, -next_token_weight))
-            if teacher_logits is not None:
-                log_p = torch.log_softmax(teacher_logits[rows].to(x.dtype) / temperature, -1)
+            if teacher is not None:
                 if temperature != 1:
                     log_q = torch.log_softmax(x / temperature, -1)
                     if gradient is not None:
                         dx.add_(log_q.exp(), alpha=kl_weight * temperature)
+                log_p = _log_probabilities(teacher, rows, log_q, temperature)
                 p = log_p.exp()
                 kl += log_p.sub_(log_q).mul_(p).sum(-1).where(valid, 0).sum() * temperature**2
                 if gradient is not None:
@@ -97,6 +118,23 @@ class _TokenLosses(torch.autograd.Function):
         # in place: the buffer is ours alone, and autograd refuses a second pass over it
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(total_gradient.to(gradient.dtype)), None, None, None, None, None
+
+
+def _log_probabilities(
+    teacher: torch.Tensor | TopK, rows: slice, log_q: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The teacher's [n, V], in the dtype of the student's log_q.
+
+    What top-k tokens leave is spread over the others as the student does it. That is a KL over
+    k + 1 tokens, in value and in gradient: p·(log p - log q) of the others sums to the bucket's.
+    """
+    if not isinstance(teacher, TopK):
+        return torch.log_softmax(teacher[rows].to(log_q.dtype) / temperature, -1)
+    teacher = teacher.rows(rows)
+    tokens, log_p = teacher.tokens, teacher.log_probabilities.to(log_q.dtype)
+    rest_p = (1 - log_p.exp().sum(-1)).clamp(min=1e-7).log()  # rounding may leave less than nothing
+    rest_q = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+    return (log_q + (rest_p - rest_q).unsqueeze(-1)).scatter_(-1, tokens, log_p)
 
 
 def _wide(logits: torch.Tensor) -> torch.dtype:

@@ -123,5 +123,5 @@ def test_the_paper_form_has_nothing_to_choose(batch):
 
 def test_a_model_that_was_not_converted_is_refused(batch):
     teacher, _ = converted("supra", layers=1)
-    with pytest.raises(UserError, match="needs a converted student"):
+    with pytest.raises(UserError, match="the student has no mixer"):
         calibrate(teacher, *batch)

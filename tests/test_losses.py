@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from supra import losses
-from supra.losses import next_token_nats, token_losses
+from supra.losses import TopK, next_token_nats, token_losses
 
 TOKENS, VOCABULARY = 37, 101
 
@@ -75,6 +75,33 @@ def test_a_teacher_is_matched_by_itself():
     result.total.backward()
     assert abs(result.kl.item()) < 1e-5
     assert student.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_top_k_is_a_divergence_over_k_tokens_and_a_bucket(temperature):
+    student, teacher, labels = inputs(torch.float64)
+    top = TopK.of(teacher, 9, temperature)
+    assert top.log_probabilities.dtype == torch.float16
+
+    exact, valid = student.detach().clone().requires_grad_(), labels != -100
+    p, q = top.log_probabilities.double().exp(), (exact / temperature).softmax(-1)
+    q = q.gather(-1, top.tokens)
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1)[valid] for x in (p, q))
+    kl = (p * (p.log() - q.log())).sum() * temperature**2
+    (0.7 * kl).backward()
+
+    weights = {"next_token_weight": 0.0, "kl_weight": 0.7, "temperature": temperature}
+    result = token_losses(student, labels, top, **weights)
+    result.total.backward()
+    assert result.kl.item() == pytest.approx(kl.item(), rel=1e-12)
+    assert (student.grad - exact.grad).abs().max() < 1e-12 * exact.grad.abs().max()
+
+
+def test_top_k_may_be_all_tokens():
+    student, teacher, labels = inputs(torch.float32)
+    top = TopK.of(teacher, 10 * VOCABULARY, 1.0)
+    results = [token_losses(student, labels, x, kl_weight=1.0).kl for x in (teacher, top)]
+    assert results[1].item() == pytest.approx(results[0].item(), rel=1e-3)  # float16
 
 
 def test_masked_rows_may_hold_anything():

@@ -23,7 +23,8 @@ SUBSTITUTIONS = [
     (
         "out=out/first",
         "out=out/first precision=fp32 budget.tokens=256 batch.size=2 data.sequence_length=32 "
-        "data.eval_documents=2 eval.tokens=64 calibrate.tokens=64 schedule.warmup=1",
+        "data.eval_documents=2 eval.tokens=64 calibrate.tokens=64 align.schedule.warmup=1 "
+        "distill.schedule.warmup=1",
     ),
     ("--text corpus.jsonl", "--text corpus.jsonl --sequence-length 64"),
 ]

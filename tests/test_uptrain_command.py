@@ -4,15 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from supra import testing
+from supra.convert import convert
 from supra.losses import token_losses
+from supra.original import original
 from supra.packing import collate, shifted_labels
+from supra.uptrain.align import LayerByLayer
+from supra.uptrain.config import AlignConfig
 from supra.uptrain.data import BlockStream, Documents, open_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -43,9 +49,9 @@ def settings(files, out):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
-    result = run("optimizer.lrr=1")
+    result = run("tune.optimizer.lrr=1")
     assert result.returncode == 2
-    assert result.stderr.startswith("supra: error: unknown key optimizer.lrr: did you mean")
+    assert result.stderr.startswith("supra: error: unknown key tune.optimizer.lrr: did you mean")
     assert result.stderr.count("\n") == 1 and result.stdout == ""
 
 
@@ -63,7 +69,7 @@ def test_two_processes_are_one_big_batch(files, tmp_path):
     result = run(
         *settings(files, tmp_path / "run"),
         "precision=fp32",
-        "budget.tokens=1",
+        "tune={tokens: 1}",
         "batch.size=1",
         "batch.accumulation=2",
         "data.eval_documents=0",
@@ -86,3 +92,36 @@ def test_two_processes_are_one_big_batch(files, tmp_path):
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()])
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+
+
+def test_two_processes_align_as_one(files, tmp_path):
+    """Layers learn from all rows of all processes, whose weights stay the same; then a wrapped
+    stage trains what the layers did not."""
+    convert(f"{files}/student", tmp_path / "student")
+    result = run(
+        *settings(files, tmp_path / "run"),
+        f"student={tmp_path}/student",
+        "precision=fp32",
+        "align={tokens: 1}",
+        "tune={tokens: 1, optimizer: {lr: 1.0e-3, attention_lr: 0, new_lr: 0}}",
+        "batch.size=1",
+        "batch.accumulation=2",
+        "data.eval_documents=0",
+        "eval.every=0",
+        launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert result.returncode == 0, result.stderr
+    logged, tuned = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert (logged["stage"], tuned["stage"]) == ("align", "tune")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    layers = original(model, own_attention=True)
+    tokenizer = testing.tiny_tokenizer(tmp_path)
+    documents = Documents(open_dataset(f"{files}/text.jsonl"), "text", seed=0)
+    streams = [BlockStream(documents, tokenizer, 128, rank=rank, world=2) for rank in (0, 1)]
+    batches = [collate([next(stream)]) for stream in streams for _ in range(2)]
+    objective = LayerByLayer(Accelerator(cpu=True), *layers, AlignConfig(), nullcontext)
+    expected = objective.add_gradients(batches)
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(value, rel=1e-5), name

@@ -8,9 +8,16 @@ import yaml
 from supra.errors import UserError
 from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
+from supra.uptrain.stages import plan
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-MINIMAL = {"student": "s", "out": "o", "data": {"path": "p"}, "budget": {"tokens": 1000}}
+MINIMAL = {
+    "student": "s",
+    "out": "o",
+    "data": {"path": "p"},
+    "budget": {"tokens": 1000},
+    "tune": {},
+}
 
 
 def load(tmp_path, *overrides, values=MINIMAL):
@@ -22,15 +29,15 @@ def load(tmp_path, *overrides, values=MINIMAL):
 def test_values_reach_their_place(tmp_path):
     config = load(
         tmp_path,
-        "optimizer.lr=1e-4",  # a string to YAML 1.1
-        "optimizer.betas=[0.9, 0.98]",
+        "tune.optimizer.lr=1e-4",  # a string to YAML 1.1
+        "tune.optimizer.betas=[0.9, 0.98]",
         "budget.tokens=5e6",
         "lora.rank=4",
         "trackers=tensorboard",
         "data.shuffle_seed=null",
     )
-    assert config.optimizer.lr == 1e-4
-    assert config.optimizer.betas == (0.9, 0.98)
+    assert config.tune.optimizer.lr == 1e-4
+    assert config.tune.optimizer.betas == (0.9, 0.98)
     assert config.budget.total == 5_000_000 and isinstance(config.budget.tokens, int)
     assert config.lora.rank == 4 and config.lora.alpha == 32.0
     assert config.trackers == ("tensorboard",)
@@ -38,10 +45,23 @@ def test_values_reach_their_place(tmp_path):
     assert config.batch.size == 8, "untouched defaults stay"
 
 
+def test_an_override_reaches_one_place_of_an_alias():
+    mohawk = RECIPES / "configs" / "mohawk.yaml"
+    overrides = ["student=s", "teacher=t", "data.path=p", "align.optimizer.lr=0.5"]
+    config = tree.load(UptrainConfig, mohawk, overrides)
+    assert config.align.optimizer.lr == 0.5 and config.orient.optimizer.lr == 1e-4
+
+
 def test_resolved_config_reads_back(tmp_path):
-    config = load(tmp_path, "lora.rank=4", "schedule.kind=wsd")
+    config = load(tmp_path, "lora.rank=4", "tune.schedule.kind=wsd")
     text = yaml.safe_dump(tree.to_dict(config))
     assert tree.build(UptrainConfig, yaml.safe_load(text)) == config
+
+
+def test_each_stage_has_a_step():
+    stages = {"budget": {"tokens": 3}, "align": {"share": 0.1}, "tune": {"share": 0.9}}
+    stages = plan(tree.build(UptrainConfig, MINIMAL | stages), tokens_per_step=30)
+    assert [(stage.start, stage.end) for stage in stages] == [(0, 1), (1, 2)]
 
 
 def test_share_of_the_teachers_tokens():
@@ -52,36 +72,49 @@ def test_share_of_the_teachers_tokens():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lrr=1", "unknown key optimizer.lrr: did you mean optimizer.lr?"),
-        ("optimiser.lr=1", "unknown key optimiser: did you mean optimizer"),
+        ("tune.optimizer.lrr=1", "unknown key tune.optimizer.lrr: did you mean tune.optimizer.lr?"),
+        ("tune.optimiser.lr=1", "unknown key tune.optimiser: did you mean tune.optimizer"),
         ("seqence_length=8", "did you mean data.sequence_length?"),
-        ("schedule.kind=cosin", "unknown schedule.kind 'cosin': did you mean 'cosine'?"),
-        ("optimizer.lr=fast", r"optimizer.lr \(='fast'\) must be a finite number"),
+        ("tune.schedule.kind=cosin", "unknown tune.schedule.kind 'cosin': did you mean 'cosine'?"),
+        ("tune.optimizer.lr=fast", r"tune.optimizer.lr \(='fast'\) must be a finite number"),
         ("batch.size=2.5", r"batch.size \(=2.5\) must be a whole number"),
         ("batch.size=true", r"batch.size \(=True\) must be a whole number"),
         ("resume=maybe", r"resume \(='maybe'\) must be true or false"),
-        ("optimizer.betas=[0.9]", "optimizer.betas .* must be a list of 2 float values"),
+        ("tune.optimizer.betas=[0.9]", "tune.optimizer.betas .* must be a list of 2 float values"),
         ("data=foo", r"data \(='foo'\) must be a mapping"),
         ("student=null", r"student \(=None\) must be a string"),
         ("batch.size=0", r"batch.size \(=0\) must be >= 1"),
-        ("optimizer.lr=-1", r"optimizer.lr \(=-1.0\) must be >= 0"),
-        ("optimizer.lr=.nan", r"optimizer.lr \(=nan\) must be a finite number"),
-        ("schedule.warmup=.inf", r"schedule.warmup \(=inf\) must be a finite number"),
-        ("optimizer.betas=[0.9, 1]", r"optimizer.betas \(=1.0\) must be >= 0 and < 1"),
-        ("optimizer.betas=[-0.1, 0.9]", r"optimizer.betas \(=-0.1\) must be >= 0 and < 1"),
+        ("tune.optimizer.lr=-1", r"tune.optimizer.lr \(=-1.0\) must be >= 0"),
+        ("tune.optimizer.lr=.nan", r"tune.optimizer.lr \(=nan\) must be a finite number"),
+        ("tune.schedule.warmup=.inf", r"tune.schedule.warmup \(=inf\) must be a finite number"),
+        ("tune.optimizer.betas=[0.9, 1]", r"tune.optimizer.betas \(=1.0\) must be >= 0 and < 1"),
+        (
+            "tune.optimizer.betas=[-0.1, 0.9]",
+            r"tune.optimizer.betas \(=-0.1\) must be >= 0 and < 1",
+        ),
         ("seed=-1", r"seed \(=-1\) must be >= 0 and < 4294967296"),
         ("seed=4294967296", r"seed \(=4294967296\) must be >= 0 and < 4294967296"),
         ("data.shuffle_seed=-1", r"data.shuffle_seed \(=-1\) must be >= 0"),
         ("lora.alpha=0", r"lora.alpha \(=0.0\) must be > 0"),
         ("lora.dropout=1", r"lora.dropout \(=1.0\) must be >= 0 and < 1"),
         ("data.eval_split=train", r"data.eval_split \(=train\) is the split that is trained on"),
-        ("loss.temperature=0", r"loss.temperature \(=0.0\) must be > 0"),
-        ("loss.kl=1", "needs a teacher"),
-        ("teacher=t", "set loss.kl"),
-        ("loss.next_token=0", "both 0"),
-        ("budget.share=0.05", "exactly one of budget.tokens and budget.share"),
-        ("budget.tokens=null", "exactly one of budget.tokens and budget.share"),
+        ("tune=null", "there is no stage"),
+        ("tune.optimizer.lr=0", "tune.optimizer.lr .=0. trains nothing"),
+        ("tune.schedule.min_ratio=2", r"tune.schedule.min_ratio \(=2.0\) must be <= 1"),
+        ("distill={}", "distill needs a teacher"),
+        ("teacher=t", "not used without the stage distill"),
+        ("budget={tokens: 9, share: 0.05}", "budget.tokens and budget.share are both set"),
         ("budget={share: 0.05}", "set budget.teacher_tokens"),
+        ("budget={share: 0}", r"budget.share \(=0.0\) must be > 0"),
+        ("budget.tokens=null", "tune.tokens is not set, and there is no budget"),
+        ("tune={tokens: 10, share: 0.1}", "tune.tokens and tune.share are both set"),
+        ("tune.share=1.5", r"tune.share \(=1.5\) must be <= 1"),
+        ("tune.share=0", r"tune.share \(=0.0\) must be > 0"),
+        ("tune.tokens=0", r"tune.tokens \(=0\) must be >= 1"),
+        ("tune.tokens=1002", "the stages take 1002 tokens of the budget's 1000: raise"),
+        ("align={}", "align and tune give neither tokens nor share"),
+        ("align.share=1", "take 1000 tokens of the budget's 1000 and leave none to tune"),
+        ("align.target=outputs", "unknown align.target 'outputs': did you mean 'output'"),
         ("eval.every=10", "needs held-out text"),
         ("data={path: p, eval_path: a, eval_split: b}", "has one source"),
         ("seed", "not of the form a.b=c"),
@@ -91,6 +124,48 @@ def test_share_of_the_teachers_tokens():
 def test_mistakes_are_named(tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        ({"temperature": 0}, r"distill.temperature \(=0.0\) must be > 0"),
+        ({"kl": 0}, "both 0"),
+        ({"kl": 0, "next_token": 1}, r"distill.kl \(=0\) leaves the teacher unused"),
+        ({"top_k": 0}, r"distill.top_k \(=0\) must be >= 1"),
+        ({"cache": "c"}, "set distill.top_k"),
+        ({"share": 0.6}, r"distill.share \+ tune.share \(=1.1\) must be <= 1"),
+    ],
+)
+def test_mistakes_in_distillation(distill, message):
+    values = MINIMAL | {"teacher": "t", "distill": {"share": 0.5} | distill, "tune": {"share": 0.5}}
+    with pytest.raises(UserError, match=message):
+        tree.build(UptrainConfig, values)
+
+
+def test_a_stage_has_tokens_a_share_or_the_rest():
+    stages = {"orient": {"tokens": 50}, "align": {"share": 0.2}, "tune": {}}
+    assert tree.build(UptrainConfig, MINIMAL | stages).stage_tokens == {
+        "orient": 50,
+        "align": 200,
+        "tune": 750,
+    }
+    assert tree.build(UptrainConfig, MINIMAL).stage_tokens == {"tune": 1000}
+
+
+def test_stages_with_tokens_need_no_budget():
+    config = tree.build(UptrainConfig, MINIMAL | {"budget": {}, "tune": {"tokens": 7}})
+    assert config.stage_tokens == {"tune": 7}
+
+
+def test_stages_are_in_order_whatever_the_file_says():
+    stages = {"tune": {"tokens": 100}, "orient": {"tokens": 50}, "align": {"share": 0.2}}
+    stages = plan(tree.build(UptrainConfig, MINIMAL | stages), tokens_per_step=30)
+    assert [(stage.name, stage.start, stage.end) for stage in stages] == [
+        ("orient", 0, 2),
+        ("align", 2, 9),
+        ("tune", 9, 12),
+    ]
 
 
 @pytest.mark.parametrize("missing", ["student", "out", "data"])
@@ -116,7 +191,7 @@ def test_a_config_that_is_no_text(tmp_path, content):
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_parse(path):
     overrides = ["student=s", "data.path=p"]
-    if "kl:" in path.read_text():
+    if "distill:" in path.read_text():
         overrides.append("teacher=t")
     tree.load(UptrainConfig, path, overrides)
 

@@ -217,7 +217,7 @@ def test_home(tmp_path, monkeypatch):
 
 
 def with_data(**data):
-    values = {"student": "s", "out": "o", "data": data, "budget": {"tokens": 1}}
+    values = {"student": "s", "out": "o", "data": data, "tune": {"tokens": 1}}
     return tree.build(UptrainConfig, values)
 
 

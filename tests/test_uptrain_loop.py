@@ -17,6 +17,7 @@ from supra.errors import UserError
 from supra.evaluate import blocks_from_text, perplexity
 from supra.uptrain import loop, tree
 from supra.uptrain.config import UptrainConfig
+from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.run_folder import RunFolder
 
 
@@ -63,17 +64,25 @@ def config(files, out, **changes):
         "student": str(files / "student"),
         "teacher": str(files / "teacher"),
         "out": str(out),
-        "loss": {"kl": 1.0, "next_token": 0.1},
         "data": {"path": str(files / "text.jsonl"), "sequence_length": 32},
         "budget": {"tokens": 12 * 128},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
+        "distill": {
+            "next_token": 0.1,
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
+            "schedule": {"warmup": 2},
+        },
         "batch": {"size": 2, "accumulation": 2},
-        "schedule": {"warmup": 2},
         "precision": "fp32",
     }
+    return tree.build(UptrainConfig, merged(values, changes))
+
+
+def merged(values, changes):
+    """Nested dicts, with the changes in their places."""
     for key, value in changes.items():
-        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
-    return tree.build(UptrainConfig, values)
+        inner = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values = values | {key: merged(values[key], value) if inner else value}
+    return values
 
 
 def log(out, key="loss"):
@@ -108,7 +117,11 @@ def assert_same_weights(left, right):
         ("student", {"precision": "bf16"}, signal.SIGTERM),
         ("student", {"data": {"streaming": True}}, signal.SIGINT),
         ("student", {"lora": {"rank": 2, "dropout": 0.5}}, signal.SIGTERM),
-        ("hybrid", {"calibrate": {"tokens": 64}, "optimizer": {"new_lr": 1e-2}}, signal.SIGTERM),
+        (
+            "hybrid",
+            {"calibrate": {"tokens": 64}, "distill": {"optimizer": {"new_lr": 1e-2}}},
+            signal.SIGTERM,
+        ),
     ],
     ids=["bf16", "streaming", "lora_dropout", "calibrated_hybrid"],
 )
@@ -213,9 +226,8 @@ def test_accumulation_is_correct_by_tokens(files, tmp_path):
 def test_training_lowers_both_losses_and_exports(files, tmp_path):
     out = tmp_path / "run"
     changes = {
-        "loss": {"next_token": 1.0},
         "budget": {"tokens": 60 * 256},
-        "optimizer": {"lr": 1e-2},
+        "distill": {"next_token": 1.0, "optimizer": {"lr": 1e-2}},
         "batch": {"size": 8, "accumulation": 1},
         "data": {"eval_documents": 8},
         "eval": {"every": 30, "tokens": 256},
@@ -258,7 +270,8 @@ def test_a_converted_model(files, tmp_path, changes):
     student, out = tmp_path / "student", tmp_path / "run"
     cli.main(["convert", "--model", str(tmp_path / "base"), "--out", str(student)])
     changes = {"student": str(student), "budget": {"tokens": 256}, **changes}
-    loop.train(config(files, out, **changes, optimizer={"lr": 1e-3, "new_lr": 1e-2}))
+    optimizer = {"lr": 1e-3, "new_lr": 1e-2}
+    loop.train(config(files, out, **changes, distill={"optimizer": optimizer}))
     before, after = load_file(student / "model.safetensors"), weights(out)
     assert before.keys() == after.keys()
     new = {name for name in after if ".mixer." in name}
@@ -278,16 +291,17 @@ def test_lora_targets_that_are_not_there(files, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, monkeypatch):
     """The last checkpoint is of good weights, and the same command can go on."""
     out = tmp_path / "run"
-    losses = loop.Run._losses
+    add_gradients, steps = EndToEnd.add_gradients, iter(range(1, 12))
 
-    def poisoned(run, batch, valid):
-        result = losses(run, batch, valid)
-        return result._replace(next_token=result.next_token * (torch.nan if run.step == 3 else 1))
+    def poisoned(objective, batches):
+        values = add_gradients(objective, batches)
+        return values | {"loss": values["loss"] * (torch.nan if next(steps) == 4 else 1)}
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_losses", poisoned)
+        patch.setattr(EndToEnd, "add_gradients", poisoned)
         with pytest.raises(
-            UserError, match=r"step 4: the loss is nan .* start in a new out folder"
+            UserError,
+            match=r"step 4: the loss is nan .* Lower distill.optimizer.lr .* a new out folder",
         ):
             loop.train(config(files, out, checkpoint={"every": 1}))
     assert RunFolder(out).last_checkpoint().name == "step-00000003"
@@ -299,8 +313,10 @@ def test_folders_of_other_runs_are_refused(files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
         loop.train(config(files, out))
-    with pytest.raises(UserError, match=r"another config \(optimizer.lr: 0.001 there, 0.1 here\)"):
-        loop.train(config(files, out, optimizer={"lr": 0.1}))
+    with pytest.raises(
+        UserError, match=r"another config \(distill.optimizer.lr: 0.001 there, 0.1 here\)"
+    ):
+        loop.train(config(files, out, distill={"optimizer": {"lr": 0.1}}))
     with pytest.raises(UserError, match="resume=true"):
         loop.train(config(files, out, resume=False))
     loop.train(config(files, out, checkpoint={"every": 100}))

@@ -3,10 +3,25 @@
 from itertools import pairwise
 
 import pytest
-import torch
 
-from supra.uptrain.config import OptimizerConfig, ScheduleConfig
-from supra.uptrain.optim import build_optimizer, freeze_unused, schedule_factor, set_rates
+from supra.errors import UserError
+from supra.uptrain.config import (
+    AlignConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TuneConfig,
+)
+from supra.uptrain.lora import add_lora
+from supra.uptrain.optim import (
+    begin_stage,
+    build_optimizer,
+    freeze_unused,
+    require_gradients,
+    schedule_factor,
+    set_rates,
+)
+from tests.test_calibrate import converted
 
 STEPS = 100
 
@@ -41,37 +56,68 @@ def test_one_step(kind):
     assert 0 < schedule_factor(0, 1, ScheduleConfig(kind=kind, warmup=0)) <= 1
 
 
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.proj = torch.nn.Linear(3, 3)
-        self.attention = torch.nn.Module()
-        self.attention.mixer = torch.nn.Linear(3, 3)
+def student():
+    """Two layers, the second one of softmax attention."""
+    return converted("supra", layers=2, keep=[1])[1]
 
 
-def test_groups():
-    config = OptimizerConfig(lr=1e-3, new_lr=1e-2, weight_decay=0.1)
-    model = Model()
-    optimizer = build_optimizer(model, config)
+def rates(model, optimizer):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {
-        names[id(parameter)]: (group["lr"], group["weight_decay"])
+    return {
+        names[id(parameter)]: (group["base_lr"], group["weight_decay"])
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    assert found == {
-        "proj.weight": (1e-3, 0.1),
-        "proj.bias": (1e-3, 0.0),
-        "attention.mixer.weight": (1e-2, 0.0),
-        "attention.mixer.bias": (1e-2, 0.0),
-    }
+
+
+OPTIMIZER = OptimizerConfig(lr=1e-3, attention_lr=2e-3, new_lr=1e-2, weight_decay=0.1)
+
+
+def test_rates_of_a_stage():
+    model, stages = student(), {"align": AlignConfig(), "tune": TuneConfig()}
+    optimizer = build_optimizer(model, stages)
+    begin_stage(optimizer, "tune", OPTIMIZER)
+    found = rates(model, optimizer)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert found["model.embed_tokens.weight"] == (1e-3, 0.1)
+    assert found["model.norm.weight"] == (1e-3, 0.0)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == (2e-3, 0.1)
+    assert found["model.layers.0.self_attn.mixer.scale"] == (1e-2, 0.0)
+    begin_stage(optimizer, "align", OptimizerConfig(lr=1e-4, betas=(0.8, 0.9)))
+    found = rates(model, optimizer)
+    assert found["model.embed_tokens.weight"] == found["model.norm.weight"] == (0.0, 0.0)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == (1e-4, 0.0)
+    assert found["model.layers.0.self_attn.mixer.scale"] == (1e-4, 0.0)
     set_rates(optimizer, 0.5)
-    assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 5e-3}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0, 5e-5}
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
-def test_a_rate_of_zero_freezes():
-    model, config = Model(), OptimizerConfig(lr=0.0, new_lr=1e-2)
-    freeze_unused(model, config)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained == ["attention.mixer.weight", "attention.mixer.bias"]
-    assert len(build_optimizer(model, config).param_groups) == 1
+def test_what_no_stage_trains_is_frozen():
+    model = student()
+    stages = {"align": AlignConfig(), "tune": TuneConfig(optimizer=OptimizerConfig(0.0, None, 0.1))}
+    optimizer = build_optimizer(model, stages)
+    freeze_unused(model, optimizer)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "self_attn" in name}
+    require_gradients(optimizer, {"tune": stages["tune"]})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".mixer." in name}
+
+
+def test_a_stage_that_trains_nothing_is_refused():
+    """Adapters rest in align, and rates of new parameters are of no use to a student without."""
+    teacher, _ = converted("supra", layers=1)
+    new_alone = OptimizerConfig(lr=0.0, new_lr=1e-2)
+    stages = {"align": AlignConfig(optimizer=new_alone), "tune": TuneConfig()}
+    with pytest.raises(UserError, match="align trains nothing: this student has no parameters"):
+        build_optimizer(add_lora(teacher, LoraConfig(rank=2, targets=("q_proj",))), stages)
+
+
+def test_adapters_rest_while_layers_align():
+    model = add_lora(student(), LoraConfig(rank=2))
+    optimizer = build_optimizer(model, {"align": AlignConfig(), "tune": TuneConfig()})
+    begin_stage(optimizer, "align", OPTIMIZER)
+    found = rates(model, optimizer)
+    assert {rate for name, (rate, _) in found.items() if "lora_" in name} == {0.0}
+    assert {rate for name, (rate, _) in found.items() if "lora_" not in name} == {1e-2}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from supra import testing
 from supra.packing import collate, shifted_labels
-from supra.uptrain import loop, tree
+from supra.uptrain import end_to_end, loop, tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream, training_documents
 
@@ -34,16 +34,15 @@ def run_of(files, tmp_path, monkeypatch):
     runs = []
 
     def make(**changes):
+        distill = {"next_token": 0.1, "schedule": {"warmup": 2}, "optimizer": {"lr": 1e-3}}
         values = {
             "student": str(files / "student"),
             "teacher": str(files / "teacher"),
             "out": str(tmp_path / f"run{len(runs)}"),
-            "loss": {"kl": 1.0, "next_token": 0.1},
+            "distill": distill | changes.pop("distill", {}),
             "data": {"path": str(files / "text.jsonl"), "sequence_length": 32},
             "budget": {"tokens": 12 * 128},
-            "optimizer": {"lr": 1e-3},
             "batch": {"size": 2, "accumulation": 2},
-            "schedule": {"warmup": 2},
             "precision": "fp32",
         }
         runs.append(loop.Run(tree.build(UptrainConfig, values | changes)))
@@ -59,7 +58,7 @@ def logged(run, key):
 
 
 def test_the_gradient_is_that_of_the_formula(run_of, files):
-    run = run_of(loss={"kl": 0.3, "next_token": 0.7, "temperature": 2.0})
+    run = run_of(distill={"kl": 0.3, "next_token": 0.7, "temperature": 2.0})
     run.train_step()
 
     student, teacher = (
@@ -86,7 +85,7 @@ def test_the_gradient_is_that_of_the_formula(run_of, files):
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
 def test_the_gradient_is_clipped(run_of, monkeypatch, clip):
-    run, norms = run_of(optimizer={"lr": 1e-3, "clip": clip}), []
+    run, norms = run_of(distill={"optimizer": {"lr": 1e-3, "clip": clip}}), []
 
     def step():
         gradients = [weight.grad for weight in run.model.parameters()]
@@ -101,7 +100,7 @@ def test_the_gradient_is_clipped(run_of, monkeypatch, clip):
 @pytest.mark.parametrize(("checkpointing", "passes"), [(False, 2), (True, 4)])
 def test_gradient_checkpointing_computes_twice(run_of, checkpointing, passes):
     run, calls = run_of(gradient_checkpointing=checkpointing), []
-    run.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    run.model.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     run.train_step()
     assert len(calls) == passes, "two micro-batches"
 
@@ -110,13 +109,13 @@ def test_gradient_checkpointing_computes_twice(run_of, checkpointing, passes):
     ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)]
 )
 def test_logits_have_the_precision(run_of, monkeypatch, precision, dtype):
-    dtypes, token_losses = set(), loop.token_losses
+    dtypes, token_losses = set(), end_to_end.token_losses
 
     def recorded(logits, labels, teacher_logits, **options):
         dtypes.update((logits.dtype, teacher_logits.dtype))
         return token_losses(logits, labels, teacher_logits, **options)
 
-    monkeypatch.setattr(loop, "token_losses", recorded)
+    monkeypatch.setattr(end_to_end, "token_losses", recorded)
     run = run_of(precision=precision)
     run.train_step()
     assert dtypes == {dtype}

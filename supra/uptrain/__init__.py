@@ -1,9 +1,11 @@
 """Uptraining: train a converted model back to quality.
 
-    supra uptrain --config recipes/configs/supra.yaml data.path=foo.jsonl optimizer.lr=3e-4
+    supra uptrain --config recipes/configs/supra.yaml data.path=foo.jsonl distill.optimizer.lr=3e-4
     accelerate launch recipes/uptrain.py --config …
 
-`train(config)` is the same from Python.
+`train(config)` is the same from Python. A run is calibration and up to four stages:
+`orient` and `align` train every layer by itself (align.py), `distill` and `tune` the model end to
+end (end_to_end.py).
 """
 
 import argparse

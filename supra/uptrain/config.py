@@ -1,22 +1,14 @@
 """Every setting of an uptraining run: the YAML file has the tree of these classes.
 
-Defaults here, then the file, then `a.b=c` on the command line; see `supra.uptrain.tree`.
+Defaults here, then the file, then `a.b=c` on the command line; see `supra.uptrain.tree`. What is
+wrong between settings is found in `supra.uptrain.rules`.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from supra.errors import UserError
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Per-token weights: next-token cross entropy, and KL(teacher || student) at a temperature."""
-
-    next_token: float = 1.0
-    kl: float = 0.0
-    temperature: float = 1.0
+from supra.uptrain.rules import check
 
 
 @dataclass(frozen=True)
@@ -46,9 +38,10 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Tokens to train on: a number, or a share of the teacher's pretraining tokens.
+    """Tokens of the whole run: a number, or a share of the teacher's pretraining tokens.
 
-    SUPRA's own budget is a share of about 0.05 (arXiv 2405.06640, abstract).
+    Both null: what the stages say. SUPRA's own budget is a share of about 0.05 (arXiv 2405.06640,
+    abstract).
     """
 
     tokens: int | None = None
@@ -56,31 +49,87 @@ class BudgetConfig:
     teacher_tokens: int | None = None
 
     @property
-    def total(self) -> int:
+    def total(self) -> int | None:
         return self.tokens if self.share is None else math.ceil(self.share * self.teacher_tokens)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. `new_lr` (default: `lr`) is the rate of what conversion added (`.mixer.` in the name).
-
-    Parameters whose rate is 0 are frozen.
-    """
+    """AdamW. Parameters whose rate is 0 do not move."""
 
     lr: float = 3e-4
-    new_lr: float | None = None
+    attention_lr: float | None = None  # inherited weights of the attention modules; null: lr
+    new_lr: float | None = None  # what conversion added (`.mixer.` in the name); null: lr
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    clip: float = 1.0  # largest gradient norm, in orient and align of each layer; 0: no clipping
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over the run; `warmup` is a number of steps, or a share of them when < 1."""
+    """Learning rate over a stage; `warmup` is a number of steps, or a share of them when < 1."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: float = 0.05
     min_ratio: float = 0.1  # the last step's rate over the highest; cosine and wsd
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A part of the run, with its own rates: so many tokens, or a share of the budget.
+
+    At most one stage may give neither: it gets what the others leave.
+    """
+
+    tokens: int | None = None
+    share: float | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True)
+class OrientConfig(StageConfig):
+    """Each layer learns its teacher's attention matrix (MOHAWK's first stage, arXiv 2408.10189).
+
+    Every layer reads what the teacher's layer reads, and only attention modules are trained.
+    """
+
+
+@dataclass(frozen=True)
+class AlignConfig(StageConfig):
+    """Each layer learns what its teacher's attention makes of the teacher's own hidden states.
+
+    Only attention modules are trained: inherited weights at `lr`, new ones at `new_lr`.
+    """
+
+    # before the output projection (LoLCATs, arXiv 2410.10254), or after it (RADLADS, 2505.03005)
+    target: Literal["output", "hidden"] = "hidden"
+
+
+@dataclass(frozen=True)
+class DistillConfig(StageConfig):
+    """End to end, towards the teacher's distribution: weights of KL(teacher || student) at a
+    temperature, and of next-token cross entropy.
+
+    `top_k`: the teacher is its k likeliest tokens and one bucket for all others. They can be kept
+    in the folder `cache`, at 6 bytes each: 64 of them are 384 bytes a token, 3.8 GB for 10M tokens.
+    A run whose text is all there does not load the teacher.
+    """
+
+    kl: float = 1.0
+    next_token: float = 0.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class TuneConfig(StageConfig):
+    """End to end, next-token cross entropy alone; needs no teacher."""
+
+
+STAGES = ("orient", "align", "distill", "tune")  # in the order in which they run
+LAYERWISE = ("orient", "align")
 
 
 @dataclass(frozen=True)
@@ -103,7 +152,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out perplexity at the start, at the end and every `every` steps (0: not in between)."""
+    """Held-out perplexity at the start, after calibration and every stage, and every `every` steps
+    (0: not within a stage)."""
 
     every: int = 0
     tokens: int = 100_000
@@ -124,11 +174,12 @@ class UptrainConfig:
     data: DataConfig
     seed: int = 0
     teacher: str | None = None
-    loss: LossConfig = field(default_factory=LossConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    orient: OrientConfig | None = None
+    align: AlignConfig | None = None
+    distill: DistillConfig | None = None
+    tune: TuneConfig | None = None
     batch: BatchConfig = field(default_factory=BatchConfig)
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: autocast over float32 weights
     gradient_checkpointing: bool = False
@@ -139,102 +190,20 @@ class UptrainConfig:
     resume: bool = True  # continue from the last checkpoint in `out`, if there is one
 
     def __post_init__(self):
-        _check_ranges(self)
-        _check_loss(self)
-        _check_budget(self.budget)
-        _check_held_out(self)
+        check(self)
 
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages that run, by name and in order."""
+        return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
 
-AT_LEAST = {
-    "loss.next_token": 0,
-    "loss.kl": 0,
-    "calibrate.tokens": 0,
-    "data.sequence_length": 2,
-    "data.shuffle_buffer": 1,
-    "data.eval_documents": 0,
-    "optimizer.lr": 0,
-    "optimizer.new_lr": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.clip": 0,
-    "schedule.warmup": 0,
-    "schedule.min_ratio": 0,
-    "batch.size": 1,
-    "batch.accumulation": 1,
-    "lora.rank": 1,
-    "eval.every": 0,
-    "eval.tokens": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "budget.tokens": 1,
-    "budget.teacher_tokens": 1,
-}
-ABOVE_ZERO = ("loss.temperature", "lora.alpha")
-# 0 or more, and less than this; seeds are numpy's
-BELOW = {"seed": 2**32, "data.shuffle_seed": 2**32, "optimizer.betas": 1, "lora.dropout": 1}
-
-
-def _check_ranges(config: UptrainConfig) -> None:
-    for key, least in AT_LEAST.items():
-        for value in _values(config, key):
-            if not value >= least:
-                raise UserError(f"{key} (={value}) must be >= {least}")
-    for key in ABOVE_ZERO:
-        for value in _values(config, key):
-            if not value > 0:
-                raise UserError(f"{key} (={value}) must be > 0")
-    for key, bound in BELOW.items():
-        for value in _values(config, key):
-            if not 0 <= value < bound:
-                raise UserError(f"{key} (={value}) must be >= 0 and < {bound}")
-    if not config.schedule.min_ratio <= 1:
-        raise UserError(f"schedule.min_ratio (={config.schedule.min_ratio}) must be <= 1")
-    if config.optimizer.lr == 0 and not config.optimizer.new_lr:
-        raise UserError("optimizer.lr (=0) trains nothing: set it or optimizer.new_lr above 0")
-
-
-def _values(config: UptrainConfig, key: str) -> tuple[float, ...]:
-    """The numbers of a setting; none where it is null or its section is."""
-    value = config
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    if value is None:
-        return ()
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _check_loss(config: UptrainConfig) -> None:
-    if config.loss.next_token == 0 and config.loss.kl == 0:
-        raise UserError("loss.next_token and loss.kl are both 0: nothing would be learnt; set one")
-    if config.loss.kl > 0 and config.teacher is None:
-        raise UserError(f"loss.kl (={config.loss.kl}) needs a teacher: set teacher, or loss.kl=0")
-    if config.teacher is not None and config.loss.kl == 0:
-        raise UserError(f"teacher (={config.teacher}) is not used while loss.kl is 0: set loss.kl")
-
-
-def _check_budget(budget: BudgetConfig) -> None:
-    if (budget.tokens is None) == (budget.share is None):
-        raise UserError("set exactly one of budget.tokens and budget.share")
-    if budget.share is not None and not budget.share > 0:
-        raise UserError(f"budget.share (={budget.share}) must be > 0")
-    if budget.share is not None and budget.teacher_tokens is None:
-        raise UserError(
-            f"budget.share (={budget.share}) is a share of the teacher's pretraining tokens: "
-            "set budget.teacher_tokens"
-        )
-
-
-def _check_held_out(config: UptrainConfig) -> None:
-    data = config.data
-    sources = [key for key in ("eval_path", "eval_split", "eval_documents") if getattr(data, key)]
-    if len(sources) > 1:
-        names = " and ".join(f"data.{key}" for key in sources)
-        raise UserError(f"{names} are both set: the held-out text has one source; keep one")
-    if data.eval_split == data.split:
-        raise UserError(
-            f"data.eval_split (={data.eval_split}) is the split that is trained on: name another"
-        )
-    if config.eval.every and not sources:
-        raise UserError(
-            f"eval.every (={config.eval.every}) needs held-out text: "
-            "set data.eval_documents, data.eval_split or data.eval_path"
-        )
+    @property
+    def stage_tokens(self) -> dict[str, int]:
+        """Tokens of each stage."""
+        total = self.budget.total
+        tokens = {
+            name: stage.tokens if stage.share is None else max(1, round(stage.share * total))
+            for name, stage in self.stages.items()
+        }
+        taken = sum(count for count in tokens.values() if count is not None)
+        return {name: total - taken if count is None else count for name, count in tokens.items()}

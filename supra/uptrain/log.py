@@ -32,21 +32,22 @@ class Log:
         )
         self.restart_clock()
 
-    def step(self, step: int, tokens: int, values: dict[str, float]) -> None:
+    def step(self, step: int, stage: str, tokens: int, values: dict[str, float]) -> None:
         """One optimizer step; `tokens` is the count since the start of the run."""
         speed = (tokens - self.tokens) / (time.perf_counter() - self.started)
+        self.bar.set_description(stage, refresh=False)
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         self.bar.update(tokens - self.tokens)
-        self._write(step, {"tokens": tokens, **values, "tokens_per_second": round(speed, 1)})
+        values = {"tokens": tokens, **values, "tokens_per_second": round(speed, 1)}
+        self._write(step, {"stage": stage, **values})
         self.tokens = tokens
         self.restart_clock()
 
-    def event(self, step: int, values: dict) -> None:
+    def event(self, step: int, stage: str, values: dict[str, float]) -> None:
         """Something beside the steps: an evaluation."""
-        self.say(
-            f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items())
-        )
-        self._write(step, values)
+        numbers = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+        self.say(f"step {step} ({stage}): {numbers}")
+        self._write(step, {"stage": stage, **values})
 
     def restart_clock(self) -> None:
         """Keep evaluations and checkpoints out of tokens_per_second."""

@@ -9,10 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
-from torch.distributed.tensor import DTensor
 
 from supra.calibrate import calibrate
 from supra.card import update_card
@@ -20,15 +19,19 @@ from supra.checkpoints import find_checkpoint
 from supra.errors import UserError, check_choice
 from supra.evaluate.perplexity import perplexity
 from supra.files import staged_folder
-from supra.losses import Losses, token_losses
-from supra.packing import IGNORE, Block, check_tokenizer, collate, shifted_labels
-from supra.uptrain import models, tree
-from supra.uptrain.config import UptrainConfig
+from supra.head import ScoredModel
+from supra.original import original
+from supra.packing import check_tokenizer, collate
+from supra.uptrain import models, optim, tree
+from supra.uptrain.align import LayerByLayer
+from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
+from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.log import Log
 from supra.uptrain.memory import keep_freed_memory
-from supra.uptrain.optim import build_optimizer, schedule_factor, set_rates
 from supra.uptrain.run_folder import RunFolder
+from supra.uptrain.stages import Stage, plan
+from supra.uptrain.teacher import Teacher
 
 
 def train(config: UptrainConfig) -> None:
@@ -53,6 +56,7 @@ class Run:
         self.folder = RunFolder(config.out)
         self.accelerator = _accelerator(config, self.folder.path)
         self.folder.check(config)
+        _check_layerwise(config, self.accelerator)
         self.accelerator.wait_for_everyone()  # all have checked before one writes
         if self.accelerator.is_main_process:
             self.folder.write_config(config)
@@ -61,7 +65,8 @@ class Run:
             keep_freed_memory()
         rows = config.batch.size * config.batch.accumulation * self.accelerator.num_processes
         self.tokens_per_step = rows * config.data.sequence_length
-        self.steps = math.ceil(config.budget.total / self.tokens_per_step)
+        self.stages = plan(config, self.tokens_per_step)
+        self.steps = self.stages[-1].end
         checkpoint = self.folder.last_checkpoint()
         self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
         self._open_data()
@@ -69,16 +74,22 @@ class Run:
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
             self._resume(checkpoint)
+        self._begin(next(stage for stage in self.stages if self.step < stage.end))
 
     def train(self, stop_requested: Callable[[], bool]) -> None:
         config = self.config
         if self.step == 0:
-            self.evaluate()
+            self.evaluate("calibrate" if config.calibrate.tokens else "start")
+            self._say_gain("calibrate", self._logged(0, "converted_perplexity"))
         self.log.begin()
         while self.step < self.steps:
             self.train_step()
-            if _due(self.step, config.eval.every) or self.step == self.steps:
-                self.evaluate()
+            ended = self.step == self.stage.end
+            if _due(self.step, config.eval.every) or ended:
+                self.evaluate(self.stage.name)
+            if ended:
+                before = self._logged(self.stage.start, "eval_perplexity")
+                self._say_gain(self.stage.name, before)
             if stop_requested():
                 self.accelerator.set_trigger()
             stop = self.accelerator.check_trigger() and self.step < self.steps
@@ -89,51 +100,41 @@ class Run:
                     f"stopped after step {self.step} of {self.steps}: the same command goes on"
                 )
                 return
+            if ended and self.step < self.steps:
+                self._begin(self.stages[self.stages.index(self.stage) + 1])
             self.log.restart_clock()
         self.export()
 
     def train_step(self) -> None:
-        """One optimizer step: a mean over all tokens of all micro-batches of all processes."""
-        config = self.config
+        """One optimizer step on all micro-batches of all processes."""
+        config, stage = self.config, self.stage
         batches = [
             collate(islice(self.stream, config.batch.size))
             for _ in range(config.batch.accumulation)
         ]
-        valid = sum((shifted_labels(batch["labels"]) != IGNORE).sum() for batch in batches)
-        valid = self._sum(valid).item()
-        sums = torch.zeros(2, device=self.accelerator.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self._losses(batch, valid)
-                self.accelerator.backward(losses.total)
-            sums += torch.stack([losses.next_token, losses.kl])
-        next_token, kl = (self._sum(sums) / valid).tolist()
-        loss = config.loss.next_token * next_token + config.loss.kl * kl
-        clip = config.optimizer.clip or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # FSDP shards it
+        values = self.objective.add_gradients(batches)
+        loss, norm = values["loss"], values["grad_norm"]
         if not math.isfinite(loss + norm):
             raise UserError(
                 f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; this step "
-                f"changed no weights. Lower optimizer.lr (={config.optimizer.lr}) or lengthen "
-                f"schedule.warmup (={config.schedule.warmup}), and start in a new out folder"
+                f"changed no weights. Lower {stage.name}.optimizer.lr "
+                f"(={stage.config.optimizer.lr}) or lengthen {stage.name}.schedule.warmup "
+                f"(={stage.config.schedule.warmup}), and start in a new out folder"
             )
-        factor = schedule_factor(self.step, self.steps, config.schedule)
-        set_rates(self.optimizer, factor)
+        factor = optim.schedule_factor(self.step - stage.start, stage.steps, stage.config.schedule)
+        optim.set_rates(self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        values = {"loss": loss, "next_token": next_token, "kl": kl}
-        values |= {"lr": config.optimizer.lr * factor, "grad_norm": norm}
-        self.log.step(self.step, self.step * self.tokens_per_step, values)
+        values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        self.log.step(self.step, stage.name, self.step * self.tokens_per_step, values)
 
-    def evaluate(self) -> None:
+    def evaluate(self, stage: str) -> None:
         """Held-out perplexity.
 
         Every process evaluates all of it: sharded models need all processes in every forward pass.
         """
-        self._report_perplexity({"eval": self.model})
+        self._report_perplexity(stage, {"eval": self.model})
 
     def save(self) -> None:
         """Write the training state: accelerate's, and where each process is in its data."""
@@ -152,6 +153,7 @@ class Run:
     def export(self) -> None:
         """Write the result to out/final."""
         state = self.accelerator.get_state_dict(self.model)
+        state = {name.removeprefix("model."): x for name, x in state.items()}
         if self.accelerator.is_main_process:
             with staged_folder(self.folder.final) as staging:
                 models.export(self.config, state, self.tokenizer, staging)
@@ -192,22 +194,27 @@ class Run:
         )
 
     def _load_models(self, fresh: bool) -> None:
-        self.teacher = models.load_teacher(self.config)
-        if self.teacher is not None:
-            self.teacher.to(self.accelerator.device)
-        student = models.load_student(self.config)
+        config, accelerator = self.config, self.accelerator
+        self.teacher = Teacher(config, accelerator.device) if config.distill else None
+        student = models.load_student(config).to(accelerator.device)
+        self.layers = None  # the teacher in the student, for as long as layers learn from it
+        if any(stage.name in LAYERWISE and self.step < stage.end for stage in self.stages):
+            self.layers = original(student, own_attention=True)
         if fresh:
-            self._set_starting_values(student.to(self.accelerator.device))
-        student = models.make_trainable(student, self.config)
-        optimizer = build_optimizer(student, self.config.optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
+            self._set_starting_values(student)
+        student = models.make_trainable(student, config)
+        optimizer = optim.build_optimizer(student, config.stages)
+        optim.freeze_unused(student, optimizer)
+        optim.require_gradients(optimizer, self._wrapped_stages())
+        self.model, self.optimizer = accelerator.prepare(ScoredModel(student), optimizer)
 
     def _set_starting_values(self, student: torch.nn.Module) -> None:
         """Before anything is trained: where teacher and student stand, and calibration."""
-        self._report_perplexity({"teacher": self.teacher} if self.teacher is not None else {})
+        if self.teacher is not None and self.config.distill.cache is None:
+            self._report_perplexity("start", {"teacher": self.teacher.model})
         if not self.config.calibrate.tokens:
             return
-        self._report_perplexity({"converted": student})
+        self._report_perplexity("start", {"converted": student})
         data = self.config.data
         # a stream of its own: the same text for every process, and training begins at its start
         documents = training_documents(self.config)
@@ -222,6 +229,30 @@ class Run:
                 batch["position_ids"].to(self.accelerator.device),
             )
 
+    def _begin(self, stage: Stage) -> None:
+        """Set the optimizer up for a stage; at its first step the moments start from nothing."""
+        config, accelerator, self.stage = stage.config, self.accelerator, stage
+        optim.begin_stage(self.optimizer, stage.name, config.optimizer)
+        if self.step == stage.start:
+            self.optimizer.state.clear()
+        alone = accelerator.distributed_type == DistributedType.NO or stage.name in LAYERWISE
+        moved = {stage.name: config} if alone else self._wrapped_stages()
+        optim.require_gradients(self.optimizer, moved)
+        if stage.name in LAYERWISE:
+            self.objective = LayerByLayer(accelerator, *self.layers, config, self._autocast)
+        else:  # and what only earlier stages need goes
+            self.layers = None
+            self.teacher = self.teacher if stage.name == "distill" else None
+            self.objective = EndToEnd(
+                accelerator, self.model, self.optimizer, config, self.teacher, self._autocast
+            )
+
+    def _wrapped_stages(self) -> dict[str, StageConfig]:
+        """Those that run through the wrapper of several processes, which expects a gradient all the
+        time of what had one when it was made. It is made around something at least."""
+        stages = self.config.stages
+        return {x: stage for x, stage in stages.items() if x not in LAYERWISE} or stages
+
     def _resume(self, checkpoint: Path) -> None:
         """Load the training state, and go to the place in the data."""
         accelerator = self.accelerator
@@ -235,49 +266,33 @@ class Run:
         self.stream.load_state_dict(json.loads(position))
         accelerator.load_state(str(checkpoint))
 
-    def _report_perplexity(self, named: dict[str, torch.nn.Module]) -> None:
+    def _report_perplexity(self, stage: str, named: dict[str, torch.nn.Module]) -> None:
         values = {}
         for name, model in named.items() if self.held_out else ():
             with self._autocast():
                 result = perplexity(model, self.held_out, batch_size=self.config.batch.size)
             values |= {f"{name}_loss": result.loss, f"{name}_perplexity": result.perplexity}
         if values:
-            self.log.event(self.step, values)
+            self.log.event(self.step, stage, values)
+
+    def _say_gain(self, stage: str, before: float | None) -> None:
+        after = self._logged(self.step, "eval_perplexity")
+        if before and after:
+            self.log.say(
+                f"{stage}: held-out perplexity {before:,.2f} -> {after:,.2f}, "
+                f"divided by {before / after:.3g}"
+            )
+
+    def _logged(self, step: int, key: str) -> float | None:
+        return self.folder.logged(step, key) if self.accelerator.is_main_process else None
 
     def _position_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"data-{self.accelerator.process_index}.json"
-
-    def _losses(self, batch: Block, valid: int) -> Losses:
-        """Losses of a micro-batch, weighted so that gradients add up to the mean's.
-
-        Data parallelism averages gradients over processes, hence the factor.
-        """
-        weights, scale = self.config.loss, self.accelerator.num_processes / valid
-        batch = {name: column.to(self.accelerator.device) for name, column in batch.items()}
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-        with self._autocast():
-            logits = self.model(**inputs, use_cache=False).logits
-        teacher_logits = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(**inputs, use_cache=False).logits.flatten(0, 1)
-        return token_losses(
-            logits.flatten(0, 1),
-            shifted_labels(batch["labels"]).flatten(),
-            teacher_logits,
-            next_token_weight=weights.next_token * scale,
-            kl_weight=weights.kl * scale,
-            temperature=weights.temperature,
-        )
 
     def _autocast(self) -> torch.autocast:
         # not accelerate's: that one turns the logits into float32, all of them at once
         enabled = self.config.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over processes."""
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
 
 def _accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
@@ -290,6 +305,16 @@ def _accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_dir=folder,
     )
+
+
+def _check_layerwise(config: UptrainConfig, accelerator: Accelerator) -> None:
+    names = [name for name in config.stages if name in LAYERWISE]
+    if names and accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            f"{' and '.join(names)} cannot run under FSDP, where no process has a whole layer: run "
+            "them in a run of their own (one process, or recipes/launch/ddp.yaml), and this one "
+            "with the result as student"
+        )
 
 
 def _tracker_config(config: UptrainConfig) -> dict:

@@ -1,4 +1,4 @@
-"""The student and the teacher: loading them, and writing the result."""
+"""The student: loading it, and writing the result."""
 
 import shutil
 from pathlib import Path
@@ -7,12 +7,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.checkpoints import find_checkpoint
-from supra.errors import UserError
 from supra.mixers import NEW_PARAMETERS
 from supra.report import REPORT
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.lora import add_lora
-from supra.uptrain.optim import freeze_unused
 
 
 def load_student(config: UptrainConfig) -> PreTrainedModel:
@@ -21,29 +19,12 @@ def load_student(config: UptrainConfig) -> PreTrainedModel:
 
 
 def make_trainable(model: PreTrainedModel, config: UptrainConfig) -> torch.nn.Module:
-    """The student with its adapters, and with a gradient only where there is a learning rate."""
+    """The student in training mode, with its adapters."""
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if config.lora:
         model = add_lora(model, config.lora)
-    freeze_unused(model, config.optimizer)
     return model.train()
-
-
-def load_teacher(config: UptrainConfig) -> PreTrainedModel | None:
-    """The teacher, frozen, in the dtype that the student computes in; None without one."""
-    if config.teacher is None:
-        return None
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    teacher = find_checkpoint(config.teacher).model(dtype).requires_grad_(False).eval()
-    own = find_checkpoint(config.student).config().get_text_config().vocab_size
-    other = teacher.config.get_text_config().vocab_size
-    if own != other:
-        raise UserError(
-            f"teacher (={config.teacher}) has another vocabulary than the student: "
-            f"vocab_size {other}, not {own}"
-        )
-    return teacher
 
 
 def export(

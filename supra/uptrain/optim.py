@@ -1,46 +1,104 @@
 """AdamW with the rates and the decay that each kind of parameter gets, and the rate over time."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
+from supra.attention import attention_modules
+from supra.errors import UserError
 from supra.mixers import NEW_PARAMETERS
-from supra.uptrain.config import OptimizerConfig, ScheduleConfig
+from supra.uptrain.config import LAYERWISE, OptimizerConfig, ScheduleConfig, StageConfig
 
 WSD_DECAY = 0.2  # last share of a warmup-stable-decay run (Hägele et al. 2024, arXiv 2405.18392)
 
 
-def freeze_unused(model: torch.nn.Module, config: OptimizerConfig) -> None:
-    """Parameters whose rate is 0 need no gradient."""
-    for name, parameter in model.named_parameters():
-        if rate(name, config) == 0:
-            parameter.requires_grad_(False)
+def build_optimizer(model: torch.nn.Module, stages: Mapping[str, StageConfig]) -> torch.optim.AdamW:
+    """One optimizer for all that any of the stages trains; `begin_stage` sets its rates.
 
-
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Groups by rate and by weight decay.
-
-    None for tensors of one dimension (norms, biases), and none for what conversion added: an
-    identity feature map or a calibrated decay is not nearer to nothing when it is nearer to zero.
+    In groups by kind and by weight decay: none for tensors of one dimension (norms, biases), and
+    none for what conversion added: an identity feature map or a calibrated decay is not nearer to
+    nothing when it is nearer to zero. Raises UserError where a stage would train nothing.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and NEW_PARAMETERS not in name
-            decay = config.weight_decay if decays else 0.0
-            groups.setdefault((rate(name, config), decay), []).append(parameter)
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for parameter, kind in trainable(model, stages):
+        decays = parameter.ndim > 1 and kind != "new"
+        groups.setdefault((kind, decays), []).append(parameter)
+    for stage, config in stages.items():
+        if not any(rate(kind, stage, config.optimizer) for kind, _ in groups):
+            raise UserError(
+                f"{stage} trains nothing: this student has no parameters with a rate above 0; "
+                f"set {stage}.optimizer.lr, or {stage}=null"
+            )
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
-            for (lr, decay), parameters in groups.items()
+            {"params": parameters, "kind": kind, "decays": decays}
+            for (kind, decays), parameters in groups.items()
         ],
-        betas=config.betas,
         fused=True,
     )
 
 
-def rate(name: str, config: OptimizerConfig) -> float:
-    return config.lr if NEW_PARAMETERS not in name or config.new_lr is None else config.new_lr
+def trainable(
+    model: torch.nn.Module, stages: Mapping[str, StageConfig]
+) -> list[tuple[torch.nn.Parameter, str]]:
+    """The parameters with a gradient that one of the stages moves, and the kind of each: `new`
+    (what conversion added), `adapter` (LoRA), `attention` (inherited, in an attention module) or
+    `other`."""
+    inside = {id(x) for attention in attention_modules(model) for x in attention.parameters()}
+    found = []
+    for name, parameter in model.named_parameters():
+        if NEW_PARAMETERS in name:
+            kind = "new"
+        elif "lora_" in name:
+            kind = "adapter"
+        else:
+            kind = "attention" if id(parameter) in inside else "other"
+        rates = (rate(kind, stage, config.optimizer) for stage, config in stages.items())
+        if parameter.requires_grad and any(rates):
+            found.append((parameter, kind))
+    return found
+
+
+def rate(kind: str, stage: str, config: OptimizerConfig) -> float:
+    """The highest learning rate of a kind of parameters in a stage."""
+    if kind == "new":
+        return config.lr if config.new_lr is None else config.new_lr
+    if kind == "attention":
+        return config.lr if config.attention_lr is None else config.attention_lr
+    return 0.0 if stage in LAYERWISE else config.lr
+
+
+def begin_stage(optimizer: torch.optim.Optimizer, stage: str, config: OptimizerConfig) -> None:
+    """Give every group what it has in this stage."""
+    for group in optimizer.param_groups:
+        group["base_lr"] = rate(group["kind"], stage, config)
+        group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+        group["betas"] = config.betas
+
+
+def freeze_unused(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What the optimizer does not have needs no gradient."""
+    trained = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+
+
+def require_gradients(optimizer: torch.optim.Optimizer, stages: Mapping[str, StageConfig]) -> None:
+    """A gradient for what any of these stages moves, of all that the optimizer has."""
+    for group in optimizer.param_groups:
+        rates = [rate(group["kind"], stage, config.optimizer) for stage, config in stages.items()]
+        for parameter in group["params"]:
+            parameter.requires_grad_(any(rates))
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Of what does not move in this stage, so that no norm counts them."""
+    for group in optimizer.param_groups:
+        if group["base_lr"] == 0:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -49,7 +107,7 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def schedule_factor(step: int, steps: int, config: ScheduleConfig) -> float:
-    """What the learning rate of step 0, 1, … steps - 1 is multiplied by.
+    """What the learning rate of step 0, 1, … steps - 1 of a stage is multiplied by.
 
     A pure function of the step, so that there is no scheduler state to save. The warm-up rises
     linearly and is over when the factor reaches 1; the last step's factor is min_ratio.

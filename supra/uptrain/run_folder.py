@@ -12,7 +12,7 @@ from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
 
 # what may change when a run goes on: none of it touches the weights
-FREE = ("out", "resume", "trackers", "eval.", "checkpoint.")
+FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache")
 
 
 class RunFolder:
@@ -74,6 +74,12 @@ class RunFolder:
                     name = names[key.removesuffix("_perplexity")]
                     found[name] = {"held-out perplexity": value}
         return found
+
+    def logged(self, step: int, key: str) -> float | None:
+        """What was logged last under `key` at `step`."""
+        lines = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
+        values = [line[key] for line in lines if line["step"] == step and key in line]
+        return values[-1] if values else None
 
     def prune(self, keep: int) -> None:
         for folder in sorted(self.checkpoints.glob("step-*"))[:-keep]:

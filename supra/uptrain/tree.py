@@ -82,8 +82,9 @@ def _parse(text: str | bytes, where: str):
 def _set(values: dict, dotted: str, value) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        if not isinstance(values.get(parent), dict):
-            values[parent] = {}
+        inner = values.get(parent)
+        # a copy, since a YAML alias is the same dict in two places
+        values[parent] = dict(inner) if isinstance(inner, dict) else {}
         values = values[parent]
     values[last] = value
 

@@ -1,0 +1,180 @@
+"""What the settings of a run must fulfil; a mistake is one line with the key and the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from supra.errors import UserError
+
+if TYPE_CHECKING:
+    from supra.uptrain.config import BudgetConfig, UptrainConfig
+
+STAGE_AT_LEAST = {
+    "optimizer.lr": 0,
+    "optimizer.attention_lr": 0,
+    "optimizer.new_lr": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip": 0,
+    "schedule.warmup": 0,
+    "schedule.min_ratio": 0,
+    "tokens": 1,
+}
+AT_LEAST = {
+    "distill.kl": 0,
+    "distill.next_token": 0,
+    "distill.top_k": 1,
+    "calibrate.tokens": 0,
+    "data.sequence_length": 2,
+    "data.shuffle_buffer": 1,
+    "data.eval_documents": 0,
+    "batch.size": 1,
+    "batch.accumulation": 1,
+    "lora.rank": 1,
+    "eval.every": 0,
+    "eval.tokens": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "budget.tokens": 1,
+    "budget.teacher_tokens": 1,
+}
+ABOVE_ZERO = ("distill.temperature", "lora.alpha", "budget.share")
+# 0 or more, and less than this; seeds are numpy's
+BELOW = {"seed": 2**32, "data.shuffle_seed": 2**32, "lora.dropout": 1}
+
+
+def check(config: UptrainConfig) -> None:
+    """Raises UserError."""
+    if not config.stages:
+        raise UserError("there is no stage: give orient, align, distill or tune, tune={} at least")
+    _check_ranges(config)
+    for name in config.stages:
+        _check_trains(config, name)
+    _check_teacher(config)
+    _check_budget(config.budget)
+    _check_stage_tokens(config)
+    _check_held_out(config)
+
+
+def _check_ranges(config: UptrainConfig) -> None:
+    of_stages = {
+        f"{name}.{key}": least for name in config.stages for key, least in STAGE_AT_LEAST.items()
+    }
+    above_zero = (*ABOVE_ZERO, *(f"{name}.share" for name in config.stages))
+    below = BELOW | {f"{name}.optimizer.betas": 1 for name in config.stages}
+    for key, least in (AT_LEAST | of_stages).items():
+        for value in _values(config, key):
+            if not value >= least:
+                raise UserError(f"{key} (={value}) must be >= {least}")
+    for key in above_zero:
+        for value in _values(config, key):
+            if not value > 0:
+                raise UserError(f"{key} (={value}) must be > 0")
+    for key, bound in below.items():
+        for value in _values(config, key):
+            if not 0 <= value < bound:
+                raise UserError(f"{key} (={value}) must be >= 0 and < {bound}")
+    for name, stage in config.stages.items():
+        if not stage.schedule.min_ratio <= 1:
+            ratio = stage.schedule.min_ratio
+            raise UserError(f"{name}.schedule.min_ratio (={ratio}) must be <= 1")
+
+
+def _values(config: UptrainConfig, key: str) -> tuple[float, ...]:
+    """The numbers of a setting; none where it is null or its section is."""
+    value = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _check_trains(config: UptrainConfig, name: str) -> None:
+    optimizer = config.stages[name].optimizer
+    if not (optimizer.lr or optimizer.attention_lr or optimizer.new_lr):
+        raise UserError(
+            f"{name}.optimizer.lr (=0) trains nothing: set it or {name}.optimizer.new_lr above 0"
+        )
+
+
+def _check_teacher(config: UptrainConfig) -> None:
+    distill = config.distill
+    if distill is None:
+        if config.teacher is not None:
+            raise UserError(
+                f"teacher (={config.teacher}) is not used without the stage distill: "
+                "give distill, or teacher=null"
+            )
+        return
+    if distill.next_token == 0 and distill.kl == 0:
+        raise UserError(
+            "distill.next_token and distill.kl are both 0: nothing would be learnt; set one"
+        )
+    if distill.kl == 0:
+        raise UserError("distill.kl (=0) leaves the teacher unused: set it, or tune instead")
+    if config.teacher is None:
+        raise UserError("distill needs a teacher: set teacher, or distill=null")
+    if distill.cache is not None and distill.top_k is None:
+        raise UserError(
+            f"distill.cache (={distill.cache}) keeps the teacher's likeliest tokens: "
+            "set distill.top_k, 64 say"
+        )
+
+
+def _check_budget(budget: BudgetConfig) -> None:
+    if budget.tokens is not None and budget.share is not None:
+        raise UserError("budget.tokens and budget.share are both set: keep one")
+    if budget.share is not None and budget.teacher_tokens is None:
+        raise UserError(
+            f"budget.share (={budget.share}) is a share of the teacher's pretraining tokens: "
+            "set budget.teacher_tokens"
+        )
+
+
+def _check_stage_tokens(config: UptrainConfig) -> None:
+    stages, total = config.stages, config.budget.total
+    for name, stage in stages.items():
+        if stage.tokens is not None and stage.share is not None:
+            raise UserError(f"{name}.tokens and {name}.share are both set: keep one")
+        if stage.tokens is None and total is None:
+            raise UserError(
+                f"{name}.tokens is not set, and there is no budget to take a share of: "
+                f"set {name}.tokens, or budget.tokens"
+            )
+    rest = [name for name, stage in stages.items() if stage.tokens is None and stage.share is None]
+    if len(rest) > 1:
+        raise UserError(
+            f"{' and '.join(rest)} give neither tokens nor share, and only one stage can have "
+            "what the others leave: give all but one of them a share"
+        )
+    shares = sum(stage.share or 0 for stage in stages.values())
+    if shares > 1 + 1e-9:
+        names = " + ".join(f"{name}.share" for name in stages if stages[name].share is not None)
+        raise UserError(f"{names} (={shares:.4g}) must be <= 1")
+    if total is None:
+        return
+    taken = sum(config.stage_tokens[name] for name in stages if name not in rest)
+    # shares are rounded to whole tokens, one at least
+    if taken > total + len(stages) or (rest and taken >= total):
+        left = f" and leave none to {rest[0]}" if rest else ""
+        raise UserError(
+            f"the stages take {taken} tokens of the budget's {total}{left}: "
+            "raise budget.tokens, or lower theirs"
+        )
+
+
+def _check_held_out(config: UptrainConfig) -> None:
+    data = config.data
+    sources = [key for key in ("eval_path", "eval_split", "eval_documents") if getattr(data, key)]
+    if len(sources) > 1:
+        names = " and ".join(f"data.{key}" for key in sources)
+        raise UserError(f"{names} are both set: the held-out text has one source; keep one")
+    if data.eval_split == data.split:
+        raise UserError(
+            f"data.eval_split (={data.eval_split}) is the split that is trained on: name another"
+        )
+    if config.eval.every and not sources:
+        raise UserError(
+            f"eval.every (={config.eval.every}) needs held-out text: "
+            "set data.eval_documents, data.eval_split or data.eval_path"
+        )

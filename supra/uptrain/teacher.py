@@ -1,0 +1,109 @@
+"""The teacher: what it says of a batch, run anew or read from where an earlier run kept it."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from supra.checkpoints import find_checkpoint
+from supra.errors import UserError
+from supra.files import disk_errors
+from supra.head import chunks, hidden_states, logits_of
+from supra.losses import TopK
+from supra.packing import Block
+from supra.uptrain.config import UptrainConfig
+
+Targets = Callable[[slice], Tensor | TopK]
+"""Rows of the flattened batch -> the teacher's logits [n, V] of them, or its likeliest tokens."""
+
+
+class Teacher:
+    """Loaded when it is first asked for something that is not in the cache."""
+
+    def __init__(self, config: UptrainConfig, device: torch.device):
+        self.name, self.device, self.settings = config.teacher, device, config.distill
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        own, other = (
+            find_checkpoint(name).config().get_text_config().vocab_size
+            for name in (config.student, config.teacher)
+        )
+        if own != other:
+            raise UserError(
+                f"teacher (={config.teacher}) has another vocabulary than the student: "
+                f"vocab_size {other}, not {own}"
+            )
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Frozen, in the dtype that the student computes in."""
+        model = find_checkpoint(self.name).model(self.dtype)
+        return model.requires_grad_(False).eval().to(self.device)
+
+    @torch.no_grad()
+    def targets(self, batch: Block) -> Targets:
+        """Of a batch [B, T] on the teacher's device."""
+        if self.settings.top_k is not None:
+            return self._top_k(batch).rows
+        hidden = self._hidden(batch)
+        return lambda rows: logits_of(self.model, hidden[rows])
+
+    def _hidden(self, batch: Block) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        return hidden_states(self.model, **inputs)
+
+    def _top_k(self, batch: Block) -> TopK:
+        if self.settings.cache is None:
+            return self._computed_top_k(batch)
+        files = list(map(self._file, batch["input_ids"], batch["position_ids"]))
+        if not all(file.exists() for file in files):
+            found = self._computed_top_k(batch)
+            length = batch["input_ids"].shape[1]
+            for index, file in enumerate(files):
+                if not file.exists():
+                    _write(file, found.rows(slice(index * length, (index + 1) * length)))
+        kept = [load_file(file, device=str(self.device)) for file in files]
+        return TopK(
+            torch.cat([block["tokens"] for block in kept]).long(),
+            torch.cat([block["log_probabilities"] for block in kept]),
+        )
+
+    def _computed_top_k(self, batch: Block) -> TopK:
+        hidden, settings = self._hidden(batch), self.settings
+        found = [
+            TopK.of(logits_of(self.model, hidden[rows]), settings.top_k, settings.temperature)
+            for rows in chunks(self.model, hidden)
+        ]
+        return TopK(
+            torch.cat([part.tokens for part in found]),
+            torch.cat([part.log_probabilities for part in found]),
+        )
+
+    def _file(self, input_ids: Tensor, position_ids: Tensor) -> Path:
+        """Named by all that the numbers depend on."""
+        settings = self.settings
+        key = hashlib.sha256(
+            f"{self.name} {self.dtype} {settings.top_k} {settings.temperature}".encode()
+        )
+        for column in (input_ids, position_ids):
+            key.update(column.cpu().numpy().tobytes())
+        name = key.hexdigest()
+        return Path(settings.cache).expanduser() / name[:2] / f"{name[2:]}.safetensors"
+
+
+def _write(file: Path, block: TopK) -> None:
+    """Whole or not at all, whoever else writes it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    tensors = {
+        "tokens": block.tokens.int().contiguous(),
+        "log_probabilities": block.log_probabilities.contiguous(),
+    }
+    with disk_errors():
+        save_file(tensors, partial)
+    partial.replace(file)

@@ -1,0 +1,123 @@
+"""The teacher's likeliest tokens: computed once, read afterwards, and loaded only when needed."""
+
+import json
+import os
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from supra import testing
+from supra.packing import collate
+from supra.uptrain import loop, teacher, tree
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.data import BlockStream, training_documents
+from supra.uptrain.teacher import Teacher
+from tests.test_uptrain_loop import assert_same_weights, log, merged
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A student, a teacher that it differs from, and text."""
+    folder = tmp_path_factory.mktemp("teacher")
+    testing.tiny_checkpoint(folder / "teacher")
+    testing.tiny_checkpoint(folder / "student", seed=1)
+    with open(folder / "text.jsonl", "w") as file:
+        for number in range(20):
+            text = f"The river rises {number} times. " * (9 - number % 7)
+            print(json.dumps({"text": text}), file=file)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def config(files, out, **distill):
+    values = {
+        "student": str(files / "student"),
+        "teacher": str(files / "teacher"),
+        "out": str(out),
+        "data": {"path": str(files / "text.jsonl"), "sequence_length": 16},
+        "distill": {"tokens": 4 * 64, "optimizer": {"lr": 1e-3}, "temperature": 2.0},
+        "batch": {"size": 2, "accumulation": 2},
+        "precision": "fp32",
+    }
+    return tree.build(UptrainConfig, merged(values, {"distill": distill}))
+
+
+def blocks(run, count=2):
+    tokenizer = testing.tiny_tokenizer(run.out)
+    stream = BlockStream(training_documents(run), tokenizer, run.data.sequence_length)
+    return collate(next(stream) for _ in range(count))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """How often a teacher was loaded."""
+    calls, find = [], teacher.find_checkpoint
+
+    class Spy:
+        def __init__(self, name):
+            self.checkpoint = find(name)
+
+        def config(self):
+            return self.checkpoint.config()
+
+        def model(self, dtype):
+            calls.append(dtype)
+            return self.checkpoint.model(dtype)
+
+    monkeypatch.setattr(teacher, "find_checkpoint", Spy)
+    return calls
+
+
+def test_the_second_run_only_reads(files, tmp_path, loaded):
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for run in runs:
+        loop.train(config(files, run, top_k=8, cache=str(tmp_path / "cache")))
+    assert loaded == [torch.float32], "by the first run"
+    assert log(runs[0]) == log(runs[1]) and log(runs[0], "kl") == log(runs[1], "kl")
+    assert_same_weights(*runs)
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(files) == 16 and not list((tmp_path / "cache").rglob(".*"))
+    tensors = load_file(files[0])
+    assert sum(x.numel() * x.element_size() for x in tensors.values()) == 16 * 8 * 6
+
+
+def test_without_a_cache_they_are_the_same(files, tmp_path, loaded):
+    loop.train(config(files, tmp_path / "kept", top_k=8, cache=str(tmp_path / "cache")))
+    loop.train(config(files, tmp_path / "anew", top_k=8))
+    assert loaded == [torch.float32] * 2
+    assert log(tmp_path / "kept") == log(tmp_path / "anew")
+
+
+def test_all_tokens_are_the_whole_distribution(files, tmp_path):
+    loop.train(config(files, tmp_path / "whole"))
+    loop.train(config(files, tmp_path / "top", top_k=1000))
+    whole, top = log(tmp_path / "whole"), log(tmp_path / "top")
+    assert list(top.values()) == pytest.approx(list(whole.values()), rel=1e-3)  # of float16
+
+
+@pytest.mark.parametrize("change", [{"top_k": 4}, {"temperature": 1.0}], ids=["top_k", "t"])
+def test_other_numbers_are_other_files(files, tmp_path, change, loaded):
+    cache = str(tmp_path / "cache")
+    for changes in ({"top_k": 8}, {"top_k": 8} | change):
+        settings = config(files, tmp_path, cache=cache, **changes)
+        Teacher(settings, torch.device("cpu")).targets(blocks(settings))
+    assert len(loaded) == 2 and len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
+
+
+def test_a_missing_block_is_computed(files, tmp_path, loaded):
+    settings = config(files, tmp_path, top_k=8, cache=str(tmp_path / "cache"))
+    batch = blocks(settings)
+    found = []
+    for _ in range(2):
+        rows = Teacher(settings, torch.device("cpu")).targets(batch)(slice(3, 20))
+        found.append(rows)
+        os.remove(next((tmp_path / "cache").rglob("*.safetensors")))
+    assert len(loaded) == 2
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert torch.equal(found[0].log_probabilities, found[1].log_probabilities)
