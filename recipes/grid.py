@@ -1,0 +1,260 @@
+"""One row of the grid: convert a teacher, uptrain it, measure it, write recipes/results/ROW.json.
+
+    python recipes/grid.py gated --teacher T --train corpus_train.jsonl.gz \\
+        --held-out corpus_valid.jsonl.gz --tokens 300_000
+    python recipes/grid.py --table        # the rows that there are, into recipes/README.md
+
+All rows take the same tokens in the same order, 2048 a step, and are measured on the same windows
+of 1024. An interrupted row goes on where it was. What fails is a row too.
+"""
+
+import argparse
+import json
+import math
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from supra.checkpoints import find_checkpoint
+from supra.convert import convert
+from supra.errors import UserError, check_choice, command
+from supra.evaluate import state_bytes
+from supra.evaluate.command import evaluate_text
+from supra.uptrain import load_config, train
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results", HERE / "README.md"
+CONTEXT, HELD_OUT_TOKENS = 1024, 65_536
+BEGIN, END = "<!-- grid -->", "<!-- end of grid -->"
+# for budgets of a million tokens: many small steps, and warm-ups in their proportion
+SMALL = {
+    "data.sequence_length": 512,
+    "data.eval_documents": 0,
+    "batch.size": 4,
+    "batch.accumulation": 1,
+    "eval.every": 0,
+    "eval.tokens": 16_384,
+    "checkpoint.every": 50,
+    "checkpoint.keep": 1,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What to convert to, and the recipe with what differs from it at these budgets."""
+
+    mixer: str
+    recipe: str
+    options: dict[str, Any] = field(default_factory=dict)
+    keep_attention: float | str | tuple[int, ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+# rates of the published recipes are those of 7B models and of a thousand times the steps: rows take
+# what the same papers or their successors give for 100M to 1B
+PAPER = {
+    "tune.optimizer.lr": 3e-4,
+    "tune.schedule.warmup": 0.1,
+    "tune.schedule.min_ratio": 0.1,
+}
+STAGED = {
+    "align.tokens": None, "align.share": 0.2, "align.schedule.warmup": 0.1,
+    "distill.tokens": None, "distill.share": 0.8, "distill.optimizer.lr": 3e-4,
+    "distill.schedule.kind": "cosine", "distill.schedule.warmup": 0.05,
+}  # fmt: skip
+OURS = {"align.schedule.warmup": 0.05, "distill.schedule.warmup": 0.05}
+ROWS = {
+    "teacher_tuned": Row("softmax", "supra_paper", overrides=PAPER | {"tune.optimizer.lr": 5e-5}),
+    "supra_paper": Row("supra_paper", "supra_paper", overrides=PAPER),
+    "t2r": Row("t2r", "t2r", overrides={"tune.schedule.warmup": 0.1}),
+    "hedgehog": Row(
+        "hedgehog",
+        "hedgehog",
+        overrides={"orient.schedule.warmup": 0.1, "tune.schedule.warmup": 0.1},
+    ),
+    "lolcats": Row("lolcats", "lolcats"),
+    "radlads": Row(
+        "gated_delta",
+        "radlads",
+        overrides=STAGED | {"tune.tokens": None, "tune.share": 0.1, "distill.share": 0.7},
+    ),
+    "mohawk": Row(
+        "gated_delta",
+        "mohawk",
+        overrides=STAGED
+        | {"orient.tokens": None, "orient.share": 0.05, "align.share": 0.1, "distill.share": 0.85},
+    ),
+    "supra": Row("supra", "supra", overrides=OURS),
+    "gated": Row("gated", "supra", overrides=OURS),
+    "gated_delta": Row("gated_delta", "supra", overrides=OURS),
+    "window": Row("window", "supra", overrides=OURS),
+    "hybrid_even": Row("gated", "supra", keep_attention=0.25, overrides=OURS),
+    "hybrid_auto": Row("gated", "supra", keep_attention="auto:0.25", overrides=OURS),
+}
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("row", nargs="?", help=", ".join(ROWS))
+    parser.add_argument("--teacher", help="hub id, folder or GGUF file")
+    parser.add_argument("--train", help="text to train on")
+    parser.add_argument("--held-out", help="text to measure on")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of training; default 300_000")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/grid"), help="for checkpoints")
+    parser.add_argument("--table", action="store_true", help="write the table into the README")
+    arguments = parser.parse_args()
+    if arguments.table:
+        write_table()
+        return
+    check_choice("row", arguments.row, ROWS)
+    for name in ("teacher", "train", "held_out"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is missing: a row needs it")
+    result = make(ROWS[arguments.row], arguments)
+    RESULTS.mkdir(exist_ok=True)
+    name = f"{arguments.row}-{arguments.tokens}-{arguments.seed}.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {RESULTS.name}/{name}: {line(result)}")
+
+
+def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make one row, going on where it was interrupted."""
+    student = arguments.runs / f"{arguments.row}-{arguments.seed}"
+    if not student.exists():
+        auto = isinstance(row.keep_attention, str)
+        convert(
+            arguments.teacher,
+            student,
+            mixer=row.mixer,
+            options=row.options,
+            keep_attention=row.keep_attention,
+            text=arguments.train if auto else None,
+            seed=arguments.seed,
+            progress=True,
+        )
+    out = arguments.runs / f"{arguments.row}-{arguments.tokens}-{arguments.seed}"
+    settings = SMALL | row.overrides | {
+        "student": student,
+        "out": out,
+        "data.path": arguments.train,
+        "data.eval_path": arguments.held_out,
+        "budget.share": None,
+        "budget.tokens": arguments.tokens,
+        "seed": arguments.seed,
+        "data.shuffle_seed": arguments.seed,
+    }  # fmt: skip
+    file = HERE / "configs" / f"{row.recipe}.yaml"
+    if "distill:" in file.read_text(encoding="utf-8"):
+        settings["teacher"] = arguments.teacher
+    result = {
+        "row": arguments.row,
+        "recipe": row.recipe,
+        "mixer": row.mixer,
+        "options": row.options,
+        "softmax_layers": kept_layers(student),
+        "overrides": row.overrides,
+        "tokens": arguments.tokens,
+        "seed": arguments.seed,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    try:
+        if not (out / "final").exists():
+            overrides = [
+                f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()
+            ]
+            train(load_config(file, overrides))
+    except UserError as error:
+        return result | {"failed": str(error)}
+    return result | log_of(out) | measured(arguments, out / "final")
+
+
+def kept_layers(student: Path) -> list[int]:
+    layers = find_checkpoint(str(student)).config().supra["layers"]
+    return [number for number, name in enumerate(layers) if name == "softmax"]
+
+
+def log_of(out: Path) -> dict[str, Any]:
+    """Wall time of training, and held-out perplexity after each stage, on windows of 512."""
+    lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in lines if "tokens_per_second" in entry]
+    before = [0, *(entry["tokens"] for entry in steps)]
+    seconds = sum(
+        (entry["tokens"] - earlier) / entry["tokens_per_second"]
+        for entry, earlier in zip(steps, before, strict=False)
+    )
+    stages = {}
+    for entry in lines:
+        for key in ("teacher", "converted", "eval"):
+            if f"{key}_perplexity" in entry:
+                name = entry["stage"] if key == "eval" else key
+                stages[name] = entry[f"{key}_perplexity"]
+    return {"training_seconds": round(seconds), "perplexity_by_stage": stages}
+
+
+def measured(arguments: argparse.Namespace, final: Path) -> dict[str, Any]:
+    """Perplexity of the result and of the teacher on windows of CONTEXT."""
+    known = arguments.runs / "teacher.json"
+    if not known.exists():
+        known.write_text(json.dumps(perplexity_of(arguments.teacher, arguments.held_out)))
+    teacher = json.loads(known.read_text())
+    student = perplexity_of(str(final), arguments.held_out)
+    config = find_checkpoint(str(final)).config()
+    return {
+        "teacher_perplexity": teacher["perplexity"],
+        "perplexity": student["perplexity"],
+        "ratio": student["perplexity"] / teacher["perplexity"],
+        "excess_nats": student["loss"] - teacher["loss"],
+        "by_position": student["by_position"],
+        "teacher_by_position": teacher["by_position"],
+        "state_bytes": state_bytes(config, CONTEXT, torch.bfloat16),
+    }
+
+
+def perplexity_of(model: str, text: str) -> dict[str, Any]:
+    checkpoint = find_checkpoint(model)
+    result = evaluate_text(
+        checkpoint, text, sequence_length=CONTEXT, tokens=HELD_OUT_TOKENS, dtype=torch.bfloat16
+    )
+    return result.as_dict()
+
+
+def write_table() -> None:
+    rows = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    rows.sort(key=lambda row: (row["tokens"], row.get("ratio", math.inf)))
+    lines = [
+        "| row | recipe | mixer | softmax layers | tokens | ratio | excess nats | perplexity "
+        "| state at 1024 | minutes | seed |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(line(row) for row in rows),
+    ]
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    table = "\n".join(lines)
+    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    print(table)
+
+
+def line(row: dict[str, Any]) -> str:
+    cells = [row["row"], row["recipe"], row["mixer"], str(len(row["softmax_layers"]))]
+    cells.append(f"{row['tokens']:,}")
+    if "failed" in row:
+        cells += [row["failed"].split(":")[0], "", "", "", ""]
+    else:
+        cells += [
+            f"{row['ratio']:.3f}",
+            f"{row['excess_nats']:.3f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['state_bytes'] / 1e6:.1f} MB",
+            f"{row['training_seconds'] / 60:.0f}",
+        ]
+    return f"| {' | '.join([*cells, str(row['seed'])])} |"
+
+
+if __name__ == "__main__":
+    main()
