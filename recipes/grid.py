@@ -65,7 +65,7 @@ STAGED = {
     "distill.tokens": None, "distill.share": 0.8, "distill.optimizer.lr": 3e-4,
     "distill.schedule.kind": "cosine", "distill.schedule.warmup": 0.05,
 }  # fmt: skip
-OURS = {"align.schedule.warmup": 0.05, "distill.schedule.warmup": 0.05}
+OURS = {"calibrate.tokens": 4096, "align.schedule.warmup": 0.05, "distill.schedule.warmup": 0.05}
 ROWS = {
     "teacher_tuned": Row("softmax", "supra_paper", overrides=PAPER | {"tune.optimizer.lr": 5e-5}),
     "supra_paper": Row("supra_paper", "supra_paper", overrides=PAPER),
@@ -138,6 +138,7 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
             progress=True,
         )
     out = arguments.runs / f"{arguments.row}-{arguments.tokens}-{arguments.seed}"
+    file = HERE / "configs" / f"{row.recipe}.yaml"
     settings = SMALL | row.overrides | {
         "student": student,
         "out": out,
@@ -148,7 +149,6 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
         "seed": arguments.seed,
         "data.shuffle_seed": arguments.seed,
     }  # fmt: skip
-    file = HERE / "configs" / f"{row.recipe}.yaml"
     if "distill:" in file.read_text(encoding="utf-8"):
         settings["teacher"] = arguments.teacher
     result = {

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError
@@ -52,6 +53,17 @@ def evaluate_text(
 
     Every model sees the same windows. `tokens` bounds how many are read.
     """
+    check_sizes(sequence_length, batch, tokens)
+    documents = Documents(open_dataset(text), text_field).epoch(0)
+    blocks = blocks_from_text(checkpoint.tokenizer(), documents, sequence_length, tokens)
+    model = load_model(checkpoint, dtype)
+    edges = position_edges(sequence_length)
+    result = perplexity(model, blocks, by_position=edges, batch_size=batch)
+    return TextResult(checkpoint.name, text, sequence_length, **asdict(result))
+
+
+def check_sizes(sequence_length: int, batch: int, tokens: int | None) -> None:
+    """Raise UserError for the first that is too small."""
     # one token predicts nothing
     for name, value, least in (
         ("sequence-length", sequence_length, 2),
@@ -60,15 +72,12 @@ def evaluate_text(
     ):
         if value is not None and value < least:
             raise UserError(f"--{name} (={value}) must be at least {least}")
-    documents = Documents(open_dataset(text), text_field).epoch(0)
-    blocks = blocks_from_text(checkpoint.tokenizer(), documents, sequence_length, tokens)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    """On the GPU where there is one."""
     model = checkpoint.model(dtype)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    result = perplexity(
-        model, blocks, by_position=position_edges(sequence_length), batch_size=batch
-    )
-    return TextResult(checkpoint.name, text, sequence_length, **asdict(result))
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def position_edges(sequence_length: int) -> list[int]:

@@ -1,0 +1,124 @@
+"""Prompts that can be answered from what they say and from nothing else; seeded.
+
+A generator is a `random.Random`, so that a seed gives the same prompts on every machine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from transformers import PreTrainedTokenizerBase
+
+from supra.errors import UserError
+
+CANDIDATES = 8
+NAMES = ("castle", "garden", "harbor", "library", "market", "museum", "station", "temple")
+_LEAST_LETTERS = 4
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A prompt that ends in a question; candidates are the tokens of numbers, all of them ids."""
+
+    prompt: list[int]
+    candidates: list[list[int]]
+    answer: int  # which candidate the text names
+    at: int  # the needle's first token in the prompt
+
+
+@dataclass(frozen=True)
+class AssociativeRecall:
+    """Key, value, key, value, …, and then the same pairs in another order."""
+
+    ids: list[int]
+    queries: list[int]  # places of the keys when they come again; the answer follows each
+    values: list[int]  # all values
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a prompt."""
+    with_special, without = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    return with_special[: with_special.index(without[0])]
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def continuation_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
+    """What the tokens of `prompt` go on with; alone, `text` may get another space before it."""
+    return plain_tokens(tokenizer, prompt + text)[len(plain_tokens(tokenizer, prompt)) :]
+
+
+def needle(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Sequence[int],
+    length: int,
+    depth: float,
+    generator: Random,
+) -> Needle:
+    """A secret number in `filler`, asked for at the end of exactly `length` tokens.
+
+    `depth` is 0 for a needle at the start and 1 for one right before the question. The filler
+    begins anywhere and goes round. After "needle in a haystack" (Kamradt 2023), as RULER has it
+    (arXiv 2404.06654). Raises UserError when `length` has no room for needle and question.
+    """
+    name = generator.choice(NAMES)
+    numbers = [f" {number}" for number in generator.sample(range(10_000, 100_000), CANDIDATES)]
+    answer = generator.randrange(CANDIDATES)
+    asked = f"\nThe secret number of the {name} is"
+    question = plain_tokens(tokenizer, asked)
+    candidates = [continuation_tokens(tokenizer, asked, number) for number in numbers]
+    statement = plain_tokens(tokenizer, f"{asked}{numbers[answer]}.\n")
+    start = start_tokens(tokenizer)
+    room = length - len(start) - len(statement) - len(question)
+    if room < 0:
+        raise UserError(
+            f"recall length (={length}) must be at least {length - room}: needle and question "
+            "take as many tokens"
+        )
+    first = generator.randrange(len(filler))
+    hay = [filler[(first + index) % len(filler)] for index in range(room)]
+    before = round(depth * room)
+    prompt = [*start, *hay[:before], *statement, *hay[before:], *question]
+    return Needle(prompt, candidates, answer, at=len(start) + before)
+
+
+def single_token_words(tokenizer: PreTrainedTokenizerBase, least: int) -> list[int]:
+    """Tokens that are a word of some letters with the space before it, common ones first.
+
+    All tokens that are not special where the tokenizer has fewer such words than `least`.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    words = [id for id, token in enumerate(tokens) if token and _is_word(token)]
+    if len(words) >= least:
+        return words
+    special = set(tokenizer.all_special_ids)
+    return [id for id, token in enumerate(tokens) if token and id not in special]
+
+
+def associative_recall(
+    words: Sequence[int], pairs: int, generator: Random, start: Sequence[int] = ()
+) -> AssociativeRecall:
+    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927) over token ids `words`.
+
+    No word comes twice. Raises UserError when there are fewer words than the pairs need.
+    """
+    if len(words) < 2 * pairs:
+        raise UserError(f"{pairs} pairs need {2 * pairs} words, the vocabulary has {len(words)}")
+    chosen = generator.sample(words, 2 * pairs)
+    items = list(zip(chosen[:pairs], chosen[pairs:], strict=True))
+    again = generator.sample(items, pairs)
+    ids = [*start, *(token for pair in (*items, *again) for token in pair)]
+    queries = range(len(start) + 2 * pairs, len(ids), 2)
+    return AssociativeRecall(ids, list(queries), chosen[pairs:])
+
+
+def _is_word(token: str) -> bool:
+    word = token[1:]
+    starts = token[0] in "Ġ▁"  # a space, in byte-level and in SentencePiece vocabularies
+    letters = word.isascii() and word.isalpha() and word.islower()
+    return starts and letters and len(word) >= _LEAST_LETTERS
