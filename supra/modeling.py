@@ -50,6 +50,10 @@ class _SupraPreTrained:
     def _can_set_attn_implementation(cls) -> bool:
         return False
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # of others' code, a module with no tensors but its children's counts as initialised
+        super()._initialize_weights(module, is_custom_code and not isinstance(module, Mixer))
+
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, Mixer):
             super()._init_weights(module)

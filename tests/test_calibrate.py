@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from supra.attention import attention_modules
-from supra.calibrate import calibrate
+from supra.calibrate import calibrate, ridge_regression
 from supra.configuration import converted_config
 from supra.errors import UserError
 from supra.mixers import resolve_mixer
@@ -125,3 +125,34 @@ def test_a_model_that_was_not_converted_is_refused(batch):
     teacher, _ = converted("supra", layers=1)
     with pytest.raises(UserError, match="the student has no mixer"):
         calibrate(teacher, *batch)
+
+
+@pytest.mark.parametrize("mixer", ["hedgehog", "gated", "gated_delta"])
+def test_projections_come_closer_still(mixer):
+    """And no layer loses by it; what calibration moves is then theirs as well."""
+    teacher, student = converted(mixer)
+    batch = torch.randint(300, (16, 80)), torch.arange(80).expand(16, -1)
+    calibrate(student, *batch)
+    before = errors(teacher, student, batch[0])
+    _, student = converted(mixer)
+    calibrate(student, *batch, projections=True)
+    after = errors(teacher, student, batch[0])
+    assert all(new < 1.0001 * old for new, old in zip(after, before, strict=True))
+    assert min(new / old for new, old in zip(after, before, strict=True)) < 0.98
+    kept = dict(teacher.named_parameters())
+    moved = {
+        name.split(".")[-2]
+        for name, x in student.named_parameters()
+        if ".mixer." not in name and not torch.equal(x, kept[name])
+    }
+    assert moved == {"o_proj"}
+
+
+def test_ridge_regression_solves_its_equation():
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 20, 5).double(), torch.randn(3, 20, 2).double()
+    weights = ridge_regression(x, y, 0.3).double().requires_grad_()
+    loss = (y - x @ weights).square().sum() + 0.3 * x.square().sum() / 5 * weights.square().sum()
+    (gradient,) = torch.autograd.grad(loss, weights)
+    assert gradient.abs().max() < 1e-4
+    assert not ridge_regression(x, y, torch.inf).any()

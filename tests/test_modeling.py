@@ -18,9 +18,12 @@ from transformers import (
 )
 
 import supra.modeling
+from supra.attention import attention_modules
+from supra.configuration import converted_config
 from supra.convert import convert
 from supra.errors import UserError
-from supra.testing import MAIN_FAMILIES, tiny_checkpoint
+from supra.mixers import MIXERS, PRESETS, build_mixer, resolve_mixer
+from supra.testing import MAIN_FAMILIES, tiny_checkpoint, tiny_config
 
 # pure, hybrid with attention kept in the middle, and the paper's form
 PLANS = {
@@ -308,3 +311,16 @@ def test_import_is_light():
     heavy = ["triton", "datasets", "peft"]
     code = f"import supra, sys; print([name for name in {heavy} if name in sys.modules])"
     assert run(code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("mixer", [name for name in (*MIXERS, *PRESETS) if name != "supra_paper"])
+def test_a_new_model_has_every_mixers_starting_values(mixer):
+    """Also of mixers whose tensors all are in parts of theirs."""
+    name, options = resolve_mixer(mixer)
+    config = converted_config(tiny_config("llama"), [name] * 2, {name: options})
+    model = AutoModelForCausalLM.from_config(config)
+    for attention in attention_modules(model):
+        expected = build_mixer(name, attention.mixer.shape, options)
+        expected.reset_parameters()
+        for key, value in expected.state_dict().items():
+            assert torch.equal(attention.mixer.state_dict()[key], value), key

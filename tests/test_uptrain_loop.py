@@ -182,7 +182,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(files, tmp_path, m
 
 def test_calibration_happens_once(files, tmp_path, monkeypatch):
     out, calls, calibrate = tmp_path / "run", [], loop.calibrate
-    monkeypatch.setattr(loop, "calibrate", lambda *inputs: calls.append(calibrate(*inputs)))
+    monkeypatch.setattr(
+        loop, "calibrate", lambda *inputs, **options: calls.append(calibrate(*inputs, **options))
+    )
     changes = {
         "student": str(files / "hybrid"),
         "calibrate": {"tokens": 64},

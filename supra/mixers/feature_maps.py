@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from supra.mixers.base import AttentionShape, MixerInputs
 
+
 class Identity(nn.Module):
     """φ(x) = x: the teacher's own queries and keys."""
 

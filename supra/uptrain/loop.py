@@ -227,6 +227,7 @@ class Run:
                 student,
                 batch["input_ids"].to(self.accelerator.device),
                 batch["position_ids"].to(self.accelerator.device),
+                projections=self.config.calibrate.projections,
             )
 
     def _begin(self, stage: Stage) -> None:
