@@ -20,7 +20,7 @@ import torch
 
 from supra.checkpoints import find_checkpoint
 from supra.convert import convert
-from supra.errors import UserError, check_choice, command
+from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate import state_bytes
 from supra.evaluate.command import evaluate_text
 from supra.uptrain import load_config, train
@@ -169,8 +169,10 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
                 f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()
             ]
             train(load_config(file, overrides))
-    except UserError as error:
+    except Diverged as error:
         return result | {"failed": str(error)}
+    if not (out / "final").exists():
+        raise UserError(f"{arguments.row} was interrupted: the same command goes on")
     return result | log_of(out) | measured(arguments, out / "final")
 
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in an argument, a file or a config: one line that names the way out."""
 
 
+class Diverged(UserError):
+    """Training left the finite numbers."""
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise UserError when `value` is not one of `choices`, naming the nearest and all of them."""
     choices = sorted(choices)

@@ -59,7 +59,8 @@ class _SupraPreTrained:
             super()._init_weights(module)
             return
         tensors = (*module.parameters(), *module.buffers())
-        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+        # what is offloaded to a disk has come from there, and has no memory to write to
+        if not all(x.is_meta or getattr(x, "_is_hf_initialized", False) for x in tensors):
             module.reset_parameters()
 
     @classmethod

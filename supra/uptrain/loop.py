@@ -16,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, 
 from supra.calibrate import calibrate
 from supra.card import update_card
 from supra.checkpoints import find_checkpoint
-from supra.errors import UserError, check_choice
+from supra.errors import Diverged, UserError, check_choice
 from supra.evaluate.perplexity import perplexity
 from supra.files import staged_folder
 from supra.head import ScoredModel
@@ -115,7 +115,7 @@ class Run:
         values = self.objective.add_gradients(batches)
         loss, norm = values["loss"], values["grad_norm"]
         if not math.isfinite(loss + norm):
-            raise UserError(
+            raise Diverged(
                 f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; this step "
                 f"changed no weights. Lower {stage.name}.optimizer.lr "
                 f"(={stage.config.optimizer.lr}) or lengthen {stage.name}.schedule.warmup "
