@@ -16,7 +16,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-long: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long -o faulthandler_timeout=0
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -142,6 +142,7 @@ def _narrow_bounds(sums: Tensor, bounds: list[int]) -> list[int]:
 
     The decay of a chunk's first token acts on the state alone, so a reset costs a chunk, no more.
     """
+    sums = sums.nan_to_num()  # a head that diverged has no width: it must not hold the others up
     found = []
     for begin, end in pairwise(bounds):
         while begin < end:

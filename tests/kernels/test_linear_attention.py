@@ -277,6 +277,18 @@ def test_a_reset_forgets_everything_and_keeps_gradients_finite(reset, dtype, nor
         assert d_memory.abs().max() < 1e-40
 
 
+@pytest.mark.parametrize("position", [0, 70])
+def test_a_head_that_diverged_holds_nothing_up(position):
+    """NaN is wider than nothing and narrower than nothing: chunks end all the same."""
+    inputs = make_inputs(1, 130, 2, 2, 16, 12, ("token", "key"))
+    whole, _ = chunk_linear_attention(**inputs, backend="torch")
+    with torch.no_grad():
+        inputs["log_decay"][:, position, 1] = torch.nan
+    found, _ = chunk_linear_attention(**inputs, backend="torch")
+    assert_close(found[:, :, 0], whole[:, :, 0], 1e-12)
+    assert found[:, position + 1 :, 1].isnan().all()
+
+
 @pytest.mark.parametrize("reset", [-1e4, -torch.inf])
 @pytest.mark.parametrize("function", [chunk_linear_attention, recurrent_linear_attention])
 def test_a_head_that_forgets_at_once_sees_its_own_token_only(function, reset):
