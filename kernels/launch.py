@@ -103,7 +103,11 @@ def launch(
         constants = {name: x for name, x in given.items() if name.isupper()}
         _recorded.append(Launch(kernel, grid, arguments, constants, tiling))
         return
-    first = next(x for x in arguments.values() if isinstance(x, Tensor))
+    _run(kernel, grid, given, tiling)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], given: Mapping[str, Any], tiling: Tiling) -> None:
+    first = next(x for x in given.values() if isinstance(x, Tensor))
     with torch.cuda.device_of(first):
         kernel[grid](**given, num_warps=tiling.warps, num_stages=tiling.stages)
 

@@ -1,11 +1,12 @@
-"""Offline, one thread a process, Triton interpreted, and the same random numbers in every run."""
+"""Offline, one thread a process, Triton interpreted unless asked otherwise, and the same random numbers in every run."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors on two busy cores: two threads took 3x longer
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any import of one
+# read when a kernel is defined: before any import of one; 0 runs kernels on a GPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -1,10 +1,17 @@
-"""Triton's interpreter, without the two habits that take more than half of its time."""
+"""Where Triton kernels run: in the interpreter, or on a GPU with TRITON_INTERPRET=0.
+
+On a GPU the tests are the same and their tensors stay on the CPU: a launch copies what it is given
+to the GPU and copies all of it back, so that what a kernel writes where it should not is seen too.
+"""
 
 import dataclasses
 
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from supra.kernels import backends, launch
 
 
 class _PatchOnce:
@@ -23,12 +30,39 @@ class _PatchOnce:
             self.scopes.pop().restore()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _fast_interpreter():
+def _fast_interpreter(patch):
+    """Without the two habits that take more than half of its time."""
     builder = interpreter.interpreter_builder
+    patch.setattr(interpreter, "_patch_lang", _PatchOnce(interpreter._patch_lang))
+    # every integer sum is checked for overflow, which sizes as small as ours cannot have
+    options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    patch.setattr(builder, "options", options)
+
+
+def _on_gpu(patch):
+    run, target_of, gpu = launch._run, launch._target_of, torch.device("cuda")
+
+    def run_on_copies(kernel, grid, given, tiling):
+        storages = {}
+
+        def copied(x):
+            storage = x.untyped_storage()
+            _, copy = storages.setdefault(storage.data_ptr(), (storage, storage.cuda()))
+            empty = torch.empty(0, dtype=x.dtype, device=gpu)
+            return empty.set_(copy, x.storage_offset(), x.shape, x.stride())
+
+        given = {n: copied(x) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+        run(kernel, grid, given, tiling)
+        for storage, copy in storages.values():
+            storage.copy_(copy)
+
+    patch.setattr(launch, "_run", run_on_copies)
+    patch.setattr(launch, "_target_of", lambda device: target_of(gpu))
+    patch.setattr(backends, "_hindrance", lambda tensors: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _where_kernels_run():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", _PatchOnce(interpreter._patch_lang))
-        # every integer sum is checked for overflow, which sizes as small as ours cannot have
-        options = dataclasses.replace(builder.options, sanitize_overflow=False)
-        patch.setattr(builder, "options", options)
+        (_fast_interpreter if backends.interpreting() else _on_gpu)(patch)
         yield
