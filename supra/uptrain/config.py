@@ -113,7 +113,8 @@ class AlignConfig(StageConfig):
 @dataclass(frozen=True)
 class DistillConfig(StageConfig):
     """End to end, towards the teacher's distribution: weights of KL(teacher || student) at a
-    temperature, and of next-token cross entropy.
+    temperature, of next-token cross entropy, and of `hidden`, |student - teacher|² / |teacher|² of
+    a token's hidden state after a layer, the mean over layers.
 
     `top_k`: the teacher is its k likeliest tokens and one bucket for all others. They can be kept
     in the folder `cache`, at 6 bytes each: 64 of them are 384 bytes a token, 3.8 GB for 10M tokens.
@@ -122,6 +123,7 @@ class DistillConfig(StageConfig):
 
     kl: float = 1.0
     next_token: float = 0.0
+    hidden: float = 0.0
     temperature: float = 1.0
     top_k: int | None = None
     cache: str | None = None
