@@ -122,8 +122,8 @@ def _check_teacher(config: UptrainConfig) -> None:
         )
     if distill.cache is not None and distill.hidden:
         raise UserError(
-            f"distill.hidden (={distill.hidden}) needs the teacher's layers, of which distill.cache "
-            f"(={distill.cache}) keeps nothing: set one of them to null or 0"
+            f"distill.hidden (={distill.hidden}) needs the teacher's layers, and distill.cache "
+            f"(={distill.cache}) keeps nothing of them: distill.hidden=0, or distill.cache=null"
         )
 
 

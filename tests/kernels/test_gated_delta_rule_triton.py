@@ -20,8 +20,8 @@ FORMS = (
     ("token", torch.float16),
     ("token", torch.bfloat16),
 )
-# largest relative RMS errors seen over everything below: 1e-6, 4e-4, 7e-3
-TOLERANCES = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# largest relative RMS errors seen over everything below: 1e-6, 4e-4 (1.2e-3 on an H100), 7e-3
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def make_inputs(

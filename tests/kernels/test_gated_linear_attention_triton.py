@@ -9,9 +9,9 @@ from supra.kernels.gated_linear_attention import (
     recurrent_gated_linear_attention,
 )
 
-# measured relative errors are at most 2.2e-6, 3.2e-4 and 5.0e-3: sums of logs are rounded to 2^-18,
-# and operands to 11 and to 8 bits
-TOLERANCES = {torch.float32: 2.5e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
+# measured relative errors are at most 2.2e-6, 3.2e-4 (7e-4 on an H100) and 5.0e-3: sums of logs are
+# rounded to 2^-18, and operands to 11 and to 8 bits
+TOLERANCES = {torch.float32: 2.5e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 KINDS = ("gla", "rwkv6")
 
 
