@@ -7,22 +7,18 @@ hidden states, scored, and taken back to a gradient of the hidden states and of 
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from supra.losses import Losses
 
 # Logits of one chunk: 680 and 1360 tokens of a vocabulary of 49152. Each chunk adds to the gradient
 # of the head, as large as the head, so chunks of few tokens would move more of it than of logits.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
-
-Layers = tuple[Tensor, ...]
-"""Hidden states [B, T, D] after each layer, the last one after the last norm."""
 
 ChunkLoss = Callable[[Tensor, slice], Losses]
 """(logits [n, V], which rows of the flattened batch they are) -> their losses."""
@@ -39,20 +35,11 @@ class ScoredModel(nn.Module):
         self.model = model
         self._no_split_modules = model._no_split_modules  # which FSDP wraps one by one
 
-    def forward(
-        self, loss: ChunkLoss | None = None, teacher_layers: Layers | None = None, **inputs
-    ):
-        """With `loss`, also the error of the hidden states, zero without the teacher's."""
+    def forward(self, loss: ChunkLoss | None = None, **inputs):
         if loss is None:
             return self.model(**inputs)
         language = language_model(self.model)
-        if teacher_layers:
-            hidden, layers = hidden_states_of_layers(language, **inputs)
-            error = layers_error(layers, teacher_layers)
-        else:
-            hidden = hidden_states(language, **inputs)
-            error = hidden.new_zeros(())
-        return chunked_losses(language, hidden, loss), error
+        return chunked_losses(language, hidden_states(language, **inputs), loss)
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:
@@ -62,29 +49,8 @@ def language_model(model: nn.Module) -> PreTrainedModel:
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """What the language model makes logits of, [B·T, D]."""
-    return _base_output(model, **inputs).last_hidden_state.flatten(0, 1)
-
-
-def hidden_states_of_layers(model: PreTrainedModel, **inputs: Tensor) -> tuple[Tensor, Layers]:
-    """The same, and the hidden states after each layer."""
-    output = _base_output(model, output_hidden_states=True, **inputs)
-    return output.last_hidden_state.flatten(0, 1), output.hidden_states[1:]
-
-
-def _base_output(model: PreTrainedModel, **inputs: Any) -> ModelOutput:
-    return getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
-
-
-def layers_error(layers: Layers, teacher_layers: Layers) -> Tensor:
-    """|student - teacher|² / |teacher|² of every token's hidden state, the mean over tokens and
-    layers. Divided token by token: in many models the first token's state is a hundred times as
-    large as the others'."""
-    errors = []
-    for ours, theirs in zip(layers, teacher_layers, strict=True):
-        ours, theirs = ours.float(), theirs.float()
-        squares = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
-        errors.append(squares.mean())
-    return torch.stack(errors).mean()
+    output = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -55,20 +55,20 @@ def chunks_of_seven(monkeypatch):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_losses_and_gradients(tied):
     model = tiny(tie_word_embeddings=tied)
-    assert_same(model, ScoredModel(model)(loss, **INPUTS)[0], whole(model))
+    assert_same(model, ScoredModel(model)(loss, **INPUTS), whole(model))
 
 
 @pytest.mark.parametrize("family", ["cohere", "gemma2", "granite", "gpt2"])
 def test_what_families_do_to_logits(family):
     """A scale, a cap, another name of the headless model."""
     model = tiny(family).eval()
-    assert_same(model, ScoredModel(model)(loss, **INPUTS)[0], whole(model))
+    assert_same(model, ScoredModel(model)(loss, **INPUTS), whole(model))
 
 
 def test_a_frozen_head():
     model = tiny()
     model.lm_head.requires_grad_(False)
-    assert_same(model, ScoredModel(model)(loss, **INPUTS)[0], whole(model))
+    assert_same(model, ScoredModel(model)(loss, **INPUTS), whole(model))
 
 
 def test_adapters():
@@ -76,14 +76,14 @@ def test_adapters():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    assert_same(model, ScoredModel(model)(loss, **INPUTS)[0], whole(model))
+    assert_same(model, ScoredModel(model)(loss, **INPUTS), whole(model))
 
 
 def test_bf16_logits_and_float32_gradients():
     """The head's gradient is added up in float32 over chunks."""
     model = tiny(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, chunked = whole(model), ScoredModel(model)(loss, **INPUTS)[0]
+        expected, chunked = whole(model), ScoredModel(model)(loss, **INPUTS)
     torch.testing.assert_close(chunked.total, expected.total, rtol=1e-3, atol=0)
     expected, found = gradients(model, expected), gradients(model, chunked)
     for name, gradient in expected.items():
@@ -96,7 +96,7 @@ def test_checkpointing_inside():
     model = tiny().train()
     expected = whole(model)
     model.activation_checkpointing_enable()
-    assert_same(model, ScoredModel(model)(loss, **INPUTS)[0], expected)
+    assert_same(model, ScoredModel(model)(loss, **INPUTS), expected)
 
 
 def test_without_a_loss_it_is_the_model():

@@ -134,7 +134,6 @@ def test_mistakes_are_named(tmp_path, override, message):
         ({"kl": 0, "next_token": 1}, r"distill.kl \(=0\) leaves the teacher unused"),
         ({"top_k": 0}, r"distill.top_k \(=0\) must be >= 1"),
         ({"cache": "c"}, "set distill.top_k"),
-        ({"cache": "c", "top_k": 8, "hidden": 1}, r"distill.hidden \(=1.0\) needs .* layers"),
         ({"share": 0.6}, r"distill.share \+ tune.share \(=1.1\) must be <= 1"),
     ],
 )

@@ -113,8 +113,7 @@ class AlignConfig(StageConfig):
 @dataclass(frozen=True)
 class DistillConfig(StageConfig):
     """End to end, towards the teacher's distribution: weights of KL(teacher || student) at a
-    temperature, of next-token cross entropy, and of `hidden`, |student - teacher|² / |teacher|² of
-    a token's hidden state after a layer, the mean over layers.
+    temperature, and of next-token cross entropy.
 
     `top_k`: the teacher is its k likeliest tokens and one bucket for all others. They can be kept
     in the folder `cache`, at 6 bytes each: 64 of them are 384 bytes a token, 3.8 GB for 10M tokens.
@@ -123,7 +122,6 @@ class DistillConfig(StageConfig):
 
     kl: float = 1.0
     next_token: float = 0.0
-    hidden: float = 0.0
     temperature: float = 1.0
     top_k: int | None = None
     cache: str | None = None

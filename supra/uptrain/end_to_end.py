@@ -30,7 +30,7 @@ class EndToEnd:
         self.teacher = teacher if isinstance(stage, DistillConfig) else None
         self.stage, self.autocast = stage, autocast
         self.next_token = stage.next_token if self.teacher else 1.0
-        self.kl, self.hidden = (stage.kl, stage.hidden) if self.teacher else (0.0, 0.0)
+        self.kl = stage.kl if self.teacher else 0.0
 
     def add_gradients(self, batches: Sequence[Block]) -> dict[str, float]:
         """Gradient of a mean over all tokens of all micro-batches of all processes, clipped.
@@ -39,37 +39,29 @@ class EndToEnd:
         """
         valid = sum((shifted_labels(batch["labels"]) != IGNORE).sum() for batch in batches)
         valid = self._sum(valid).item()
-        sums = torch.zeros(3, device=self.accelerator.device)
+        sums = torch.zeros(2, device=self.accelerator.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses, hidden = self._losses(batch, valid)
-                hidden = hidden / len(batches)  # micro-batches have as many tokens each
-                self.accelerator.backward(losses.total + self.hidden * hidden)
-            share = hidden.detach() / self.accelerator.num_processes
-            sums += torch.stack([losses.next_token / valid, losses.kl / valid, share])
-        next_token, kl, hidden = self._sum(sums).tolist()
+                losses = self._losses(batch, valid)
+                self.accelerator.backward(losses.total)
+            sums += torch.stack([losses.next_token, losses.kl])
+        next_token, kl = (self._sum(sums) / valid).tolist()
         drop_gradients(self.optimizer)
         clip = self.stage.optimizer.clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # FSDP shards it
-        loss = self.next_token * next_token + self.kl * kl + self.hidden * hidden
-        values = {"loss": loss, "next_token": next_token}
-        values |= {"kl": kl} if self.teacher else {}
-        values |= {"hidden": hidden} if self.hidden else {}
-        return values | {"grad_norm": norm}
+        values = {"loss": self.next_token * next_token + self.kl * kl, "next_token": next_token}
+        return values | ({"kl": kl} if self.teacher else {}) | {"grad_norm": norm}
 
-    def _losses(self, batch: Block, valid: int) -> tuple[Losses, torch.Tensor]:
-        """Losses of a micro-batch, weighted so that gradients add up to the mean's; and the error
-        of its hidden states.
+    def _losses(self, batch: Block, valid: int) -> Losses:
+        """Losses of a micro-batch, weighted so that gradients add up to the mean's.
 
         Data parallelism averages gradients over processes, hence the factor.
         """
         batch = {name: column.to(self.accelerator.device) for name, column in batch.items()}
         labels = shifted_labels(batch["labels"]).flatten()
-        targets, layers = lambda rows: None, ()
-        if self.teacher:
-            targets, layers = self.teacher.targets(batch)
+        targets = self.teacher.targets(batch) if self.teacher else lambda rows: None
         scale = self.accelerator.num_processes / valid
 
         def loss(logits: torch.Tensor, rows: slice) -> Losses:
@@ -84,10 +76,7 @@ class EndToEnd:
 
         with self.autocast():
             return self.model(
-                loss,
-                layers,
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
+                loss, input_ids=batch["input_ids"], position_ids=batch["position_ids"]
             )
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,6 @@ STAGE_AT_LEAST = {
 AT_LEAST = {
     "distill.kl": 0,
     "distill.next_token": 0,
-    "distill.hidden": 0,
     "distill.top_k": 1,
     "calibrate.tokens": 0,
     "data.sequence_length": 2,
@@ -119,11 +118,6 @@ def _check_teacher(config: UptrainConfig) -> None:
         raise UserError(
             f"distill.cache (={distill.cache}) keeps the teacher's likeliest tokens: "
             "set distill.top_k, 64 say"
-        )
-    if distill.cache is not None and distill.hidden:
-        raise UserError(
-            f"distill.hidden (={distill.hidden}) needs the teacher's layers, and distill.cache "
-            f"(={distill.cache}) keeps nothing of them: distill.hidden=0, or distill.cache=null"
         )
 
 

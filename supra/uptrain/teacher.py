@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from supra.checkpoints import find_checkpoint
 from supra.errors import UserError
 from supra.files import disk_errors
-from supra.head import Layers, chunks, hidden_states, hidden_states_of_layers, logits_of
+from supra.head import chunks, hidden_states, logits_of
 from supra.losses import TopK
 from supra.packing import Block
 from supra.uptrain.config import UptrainConfig
@@ -46,26 +46,23 @@ class Teacher:
         return model.requires_grad_(False).eval().to(self.device)
 
     @torch.no_grad()
-    def targets(self, batch: Block) -> tuple[Targets, Layers]:
-        """Of a batch [B, T] on the teacher's device; hidden states where settings.hidden."""
-        settings = self.settings
-        if settings.cache is not None:
-            return self._top_k(batch).rows, ()
+    def targets(self, batch: Block) -> Targets:
+        """Of a batch [B, T] on the teacher's device."""
+        if self.settings.top_k is not None:
+            return self._top_k(batch).rows
+        hidden = self._hidden(batch)
+        return lambda rows: logits_of(self.model, hidden[rows])
+
+    def _hidden(self, batch: Block) -> Tensor:
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        if settings.hidden:
-            hidden, layers = hidden_states_of_layers(self.model, **inputs)
-        else:
-            hidden, layers = hidden_states(self.model, **inputs), ()
-        if settings.top_k is not None:
-            return self._top_k_of(hidden).rows, layers
-        return lambda rows: logits_of(self.model, hidden[rows]), layers
+        return hidden_states(self.model, **inputs)
 
     def _top_k(self, batch: Block) -> TopK:
-        """What the cache has of a batch, after what it lacked was computed."""
+        if self.settings.cache is None:
+            return self._computed_top_k(batch)
         files = list(map(self._file, batch["input_ids"], batch["position_ids"]))
         if not all(file.exists() for file in files):
-            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-            found = self._top_k_of(hidden_states(self.model, **inputs))
+            found = self._computed_top_k(batch)
             length = batch["input_ids"].shape[1]
             for index, file in enumerate(files):
                 if not file.exists():
@@ -76,8 +73,8 @@ class Teacher:
             torch.cat([block["log_probabilities"] for block in kept]),
         )
 
-    def _top_k_of(self, hidden: Tensor) -> TopK:
-        settings = self.settings
+    def _computed_top_k(self, batch: Block) -> TopK:
+        hidden, settings = self._hidden(batch), self.settings
         found = [
             TopK.of(logits_of(self.model, hidden[rows]), settings.top_k, settings.temperature)
             for rows in chunks(self.model, hidden)
