@@ -60,14 +60,17 @@ def test_a_row_is_made_and_shown(run, tmp_path):
     words = ["--teacher", tmp_path / "teacher", "--runs", tmp_path / "runs", "--tokens", 512]
     words += ["--train", tmp_path / "text.jsonl", "--held-out", tmp_path / "text.jsonl"]
     run("gated", *words)
+    run("window", *words)
     run("teacher_tuned", *words)
     row = json.loads((tmp_path / "results" / "gated-512-0.json").read_text())
     assert row["ratio"] == pytest.approx(row["perplexity"] / row["teacher_perplexity"])
     assert {"teacher", "converted", "calibrate", "align", "distill"} <= set(
         row["perplexity_by_stage"]
     )
-    assert row["softmax_layers"] == []
+    assert row["softmax_layers"] == [] and row["floors"] == []
     assert row["training_seconds"] >= 0
+    floors = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["floors"]
+    assert [x["name"] for x in floors] == ["intact", "linear only", "window only", "no mixing"]
     run("--table")
     table = (tmp_path / "README.md").read_text()
     assert table.startswith("above\n")
