@@ -108,7 +108,7 @@ def report(
     if not lengths:
         raise UserError("--lengths must name at least one length, as 2048")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends = ("triton", "torch") if device == "cuda" else ("torch",)
+    backends = ("triton",) if device == "cuda" else ("torch",)
     settings = [Setting(batch, n, heads, head_size, dtype, device) for n in lengths]
     chosen = product(operations, DIRECTIONS, backends)
     if len(settings) == 1:
