@@ -1,4 +1,4 @@
-"""Offline, one thread a process, Triton interpreted unless asked otherwise, and the same random numbers in every run."""
+"""Offline, one thread a process, Triton interpreted if nothing else is asked for, one seed."""
 
 import os
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LONG_CONV_MODES = 32  # of H3 and S4D
+
 
 def head_sizes(operation: str) -> tuple[int, ...]:
     """To report on. Channels of a convolution are those of all heads: one size will do."""
-    return (64,) if operation == "causal_conv" else (32, 64, 128, 256)
+    return (64,) if operation in ("causal_conv", "long_conv") else (32, 64, 128, 256)
 
 
 class Call(NamedTuple):
@@ -147,6 +149,31 @@ def causal_conv(sizes: Sizes, *, bias: bool = False, silu: bool = False) -> Call
         yield Call("recurrent", backend.step, arguments, options, (state,))
 
 
+def long_conv(sizes: Sizes, *, width: int = 1, skip: bool = False) -> Calls:
+    """H3's heads, of 1 or more channels; there are as many channels as all heads have."""
+    from supra.kernels.long_conv import triton as backend
+
+    def heads(x: Tensor) -> Tensor:
+        return x.flatten(2).unflatten(2, (-1, width))
+
+    query, key, value = (heads(sizes.rows()) for _ in range(3))
+    log_decay = torch.zeros(query.shape[2], LONG_CONV_MODES, device=sizes.device)
+    weight = log_decay[..., None].repeat(1, 1, 2)
+    model = (log_decay, log_decay.clone(), weight, log_decay[:, 0].clone() if skip else None)
+    sequences = 2 if sizes.packed else sizes.batch
+    state = torch.zeros(sequences, *log_decay.shape, 2, width, width, device=sizes.device)
+    before = state if sizes.packed else None
+    inputs = (query, key, value, *model, before, sizes.cu_seqlens)
+    options = {"chunk_size": 64}
+    output, end = yield Call("forward", backend.chunk_forward, inputs, options)
+    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
+    yield Call("backward", backend.chunk_backward, arguments, options)
+    if not sizes.packed:
+        query, key, value = (heads(sizes.rows(1)) for _ in range(3))
+        arguments = (query, key, value, *model, state)
+        yield Call("recurrent", backend.recurrent, arguments, {}, (state,))
+
+
 class Case(NamedTuple):
     calls: Callable[[Sizes], Calls]
     packed: bool = False
@@ -176,6 +203,11 @@ OPERATIONS: dict[str, dict[str, Case]] = {
         "plain": Case(causal_conv),
         "bias, silu": Case(partial(causal_conv, bias=True, silu=True)),
         "packed": Case(partial(causal_conv, bias=True, silu=True), packed=True),
+    },
+    "long_conv": {
+        "width 1": Case(long_conv),
+        "width 8": Case(partial(long_conv, width=8, skip=True)),
+        "packed": Case(partial(long_conv, skip=True), packed=True),
     },
 }
 

@@ -23,8 +23,10 @@ from supra.kernels.linear_attention import (
     chunk_linear_attention,
     recurrent_linear_attention,
 )
+from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv, ssm_kernel
 
 TAPS = 4
+MODES = 32  # of a channel of H3
 MAMBA2_CHUNK = 256  # the default of its config
 
 Inputs = dict[str, Tensor]
@@ -327,6 +329,49 @@ def _convolution_state(setting: Setting) -> Tensor:
     return torch.zeros(shape, dtype=setting.dtype, device=setting.device)
 
 
+# the gated convolution of H3, of all heads' channels, with the kernels of state-space models
+
+
+def long_conv_inputs(setting: Setting) -> Inputs:
+    """The model starts as S4D's; `kernel`, its taps, is ready for whom it helps."""
+    channels = setting.heads * setting.head_size
+    query, key, value = (setting.tokens().flatten(2)[..., None] for _ in range(3))
+    step = 0.001 * 100 ** torch.rand(channels, 1, device=setting.device)
+    model = {
+        "log_decay": (-step / 2).expand(-1, MODES).contiguous(),
+        "frequency": torch.pi * step * torch.arange(MODES, device=setting.device),
+        "weight": torch.randn(channels, MODES, 2, device=setting.device) * step[..., None],
+        "skip": torch.randn(channels, device=setting.device),
+    }
+    kernel = ssm_kernel(**model, length=setting.length)
+    return {"query": query, "key": key, "value": value, **model, "kernel": kernel}
+
+
+def long_conv(backend: str) -> Contender:
+    def whole(kernel, **inputs):
+        return chunk_ssm_conv(**inputs, backend=backend)[0]
+
+    def step(setting):
+        inputs = long_conv_inputs(setting.token())
+        del inputs["kernel"]
+        channels = setting.heads * setting.head_size
+        state = torch.zeros(setting.batch, channels, MODES, 2, 1, 1, device=setting.device)
+        return lambda: recurrent_ssm_conv(
+            **inputs, initial_state=state, return_state=True, in_place=True, backend=backend
+        )
+
+    return Contender(whole, step)
+
+
+def torch_fft(query: Tensor, key: Tensor, value: Tensor, kernel: Tensor, **_: Tensor) -> Tensor:
+    """As H3 does it: channels to the front and back again, transforms of 2 T for no wrap-around."""
+    length = value.shape[1]
+    columns = (key * value)[..., 0].mT.float()
+    spectrum = torch.fft.rfft(columns, 2 * length) * torch.fft.rfft(kernel, 2 * length)
+    found = torch.fft.irfft(spectrum, 2 * length)[..., :length]
+    return query * found.mT[..., None].to(query.dtype)
+
+
 def _fla(whole: Callable[..., Tensor]) -> Contender:
     return Contender(whole, package="fla", gpu_only=True)
 
@@ -371,5 +416,8 @@ OPERATIONS = {
             "transformers": Contender(None, conv1d_step, "transformers"),
             "fla": _fla(fla_convolution),
         },
+    ),
+    "long_conv": Operation(
+        long_conv_inputs, long_conv, {"torch FFT of a ready kernel": Contender(torch_fft)}
     ),
 }

@@ -15,10 +15,12 @@ from supra.kernels.causal_conv import causal_conv
 from supra.kernels.gated_delta_rule import chunk_gated_delta_rule
 from supra.kernels.gated_linear_attention import chunk_gated_linear_attention
 from supra.kernels.linear_attention import LinearAttentionState, chunk_linear_attention
+from supra.kernels.long_conv import chunk_ssm_conv
 from tests.kernels import test_causal_conv as convolution
 from tests.kernels import test_gated_delta_rule_triton as delta
 from tests.kernels import test_gated_linear_attention_triton as gated
 from tests.kernels import test_linear_attention_triton as linear
+from tests.kernels import test_long_conv_triton as long
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 DECAYS = (0.0, 0.1, 1.0, 30.0, 1e5)  # times the logs of a test's decay, which are -4 at the most
@@ -63,7 +65,8 @@ class Draw:
             least = 2 * torch.finfo(self.dtype).eps  # of each number; they are near 1
             allowed = TOLERANCES[self.dtype] * truth.norm() + least * truth.numel() ** 0.5
             allowed += 2 * max((x[name] - truth).norm() for x in moved)
-            if name == "d_log_decay":  # a sum of these less others, of which little may be left;
+            # a sum of these less others, of which little may be left;
+            if name == "d_log_decay" and "d_query" in expected:
                 terms = (exact["query"] * expected["d_query"]).sum(-1)
                 times = 64 if truth.dim() == 1 else 1  # of all tokens a chunk, up to 128 of them
                 allowed += 2 * least * terms.norm() * times
@@ -158,3 +161,18 @@ def test_causal_conv(data):
     )  # fmt: skip
     inputs = dict(zip(("input", "weight", "bias", "initial_state"), values, strict=True))
     draw.check(causal_conv, inputs, activation=draw.one_of(None, "silu"))
+
+
+@pytest.mark.long
+@cases
+@hypothesis.given(st.data())
+def test_long_conv(data):
+    draw = Draw(data, longest=100)
+    widths = draw.one_of((None, 1), (None, 3), (1, 1), (1, 5), (4, 4), (3, 2), (5, 9))
+    inputs = long.make_all(
+        draw.batch, draw.length, draw.heads, widths, draw.between(1, 12), draw.dtype,
+        draw.sequences, skip=draw.one_of(True, False), state=draw.one_of(True, False),
+        seed=draw.seed,
+    )  # fmt: skip
+    inputs["log_decay"] *= draw.one_of(*DECAYS)
+    draw.check(chunk_ssm_conv, inputs)

@@ -1,0 +1,377 @@
+"""The convolution on GPUs: the host side of the Triton kernels.
+
+The gates are multiplied in where the inputs are brought into columns, time innermost, and where
+columns are brought back; between the two all is products with the model's matrices.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supra.kernels.launch import (
+    ALL_CHANNELS,
+    Table,
+    Tiling,
+    blocks,
+    common_dtype,
+    launch,
+    precision,
+    sequences,
+    storage_dtype,
+    strides,
+    tiling,
+)
+from supra.kernels.long_conv import triton_backward, triton_columns, triton_forward
+from supra.kernels.long_conv.modes import (
+    Matrices,
+    Model,
+    d_model,
+    d_toeplitz,
+    matrices,
+    toeplitz,
+    transition,
+)
+
+CHUNK = 64
+PARTS = 16  # programs that share the rows of a matrix's gradient, at the most
+
+# a tiling's key is rows of a block (channels where tensors become columns), its value is modes
+SQUARE, FINE = Tiling(64, 64, 4, 2), Tiling(32, 32, 4, 1)
+PRODUCT = {"any": ((64, SQUARE),), "any float32": ((64, FINE),)}
+TILINGS: Table = {
+    "gather_columns": {"any": ((64, Tiling(64, 64, 4, 1)),)},
+    "contract_columns": {"any": ((64, Tiling(64, 64, 4, 1)),)},
+    "chunk_steps": PRODUCT,
+    "chunk_convolve": PRODUCT,
+    "chunk_products": PRODUCT,
+    "chunk_states": {"any": ((64, Tiling(16, 64, 4, 1)),)},
+    "chunk_d_states": {"any": ((64, Tiling(16, 64, 4, 1)),)},
+    "recurrent_steps": {"any": ((1, Tiling(ALL_CHANNELS, ALL_CHANNELS, 1, 1)),)},
+}
+
+
+def chunk_forward(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    log_decay: Tensor,
+    frequency: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results are those of operator.forward; the kernels choose their chunks."""
+    model = Model(log_decay, frequency, weight, skip)
+    plan = _Plan(query, key, value, model, state is not None, cu_seqlens)
+    columns = plan.gather(plan.key, plan.value)
+    states, end = plan.states(columns, state)
+    found = plan.convolve(columns, states, plan.toeplitz, plan.read.mT)
+    output = plan.contract(found, plan.query, "key", first=state is not None)
+    return output.view(value.shape).to(value.dtype), plan.state_of(end)
+
+
+def chunk_backward(
+    d_output: Tensor,
+    d_end: Tensor | None,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    log_decay: Tensor,
+    frequency: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    chunk_size: int,
+) -> tuple[Tensor | None, ...]:
+    """Arguments and results are those of operator.backward; the states are computed again."""
+    model = Model(log_decay, frequency, weight, skip)
+    plan = _Plan(query, key, value, model, state is not None, cu_seqlens)
+    d_output = plan.rows(d_output)
+    columns = plan.gather(plan.key, plan.value)
+    states, _ = plan.states(columns, state)
+    d_query = d_key = None
+    if query is not None:
+        found = plan.convolve(columns, states, plan.toeplitz, plan.read.mT)
+        d_query = plan.contract(found, d_output, "value", first=state is not None)
+        d_query = d_query.view(query.shape).to(query.dtype)
+    d_found = plan.gather(plan.query, d_output, first=state is not None)
+    d_states, d_state, whole = plan.d_states(d_found, states, d_end)
+    d_columns = plan.convolve(d_found, d_states, plan.toeplitz.mT, plan.write.mT)
+    if key is not None:
+        d_key = plan.contract(d_columns, plan.value, "value")
+        d_key = d_key.view(key.shape).to(key.dtype)
+    d_value = plan.contract(d_columns, plan.key, "key")
+
+    found = Matrices(
+        d_toeplitz(plan.products(columns, d_found)),
+        plan.modes_of(plan.products(d_found, states)),
+        plan.modes_of(plan.products(columns, d_states)),
+    )
+    return (
+        d_query,
+        d_key,
+        d_value.view(value.shape).to(value.dtype),
+        *d_model(model, found, whole),
+        None if state is None else plan.state_of(d_state),
+    )
+
+
+def recurrent(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    log_decay: Tensor,
+    frequency: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    state: Tensor,
+) -> Tensor:
+    """Output of the recurrence token by token; the state is updated in place."""
+    batch, length, heads, width = value.shape
+    model = Model(log_decay, frequency, weight, skip)
+    modes, dtype = log_decay.shape[1], storage_dtype(common_dtype(value, *_present(query, key)))
+    given: dict[str, Any] = {"output": value.new_empty(value.shape, dtype=dtype)}
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        x = x if x is None else x.to(dtype)
+        x = x if x is None or x.stride(-1) == 1 else x.contiguous()
+        given |= {name: x, **strides(name, value if x is None else x)}
+    launch(
+        triton_forward.recurrent_steps,
+        (batch * heads,),
+        given,
+        tiling(TILINGS, "recurrent_steps", 1, 1, value.device),
+        power=torch.view_as_real(transition(model, 1)), weight=weight.contiguous(), skip=skip,
+        state=state, length=length, heads=heads,
+        MODES=modes, KEY_WIDTH=state.shape[4], VALUE_WIDTH=width,
+        BLOCK_M=_power_of_2(modes), BLOCK_V=_power_of_2(width),
+        HAS_QUERY=query is not None, HAS_KEY=key is not None, HAS_SKIP=skip is not None,
+    )  # fmt: skip
+    return given["output"].to(value.dtype)
+
+
+class _Plan:
+    """What all launches of one call share: inputs, sizes, sequences and the model's matrices."""
+
+    def __init__(
+        self,
+        query: Tensor | None,
+        key: Tensor | None,
+        value: Tensor,
+        model: Model,
+        has_initial: bool,
+        cu_seqlens: Tensor | None,
+    ):
+        present = (value, *_present(query, key))
+        self.precision, self.dtype = precision(*present), storage_dtype(common_dtype(*present))
+        self.stored = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.query, self.key, self.value = map(self.rows, (query, key, value))
+        self.batch, self.length, self.heads, self.value_width = value.shape
+        self.key_width = 1 if key is None else key.shape[3]
+        found, self.chunks = sequences(value, cu_seqlens, CHUNK)
+        self.count, self.packed = found["sequences"], found["PACKED"]
+        self.slots = self.chunks + (self.count if has_initial else 0)
+        self.columns = self.key_width * self.value_width
+        self.lines, self.lanes = self.columns * self.slots, self.heads * self.columns
+
+        self.known = model.log_decay.shape[1]
+        self.modes = max(8, _power_of_2(self.known))
+        made = matrices(model, CHUNK)
+        self.toeplitz = toeplitz(made.taps)
+        self.read, self.write = map(self.padded, (made.read, made.write))
+        self.whole = self.padded(torch.view_as_real(transition(model, CHUNK)))
+        self.counts = self._first_counts(cu_seqlens, value.device)
+        self.early = self.padded(torch.view_as_real(transition(model, self.counts)))
+        self.given: dict[str, Any] = {
+            **found, "chunks": self.chunks, "slots": self.slots, "rows": self.lines,
+            "lanes": self.lanes, "heads": self.heads, "whole": self.whole, "early": self.early,
+            "HAS_INITIAL": has_initial,
+            "COLUMNS": self.columns, "KEY_WIDTH": self.key_width, "VALUE_WIDTH": self.value_width,
+            "MODES": 2 * self.modes, "CHUNK": CHUNK,
+            "PRECISION": self.precision,
+        }  # fmt: skip
+
+    def _first_counts(self, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+        """Tokens of every sequence's first chunk [N, 1, 1]; any number where it has none."""
+        if cu_seqlens is None:
+            return torch.full((self.count, 1, 1), (self.length - 1) % CHUNK + 1, device=device)
+        sizes = cu_seqlens.to(device, non_blocking=True).diff()
+        return ((sizes - 1) % CHUNK + 1)[:, None, None]
+
+    def rows(self, x: Tensor | None) -> Tensor | None:
+        """[B, T, H, D] -> [B, T, H * D] in the dtype of the inputs, stride 1 along the last."""
+        if x is None:
+            return None
+        x = x.to(self.dtype).flatten(2)
+        return x if x.stride(2) == 1 else x.contiguous()
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[..., M, 2] -> [..., MODES], modes of zeros added."""
+        return F.pad(x, (0, 0, 0, self.modes - self.known)).flatten(-2).contiguous()
+
+    def modes_of(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, 2))[..., : self.known, :]
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], **own: Any) -> None:
+        cut = self.tiling(kernel.__name__)
+        block_m = min(cut.value, 2 * self.modes)
+        launch(kernel, grid, self.given, cut, **{"BLOCK": cut.key, "BLOCK_M": block_m, **own})
+
+    def tiling(self, kernel: str) -> Tiling:
+        return tiling(TILINGS, kernel, CHUNK, CHUNK, self.value.device, self.precision)
+
+    def gather(self, left: Tensor | None, right: Tensor, *, first: bool = False) -> Tensor:
+        """Products of key and value, or of query and d_output, as columns [H, lines, CHUNK].
+
+        first: in the slots of first tokens too.
+        """
+        columns = right.new_empty(self.heads, self.lines, CHUNK, dtype=self.stored)
+        key, value, heads = self.tile("gather_columns")
+        across = blocks(self.key_width, key) * blocks(self.value_width, value)
+        self.launch(
+            triton_columns.gather_columns, (self.slots, blocks(self.heads, heads), across),
+            left=left, right=right, columns=columns,
+            left_batch=0 if left is None else left.stride(0),
+            left_time=0 if left is None else left.stride(1),
+            right_batch=right.stride(0), right_time=right.stride(1),
+            HEADS=heads, BLOCK_K=key, BLOCK_V=value,
+            HAS_LEFT=left is not None, HAS_FIRST=first,
+        )  # fmt: skip
+        return columns
+
+    def contract(
+        self, columns: Tensor, by: Tensor | None, over: str, *, first: bool = False
+    ) -> Tensor:
+        """[B, T, H * D]: columns times `by`, summed over their "key" or "value" width.
+
+        first: with what the slots of first tokens hold.
+        """
+        key, value, heads = self.tile("contract_columns")
+        width, block = (self.value_width, value) if over == "key" else (self.key_width, key)
+        output = self.value.new_empty(self.batch, self.length, self.heads * width)
+        grid = blocks(self.heads, heads), blocks(width, block)
+        for slots in (False, True) if first else (False,):
+            self.launch(
+                triton_columns.contract_columns, (self.count if slots else self.chunks, *grid),
+                columns=columns, by=by, output=output,
+                by_batch=0 if by is None else by.stride(0),
+                by_time=0 if by is None else by.stride(1),
+                out_batch=output.stride(0), out_time=output.stride(1),
+                HEADS=heads, BLOCK_K=key, BLOCK_V=value,
+                OVER_KEY=over == "key", HAS_BY=by is not None, FIRST=slots,
+            )  # fmt: skip
+        return output
+
+    def tile(self, kernel: str) -> tuple[int, int, int]:
+        """Channels of K and of V in a tile of columns, and heads.
+
+        At least 16 channels of V, so that 64 tokens of them are 128 bits for each thread.
+        """
+        columns = self.tiling(kernel).key
+        value = min(_power_of_2(self.value_width), columns)
+        key = min(_power_of_2(self.key_width), columns // value)
+        return key, value, max(columns // (key * value), 16 // value, 1)
+
+    def steps(self, columns: Tensor, matrix: Tensor) -> Tensor:
+        steps = columns.new_empty(self.heads, self.lines, 2 * self.modes, dtype=torch.float32)
+        cut = self.tiling("chunk_steps")
+        self.launch(
+            triton_forward.chunk_steps,
+            (blocks(self.lines, cut.key), self.heads, blocks(2 * self.modes, cut.value)),
+            columns=columns, matrix=matrix.to(self.stored).contiguous(), steps=steps,
+        )  # fmt: skip
+        return steps
+
+    def states(self, columns: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States that the chunks enter with [H, lines, MODES], and the end [N, lanes, MODES]."""
+        states, end = self.slots_of_states(), self.lane_states()
+        self.launch(
+            triton_forward.chunk_states, self.by_lane("chunk_states"),
+            steps=self.steps(columns, self.write), states=states, end=end,
+            initial=self.lanes_of(initial),
+        )  # fmt: skip
+        return states, end
+
+    def d_states(
+        self, d_found: Tensor, states: Tensor, d_end: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[tuple[int | Tensor, Tensor]]]:
+        """Gradients of the steps, of the initial state, and of powers with their counts."""
+        d_states = self.slots_of_states()
+        d_initial, d_whole, d_early = (self.lane_states() for _ in range(3))
+        self.launch(
+            triton_backward.chunk_d_states, self.by_lane("chunk_d_states"),
+            steps=self.steps(d_found, self.read), states=states, d_states=d_states,
+            d_end=self.lanes_of(d_end), d_initial=d_initial, d_whole=d_whole, d_early=d_early,
+            HAS_END=d_end is not None,
+        )  # fmt: skip
+        found = [(CHUNK, self.powers_of(d_whole).sum(0))]
+        if self.given["HAS_INITIAL"]:
+            found.append((self.counts, self.powers_of(d_early)))
+        return d_states, d_initial, found
+
+    def powers_of(self, lanes: Tensor) -> Tensor:
+        """[N, lanes, MODES] -> complex [N, H, M], summed over columns."""
+        by_head = self.modes_of(lanes.unflatten(1, (self.heads, -1)).sum(2))
+        return torch.view_as_complex(by_head.contiguous())
+
+    def convolve(self, columns: Tensor, states: Tensor, near: Tensor, far: Tensor) -> Tensor:
+        output, cut = torch.empty_like(columns), self.tiling("chunk_convolve")
+        self.launch(
+            triton_forward.chunk_convolve, (blocks(self.lines, cut.key), self.heads),
+            columns=columns, states=states, output=output,
+            near=near.to(self.stored).contiguous(), far=far.to(self.stored).contiguous(),
+        )  # fmt: skip
+        return output
+
+    def products(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sums over lines of left [H, lines, L] times right [H, lines, R] -> [H, L, R]."""
+        cut = self.tiling("chunk_products")
+        parts = min(PARTS, blocks(self.lines, cut.key))
+        sizes = left.shape[2], right.shape[2]
+        block_m = min(cut.value, *sizes)
+        products = left.new_empty(parts, self.heads, *sizes, dtype=torch.float32)
+        grid = parts * blocks(sizes[0], block_m) * blocks(sizes[1], block_m)
+        self.launch(
+            triton_backward.chunk_products, (grid, self.heads),
+            left=left, right=right, products=products, parts=parts,
+            LEFT=sizes[0], RIGHT=sizes[1], BLOCK_M=block_m,
+        )  # fmt: skip
+        return products.sum(0)
+
+    def by_lane(self, kernel: str) -> tuple[int, int, int]:
+        cut = self.tiling(kernel)
+        return self.count, blocks(self.lanes, cut.key), blocks(2 * self.modes, cut.value)
+
+    def slots_of_states(self) -> Tensor:
+        """Packed rows may have fewer chunks than slots, and what is there is multiplied by zero."""
+        shape = (self.heads, self.lines, 2 * self.modes)
+        new = self.value.new_zeros if self.packed else self.value.new_empty
+        return new(shape, dtype=self.stored)
+
+    def lane_states(self) -> Tensor:
+        shape = (self.count, self.lanes, 2 * self.modes)
+        return self.value.new_empty(shape, dtype=torch.float32)
+
+    def lanes_of(self, state: Tensor | None) -> Tensor | None:
+        """[N, H, M, 2, K, V] -> [N, lanes, MODES]"""
+        if state is None:
+            return None
+        return self.padded(state.permute(0, 1, 4, 5, 2, 3).flatten(1, 3))
+
+    def state_of(self, lanes: Tensor) -> Tensor:
+        widths = (self.heads, self.key_width, self.value_width)
+        return self.modes_of(lanes).unflatten(1, widths).permute(0, 1, 4, 5, 2, 3).contiguous()
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,184 @@
+"""Device functions of the convolution: products with the model's matrices, states, decoding steps.
+
+Rows are the chunks of all columns of a head, [H, rows, CHUNK]; states and steps are [H, rows,
+MODES] with the real and the imaginary part of a mode side by side, MODES twice the modes.
+"""
+
+import triton
+import triton.language as tl
+
+from supra.kernels.tiles import dot, load_tile, narrow, sequence, store_tile
+
+
+@triton.jit
+def chunk_steps(
+    columns, matrix, steps, rows,
+    MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What every chunk adds to the state after it: columns @ matrix [H, CHUNK, MODES].
+
+    grid: (blocks of rows, H, blocks of modes). On the way back it is what the outputs of a chunk
+    add to the gradient of the state before it.
+    """
+    head = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK
+    line, time = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
+    mode = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = head * tl.cast(rows, tl.int64) + at
+    u = load_tile(columns + place * CHUNK, CHUNK, line, rows - at, time, CHUNK)
+    w = load_tile(matrix + head * (CHUNK * MODES), MODES, time, CHUNK, mode, MODES)
+    found = dot(u, w, tl.zeros([BLOCK, BLOCK_M], tl.float32), PRECISION)
+    store_tile(steps + place * MODES, MODES, line, rows - at, mode, MODES, found)
+
+
+@triton.jit
+def chunk_convolve(
+    columns, states, near, far, output, rows,
+    MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """columns @ near [H, CHUNK, CHUNK] + states @ far [H, MODES, CHUNK]. grid: (row blocks, H)."""
+    head = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK
+    line, time = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
+    place = head * tl.cast(rows, tl.int64) + at
+    u = load_tile(columns + place * CHUNK, CHUNK, line, rows - at, time, CHUNK)
+    t = load_tile(near + head * (CHUNK * CHUNK), CHUNK, time, CHUNK, time, CHUNK)
+    acc = dot(u, t, tl.zeros([BLOCK, CHUNK], tl.float32), PRECISION)
+    for m0 in range(0, MODES, BLOCK_M):
+        mode = m0 + tl.arange(0, BLOCK_M)
+        x = load_tile(states + place * MODES, MODES, line, rows - at, mode, MODES)
+        r = load_tile(far + head * (MODES * CHUNK), CHUNK, mode, MODES, time, CHUNK)
+        acc = dot(x, r, acc, PRECISION)
+    store_tile(output + place * CHUNK, CHUNK, line, rows - at, time, CHUNK, narrow(acc, PRECISION))
+
+
+@triton.jit
+def load_modes(base, stride, lines, end, modes, MODES: tl.constexpr):
+    """Two tiles [lines, modes / 2] in float64, of real and of imaginary parts, which alternate."""
+    mask = (lines < end)[:, None] & (modes < MODES)[None, :]
+    both = tl.load(base + lines[:, None] * stride + modes[None, :], mask=mask, other=0.0)
+    both = both.to(tl.float64).reshape(lines.shape[0], modes.shape[0] // 2, 2)
+    return tl.split(both)
+
+
+@triton.jit
+def store_modes(base, stride, lines, end, modes, MODES: tl.constexpr, real, imaginary):
+    mask = (lines < end)[:, None] & (modes < MODES)[None, :]
+    both = tl.join(real, imaginary).reshape(lines.shape[0], modes.shape[0])
+    tl.store(base + lines[:, None] * stride + modes[None, :], both, mask=mask)
+
+
+@triton.jit
+def chunk_states(
+    steps, states, whole, early, initial, end, cu_seqlens, chunk_offsets,
+    sequences, length, chunks, slots, lanes,
+    COLUMNS: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """States that the slots enter with, and the one after the last chunk.
+
+    A lane is a column of a head. grid: (sequences, blocks of lanes, blocks of modes). whole
+    [H, MODES]: powers of the modes for a chunk; early [N, H, MODES]: for the first one, which the
+    initial state is taken through; both float64. initial and end [N, lanes, MODES].
+    """
+    n = tl.program_id(0)
+    _, _, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    at = tl.program_id(1) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    mode = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    left, head, heads = lanes - at, (at + lane) // COLUMNS, lanes // COLUMNS
+    stride = slots * MODES
+    place = at * tl.cast(stride, tl.int64)
+    steps += place + first * MODES
+    states += place
+    here = (n * tl.cast(lanes, tl.int64) + at) * MODES
+    zero = tl.zeros([BLOCK, BLOCK_M // 2], tl.float64)
+    real = zero
+    imaginary = zero
+    count = tl.cdiv(tokens, CHUNK)
+    if HAS_INITIAL:
+        real, imaginary = load_modes(initial + here, MODES, lane, left, mode, MODES)
+        store_modes(
+            states + (chunks + n) * MODES, stride, lane, left, mode, MODES,
+            narrow(real, PRECISION), narrow(imaginary, PRECISION),
+        )  # fmt: skip
+    states += first * MODES
+    if count > 0:
+        kept = narrow(zero, PRECISION)
+        store_modes(states, stride, lane, left, mode, MODES, kept, kept)
+        x, y = load_modes(steps, stride, lane, left, mode, MODES)
+        if HAS_INITIAL:
+            a, b = load_modes(early + n * heads * MODES, MODES, head, heads, mode, MODES)
+            x += a * real - b * imaginary
+            y += a * imaginary + b * real
+        real = x
+        imaginary = y
+    a, b = load_modes(whole, MODES, head, heads, mode, MODES)
+    for c in range(1, count):
+        store_modes(
+            states + c * MODES, stride, lane, left, mode, MODES,
+            narrow(real, PRECISION), narrow(imaginary, PRECISION),
+        )  # fmt: skip
+        x, y = load_modes(steps + c * MODES, stride, lane, left, mode, MODES)
+        x += a * real - b * imaginary
+        imaginary = y + a * imaginary + b * real
+        real = x
+    store_modes(
+        end + here, MODES, lane, left, mode, MODES, real.to(tl.float32), imaginary.to(tl.float32)
+    )
+
+
+@triton.jit
+def recurrent_steps(
+    query, key, value, power, weight, skip, state, output,
+    query_batch, query_time, query_head, key_batch, key_time, key_head,
+    value_batch, value_time, value_head, length, heads,
+    MODES: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_QUERY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_SKIP: tl.constexpr,
+):  # fmt: skip
+    """The recurrence token by token; the state [N, H, MODES, 2, K, V] is updated in place.
+
+    grid: (B * H). power [H, MODES, 2] is float64: in float32 its rounding would add up.
+    """
+    row, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    mode, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
+    known, valid = mode < MODES, column < VALUE_WIDTH
+    mask = known[:, None] & valid[None, :]
+    at = (head * MODES + mode) * 2
+    a = tl.load(power + at, mask=known, other=0.0)[:, None]
+    b = tl.load(power + at + 1, mask=known, other=0.0)[:, None]
+    c = tl.load(weight + at, mask=known, other=0.0)[:, None]
+    d = tl.load(weight + at + 1, mask=known, other=0.0)[:, None]
+    size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
+    state += tl.program_id(0).to(tl.int64) * (MODES * 2 * size)
+    output += (row.to(tl.int64) * length * heads + head) * VALUE_WIDTH
+    value += row.to(tl.int64) * value_batch + head * value_head
+    if HAS_KEY:
+        key += row.to(tl.int64) * key_batch + head * key_head
+    if HAS_QUERY:
+        query += row.to(tl.int64) * query_batch + head * query_head
+    for t in range(0, length):
+        v = tl.load(value + t * value_time + column, mask=valid, other=0.0).to(tl.float32)
+        out = tl.zeros([BLOCK_V], tl.float32)
+        for i in range(0, KEY_WIDTH):
+            new = v
+            if HAS_KEY:
+                new = v * tl.load(key + t * key_time + i).to(tl.float32)
+            place = state + mode[:, None] * (2 * size) + i * VALUE_WIDTH + column[None, :]
+            real = tl.load(place, mask=mask, other=0.0)
+            imaginary = tl.load(place + size, mask=mask, other=0.0)
+            x = (a * real - b * imaginary + new[None, :]).to(tl.float32)
+            y = (a * imaginary + b * real).to(tl.float32)
+            tl.store(place, x, mask=mask)
+            tl.store(place + size, y, mask=mask)
+            seen = 2 * tl.sum(c * x - d * y, 0)
+            if HAS_SKIP:
+                seen += tl.load(skip + head) * new
+            if HAS_QUERY:
+                seen *= tl.load(query + t * query_time + i).to(tl.float32)
+            out += seen
+        tl.store(output + t * heads * VALUE_WIDTH + column, out, mask=valid)
