@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("eval", help="perplexity of a model on a text, by position too")
     add_model(add)
-    add.add_argument("--text", required=True, help=".txt, .jsonl, .jsonl.gz or .parquet")
+    add.add_argument("--text", help=".txt, .jsonl, .jsonl.gz or .parquet")
     add.add_argument("--text-field", default="text", help="field of the text in a record")
     add.add_argument("--sequence-length", type=int, default=2048)
     add.add_argument(
@@ -85,7 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add.add_argument("--teacher", help="for --ablate: what the model was converted from")
     add.add_argument("--recall-lengths", metavar="A,B", help="for --ablate: tokens of prompts")
-    add.add_argument("--seed", type=int, default=0, help="of prompts that --ablate makes up")
+    add.add_argument(
+        "--task", help="answers in rows of induction, associative-recall or mqar; reads no text"
+    )
+    add.add_argument("--lengths", metavar="A,B", help="for --task: words of a row")
+    add.add_argument("--pairs", metavar="A,B", help="for --task mqar: keys that a row asks for")
+    add.add_argument("--vocabulary", type=int, help="for --task: words of the language")
+    add.add_argument("--samples", type=int, help="for --task: rows of each length; default 256")
+    add.add_argument("--seed", type=int, default=0, help="of what --ablate and --task make up")
     add.add_argument("--json", action="store_true", help="print JSON")
     add.set_defaults(run=run_eval)
 
@@ -177,6 +184,10 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from supra.evaluate.command import evaluate_text
     from supra.evaluate.diagnostics import diagnose
 
+    check_eval(arguments)
+    if arguments.task is not None:
+        run_eval_task(arguments)
+        return
     common = {
         "text_field": arguments.text_field,
         "sequence_length": arguments.sequence_length,
@@ -184,11 +195,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         "batch": arguments.batch,
         "dtype": parse_dtype(arguments.dtype),
     }
-    for_ablate = {"teacher": arguments.teacher, "recall-lengths": arguments.recall_lengths}
     if arguments.ablate is None:
-        for name, value in for_ablate.items():
-            if value is not None:
-                raise UserError(f"--{name} is for --ablate: give both")
         result = evaluate_text(find_checkpoint(arguments.model), arguments.text, **common)
     else:
         given = {}
@@ -205,7 +212,47 @@ def run_eval(arguments: argparse.Namespace) -> None:
             **given,
             **common,
         )
-    print(json.dumps(result.as_dict(), indent=1) if arguments.json else "\n".join(result.lines()))
+    print_result(result, arguments.json)
+
+
+def run_eval_task(arguments: argparse.Namespace) -> None:
+    from supra.checkpoints import find_checkpoint, parse_dtype
+    from supra.evaluate.task import evaluate_task
+
+    given = {"samples": arguments.samples, "vocabulary": arguments.vocabulary}
+    result = evaluate_task(
+        find_checkpoint(arguments.model),
+        arguments.task,
+        lengths=parse_integers("lengths", arguments.lengths or ""),
+        pairs=parse_integers("pairs", arguments.pairs or ""),
+        seed=arguments.seed,
+        dtype=parse_dtype(arguments.dtype),
+        progress=True,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    print_result(result, arguments.json)
+
+
+def check_eval(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option that the kind of evaluation has no use for."""
+    for_task = ("lengths", "pairs", "vocabulary", "samples")
+    for_ablate = ("teacher", "recall_lengths")
+    for_text = ("text", "tokens", "ablate", *for_ablate)
+    if arguments.task is None:
+        refused = dict.fromkeys(for_task, "is for --task: give both")
+        if arguments.text is None:
+            raise UserError("--text is missing: what is the model to read? (or give --task)")
+        if arguments.ablate is None:
+            refused |= dict.fromkeys(for_ablate, "is for --ablate: give both")
+    else:
+        refused = dict.fromkeys(for_text, "is not for --task, which makes up its own text")
+    for name, reason in refused.items():
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {reason}")
+
+
+def print_result(result: Any, as_json: bool) -> None:
+    print(json.dumps(result.as_dict(), indent=1) if as_json else "\n".join(result.lines()))
 
 
 def run_generate(arguments: argparse.Namespace) -> None:

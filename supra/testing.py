@@ -3,10 +3,34 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from supra.mixers import AttentionShape, MixerInputs
+from supra.convert import load_converted, plan_conversion, plan_layers
+from supra.mixers import AttentionShape, MixerInputs, resolve_mixer
+from supra.synthetic import LANGUAGES, AssociativeRecall, Example, Induction, MultiQueryRecall
+from supra.weights import ModuleReader
+
+__all__ = [
+    "LANGUAGES",
+    "MAIN_FAMILIES",
+    "VOCABULARY",
+    "AssociativeRecall",
+    "Example",
+    "Induction",
+    "MultiQueryRecall",
+    "future_gradient",
+    "mixer_inputs",
+    "tiny_checkpoint",
+    "tiny_config",
+    "tiny_tokenizer",
+    "untrained_model",
+]
 
 VOCABULARY = 300
 MAIN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
@@ -123,6 +147,41 @@ def tiny_checkpoint(
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return model.eval()
+
+
+def untrained_model(
+    config: PreTrainedConfig, mixer: str, options: dict | None = None, *, seed: int = 0
+) -> PreTrainedModel:
+    """A model of `config` with `mixer` in every layer: transformers' own starting values, converted
+    as any checkpoint is. Raises UserError for what conversion refuses."""
+    mixer, options = resolve_mixer(mixer, options)
+    layers = plan_layers(config.num_hidden_layers, mixer, ())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_config(config)
+    plan = plan_conversion(ModuleReader(base), config, layers, {mixer: options}, None)
+    return load_converted(plan, seed, progress=False)
+
+
+def future_gradient(model: PreTrainedModel, tokens: int, *, seed: int = 0) -> float:
+    """How much outputs depend on later tokens: the largest gradient with respect to an embedding
+    after the output's own place, over the largest at or before it.
+
+    Zero for a causal model, or as small as the rounding of an FFT in it. A model that is not causal
+    reads answers off the rows that it is trained on. At most 16 places of one row are tried.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(1, tokens, model.config.hidden_size, generator=generator)
+    embeddings = embeddings.to(model.device, model.dtype).requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits[0]
+    weight = torch.randn(logits.shape[-1], generator=generator).to(logits)
+    worst = 0.0
+    for at in range(0, tokens - 1, max(1, tokens // 16)):
+        output = (logits[at] * weight).sum()
+        (gradient,) = torch.autograd.grad(output, embeddings, retain_graph=True)
+        size = gradient[0].abs().amax(-1)
+        worst = max(worst, (size[at + 1 :].max() / size[: at + 1].max()).item())
+    return worst
 
 
 def mixer_inputs(shape: AttentionShape, tokens: int, *, seed: int = 0, **fields) -> MixerInputs:

@@ -15,7 +15,6 @@ from supra.evaluate.labels import LETTERS, Question, build_questions, measure_la
 from supra.evaluate.recall import measure_recall
 from supra.evaluate.scoring import score_continuations
 from supra.evaluate.synthetic import (
-    associative_recall,
     continuation_tokens,
     needle,
     plain_tokens,
@@ -104,25 +103,6 @@ def test_no_room_for_a_needle(tokenizer):
         needle(tokenizer, [1, 2], 20, 0.5, Random(0))
     least = int(str(error.value).split("at least ")[1].split(":")[0])
     assert len(needle(tokenizer, [1, 2], least, 0.5, Random(0)).prompt) == least
-
-
-@pytest.mark.parametrize("pairs", [1, 4, 17])
-def test_pairs_come_again(pairs):
-    words = range(100, 200)
-    found = associative_recall(words, pairs, Random(5), start=[7])
-    assert found == associative_recall(words, pairs, Random(5), start=[7])
-    assert found.ids[0] == 7 and len(found.ids) == 1 + 4 * pairs
-    context = found.ids[1 : 1 + 2 * pairs]
-    assert len(set(context)) == 2 * pairs and set(context) <= set(words)
-    answers = dict(zip(context[::2], context[1::2], strict=True))
-    assert sorted(found.ids[at] for at in found.queries) == sorted(answers)
-    assert all(found.ids[at + 1] == answers[found.ids[at]] for at in found.queries)
-    assert found.values == list(answers.values())
-
-
-def test_too_few_words():
-    with pytest.raises(UserError, match="4 pairs need 8 words, the vocabulary has 7"):
-        associative_recall(range(7), 4, Random(0))
 
 
 def test_words_are_single_tokens(tokenizer):

@@ -14,12 +14,11 @@ from supra.errors import UserError
 from supra.evaluate.scoring import BATCH_TOKENS, score_continuations
 from supra.evaluate.synthetic import (
     CANDIDATES,
-    AssociativeRecall,
-    associative_recall,
     needle,
     single_token_words,
     start_tokens,
 )
+from supra.synthetic import Example, Language, MultiQueryRecall
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = (0.1, 0.5, 0.9)
@@ -88,9 +87,10 @@ def measure_recall(
     words, start = single_token_words(tokenizer, 2 * max(pairs)), start_tokens(tokenizer)
     results = []
     for count in pairs:
+        language = MultiQueryRecall(length=4 * count, vocabulary=2 * count, pairs=count)
         generator = Random(f"{seed} {count}")
-        rows = [associative_recall(words, count, generator, start) for _ in range(QUERIES // count)]
-        results.append(PairsResult(count, *_recall_pairs(model, rows)))
+        rows = draw_examples(language, words, start, generator, QUERIES // count)
+        results.append(PairsResult(count, *recall_accuracy(model, rows)))
     return Recall(needles, results)
 
 
@@ -112,9 +112,29 @@ def _find_needles(
     return NeedleResult(length, depth, chosen, exact)
 
 
+def draw_examples(
+    language: Language, words: Sequence[int], start: Sequence[int], generator: Random, count: int
+) -> list[Example]:
+    """Rows of a language after the tokens `start`, each in words of its own, so that how common a
+    word is decides nothing. Raises UserError when there are fewer words than the language has."""
+    size = language.vocabulary
+    if len(words) < size:
+        raise UserError(
+            f"{language.name} needs {size} words, the tokenizer has {len(words)}: "
+            "take shorter rows, or a smaller vocabulary"
+        )
+    return [
+        language.example(generator.sample(words, size), generator).after(start)
+        for _ in range(count)
+    ]
+
+
 @torch.no_grad()
-def _recall_pairs(model: PreTrainedModel, rows: Sequence[AssociativeRecall]) -> tuple[float, float]:
-    """Accuracy among the values of a row, and among all tokens; rows are of equal length."""
+def recall_accuracy(model: PreTrainedModel, rows: Sequence[Example]) -> tuple[float, float]:
+    """Share of answers that are the likeliest of the row's values, and of all tokens.
+
+    Rows are of equal length.
+    """
     right, count = torch.zeros(2), 0
     size = max(1, BATCH_TOKENS // len(rows[0].ids))
     for start in range(0, len(rows), size):

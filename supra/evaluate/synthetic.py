@@ -26,15 +26,6 @@ class Needle:
     at: int  # the needle's first token in the prompt
 
 
-@dataclass(frozen=True)
-class AssociativeRecall:
-    """Key, value, key, value, …, and then the same pairs in another order."""
-
-    ids: list[int]
-    queries: list[int]  # places of the keys when they come again; the answer follows each
-    values: list[int]  # all values
-
-
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before a prompt."""
     with_special, without = (
@@ -98,23 +89,6 @@ def single_token_words(tokenizer: PreTrainedTokenizerBase, least: int) -> list[i
         return words
     special = set(tokenizer.all_special_ids)
     return [id for id, token in enumerate(tokens) if token and id not in special]
-
-
-def associative_recall(
-    words: Sequence[int], pairs: int, generator: Random, start: Sequence[int] = ()
-) -> AssociativeRecall:
-    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927) over token ids `words`.
-
-    No word comes twice. Raises UserError when there are fewer words than the pairs need.
-    """
-    if len(words) < 2 * pairs:
-        raise UserError(f"{pairs} pairs need {2 * pairs} words, the vocabulary has {len(words)}")
-    chosen = generator.sample(words, 2 * pairs)
-    items = list(zip(chosen[:pairs], chosen[pairs:], strict=True))
-    again = generator.sample(items, pairs)
-    ids = [*start, *(token for pair in (*items, *again) for token in pair)]
-    queries = range(len(start) + 2 * pairs, len(ids), 2)
-    return AssociativeRecall(ids, list(queries), chosen[pairs:])
 
 
 def _is_word(token: str) -> bool:

@@ -1,0 +1,347 @@
+"""Train a small model with any mixer on a synthetic language, one row a seed.
+
+    python recipes/synthetics.py --task induction --mixer supra --steps 800 --seeds 0,1,2
+    python recipes/synthetics.py --table      # the rows that there are, into recipes/README.md
+
+The model is a Llama of two layers that has seen nothing: converted, then trained on fresh rows, or
+with --pool on the same ones again and again. Rows go to recipes/results/synthetics. What diverges
+is a row too.
+"""
+
+import argparse
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from supra.cli import parse_integers
+from supra.errors import Diverged, UserError, check_choice, command
+from supra.evaluate.recall import recall_accuracy
+from supra.losses import token_losses
+from supra.packing import IGNORE, shifted_labels
+from supra.synthetic import LANGUAGES, Example, Language, labelled
+from supra.testing import future_gradient, tiny_config, untrained_model
+from supra.uptrain.config import OptimizerConfig, ScheduleConfig, TuneConfig
+from supra.uptrain.optim import begin_stage, build_optimizer, schedule_factor, set_rates
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results" / "synthetics", HERE / "README.md"
+BEGIN, END = "<!-- synthetics -->", "<!-- end of synthetics -->"
+EVERY = 50  # steps between two looks at held-out rows
+HELD_OUT = 512  # rows, of which no seed trains on one but by chance
+SOLVED = 0.95
+LONGER = (2, 4, 8)  # times the length
+LEAK = 1e-5  # of gradients; what an FFT in float32 rounds to lies under it
+# H3's authors train on every token; in a row of induction all but the answer are random, so that
+# only noise is left out there
+LOSSES = {"induction": "answers", "associative-recall": "all", "mqar": "answers"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one row; None is what the language says."""
+
+    task: str
+    mixer: str
+    steps: int
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+    lr: float = 2e-3
+    new_lr: float | None = None  # of what the mixer adds; as in uptraining, None is lr
+    loss: str | None = None
+    batch: int = 64
+    pool: int = 0
+    length: int | None = None
+    vocabulary: int | None = None
+    pairs: int | None = None
+    layers: int = 2
+    width: int = 32
+    heads: int = 1
+    head_size: int | None = None
+
+    def __post_init__(self):
+        check_choice("task", self.task, LANGUAGES)
+        check_choice("loss", self.loss_kind, ("answers", "all"))
+        for name in ("steps", "batch", "layers", "width", "heads", "head_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} (={value}) must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seeds: {self.seed} must not be negative")
+        if self.pool < 0 or 0 < self.pool < self.batch:
+            raise UserError(f"--pool (={self.pool}) must be 0, or as many rows as a batch or more")
+        if self.head_size is None and self.width % self.heads:
+            raise UserError(
+                f"--width (={self.width}) does not divide into {self.heads} heads: give --head-size"
+            )
+        if not self.lr > 0:
+            raise UserError(f"--lr (={self.lr}) must be positive")
+
+    @property
+    def loss_kind(self) -> str:
+        return self.loss or LOSSES[self.task]
+
+    @property
+    def language(self) -> Language:
+        kind = LANGUAGES[self.task]
+        known = {x.name for x in fields(kind)}
+        sizes = {name: getattr(self, name) for name in ("length", "vocabulary", "pairs")}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        for name in set(sizes) - known:
+            raise UserError(f"--{name} is not for {self.task}, which has none: leave it out")
+        return kind(**sizes)
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What is not as it is by default, options first."""
+        named = ("task", "mixer", "steps", "seed", "options")
+        others = {x.name: getattr(self, x.name) for x in fields(self) if x.name not in named}
+        defaults = {x.name: x.default for x in fields(self)}
+        return self.options | {k: v for k, v in others.items() if v != defaults[k]}
+
+    @property
+    def file_name(self) -> str:
+        changed = [f"{name}={json.dumps(value)}" for name, value in self.changed.items()]
+        name = "-".join([self.task, self.mixer, *changed, str(self.steps), str(self.seed)])
+        return re.sub(r"[^\w.=-]", "", name) + ".json"
+
+
+@command
+def main() -> None:
+    arguments = build_parser().parse_args()
+    if arguments.table:
+        write_table()
+        return
+    settings_of_seeds = read_settings(arguments)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for settings in settings_of_seeds:
+        result = make(settings)
+        (RESULTS / settings.file_name).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {settings.file_name}: {line([result])}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", help=", ".join(LANGUAGES))
+    parser.add_argument("--mixer", help="a name that supra convert knows")
+    parser.add_argument("--options", default="{}", metavar="JSON", help="of the mixer")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", default="0,1,2", metavar="A,B")
+    parser.add_argument("--lr", type=float, help="default: 2e-3")
+    parser.add_argument("--new-lr", type=float, help="of what the mixer adds; default: lr")
+    parser.add_argument("--loss", help="answers or all tokens; default: all for associative-recall")
+    parser.add_argument("--batch", type=int, help="rows of a step; default: 64")
+    parser.add_argument("--pool", type=int, help="train on so many rows; default: fresh ones")
+    parser.add_argument("--length", type=int, help="of a row; default: the paper's")
+    parser.add_argument("--vocabulary", type=int, help="default: the paper's")
+    parser.add_argument("--pairs", type=int, help="of mqar; default: 4")
+    parser.add_argument("--layers", type=int, help="default: 2")
+    parser.add_argument("--width", type=int, help="hidden size; default: 32; the MLP has 4 times")
+    parser.add_argument("--heads", type=int, help="default: 1")
+    parser.add_argument("--head-size", type=int, help="default: width / heads")
+    parser.add_argument("--table", action="store_true", help="write the table into the README")
+    return parser
+
+
+def read_settings(arguments: argparse.Namespace) -> list[Settings]:
+    """Those of each seed. Raises UserError."""
+    for name in ("task", "mixer"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"--{name} is missing")
+    try:
+        options = json.loads(arguments.options)
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f'--options {arguments.options!r} must be JSON, as \'{{"decay": "none"}}\'')
+    seeds = parse_integers("seeds", arguments.seeds)
+    if not seeds:
+        raise UserError("--seeds names none: 0,1,2 are three")
+    names = {x.name for x in fields(Settings)} - {"options"}
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    return [Settings(**given, options=options, seed=seed) for seed in seeds]
+
+
+def make(settings: Settings) -> dict[str, Any]:
+    """Train one seed and measure it."""
+    language = settings.language
+    model = untrained_model(
+        llama_config(settings, language), settings.mixer, settings.options, seed=settings.seed
+    )
+    check_causal(model, settings, language)
+    result = {
+        **asdict(settings),
+        "changed": settings.changed,
+        "loss": settings.loss_kind,
+        "language": asdict(language),
+        "chance": 1 / language.candidates,
+        "parameters": sum(x.numel() for x in model.parameters()),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    start = time.monotonic()
+    try:
+        curve = train(model, settings, language)
+    except Diverged as error:
+        return result | {"failed": str(error)}
+    seconds = time.monotonic() - start
+    check_causal(model, settings, language)  # a part that starts at zero shows nothing before
+    solved = [step for step, accuracy in curve.items() if accuracy >= SOLVED]
+    return result | {
+        "accuracy": curve[settings.steps],
+        "steps_to_95": solved[0] if solved else None,
+        "curve": curve,
+        "by_length": by_length(model, language),
+        "training_seconds": round(seconds, 1),
+    }
+
+
+def llama_config(settings: Settings, language: Language) -> Any:
+    return tiny_config(
+        "llama",
+        vocab_size=language.vocabulary,
+        hidden_size=settings.width,
+        intermediate_size=4 * settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        head_dim=settings.head_size or settings.width // settings.heads,
+        initializer_range=settings.width**-0.5,
+    )
+
+
+def check_causal(model: torch.nn.Module, settings: Settings, language: Language) -> None:
+    """Raise UserError where an output depends on later words: such a model scores 100%."""
+    leak = future_gradient(model, language.length)
+    if not leak <= LEAK:
+        raise UserError(
+            f"{settings.mixer} is not causal: outputs change with later words ({leak=:.1e})"
+        )
+
+
+def train(model: torch.nn.Module, settings: Settings, language: Language) -> dict[int, float]:
+    """Accuracy on held-out rows by step, as it went. Raises Diverged."""
+    held_out = draw(language, Random("held out"), HELD_OUT)
+    rates = OptimizerConfig(lr=settings.lr, new_lr=settings.new_lr, weight_decay=0.1)
+    stage = TuneConfig(optimizer=rates, schedule=ScheduleConfig())
+    optimizer = build_optimizer(model, {"tune": stage})
+    begin_stage(optimizer, "tune", rates)
+    batches, curve = training_rows(settings, language), {}
+    bar = tqdm(range(settings.steps), desc=f"{settings.mixer} seed {settings.seed}", unit="step")
+    for step in bar:
+        model.train()
+        set_rates(optimizer, schedule_factor(step, settings.steps, stage.schedule))
+        loss = mean_loss(model, *labelled(next(batches), settings.loss_kind == "all"))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
+        if not norm.isfinite():
+            raise Diverged(f"diverged at step {step}: the gradient is not finite")
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % EVERY == 0 or step + 1 == settings.steps:
+            curve[step + 1] = accuracy(model, held_out)
+            bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{curve[step + 1]:.3f}")
+    return curve
+
+
+def training_rows(settings: Settings, language: Language) -> Iterator[list[Example]]:
+    """Batches without end."""
+    generator = Random(f"{settings.seed} train")
+    pool = draw(language, generator, settings.pool)
+    while not pool:
+        yield draw(language, generator, settings.batch)
+    while True:
+        generator.shuffle(pool)
+        for start in range(0, len(pool) - settings.batch + 1, settings.batch):
+            yield pool[start : start + settings.batch]
+
+
+def draw(language: Language, generator: Random, count: int) -> list[Example]:
+    words = range(language.vocabulary)
+    return [language.example(words, generator) for _ in range(count)]
+
+
+def mean_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy in nats a label; logits are made where there is a label alone."""
+    labels = shifted_labels(labels).flatten()
+    scored = labels != IGNORE
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    return token_losses(model.lm_head(hidden[scored]), labels[scored]).total / scored.sum()
+
+
+def accuracy(model: torch.nn.Module, rows: list[Example]) -> float:
+    """Share of answers that are the likeliest of all words."""
+    return recall_accuracy(model.eval(), rows)[1]
+
+
+def by_length(model: torch.nn.Module, language: Language) -> dict[int, float]:
+    """Accuracy on held-out rows that are longer."""
+    found = {}
+    for factor in LONGER:
+        longer = replace(language, length=factor * language.length)
+        rows = draw(longer, Random(f"held out {factor}"), HELD_OUT)
+        found[longer.length] = accuracy(model, rows)
+    return found
+
+
+def write_table() -> None:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for file in RESULTS.glob("*.json"):
+        of_all_seeds = file.stem.rpartition("-")[0]
+        groups.setdefault(of_all_seeds, []).append(json.loads(file.read_text()))
+    order = list(LANGUAGES)
+    rows = sorted(
+        groups.values(),
+        key=lambda some: (order.index(some[0]["task"]), some[0]["steps"], -mean_accuracy(some)),
+    )
+    lines = [
+        "| task | mixer | steps | seeds | accuracy, % | steps to 95% | at 2, 4, 8 times the length "
+        "| chance, % | minutes |",
+        "| --- | --- | ---: | --- | --- | --- | --- | ---: | ---: |",
+        *map(line, rows),
+    ]
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    table = "\n".join(lines)
+    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    print(table)
+
+
+def mean_accuracy(rows: list[dict[str, Any]]) -> float:
+    """A seed that diverged has none."""
+    return sum(row.get("accuracy", 0) for row in rows) / len(rows)
+
+
+def line(rows: list[dict[str, Any]]) -> str:
+    """All seeds of one setting, seed by seed."""
+    rows = sorted(rows, key=lambda row: row["seed"])
+    first, done = rows[0], [row for row in rows if "failed" not in row]
+    changed = [f"{name}={json.dumps(value)}" for name, value in first["changed"].items()]
+    longer = [" ".join(f"{100 * x:.0f}" for x in row["by_length"].values()) for row in done]
+    minutes = sum(row["training_seconds"] for row in done) / 60 / max(1, len(done))
+    cells = [
+        first["task"],
+        ", ".join([first["mixer"], *changed]),
+        str(first["steps"]),
+        " / ".join(str(row["seed"]) for row in rows),
+        " / ".join(
+            "diverged" if row not in done else f"{100 * row['accuracy']:.1f}" for row in rows
+        ),
+        " / ".join(str(row["steps_to_95"] or "-") for row in done),
+        " / ".join(longer),
+        f"{100 * first['chance']:.1f}",
+        f"{minutes:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
