@@ -80,6 +80,11 @@ class MixerInputs:
             cut["rotary"] = replace(self.rotary, cos=cos, sin=sin)
         return replace(self, **cut)
 
+    def magnitudes(self) -> tuple[Tensor, Tensor]:
+        """Root mean squares of each head's queries [Hq] and keys [Hkv], to divide by."""
+        squares = (x.float().square().mean((0, 1, 3)) for x in (self.query, self.key))
+        return tuple(x.clamp(min=LEAST_POWER).sqrt() for x in squares)
+
 
 class Mixer(nn.Module, ABC):
     """Mixes tokens along T. Concrete mixers are final: none subclasses another.
@@ -209,4 +214,7 @@ class OutputGate(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight, bias = (x.to(hidden_states.dtype) for x in (self.weight, self.bias))
         gate = nn.functional.linear(hidden_states, weight, bias)
-        return 2 * gate.float().sigmoid().unflatten(-1, self.sizes)
+        return self.activate(gate.float()).unflatten(-1, self.sizes)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        return 2 * logits.sigmoid()

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from supra.errors import UserError
 from supra.mixers.base import AttentionShape, MixerInputs
 
 
@@ -29,19 +30,27 @@ class Identity(nn.Module):
 
 
 class _PerHead(nn.Module, ABC):
-    """φ(x) = f(Wx + b) with a W of its own for each head, started at W = I, b = 0."""
+    """φ(x) = f(Wx + b) with a W of its own for each head, started at W = I, b = 0.
 
-    def __init__(self, shape: AttentionShape):
+    expansion: y = Wx + b is so many times as wide as x. What is beyond the identity starts as
+    rotations of it, one and the same for queries and keys.
+    """
+
+    def __init__(self, shape: AttentionShape, expansion: int = 1):
         super().__init__()
-        size = shape.head_size
-        self.query_weight = nn.Parameter(torch.empty(shape.query_heads, size, size))
-        self.query_bias = nn.Parameter(torch.empty(shape.query_heads, size))
-        self.key_weight = nn.Parameter(torch.empty(shape.key_heads, size, size))
-        self.key_bias = nn.Parameter(torch.empty(shape.key_heads, size))
+        size, wide = shape.head_size, expansion * shape.head_size
+        self.query_weight = nn.Parameter(torch.empty(shape.query_heads, wide, size))
+        self.query_bias = nn.Parameter(torch.empty(shape.query_heads, wide))
+        self.key_weight = nn.Parameter(torch.empty(shape.key_heads, wide, size))
+        self.key_bias = nn.Parameter(torch.empty(shape.key_heads, wide))
 
     def reset_parameters(self) -> None:
+        wide, size = self.key_weight.shape[1:]
+        blocks = torch.eye(size).repeat(wide // size, 1, 1)
+        for rotation in blocks[1:]:
+            nn.init.orthogonal_(rotation)
         for weight in (self.query_weight, self.key_weight):
-            weight.data.copy_(torch.eye(weight.shape[-1], device=weight.device))
+            weight.data.copy_(blocks.flatten(0, 1))
         for bias in (self.query_bias, self.key_bias):
             bias.data.zero_()
 
@@ -61,7 +70,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, tokens, heads, size = x.shape
     rows = x.permute(2, 0, 1, 3).reshape(heads, batch * tokens, size)
     rows = torch.baddbmm(bias.to(x.dtype)[:, None], rows, weight.to(x.dtype).mT)
-    return rows.view(heads, batch, tokens, size).permute(1, 2, 0, 3)
+    return rows.view(heads, batch, tokens, -1).permute(1, 2, 0, 3)
 
 
 class SignPair(_PerHead):
@@ -146,6 +155,23 @@ FEATURE_MAPS = {
     "hedgehog": Hedgehog,
     "mixed_relu": MixedReLU,
 }
+
+
+def check_expansion(expansion: int, feature_map: str) -> None:
+    """Raises UserError for a width that the feature map cannot have."""
+    if not isinstance(expansion, int) or isinstance(expansion, bool) or expansion < 1:
+        raise UserError(f"expansion (={expansion!r}) must be a whole number >= 1")
+    if expansion > 1 and not issubclass(FEATURE_MAPS[feature_map], _PerHead):
+        raise UserError(
+            f"expansion (={expansion}) needs features with weights of a head's own, which "
+            f"feature_map (={feature_map!r}) has not: take hedgehog, relu or sign_pair"
+        )
+
+
+def build_feature_map(name: str, shape: AttentionShape, expansion: int) -> nn.Module:
+    """With its parameters not yet initialised."""
+    wide = {"expansion": expansion} if expansion > 1 else {}
+    return FEATURE_MAPS[name](shape, **wide)
 
 
 def map_features(

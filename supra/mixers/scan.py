@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from supra.kernels.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from supra.kernels.gated_linear_attention import (
+    chunk_gated_linear_attention,
+    recurrent_gated_linear_attention,
+)
 from supra.kernels.linear_attention import chunk_linear_attention, recurrent_linear_attention
 from supra.mixers.base import MixerInputs
 
@@ -19,6 +23,7 @@ class Operation(NamedTuple):
 
 
 LINEAR_ATTENTION = Operation(chunk_linear_attention, recurrent_linear_attention)
+GATED_LINEAR_ATTENTION = Operation(chunk_gated_linear_attention, recurrent_gated_linear_attention)
 GATED_DELTA_RULE = Operation(chunk_gated_delta_rule, recurrent_gated_delta_rule)
 
 
@@ -37,17 +42,21 @@ def scan(
     """
     query, *written = tensors
     if inputs.padding_mask is not None:
-        kept = inputs.padding_mask
-        written = [x * kept[(..., *[None] * (x.dim() - 2))] for x in written]
+        written = [x * _beside(inputs.padding_mask, x) for x in written]
         if log_decay is not None:
-            log_decay = torch.where(kept[..., None], log_decay, 0.0)
+            log_decay = torch.where(_beside(inputs.padding_mask, log_decay), log_decay, 0.0)
     settings |= {"log_decay": log_decay}
     if query.shape[1] == 1 or inputs.cu_seqlens is None:
         form = operation.recurrent if query.shape[1] == 1 else operation.chunk
         settings |= {"initial_state": state, "return_state": return_state}
         return form(query, *written, **settings)
-    if log_decay is not None and log_decay.dim() == 3:
+    if log_decay is not None and log_decay.dim() > 1:
         settings["log_decay"] = log_decay.flatten(0, 1)[None]
     rows = (x.flatten(0, 1)[None] for x in (query, *written))
     output, _ = operation.chunk(*rows, cu_seqlens=inputs.cu_seqlens, **settings)
     return output.view(*query.shape[:3], -1), None
+
+
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    """[B, T] as [B, T, 1, …], to go with x [B, T, …] or with one x [H] for all tokens."""
+    return mask[(..., *[None] * max(1, x.dim() - 2))]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from supra.errors import UserError, check_choice
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.feature_maps import FEATURE_MAPS, map_features
+from supra.mixers.feature_maps import FEATURE_MAPS, build_feature_map, check_expansion, map_features
 from supra.mixers.gates import DecayGate, slope_of_half_life
 from supra.mixers.scan import LINEAR_ATTENTION, scan
 
@@ -29,6 +29,7 @@ class SupraOptions:
 
     feature_map: "sign_pair", "identity", "relu", "hedgehog" or "mixed_relu"
         (supra/mixers/feature_maps.py).
+    expansion: how many times as wide those are whose weights are a head's own, and the state.
     decay: "learnable" or "fixed", one per head, both from Lightning Attention's slopes; "gated",
         one per token and head, from the hidden states; or "none".
     normalize: "group", GroupNorm with one group a head, whose statistics are a token's own and need
@@ -40,6 +41,7 @@ class SupraOptions:
     """
 
     feature_map: str = "sign_pair"
+    expansion: int = 1
     decay: str = "learnable"
     normalize: str = "group"
     scale: bool = True
@@ -47,6 +49,7 @@ class SupraOptions:
 
     def __post_init__(self):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_expansion(self.expansion, self.feature_map)
         check_choice("decay", self.decay, ("learnable", "fixed", "gated", "none"))
         check_choice("normalize", self.normalize, ("group", "sum", "none"))
         for name in ("scale", "output_gate"):
@@ -74,7 +77,7 @@ class Supra(Mixer):
 
     def __init__(self, shape: AttentionShape, options: SupraOptions):
         super().__init__(shape, options)
-        self.feature_map = FEATURE_MAPS[options.feature_map](shape)
+        self.feature_map = build_feature_map(options.feature_map, shape, options.expansion)
         if options.decay == "gated":
             self.decay_gate = DecayGate(shape)
         elif options.decay != "none":

@@ -18,8 +18,9 @@ from supra.errors import UserError, check_choice
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.band import band_distance, band_scores, band_sums
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.feature_maps import FEATURE_MAPS, map_features
+from supra.mixers.feature_maps import build_feature_map, check_expansion, map_features
 from supra.mixers.gates import DecayGate, HeadLogits
+from supra.mixers.padding import pick, tokens_first
 from supra.mixers.scan import LINEAR_ATTENTION, scan
 
 LEAST_MASS = 1e-30  # of what has left the window, where nothing has
@@ -32,6 +33,7 @@ class WindowOptions:
     """size: tokens of the window, the current one included.
     sinks: first tokens of a document that never leave.
     feature_map: of the linear part, "hedgehog" or "relu" (supra/mixers/feature_maps.py).
+    expansion: how many times as wide its features are, and its state.
     decay: of the linear part, "none", or "gated" by the hidden states.
     output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
     dropout: share of training's calls in which the window is the current token alone, so that the
@@ -41,12 +43,14 @@ class WindowOptions:
     size: int = 64
     sinks: int = 4
     feature_map: str = "hedgehog"
+    expansion: int = 1
     decay: str = "gated"
     output_gate: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):
         check_choice("feature_map", self.feature_map, ("hedgehog", "relu"))
+        check_expansion(self.expansion, self.feature_map)
         check_choice("decay", self.decay, ("gated", "none"))
         for name, least in (("size", 1), ("sinks", 0)):
             value = getattr(self, name)
@@ -79,7 +83,7 @@ class Window(Mixer):
 
     def __init__(self, shape: AttentionShape, options: WindowOptions):
         super().__init__(shape, options)
-        self.feature_map = FEATURE_MAPS[options.feature_map](shape)
+        self.feature_map = build_feature_map(options.feature_map, shape, options.expansion)
         self.linear_weight = HeadLogits(shape)
         if options.decay == "gated":
             self.decay_gate = DecayGate(shape)
@@ -97,8 +101,7 @@ class Window(Mixer):
             inputs = replace(inputs, query=query, key=key, rotary=None)
         if inputs.padding_mask is None:
             return self._mix(inputs, state, return_state)
-        # padding to the end of each row, so that a place in the row is a place in the document
-        order = inputs.padding_mask.long().argsort(dim=1, descending=True, stable=True)
+        order = tokens_first(inputs.padding_mask)
         names = ("hidden_states", "query", "key", "value", "padding_mask")
         inputs = replace(inputs, **{name: pick(getattr(inputs, name), order) for name in names})
         output, state = self._mix(inputs, state, return_state)
@@ -233,11 +236,6 @@ class Window(Mixer):
         if self.options.decay == "gated":
             self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
             self.choose(inputs, target, WEIGHTS, self.linear_weight.set)
-
-
-def pick(x: Tensor, at: Tensor) -> Tensor:
-    """Tokens `at` [B, N] of each row of x [B, T, …]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
 def sink_scores(query: Tensor, key: Tensor) -> Tensor:

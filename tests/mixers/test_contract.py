@@ -13,8 +13,15 @@ from supra.testing import mixer_inputs
 NAMES = [*MIXERS, *PRESETS]
 VARIANTS = [(name, {}) for name in NAMES] + [
     ("supra", {"feature_map": "identity"}),
+    ("supra", {"expansion": 2}),
+    ("gated", {"expansion": 3}),
+    ("window", {"expansion": 2}),
     ("window", {"size": 5, "sinks": 3}),
     ("window", {"size": 1, "sinks": 0, "decay": "none"}),
+    ("mamba2", {"conv_size": 1, "output_gate": False}),
+    ("mamba2", {"activation": "silu", "normalize": "rms"}),
+    ("h3", {"init": "published", "d_state": 6, "shift_size": 5}),
+    ("rwkv", {"token_shift": True, "normalize": "group", "balance_state": False}),
 ]
 SHAPES = [
     AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48),
@@ -104,6 +111,28 @@ def test_two_segments_with_carried_state_are_one_run(mixer, shape, cut):
     close(torch.cat([first, second], dim=1), expected)
     for ours, theirs in zip(state, end, strict=True):
         assert ours is theirs is None or close(ours, theirs) is None
+
+
+@torch.no_grad()
+def test_two_segments_are_one_run_in_float32(mixer, shape):
+    mixer, inputs = mixer.float(), make_inputs(shape)
+    cos, sin = (x.float() for x in (inputs.rotary.cos, inputs.rotary.sin))
+    names = ("hidden_states", "query", "key", "value")
+    inputs = dataclasses.replace(
+        inputs,
+        **{name: getattr(inputs, name).float() for name in names},
+        rotary=dataclasses.replace(inputs.rotary, cos=cos, sin=sin),
+    )
+    expected, _ = mixer(inputs)
+    first, state = mixer(inputs.first(33), return_state=True)
+    rest = dataclasses.replace(
+        inputs,
+        **{name: getattr(inputs, name)[:, 33:] for name in names},
+        rotary=dataclasses.replace(inputs.rotary, cos=cos[:, 33:], sin=sin[:, 33:]),
+    )
+    second, _ = mixer(rest, state, return_state=True)
+    error = torch.cat([first, second], dim=1) - expected
+    assert error.square().mean().sqrt() < 1e-6 * expected.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])

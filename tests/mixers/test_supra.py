@@ -152,3 +152,30 @@ def test_mixing_matrix_is_what_multiplies_the_values():
 def test_weights_that_may_be_negative_cannot_be_normalised_by_their_sum():
     with pytest.raises(UserError, match="stay nonnegative"):
         build_mixer("supra", AttentionShape(2, 2, 8, 8, 16), {"normalize": "sum"})
+
+
+WIDE = AttentionShape(query_heads=4, key_heads=2, head_size=8, value_size=8, hidden_size=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expansion": 0}, r"expansion \(=0\) must be a whole number >= 1"),
+        ({"expansion": 2, "feature_map": "identity"}, "needs features with weights"),
+    ],
+)
+def test_mistakes_in_expansion(options, message):
+    with pytest.raises(UserError, match=message):
+        build_mixer("supra", WIDE, options)
+
+
+def test_wider_features_start_as_rotations_of_the_head():
+    mixer = build_mixer("gated", WIDE, {"expansion": 3})
+    mixer.reset_parameters()
+    weight = mixer.feature_map.key_weight.unflatten(1, (3, -1))
+    identity = torch.eye(WIDE.head_size).expand_as(weight)
+    assert torch.equal(weight[:, 0], identity[:, 0])
+    torch.testing.assert_close(weight @ weight.mT, identity, atol=1e-5, rtol=0)
+    assert not torch.allclose(weight[:, 1], weight[:, 2])
+    query, key = (torch.randn(2, 5, n, WIDE.head_size) for n in (4, 2))
+    assert all(x.shape[-1] == 6 * WIDE.head_size for x in mixer.feature_map(query, key))

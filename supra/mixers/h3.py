@@ -1,0 +1,264 @@
+"""`h3`: Hungry Hungry Hippos (Fu et al. 2023, section 3) in the place of attention.
+
+    kᵢ' = Σ_{l<64} Fₗ kᵢ₋ₗ + b_k        Mᵢ = κ ∗ (k' vᵀ) + D kᵢ'vᵢᵀ        v'ᵢ = s · (a qᵢ + b_q) Mᵢ
+    κₗ = 2 Re Σₙ Cₙ B̄ₙ Āₙˡ
+
+A shift over the keys, a diagonal state-space model (S4D, Gu et al. 2022, discretised bilinearly)
+over the products of key and value, and the query as a gate. q, k and v are the teacher's; heads of
+attention are cut into heads of `head_size` channels, of which each has a model of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from supra.errors import UserError, check_choice
+from supra.kernels.causal_conv.api import MOST_TAPS
+from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.padding import pick, rows_and_padding, tokens_first
+from supra.mixers.short_conv import ShortConv, convolve
+
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
+SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D
+CONTENT = (0.0, 0.25, 0.5, 1.0)  # of the query in its gate, where its mean square is one
+KEY_CONTENT = 0.25  # of the key
+OTHER_MODES = 1e-4  # C of these at the start: at 0 their A would not learn
+SLOWEST, FASTEST = 1e-3, 1e-1  # dt, as published
+
+
+@dataclass(frozen=True)
+class H3Options:
+    """head_size: channels of a head, of which the keys' and the values' number is a multiple. The
+        state has head_size numbers a channel and mode, so 1 is what hybrids were published with.
+        The attention's own head size makes linear attention with κ for its decay.
+    d_state: real numbers that a model holds of a channel, two a mode.
+    shift_size: taps of the shift.
+    init: "teacher", where the gates are near one and κ averages, so that values pass to the
+        teacher's output projection as attention's would; or "published".
+    scale: whether s, one factor per head and channel, follows.
+    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    """
+
+    head_size: int = 1
+    d_state: int = 64
+    shift_size: int = MOST_TAPS
+    init: str = "teacher"
+    scale: bool = True
+    output_gate: bool = True
+
+    def __post_init__(self):
+        for name in ("head_size", "d_state", "shift_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} (={value!r}) must be a whole number >= 1")
+        if self.d_state % 2:
+            raise UserError(f"d_state (={self.d_state}) must be even: a mode holds two numbers")
+        if self.shift_size > MOST_TAPS:
+            raise UserError(f"shift_size (={self.shift_size}) must be at most {MOST_TAPS}")
+        check_choice("init", self.init, ("teacher", "published"))
+        for name in ("scale", "output_gate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} (={value!r}) must be true or false")
+
+
+class H3State(NamedTuple):
+    memory: Tensor  # [B, H, modes, 2, head_size, values of a head], float32; real and imaginary
+    recent: Tensor  # [B, shift_size − 1, Hkv · K], the newest last
+
+
+def blocks_of(shape: AttentionShape, size: int) -> int:
+    """Into how many heads of that size one of attention is cut."""
+    if size == shape.head_size:
+        return 1
+    if shape.head_size % size or shape.value_size % size:
+        raise UserError(
+            f"head_size (={size}) must divide the attention's heads, of size {shape.head_size} "
+            f"(query, key) and {shape.value_size} (value), or be the former"
+        )
+    return shape.value_size // size
+
+
+class DiagonalModel(nn.Module):
+    """S4D of H heads and M modes, started as S4D-Lin: Aₙ = −1/2 + iπn. Bₙ is a part of Cₙ."""
+
+    def __init__(self, heads: int, modes: int):
+        super().__init__()
+        self.log_dt = nn.Parameter(torch.empty(heads))
+        self.log_A_real = nn.Parameter(torch.empty(heads, modes))
+        self.A_imag = nn.Parameter(torch.empty(heads, modes))
+        self.C = nn.Parameter(torch.empty(heads, modes, 2))
+        self.D = nn.Parameter(torch.empty(heads))
+
+    def reset_parameters(self) -> None:
+        """κ averages: hardly more than the first mode, whose taps sum to 4 Re C₀."""
+        self.log_A_real.data.fill_(-math.log(2))
+        self.A_imag.data.copy_(math.pi * torch.arange(self.A_imag.shape[1]))
+        self.C.data.fill_(OTHER_MODES)[:, 0] = torch.tensor([0.25, 0.0])
+        self.D.data.zero_()
+
+    def reset_as_published(self) -> None:
+        low, high = math.log(SLOWEST), math.log(FASTEST)
+        self.log_dt.data.uniform_(low, high)
+        self.C.data.normal_(std=math.sqrt(0.5))
+        self.D.data.normal_()
+
+    def set_half_life(self, tokens: Tensor) -> None:
+        """Start the first mode of every head [H] with this half-life."""
+        self.log_dt.data.copy_((4 * torch.tanh(math.log(2) / 2 / tokens.double())).log())
+
+    def discretised(self) -> dict[str, Tensor]:
+        """Ā = (1 + z) / (1 − z) and B̄ = dt / (1 − z) with z = dt A / 2, as the operation takes
+        them: log |Ā| and arg Ā, and C B̄."""
+        dt = self.log_dt.exp()[:, None]
+        x, y = -dt * self.log_A_real.exp() / 2, dt * self.A_imag / 2
+        below = (1 - x).square() + y.square()  # |1 − z|²
+        real, imaginary = dt * (1 - x) / below, dt * y / below
+        c_real, c_imaginary = self.C.unbind(-1)
+        weight = c_real * real - c_imaginary * imaginary, c_real * imaginary + c_imaginary * real
+        return {
+            "log_decay": (4 * x / below).clamp(min=-1 + 1e-6).log1p() / 2,
+            "frequency": torch.atan2(y, 1 + x) + torch.atan2(y, 1 - x),
+            "weight": torch.stack(weight, dim=-1),
+            "skip": self.D,
+        }
+
+
+class H3(Mixer):
+    """A shift SSM, a diagonal SSM, and two gates."""
+
+    name = "h3"
+    Options = H3Options
+    State = H3State
+
+    def __init__(self, shape: AttentionShape, options: H3Options):
+        super().__init__(shape, options)
+        self.blocks = blocks_of(shape, options.head_size)
+        self.shift = ShortConv(shape.key_heads * shape.head_size, options.shift_size)
+        self.query_weight = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
+        self.query_bias = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
+        self.model = DiagonalModel(shape.query_heads * self.blocks, options.d_state // 2)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        heads = self.shape.query_heads
+        if self.options.init == "published":
+            self.query_weight.data.fill_(1.0)
+            self.query_bias.data.zero_()
+            bound = 1 / math.sqrt(self.options.shift_size)
+            self.shift.weight.data.uniform_(-bound, bound)[:, -1].add_(
+                torch.randn(len(self.shift.weight))
+            )
+            self.model.reset_as_published()
+            return
+        # products of query and key of size one, if those of whole heads have it with 1/√K
+        size = self.shape.head_size**-0.25
+        self._set_gates(torch.full((heads,), size), torch.full((self.shape.key_heads,), size))
+        self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+
+    def mix(
+        self, inputs: MixerInputs, state: H3State | None = None, return_state: bool = False
+    ) -> tuple[Tensor, H3State | None]:
+        memory, recent = state or (None, None)
+        inputs, recent = convolve(
+            inputs, ("key",), self.shift.weight, self.shift.bias,
+            state=recent, return_state=return_state,
+        )  # fmt: skip
+        value = self._spread(inputs.value).unflatten(-1, (self.blocks, -1)).flatten(2, 3)
+        tensors = *self._gates(inputs), value
+        output, memory = filter_documents(
+            inputs, tensors, self.model.discretised(), memory, return_state
+        )
+        output = output.view(*inputs.query.shape[:3], -1)
+        return output, None if memory is None else H3State(memory, recent)
+
+    def _gates(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        """Query and key, which is shifted already, by the heads of values: [B, T, H, head_size]."""
+        query = (inputs.query * self.query_weight + self.query_bias).to(inputs.value.dtype)
+        return self._cut(query), self._cut(self._spread(inputs.key))
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Key or value heads to those of the queries."""
+        return x.repeat_interleave(self.shape.query_heads // self.shape.key_heads, dim=2)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """[B, T, Hq, K] to [B, T, H, head_size]: the blocks of x that go with those of a value."""
+        x = x.unflatten(-1, (-1, self.options.head_size))
+        if (count := x.shape[3]) != self.blocks:  # values are narrower or wider than keys
+            x = x[:, :, :, torch.arange(self.blocks, device=x.device) * count // self.blocks]
+        return x.flatten(2, 3)
+
+    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+        """[B, Hq, T, T]: the mean over the heads that one of attention is cut into."""
+        batch, tokens, heads, _ = inputs.query.shape
+        inputs, _ = convolve(inputs, ("key",), self.shift.weight, self.shift.bias)
+        identity = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
+        value = identity[None, :, None].expand(batch, -1, heads, -1)
+        gates, model, total = self._gates(inputs), self.model.discretised(), 0
+        for n in range(self.blocks):  # one by one: a matrix for each channel is too much to hold
+            tensors = *(x[:, :, n :: self.blocks] for x in gates), value
+            part = {name: x[n :: self.blocks] for name, x in model.items()}
+            total = total + filter_documents(inputs, tensors, part)[0]
+        return total.transpose(1, 2) / self.blocks
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Per head of attention, κ's half-life, how much of the query its gate has, and the skip
+        under which least squares leaves the smallest error, and the scale."""
+        if not self.options.scale:
+            return
+        if self.options.init == "published":  # random: all there is to find is how large it is
+            self.choose(inputs, target, (0.0,), lambda _: None)
+            return
+        query, key = inputs.magnitudes()
+        self._set_gates(KEY_CONTENT / query, KEY_CONTENT / key)
+        self.choose(inputs, target, HALF_LIVES, self._set_half_life)
+        self.choose(inputs, target, CONTENT, lambda a: self._set_gates(a / query, None))
+        self.choose(inputs, target, SKIPS, self._set_skip)
+
+    def _set_gates(self, query: Tensor, key: Tensor | None) -> None:
+        """Both gates as (1 + factor · x) / √head_size, with a factor per head [Hq] and [Hkv]."""
+        one = self.options.head_size**-0.5
+        self.query_weight.data.copy_((one * query)[:, None].expand_as(self.query_weight))
+        self.query_bias.data.fill_(one)
+        if key is not None:
+            self.shift.weight.data.zero_()[:, -1] = one * key.repeat_interleave(
+                self.shape.head_size
+            )
+            self.shift.bias.data.fill_(one)
+
+    def _set_half_life(self, tokens: Tensor) -> None:
+        self.model.set_half_life(tokens.repeat_interleave(self.blocks))
+
+    def _set_skip(self, weight: Tensor) -> None:
+        self.model.D.data.copy_(weight.repeat_interleave(self.blocks))
+
+
+def filter_documents(
+    inputs: MixerInputs,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    model: dict[str, Tensor],
+    state: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """A diagonal SSM over query, key and value [B, T, H, …] of each document, past the padding."""
+    value = tensors[-1]
+    if inputs.cu_seqlens is not None:
+        rows = (x.flatten(0, 1)[None] for x in tensors)
+        output, _ = chunk_ssm_conv(*rows, **model, cu_seqlens=inputs.cu_seqlens)
+        return output.view(value.shape), None
+    settings = {"initial_state": state, "return_state": return_state}
+    if inputs.padding_mask is None:
+        form = recurrent_ssm_conv if value.shape[1] == 1 else chunk_ssm_conv
+        return form(*tensors, **model, **settings)
+    # the model forgets at every token, so padding is a sequence apart, from a state of nothing
+    order = tokens_first(inputs.padding_mask)
+    rows = (pick(x, order).flatten(0, 1)[None] for x in tensors)
+    if state is not None:
+        settings["initial_state"] = torch.stack([state, torch.zeros_like(state)], 1).flatten(0, 1)
+    settings["cu_seqlens"] = rows_and_padding(inputs.padding_mask)
+    output, end = chunk_ssm_conv(*rows, **model, **settings)
+    return pick(output.view(value.shape), order.argsort(1)), None if end is None else end[::2]

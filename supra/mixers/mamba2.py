@@ -1,0 +1,169 @@
+"""`mamba2`: Mamba-2 (Dao & Gu 2024, section 7) in the place of attention.
+
+    x, B, C = conv(v), RoPE(conv(k)), RoPE(conv(q))        Δ = softplus(Wu + b)
+    Sᵢ = exp(A Δᵢ) Sᵢ₋₁ + Δᵢ Bᵢxᵢᵀ        yᵢ = c · CᵢSᵢ + D xᵢ        v'ᵢ = s · SiLU(zᵢ) yᵢ
+
+C, B and x from the teacher's query, key and value as in MambaInLlama (Wang et al. 2024), c its
+factor on QKᵀ. What is new starts where it changes nothing (after Phi-Mamba, Bick et al. 2024): the
+convolutions are deltas, the gate is one, D is zero. With A = −1 and W = 0, what is left is linear
+attention with a decay per head whose weights sum to about one: Δ is nearly 1 − exp(−Δ).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supra.errors import UserError, check_choice
+from supra.kernels.causal_conv.api import MOST_TAPS
+from supra.kernels.linear_attention import LinearAttentionState
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.gates import HeadLogits, SiLUGate
+from supra.mixers.scan import LINEAR_ATTENTION, scan
+from supra.mixers.short_conv import ShortConv, convolve, convolved_identity
+
+NORM_EPS = 1e-5
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
+# biases of B and C in units of keys and queries: weights come near a constant and the score, as the
+# teacher's exponentials do where scores are small; an eighth of the error on SmolLM2-135M goes
+KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
+SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D; unnormalised sums can hold too much
+
+
+@dataclass(frozen=True)
+class Mamba2Options:
+    """conv_size: taps of the convolution over x, B and C; 1 for none.
+    activation: after it, "none" or, as published, "silu", which the teacher's features do not
+        survive: they have both signs.
+    normalize: "none", or "rms", RMSNorm with one group a head after the gate, as published.
+    scale: whether s, one factor per head and channel, follows.
+    output_gate: whether SiLU(z), z = Wu + b from the hidden states, multiplies the output.
+    """
+
+    conv_size: int = 4
+    activation: str = "none"
+    normalize: str = "none"
+    scale: bool = True
+    output_gate: bool = True
+
+    def __post_init__(self):
+        size = self.conv_size
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST_TAPS:
+            raise UserError(f"conv_size (={size!r}) must be a whole number from 1 to {MOST_TAPS}")
+        check_choice("activation", self.activation, ("none", "silu"))
+        check_choice("normalize", self.normalize, ("none", "rms"))
+        for name in ("scale", "output_gate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} (={value!r}) must be true or false")
+
+
+class Mamba2State(NamedTuple):
+    memory: Tensor  # [B, Hq, K, V], float32; transposed from the paper's
+    recent: Tensor  # [B, conv_size − 1, channels of x, B and C], the newest last
+
+
+class Mamba2(Mixer):
+    """A selective state space with one decay a head, as linear attention."""
+
+    name = "mamba2"
+    Options = Mamba2Options
+    State = Mamba2State
+
+    def __init__(self, shape: AttentionShape, options: Mamba2Options):
+        super().__init__(shape, options)
+        values = shape.key_heads * shape.value_size
+        features = (shape.key_heads + shape.query_heads) * shape.head_size
+        self.conv = ShortConv(values + features, options.conv_size)
+        self.dt = HeadLogits(shape)
+        self.A_log = nn.Parameter(torch.empty(shape.query_heads))
+        self.D = nn.Parameter(torch.empty(shape.query_heads))
+        if options.output_gate:
+            self.output_gate = SiLUGate(shape)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        heads = self.shape.query_heads
+        self.A_log.data.zero_()
+        self.D.data.zero_()
+        self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+
+    def mix(
+        self, inputs: MixerInputs, state: Mamba2State | None = None, return_state: bool = False
+    ) -> tuple[Tensor, Mamba2State | None]:
+        memory, recent = state or (None, None)
+        inputs, recent = self._convolve(inputs, recent, return_state)
+        output, memory = self._scan(inputs, memory, return_state)
+        return output, None if memory is None else Mamba2State(memory, recent)
+
+    def _convolve(
+        self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False
+    ) -> tuple[MixerInputs, Tensor | None]:
+        """The inputs with x, B and C for value, key and query; and the tokens to go on from."""
+        activation = "silu" if self.options.activation == "silu" else None
+        return convolve(
+            inputs, ("value", "key", "query"), self.conv.weight, self.conv.bias,
+            activation=activation, state=state, return_state=return_state,
+        )  # fmt: skip
+
+    def _scan(
+        self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The recurrence over x, B and C, and the skip."""
+        query, key = inputs.query, inputs.key
+        if inputs.rotary is not None:
+            query, key = inputs.rotary(query, key)
+        groups = self.shape.query_heads // self.shape.key_heads
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, inputs.value))
+        step = F.softplus(self.dt(inputs.hidden_states))
+        output, end = scan(
+            LINEAR_ATTENTION, inputs, query, key, (step[..., None] * value).to(value.dtype),
+            log_decay=-self.A_log.exp() * step,
+            state=None if memory is None else LinearAttentionState(memory, None),
+            return_state=return_state,
+            scale=inputs.scaling,
+        )  # fmt: skip
+        return output + self.D[:, None] * value, None if end is None else end.memory
+
+    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+        """[B, Hq, T, T]. The taps over the value are a channel's own: here they are a head's mean.
+        What "silu" does to the value is left out, for it is not linear."""
+        convolved, _ = self._convolve(inputs)
+        taps = self.conv.weight[: self.shape.key_heads * self.shape.value_size]
+        output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
+        return output.transpose(1, 2)
+
+    def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
+        if self.options.output_gate:
+            output = output * self.output_gate(inputs.hidden_states)
+        if self.options.normalize == "rms":
+            output = F.rms_norm(output, output.shape[-1:], eps=NORM_EPS)
+        return output * (self.scale * self.magnitude) if self.options.scale else output
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Per head, the decay, the bias of C and the skip under which least squares leaves the
+        smallest error, one after the other, and its scale."""
+        if not self.options.scale:
+            return
+        shape, size = self.shape, self.shape.head_size
+        values, keys = shape.key_heads * shape.value_size, shape.key_heads * size
+        bias = self.conv.bias.data[values:]
+        key_bias, query_bias = bias[:keys], bias[keys:]
+        query, key = inputs.magnitudes()
+        self.choose(inputs, target, HALF_LIVES, self._set_half_life)
+        key_bias.copy_((KEY_BIAS * key).repeat_interleave(size))
+        self.choose(
+            inputs, target, QUERY_BIASES,
+            lambda bias: query_bias.copy_((bias * query).repeat_interleave(size)),
+        )  # fmt: skip
+        self.choose(inputs, target, HALF_LIVES, self._set_half_life)
+        self.choose(inputs, target, SKIPS, self.D.data.copy_)
+
+    def _set_half_life(self, tokens: Tensor) -> None:
+        """Start every head [Hq] with this half-life: A = −1, so that Δ is both what is forgotten
+        and what is written."""
+        step = math.log(2) / tokens.double()
+        self.dt.set(step + (-torch.expm1(-step)).log())  # the inverse of softplus

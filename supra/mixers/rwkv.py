@@ -1,0 +1,198 @@
+"""`rwkv`: RWKV-6's recurrence (Peng et al. 2024, equation 19) in the place of attention.
+
+    Sᵢ = diag(wᵢ) Sᵢ₋₁ + kᵢvᵢᵀ        yᵢ = c · rᵢ (Sᵢ₋₁ + diag(u) kᵢvᵢᵀ)        v'ᵢ = s · g yᵢ
+    wᵢ = exp(−exp(w₀ + tanh(xᵢA) B))
+
+r, k and v are the teacher's query, key and value, as in RADLADS (Goldstein et al. 2025), c its
+factor on QKᵀ, xᵢ the hidden states: a decay per channel and token, which the state before the token
+is read without, and a weight u of the token itself.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supra.errors import UserError, check_choice
+from supra.kernels.backends import without_autocast
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.gates import slope_of_half_life
+from supra.mixers.scan import GATED_LINEAR_ATTENTION, scan
+from supra.mixers.short_conv import convolve, convolved_identity
+
+NORM_EPS = 1e-5
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
+# r and k are moved by these in units of queries and keys: weights come near a constant and the
+# score, as the teacher's exponentials do where scores are small; a quarter of the error on
+# SmolLM2-135M goes
+KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
+BONUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+SMALL = 1e-3  # entries of B at the start
+
+
+@dataclass(frozen=True)
+class RwkvOptions:
+    """rank: of the decay's part that depends on the token, columns of A.
+    balance_state: whether k is multiplied by 1 − w, which makes the sums averages.
+    token_shift: whether r, k, v and x are moved towards those of the token before, by a share per
+        channel that is 0 at the start.
+    normalize: "none", or "group", GroupNorm with one group a head, as published.
+    scale: whether s, one factor per head and channel, follows.
+    output_gate: whether g = 2σ(Wx + b) of the hidden states multiplies the output.
+    """
+
+    rank: int = 64
+    balance_state: bool = True
+    token_shift: bool = False
+    normalize: str = "none"
+    scale: bool = True
+    output_gate: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise UserError(f"rank (={self.rank!r}) must be a whole number >= 1")
+        check_choice("normalize", self.normalize, ("none", "group"))
+        for name in ("balance_state", "token_shift", "scale", "output_gate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} (={value!r}) must be true or false")
+
+
+class RwkvState(NamedTuple):
+    memory: Tensor  # [B, Hq, K, V], float32
+    recent: Tensor | None  # [B, 1, channels of v, k, r and x], with token_shift
+
+
+class ChannelDecay(nn.Module):
+    """log w = −exp(w₀ + tanh(xA) B) per head and channel. In float32 also under autocast."""
+
+    def __init__(self, shape: AttentionShape, rank: int):
+        super().__init__()
+        self.sizes = shape.query_heads, shape.head_size
+        self.w0 = nn.Parameter(torch.empty(self.sizes))
+        self.A = nn.Parameter(torch.empty(shape.hidden_size, rank))
+        self.B = nn.Parameter(torch.empty(rank, math.prod(self.sizes)))
+
+    def reset_parameters(self) -> None:
+        """A is random and B small, so that both learn, from decays that are nearly constant."""
+        fixed = torch.Generator().manual_seed(0)
+        self.A.data.copy_(torch.randn(self.A.shape, generator=fixed) / math.sqrt(len(self.A)))
+        self.B.data.copy_(torch.randn(self.B.shape, generator=fixed) * SMALL)
+        heads = self.sizes[0]
+        self.set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+
+    def set_half_life(self, tokens: Tensor) -> None:
+        """Start all channels of every head [Hq] with this half-life."""
+        self.w0.data.copy_(slope_of_half_life(tokens)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, Hq, K]."""
+        with without_autocast(x.device):
+            moved = (x.to(self.A.dtype) @ self.A).tanh() @ self.B
+            return -(self.w0 + moved.unflatten(-1, self.sizes)).exp()
+
+
+class Rwkv(Mixer):
+    """Linear attention with a decay per channel and token, and a bonus for the current token."""
+
+    name = "rwkv"
+    Options = RwkvOptions
+    State = RwkvState
+
+    def __init__(self, shape: AttentionShape, options: RwkvOptions):
+        super().__init__(shape, options)
+        self.decay = ChannelDecay(shape, options.rank)
+        self.bonus = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
+        self.query_bias = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
+        self.key_bias = nn.Parameter(torch.empty(shape.key_heads, shape.head_size))
+        if options.token_shift:
+            values = shape.key_heads * shape.value_size
+            features = (shape.key_heads + shape.query_heads) * shape.head_size
+            self.shift = nn.Parameter(torch.empty(values + features + shape.hidden_size))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.bonus.data.fill_(1.0)
+        self.query_bias.data.zero_()
+        self.key_bias.data.zero_()
+        if self.options.token_shift:
+            self.shift.data.zero_()
+
+    def mix(
+        self, inputs: MixerInputs, state: RwkvState | None = None, return_state: bool = False
+    ) -> tuple[Tensor, RwkvState | None]:
+        memory, recent = state or (None, None)
+        if self.options.token_shift:
+            inputs, recent = self._shift(inputs, recent, return_state)
+        output, memory = self._scan(inputs, memory, return_state)
+        return output, None if memory is None else RwkvState(memory, recent)
+
+    def _shift(
+        self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False
+    ) -> tuple[MixerInputs, Tensor | None]:
+        """The inputs, each moved towards that of the token before; and the last token's."""
+        names = ("value", "key", "query", "hidden_states")
+        return convolve(inputs, names, self._taps(), state=state, return_state=return_state)
+
+    def _taps(self) -> Tensor:
+        return torch.stack([self.shift, 1 - self.shift], dim=1)
+
+    def _scan(
+        self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The recurrence over r, k, v and the decays."""
+        query = (inputs.query + self.query_bias).to(inputs.query.dtype)
+        key = (inputs.key + self.key_bias).to(inputs.key.dtype)
+        if inputs.rotary is not None:
+            query, key = inputs.rotary(query, key)
+        # every query head writes a memory of its own, which its decays shape
+        groups = self.shape.query_heads // self.shape.key_heads
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, inputs.value))
+        log_decay = self.decay(inputs.hidden_states)
+        if self.options.balance_state:
+            key = (key * -torch.expm1(log_decay)).to(key.dtype)
+        return scan(
+            GATED_LINEAR_ATTENTION, inputs, query, key, value,
+            log_decay=log_decay,
+            state=memory,
+            return_state=return_state,
+            bonus=self.bonus,
+            scale=inputs.scaling,
+        )  # fmt: skip
+
+    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+        """[B, Hq, T, T]. The shares by which values are shifted are a channel's own: here they are
+        a head's mean."""
+        if not self.options.token_shift:
+            return super().mixing_matrix(inputs)
+        taps = self._taps()[: self.shape.key_heads * self.shape.value_size]
+        shifted, _ = self._shift(inputs)
+        output, _ = self._scan(replace(shifted, value=convolved_identity(inputs, taps)))
+        return output.transpose(1, 2)
+
+    def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
+        if self.options.normalize == "group":  # one group a head, no bias
+            output = F.layer_norm(output, output.shape[-1:], eps=NORM_EPS)
+        return super().read_out(inputs, output)
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Per head, the decay, the bias of r and the bonus under which least squares leaves the
+        smallest error, one after the other, and the scale."""
+        if not self.options.scale:
+            return
+        query, key = inputs.magnitudes()
+        self.choose(inputs, target, HALF_LIVES, self.decay.set_half_life)
+        fill_heads(self.key_bias, KEY_BIAS * key)
+        self.choose(
+            inputs, target, QUERY_BIASES, lambda bias: fill_heads(self.query_bias, bias * query)
+        )
+        self.choose(inputs, target, BONUSES, lambda weight: fill_heads(self.bonus, weight))
+        self.choose(inputs, target, HALF_LIVES, self.decay.set_half_life)
+
+
+def fill_heads(parameter: nn.Parameter, number: Tensor) -> None:
+    """One number a head [H] into all channels of a parameter [H, D]."""
+    parameter.data.copy_(number[:, None].expand_as(parameter))

@@ -1,0 +1,91 @@
+"""The short causal convolution of mixers: over each document, past the padding, with a state."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from supra.kernels.causal_conv import causal_conv, causal_conv_step
+from supra.mixers.base import MixerInputs
+from supra.mixers.padding import pick, tokens_first
+
+
+class ShortConv(nn.Module):
+    """Depthwise, with a bias. It starts as the identity: a delta at its last tap."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, size))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def reset_parameters(self) -> None:
+        self.weight.data.zero_()[:, -1] = 1
+        self.bias.data.zero_()
+
+
+def convolve(
+    inputs: MixerInputs,
+    names: Sequence[str],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    **settings,
+) -> tuple[MixerInputs, Tensor | None]:
+    """The inputs with some of them convolved together, in the order of the weight's channels; and
+    the state. `settings` are those of `short_conv`."""
+    given = [getattr(inputs, name) for name in names]
+    joined = torch.cat([x.flatten(2) for x in given], dim=-1)
+    output, state = short_conv(inputs, joined, weight, bias, **settings)
+    parts = output.split([x[0, 0].numel() for x in given], dim=-1)
+    mixed = {n: y.view(x.shape) for n, x, y in zip(names, given, parts, strict=True)}
+    return replace(inputs, **mixed), state
+
+
+def convolved_identity(inputs: MixerInputs, weight: Tensor) -> Tensor:
+    """What a mixing matrix is taken of, [B, T, Hkv, T]: each token's value is its own, then a
+    convolution whose taps are the mean over the channels of a head of weight [Hkv · V, W]."""
+    batch, tokens, heads, _ = inputs.value.shape
+    value = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
+    taps = weight.unflatten(0, (heads, -1)).mean(1).repeat_interleave(tokens, dim=0)
+    output, _ = short_conv(inputs, value.repeat(batch, 1, heads).view(batch, tokens, -1), taps)
+    return output.unflatten(-1, (heads, tokens))
+
+
+def short_conv(
+    inputs: MixerInputs,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve x [B, T, C] with weight [C, W] as `causal_conv` does.
+
+    Returns the output, of no meaning where padded, and the last W − 1 tokens that are no padding,
+    [B, W − 1, C], or None.
+    """
+    settings = {"activation": activation, "initial_state": state, "return_state": return_state}
+    if inputs.cu_seqlens is not None:
+        settings |= {"cu_seqlens": inputs.cu_seqlens, "return_state": False}
+        output, _ = causal_conv(x.flatten(0, 1)[None], weight, bias, **settings)
+        return output.view(x.shape), None
+    if inputs.padding_mask is None:
+        if x.shape[1] > 1 or state is None or torch.is_grad_enabled():
+            return causal_conv(x, weight, bias, **settings)
+        # into a copy, which a cache that goes back asks for: a quarter of causal_conv's time
+        state = state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        settings = {"activation": activation, "state": state, "in_place": True}
+        return causal_conv_step(x, weight, bias, **settings)
+    order = tokens_first(inputs.padding_mask)
+    x = pick(x, order)
+    output, _ = causal_conv(x, weight, bias, **settings)
+    output = pick(output, order.argsort(dim=1))
+    if not return_state:
+        return output, None
+    past = weight.shape[1] - 1
+    if state is None:
+        state = torch.zeros_like(x[:, :1]).expand(-1, past, -1)
+    last = inputs.padding_mask.sum(1)[:, None] + torch.arange(past, device=x.device)
+    return output, pick(torch.cat([state, x], dim=1), last)
