@@ -99,7 +99,12 @@ ROWS = {
     ),
     "supra": Row("supra", "supra", overrides=OURS),
     "gated": Row("gated", "supra", overrides=OURS),
+    "gated_wide": Row("gated", "supra", {"expansion": 2}, overrides=OURS),
     "gated_delta": Row("gated_delta", "supra", overrides=OURS),
+    "mamba2": Row("mamba2", "supra", overrides=OURS),
+    "rwkv": Row("rwkv", "supra", overrides=OURS),
+    # attention where H3 was published with it, in layers 1 and 1 + L/2; a state of its heads' size
+    "h3": Row("h3", "supra", {"head_size": 8, "d_state": 8}, (1, 16), OURS),
     "window": Row("window", "supra", overrides=NEAR),
     "hybrid_even": Row("window", "supra", keep_attention=0.25, overrides=NEAR),
     "hybrid_auto": Row("window", "supra", keep_attention="auto:0.25", overrides=NEAR),
@@ -260,8 +265,8 @@ def write_table() -> None:
     rows.sort(key=lambda row: (row["tokens"], row.get("ratio", math.inf)))
     lines = [
         "| row | recipe | mixer | softmax layers | tokens | ratio | excess nats | perplexity "
-        "| state at 1024 | minutes | seed |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| state at 1024 | minutes | machine | seed |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
         *(line(row) for row in rows),
     ]
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
@@ -284,7 +289,7 @@ def line(row: dict[str, Any]) -> str:
             f"{row['state_bytes'] / 1e6:.1f} MB",
             f"{row['training_seconds'] / 60:.0f}",
         ]
-    return f"| {' | '.join([*cells, str(row['seed'])])} |"
+    return f"| {' | '.join([*cells, row['machine'], str(row['seed'])])} |"
 
 
 if __name__ == "__main__":
