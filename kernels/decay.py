@@ -25,8 +25,8 @@ def sums_in_chunks(
     if log_decay.dim() == 1:
         steps = torch.arange(1, chunk + 1, dtype=torch.float64, device=log_decay.device)
         exact = log_decay.double().clamp(min=LOWEST_LOG_DECAY)[:, None] * steps
-        high = (exact * 256).floor() / 256
-        sums = torch.stack((high, exact - high), -1).float()
+        high = exact.float()
+        sums = torch.stack((high, (exact - high).float()), -1)
         return dict(zip(names, (sums, 0, 0, 2 * chunk), strict=True))
     batch, length = log_decay.shape[:2]
     total = batch * length
@@ -67,13 +67,14 @@ def d_log_decay(
 
 @triton.jit
 def split_sum(x):
-    """A float64 sum as a multiple of 2^-8 and a remainder, both float32.
+    """A float64 sum rounded to float32, and what that took off it, in float32 too.
 
     The difference of two sums is then as exact as a small sum is: with float32 sums alone, five
-    resets of -104 in a chunk would leave the decay between two tokens 3e-5.
+    resets of -104 in a chunk would leave the decay between two tokens 3e-5. What needs no
+    difference reads the first number only.
     """
-    high = tl.floor(x * 256) / 256
-    return high.to(tl.float32), (x - high).to(tl.float32)
+    high = x.to(tl.float32)
+    return high, (x - high).to(tl.float32)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ TILINGS: Table = {
     },
     "chunk_output": {"any": ((256, SQUARE),), "sm_100": ((128, SQUARE), (256, DEEP)), **BY_VALUE},
     "chunk_d_states": {
-        "any": ((256, SQUARE),), "sm_100": ((32, DEEP), (64, BROAD), (256, SQUARE)), **BY_KEY
+        "any": ((256, SQUARE),), "sm_100": ((32, SQUARE), (64, BROAD), (256, SQUARE)), **BY_KEY
     },
     "chunk_d_query": {"any": ((256, SQUARE),), **BY_KEY},
     "chunk_d_key": {"any": ((256, SQUARE),), **BY_KEY},

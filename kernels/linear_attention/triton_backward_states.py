@@ -120,15 +120,15 @@ def chunk_d_states(
             tl.store(carried + c, along)
             sums_c = sums + c * CHUNK * tl.cast(sums_time, tl.int64)
             last = sums_c + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
-            whole = tl.exp(tl.load(last) + tl.load(last + 1))
+            whole = tl.exp(tl.load(last))
             acc *= whole
             if NORMALIZED:
                 d_z *= whole
         for t in range(0, CHUNK, TILE):
             at = c * CHUNK + t
             if HAS_DECAY:
-                high, low = load_pairs(sums_c + t * 2, rows, tokens - at)
-                entering = tl.exp(high + low)
+                high = tl.load(sums_c + (t + rows) * 2, mask=rows < tokens - at, other=0.0)
+                entering = tl.exp(high)
             for r in range(0, QUERIES):
                 q = load_tile(
                     query + at * query_step + r * tl.cast(query_head, tl.int64),

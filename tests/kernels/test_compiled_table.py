@@ -16,14 +16,6 @@ MADE_WITH = re.compile(r"with Triton (\S+);")
 OPTIONS = re.compile(r"`supra bench compile(.*) --out")
 NAMES = ("kernel", "pass", "case", "head size", "target")
 
-# Of heads of 32 the sums of logs and the factors, in pairs of 64 bits, are a tenth of the bytes;
-# everything else holds
-NARROW = {
-    ("linear_attention", "chunk_d_states", "backward", case, "32", target)
-    for case in ("decay, sum", "packed")
-    for target in ("sm_80", "sm_90", "sm_100", "small")
-}
-
 
 def read_rows(text):
     """Rows of all tables as dicts, with the operation they are of."""
@@ -76,15 +68,7 @@ def compare(again):
 def test_gates_hold_in_the_table():
     kernels = [row for row in read_rows(TABLE.read_text()) if "kernel" in row]
     assert len(kernels) > 50
-    broken = {
-        (row["operation"], *(row[name] for name in NAMES)): row["gates"]
-        for row in kernels
-        if row["gates"] != "ok"
-    }
-    assert set(broken) == NARROW
-    assert all(
-        re.fullmatch(r"(89|90)% of bytes in 128 bits, less than 90%", x) for x in broken.values()
-    )
+    assert [row for row in kernels if row["gates"] != "ok"] == []
 
 
 def test_a_part_of_the_table_is_up_to_date(tmp_path):
