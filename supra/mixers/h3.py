@@ -37,6 +37,8 @@ class H3Options:
         The attention's own head size makes linear attention with κ for its decay.
     d_state: real numbers that a model holds of a channel, two a mode.
     shift_size: taps of the shift.
+    gates: whether shifted keys and queries multiply. Without them S4D alone mixes the values, which
+        is what H3 was compared with.
     init: "teacher", where the gates are near one and κ averages, so that values pass to the
         teacher's output projection as attention's would; or "published".
     scale: whether s, one factor per head and channel, follows.
@@ -46,6 +48,7 @@ class H3Options:
     head_size: int = 1
     d_state: int = 64
     shift_size: int = MOST_TAPS
+    gates: bool = True
     init: str = "teacher"
     scale: bool = True
     output_gate: bool = True
@@ -60,14 +63,14 @@ class H3Options:
         if self.shift_size > MOST_TAPS:
             raise UserError(f"shift_size (={self.shift_size}) must be at most {MOST_TAPS}")
         check_choice("init", self.init, ("teacher", "published"))
-        for name in ("scale", "output_gate"):
+        for name in ("gates", "scale", "output_gate"):
             if not isinstance(value := getattr(self, name), bool):
                 raise UserError(f"{name} (={value!r}) must be true or false")
 
 
 class H3State(NamedTuple):
     memory: Tensor  # [B, H, modes, 2, head_size, values of a head], float32; real and imaginary
-    recent: Tensor  # [B, shift_size − 1, Hkv · K], the newest last
+    recent: Tensor | None  # [B, shift_size − 1, Hkv · K], the newest last; of gates
 
 
 def blocks_of(shape: AttentionShape, size: int) -> int:
@@ -137,36 +140,40 @@ class H3(Mixer):
     def __init__(self, shape: AttentionShape, options: H3Options):
         super().__init__(shape, options)
         self.blocks = blocks_of(shape, options.head_size)
-        self.shift = ShortConv(shape.key_heads * shape.head_size, options.shift_size)
-        self.query_weight = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
-        self.query_bias = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
+        if options.gates:
+            self.shift = ShortConv(shape.key_heads * shape.head_size, options.shift_size)
+            self.query_weight = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
+            self.query_bias = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
         self.model = DiagonalModel(shape.query_heads * self.blocks, options.d_state // 2)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        heads = self.shape.query_heads
-        if self.options.init == "published":
+        heads, published = self.shape.query_heads, self.options.init == "published"
+        if self.options.gates and published:
             self.query_weight.data.fill_(1.0)
             self.query_bias.data.zero_()
             bound = 1 / math.sqrt(self.options.shift_size)
             self.shift.weight.data.uniform_(-bound, bound)[:, -1].add_(
                 torch.randn(len(self.shift.weight))
             )
+        elif self.options.gates:
+            # products of query and key of size one, if those of whole heads have it with 1/√K
+            size = self.shape.head_size**-0.25
+            self._set_gates(torch.full((heads,), size), torch.full((self.shape.key_heads,), size))
+        if published:
             self.model.reset_as_published()
-            return
-        # products of query and key of size one, if those of whole heads have it with 1/√K
-        size = self.shape.head_size**-0.25
-        self._set_gates(torch.full((heads,), size), torch.full((self.shape.key_heads,), size))
-        self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+        else:
+            self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
 
     def mix(
         self, inputs: MixerInputs, state: H3State | None = None, return_state: bool = False
     ) -> tuple[Tensor, H3State | None]:
         memory, recent = state or (None, None)
-        inputs, recent = convolve(
-            inputs, ("key",), self.shift.weight, self.shift.bias,
-            state=recent, return_state=return_state,
-        )  # fmt: skip
+        if self.options.gates:
+            inputs, recent = convolve(
+                inputs, ("key",), self.shift.weight, self.shift.bias,
+                state=recent, return_state=return_state,
+            )  # fmt: skip
         value = self._spread(inputs.value).unflatten(-1, (self.blocks, -1)).flatten(2, 3)
         tensors = *self._gates(inputs), value
         output, memory = filter_documents(
@@ -175,8 +182,10 @@ class H3(Mixer):
         output = output.view(*inputs.query.shape[:3], -1)
         return output, None if memory is None else H3State(memory, recent)
 
-    def _gates(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+    def _gates(self, inputs: MixerInputs) -> tuple[Tensor | None, Tensor | None]:
         """Query and key, which is shifted already, by the heads of values: [B, T, H, head_size]."""
+        if not self.options.gates:
+            return None, None
         query = (inputs.query * self.query_weight + self.query_bias).to(inputs.value.dtype)
         return self._cut(query), self._cut(self._spread(inputs.key))
 
@@ -194,12 +203,13 @@ class H3(Mixer):
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T]: the mean over the heads that one of attention is cut into."""
         batch, tokens, heads, _ = inputs.query.shape
-        inputs, _ = convolve(inputs, ("key",), self.shift.weight, self.shift.bias)
+        if self.options.gates:
+            inputs, _ = convolve(inputs, ("key",), self.shift.weight, self.shift.bias)
         identity = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
         value = identity[None, :, None].expand(batch, -1, heads, -1)
         gates, model, total = self._gates(inputs), self.model.discretised(), 0
         for n in range(self.blocks):  # one by one: a matrix for each channel is too much to hold
-            tensors = *(x[:, :, n :: self.blocks] for x in gates), value
+            tensors = *(x if x is None else x[:, :, n :: self.blocks] for x in gates), value
             part = {name: x[n :: self.blocks] for name, x in model.items()}
             total = total + filter_documents(inputs, tensors, part)[0]
         return total.transpose(1, 2) / self.blocks
@@ -214,9 +224,11 @@ class H3(Mixer):
             self.choose(inputs, target, (0.0,), lambda _: None)
             return
         query, key = inputs.magnitudes()
-        self._set_gates(KEY_CONTENT / query, KEY_CONTENT / key)
+        if self.options.gates:
+            self._set_gates(KEY_CONTENT / query, KEY_CONTENT / key)
         self.choose(inputs, target, HALF_LIVES, self._set_half_life)
-        self.choose(inputs, target, CONTENT, lambda a: self._set_gates(a / query, None))
+        if self.options.gates:
+            self.choose(inputs, target, CONTENT, lambda a: self._set_gates(a / query, None))
         self.choose(inputs, target, SKIPS, self._set_skip)
 
     def _set_gates(self, query: Tensor, key: Tensor | None) -> None:
@@ -239,7 +251,7 @@ class H3(Mixer):
 
 def filter_documents(
     inputs: MixerInputs,
-    tensors: tuple[Tensor, Tensor, Tensor],
+    tensors: tuple[Tensor | None, Tensor | None, Tensor],
     model: dict[str, Tensor],
     state: Tensor | None = None,
     return_state: bool = False,
@@ -247,7 +259,7 @@ def filter_documents(
     """A diagonal SSM over query, key and value [B, T, H, …] of each document, past the padding."""
     value = tensors[-1]
     if inputs.cu_seqlens is not None:
-        rows = (x.flatten(0, 1)[None] for x in tensors)
+        rows = (x if x is None else x.flatten(0, 1)[None] for x in tensors)
         output, _ = chunk_ssm_conv(*rows, **model, cu_seqlens=inputs.cu_seqlens)
         return output.view(value.shape), None
     settings = {"initial_state": state, "return_state": return_state}
@@ -256,7 +268,7 @@ def filter_documents(
         return form(*tensors, **model, **settings)
     # the model forgets at every token, so padding is a sequence apart, from a state of nothing
     order = tokens_first(inputs.padding_mask)
-    rows = (pick(x, order).flatten(0, 1)[None] for x in tensors)
+    rows = (x if x is None else pick(x, order).flatten(0, 1)[None] for x in tensors)
     if state is not None:
         settings["initial_state"] = torch.stack([state, torch.zeros_like(state)], 1).flatten(0, 1)
     settings["cu_seqlens"] = rows_and_padding(inputs.padding_mask)
