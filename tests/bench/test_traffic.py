@@ -51,9 +51,10 @@ def short(monkeypatch):
     monkeypatch.setattr(traffic, "TOKENS", 128)
 
 
-@pytest.mark.parametrize(
-    ("operation", "case"), [(name, case) for name in OPERATIONS for case in OPERATIONS[name]]
-)
+CASES = [(name, case) for name in OPERATIONS for case in OPERATIONS[name]]
+
+
+@pytest.mark.parametrize(("operation", "case"), [x for x in CASES if x[0] != "long_conv"])
 def test_no_operation_moves_less_than_the_least(short, operation, case):
     rows = traffic.measure(traffic.Job(operation, case, 32, ("sm_90",)))
     parts = {row.part for row in rows}
@@ -61,6 +62,23 @@ def test_no_operation_moves_less_than_the_least(short, operation, case):
     for row in rows:
         assert 0.99 <= row.ratio <= 8, row
         assert sum(row.distinct.values()) <= 1.02 * sum(row.requested.values()), row
+
+
+@pytest.mark.parametrize(("case", "columns"), [("width 1", 1), ("packed", 1), ("width 8", 8)])
+def test_bytes_that_a_token_adds_to_a_long_convolution(monkeypatch, case, columns):
+    """Matrices of the model are made once, however long the text is. Wide heads hold the products
+    of their keys and values, as many columns a value as a key has channels."""
+    moved = {}
+    for tokens in (128, 384):
+        monkeypatch.setattr(traffic, "TOKENS", tokens)
+        for row in traffic.measure(traffic.Job("long_conv", case, 32, ("sm_90",))):
+            if row.part == "recurrent":
+                assert 0.99 <= row.ratio <= 6, row
+            else:
+                bytes_ = torch.tensor([row.ratio * row.least, row.least]) * tokens
+                moved[row.part] = bytes_ - moved.get(row.part, 0)
+    for part, (all_bytes, least) in moved.items():
+        assert 2 < all_bytes / least <= 6.5 * columns, part
 
 
 def test_targets_of_equal_tilings_are_one_row(short):
