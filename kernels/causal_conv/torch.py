@@ -95,7 +95,9 @@ def step(input: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu
     columns, bias = _parameters(input, weight, bias)
     window = torch.cat((state, input[:, None]), 1)
     state.copy_(window[:, 1:])
-    return _convolve(window.to(columns.dtype), columns, bias, silu)[:, 0].to(input.dtype)
+    # one sum over all taps: tap by tap, 64 of them take 80 times as long
+    output = torch.linalg.vecdot(window.to(columns.dtype), columns, dim=-2) + bias
+    return (F.silu(output, inplace=True) if silu else output).to(input.dtype)
 
 
 def _parameters(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
