@@ -73,12 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("eval", help="perplexity of a model on a text, by position too")
     add_model(add)
     add.add_argument("--text", help=".txt, .jsonl, .jsonl.gz or .parquet")
-    add.add_argument("--text-field", default="text", help="field of the text in a record")
-    add.add_argument("--sequence-length", type=int, default=2048)
+    add.add_argument("--text-field", help="field of the text in a record; default text")
+    add.add_argument("--sequence-length", type=int, help="default 2048")
     add.add_argument(
         "--tokens", type=int, help="at most that many of the text; default: all, 8192 to ablate"
     )
-    add.add_argument("--batch", type=int, default=4)
+    add.add_argument("--batch", type=int, help="rows at a time; default 4")
     add.add_argument(
         "--ablate", nargs="?", const="", metavar="A,B",
         help="diagnose the model: floors, layers, lookback, recall, labels, samples; default: all",
@@ -188,13 +188,9 @@ def run_eval(arguments: argparse.Namespace) -> None:
     if arguments.task is not None:
         run_eval_task(arguments)
         return
-    common = {
-        "text_field": arguments.text_field,
-        "sequence_length": arguments.sequence_length,
-        "tokens": arguments.tokens,
-        "batch": arguments.batch,
-        "dtype": parse_dtype(arguments.dtype),
-    }
+    names = ("text_field", "sequence_length", "tokens", "batch")
+    common = {name: x for name in names if (x := getattr(arguments, name)) is not None}
+    common["dtype"] = parse_dtype(arguments.dtype)
     if arguments.ablate is None:
         result = evaluate_text(find_checkpoint(arguments.model), arguments.text, **common)
     else:
@@ -237,7 +233,8 @@ def check_eval(arguments: argparse.Namespace) -> None:
     """Raise UserError for an option that the kind of evaluation has no use for."""
     for_task = ("lengths", "pairs", "vocabulary", "samples")
     for_ablate = ("teacher", "recall_lengths")
-    for_text = ("text", "tokens", "ablate", *for_ablate)
+    of_text = ("text", "text_field", "sequence_length", "tokens", "batch")
+    for_text = (*of_text, "ablate", *for_ablate)
     if arguments.task is None:
         refused = dict.fromkeys(for_task, "is for --task: give both")
         if arguments.text is None:

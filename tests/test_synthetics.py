@@ -231,6 +231,7 @@ def test_eval_of_one_that_looks_up(models, monkeypatch, capsys, task):
         (["--task", "induction", "--vocabulary", "301"], "needs 301 words, the tokenizer has 299"),
         (["--task", "mqar", "--text", "x"], "--text is not for --task"),
         (["--task", "mqar", "--ablate"], "--ablate is not for --task"),
+        (["--task", "mqar", "--batch", "8"], "--batch is not for --task"),
         (["--text", "x", "--pairs", "4"], "--pairs is for --task: give both"),
         (["--text", "x", "--teacher", "t"], "--teacher is for --ablate: give both"),
         ([], "--text is missing"),
