@@ -9,12 +9,12 @@ finished is not done again, and an interrupted training goes on. Remove the fold
 
 import importlib.util
 import json
-import platform
 import pydoc_data.topics
 from pathlib import Path
 
 import torch
 
+from supra.bench.timing import processor
 from supra.checkpoints import Checkpoint, find_checkpoint
 from supra.convert import convert
 from supra.errors import UserError, command
@@ -60,7 +60,7 @@ def main() -> None:
         "reloaded_perplexity": reloaded_perplexity(uptrained, held_out, config),
         "uptraining_tokens": measured["tokens"][-1],
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": processor("cpu"),
     }
     (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(rows))

@@ -11,13 +11,13 @@ on the same windows of 1024. An interrupted row goes on where it was. What fails
 import argparse
 import json
 import math
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from supra.bench.timing import processor
 from supra.checkpoints import find_checkpoint
 from supra.convert import convert
 from supra.errors import Diverged, UserError, check_choice, command
@@ -175,7 +175,7 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
         "overrides": row.overrides,
         "tokens": arguments.tokens,
         "seed": arguments.seed,
-        "machine": machine(),
+        "machine": processor("cuda" if torch.cuda.is_available() else "cpu"),
         "torch": torch.__version__,
     }
     try:
@@ -189,12 +189,6 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     if not (out / "final").exists():
         raise UserError(f"{arguments.row} was interrupted: the same command goes on")
     return result | log_of(out) | measured(arguments, out / "final")
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def kept_layers(student: Path) -> list[int]:

@@ -10,7 +10,6 @@ is a row too.
 
 import argparse
 import json
-import platform
 import re
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from supra.bench.timing import processor
 from supra.cli import parse_integers
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate.recall import recall_accuracy
@@ -184,7 +184,7 @@ def make(settings: Settings) -> dict[str, Any]:
         "language": asdict(language),
         "chance": 1 / language.candidates,
         "parameters": sum(x.numel() for x in model.parameters()),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": processor("cpu"),
         "torch": torch.__version__,
     }
     start = time.monotonic()
