@@ -27,6 +27,7 @@ from supra.cache import MixerLayer
 from supra.errors import UserError
 from supra.families import ROTATE_THEMSELVES, WINDOW_IN_MASK
 from supra.mixers import AttentionShape, MixerInputs, Rotary, build_mixer
+from supra.mixers.policy import StatePolicy
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ def insert_mixer(
     if config.base_model_type in WINDOW_IN_MASK:
         attention.window = config.sliding_window
     attention.mixer = build_mixer(name, shape, options)
+    if config.state_policy is not None:
+        policy = StatePolicy.from_dict(config.state_policy)
+        attention.mixer.set_policy(policy, attention.layer_idx)
 
 
 def probe_attention(attention: nn.Module, config: PreTrainedConfig) -> tuple[AttentionShape, bool]:

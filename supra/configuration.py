@@ -4,6 +4,8 @@ One `model_type`, "supra", stands for all families. `config.json` stays flat: th
 `base_model_type`, and under `supra` the plan:
 
     {"format_version": 1, "layers": ["supra", "softmax", …], "options": {"supra": {…}}}
+
+and, if states are to be bounded, a `state_policy` beside it.
 """
 
 import functools
@@ -35,6 +37,8 @@ class SupraConfig(PreTrainedConfig):
 
 class _ConvertedConfig:
     """Mixed into the base family's config class."""
+
+    state_policy: dict[str, Any] | None = None  # of supra.mixers.policy.StatePolicy
 
     @property
     def _attn_implementation(self) -> str:

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from supra.attention import attention_modules
 from supra.cache import MixerLayer, new_cache
 from supra.errors import UserError
-from supra.mixers import MIXERS
 
 FORMAT = "supra_state"
 
@@ -64,11 +64,13 @@ def load_state(file: str | Path, model: PreTrainedModel) -> Cache:
         raise UserError(f"{file} cannot be read as a state: {error}") from error
     if header.get("format") != FORMAT:
         raise UserError(f"{file} is no state: write one with save_state()")
-    layers, plan = json.loads(header["layers"]), model.config.supra["layers"]
-    states = [MIXERS[name].State for name in plan]
+    layers = json.loads(header["layers"])
+    states = [attention.mixer.state_type for attention in attention_modules(model)]
     if [x["state"] for x in layers] != [state.__name__ for state in states]:
-        raise UserError(f"{file} holds the state of a model with other mixers than this one")
-    cache = new_cache(len(plan))
+        raise UserError(
+            f"{file} holds the state of a model with other mixers, or another state_policy"
+        )
+    cache = new_cache(len(states))
     for i, (layer, state, saved) in enumerate(zip(cache.layers, states, layers, strict=True)):
         found = {name: tensors.get(f"{i}.{name}") for name in state._fields}
         layer.state = state(**{n: x if x is None else x.to(model.device) for n, x in found.items()})

@@ -13,7 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from supra.errors import UserError
+from supra.mixers.policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
+
 LEAST_POWER = 1e-5  # of a head's output, in divisions
+
+# gets the logs of the decays of a call, [H], [B, T, H] or [B, T, H, K]; None where nothing decays
+Watch = Callable[[Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class MixerInputs:
     sinks: Tensor | None  # [Hq]: the teacher's score of a token that is not there
     padding_mask: Tensor | None  # bool [B, T], False where padded; None: no padding
     cu_seqlens: Tensor | None  # int [N + 1]: documents of the row B·T, flattened; None: one a row
+    policy_run: PolicyRun | None = None  # what the mixer's policy does to its state in this call
+    watch: Watch | None = None
 
     def first(self, tokens: int) -> "MixerInputs":
         """The first tokens of every row; of inputs that are not packed."""
@@ -103,6 +111,10 @@ class Mixer(nn.Module, ABC):
     State: ClassVar[type]  # a NamedTuple of tensors
     branches: ClassVar[tuple[str, ...]] = ()  # of a mixer that adds several, their names
     only: str | None = None  # the one branch that is left on, to see what it does alone
+    recurrent: ClassVar[bool] = True  # whether the state's size does not depend on the context
+    refuses: ClassVar[dict[str, str]] = {}  # what of a StatePolicy cannot act here, and why
+    policy: LayerPolicy | None = None
+    watch: Watch | None = None
 
     def __init__(self, shape: AttentionShape, options: Any):
         super().__init__()
@@ -128,10 +140,52 @@ class Mixer(nn.Module, ABC):
     ) -> tuple[Tensor, Any]:
         """Mix the tokens of one call after those in `state`.
 
-        Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None.
+        Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None. Under a
+        policy that has to remember more, the state has the fields of Past too.
         """
-        output, state = self.mix(inputs, state, return_state)
-        return self.read_out(inputs, output).to(inputs.value.dtype), state
+        if self.watch is not None:
+            inputs = replace(inputs, watch=self.watch)
+        own, past = self._split(state)
+        run = None if self.policy is None else PolicyRun(self.policy, past)
+        output, end = self.mix(
+            replace(inputs, policy_run=run) if run else inputs, own, return_state
+        )
+        if end is not None and run is not None and self.policy.keeps_past:
+            end = self.state_type(*end, *run.past)
+        return self.read_out(inputs, output).to(inputs.value.dtype), end
+
+    def _split(self, state: Any) -> tuple[Any, Past | None]:
+        """The mixer's own state, and what the policy carries beside it."""
+        if state is None:
+            return None, None
+        if len(state) != len(self.state_type._fields):
+            raise UserError(
+                "past_key_values were made under another state_policy: begin with an empty cache "
+                "after a change"
+            )
+        own = len(self.State._fields)
+        return self.State(*state[:own]), Past(*state[own:]) if len(state) > own else None
+
+    @property
+    def state_type(self) -> type:
+        """The NamedTuple that `forward` returns as its state."""
+        keeps_past = self.policy is not None and self.policy.keeps_past
+        return with_past(self.State) if keeps_past else self.State
+
+    def set_policy(self, policy: StatePolicy | None, layer: int) -> None:
+        """Bound the state as a policy says for this layer. Kept attention has none to bound.
+
+        Raises UserError for what cannot act here.
+        """
+        if not self.recurrent:
+            return
+        for name, reason in self.refuses.items():
+            value = None if policy is None else getattr(policy, name)
+            if value not in (None, getattr(StatePolicy, name)):
+                raise UserError(
+                    f"{name} (={value}) cannot act on layer {layer} ({self.name}): {reason}"
+                )
+        self.policy = None if policy is None else policy.of_layer(layer)
 
     @abstractmethod
     def mix(

@@ -7,7 +7,7 @@ by the share β, where linear attention would only add to it.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class GatedDelta(Mixer):
     name = "gated_delta"
     Options = GatedDeltaOptions
     State = GatedDeltaState
+    refuses: ClassVar = {
+        "window": "what the delta rule writes depends on what was there, so that no token's part "
+        "can be taken out; take decay_scale or norm",
+        "insert_scale": "the delta rule erases as much as it writes; take decay_scale or norm",
+    }
 
     def __init__(self, shape: AttentionShape, options: GatedDeltaOptions):
         super().__init__(shape, options)

@@ -8,8 +8,9 @@ over the products of key and value, and the query as a gate. q, k and v are the 
 attention are cut into heads of `head_size` channels, of which each has a model of its own.
 """
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from supra.errors import UserError, check_choice
 from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.padding import pick, rows_and_padding, tokens_first
+from supra.mixers.bounded import Row, Tensors, bounded, padding_last
+from supra.mixers.padding import rows_and_padding
+from supra.mixers.policy import PolicyRun
 from supra.mixers.short_conv import ShortConv, convolve
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
@@ -257,20 +260,60 @@ def filter_documents(
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A diagonal SSM over query, key and value [B, T, H, …] of each document, past the padding."""
-    value = tensors[-1]
-    if inputs.cu_seqlens is not None:
-        rows = (x if x is None else x.flatten(0, 1)[None] for x in tensors)
-        output, _ = chunk_ssm_conv(*rows, **model, cu_seqlens=inputs.cu_seqlens)
-        return output.view(value.shape), None
-    settings = {"initial_state": state, "return_state": return_state}
-    if inputs.padding_mask is None:
+    query, key, value = tensors
+    policy = None if inputs.policy_run is None else inputs.policy_run.policy
+    if policy is not None:
+        log_decay = policy.scaled_log_decay(model["log_decay"])
+        model = model | {"log_decay": log_decay, "weight": policy.scaled(model["weight"])}
+    if inputs.watch is not None:
+        inputs.watch(model["log_decay"].amax(-1))  # of the slowest mode
+    cu_seqlens = inputs.cu_seqlens if value.shape[1] > 1 else None
+    row = Row(state, return_state, inputs.padding_mask, cu_seqlens)
+    tensors = value, query, key
+    if cu_seqlens is not None:
+        tensors = [x if x is None else x.flatten(0, 1)[None] for x in tensors]
+    recurrence = functools.partial(_filter, model)
+    if policy is not None and policy.keeps_past:
+        window = functools.partial(_windowed, model, inputs.policy_run)
+        output, end = bounded(recurrence, window, inputs.policy_run, tensors, row)
+    else:
+        output, end = padding_last(recurrence, tensors, row)
+    return output.reshape(value.shape), end
+
+
+def _filter(model: dict[str, Tensor], tensors: Tensors, row: Row) -> tuple[Tensor, Tensor | None]:
+    """Over value, query and key, of rows with their padding last."""
+    settings = {"initial_state": row.state, "return_state": row.return_state}
+    value, query, key = tensors
+    if row.padding_mask is None:
         form = recurrent_ssm_conv if value.shape[1] == 1 else chunk_ssm_conv
-        return form(*tensors, **model, **settings)
+        if row.cu_seqlens is not None:
+            settings["cu_seqlens"] = row.cu_seqlens
+        return form(query, key, value, **model, **settings)
     # the model forgets at every token, so padding is a sequence apart, from a state of nothing
-    order = tokens_first(inputs.padding_mask)
-    rows = (x if x is None else pick(x, order).flatten(0, 1)[None] for x in tensors)
-    if state is not None:
-        settings["initial_state"] = torch.stack([state, torch.zeros_like(state)], 1).flatten(0, 1)
-    settings["cu_seqlens"] = rows_and_padding(inputs.padding_mask)
+    if row.state is not None:
+        states = torch.stack([row.state, torch.zeros_like(row.state)], 1).flatten(0, 1)
+        settings["initial_state"] = states
+    settings["cu_seqlens"] = rows_and_padding(row.padding_mask)
+    rows = (x if x is None else x.flatten(0, 1)[None] for x in (query, key, value))
     output, end = chunk_ssm_conv(*rows, **model, **settings)
-    return pick(output.view(value.shape), order.argsort(1)), None if end is None else end[::2]
+    return output.view(value.shape), None if end is None else end[::2]
+
+
+def _windowed(
+    model: dict[str, Tensor], run: PolicyRun, tensors: Tensors, row: Row
+) -> tuple[Tensor, Tensor | None]:
+    """The SSM over the last r tokens: less what r tokens ago was in its state, through Āʳ."""
+    value, query, key = tensors
+    size, weight = run.policy.window, model["weight"]
+    names = {"value": value} | ({} if key is None else {"key": key})
+    old = run.delay(names, row.padding_mask, row.cu_seqlens)
+    left = torch.polar((size * model["log_decay"]).exp(), size * model["frequency"])
+    weight = torch.view_as_real(left * torch.view_as_complex(weight.contiguous()))
+    before = replace(row, state=run.past.past_state)
+    late, end_late = _filter(
+        model | {"weight": weight, "skip": None}, (old["value"], query, old.get("key")), before
+    )
+    run.past = run.past._replace(past_state=end_late)
+    output, end = _filter(model, tensors, row)
+    return output - late, end

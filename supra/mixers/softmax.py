@@ -29,6 +29,7 @@ class Softmax(Mixer):
     name = "softmax"
     Options = SoftmaxOptions
     State = SoftmaxState
+    recurrent = False
 
     def mix(
         self, inputs: MixerInputs, state: SoftmaxState | None = None, return_state: bool = False

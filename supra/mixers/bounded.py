@@ -1,0 +1,160 @@
+"""A recurrence whose state a policy bounds: by a window, or by a norm.
+
+What comes out is what the tokens would give one by one, whatever the calls that they come in.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supra.mixers.padding import pick, tokens_first
+from supra.mixers.policy import LayerPolicy, Past, PolicyRun, clamp_factors
+
+Tensors = Sequence[Tensor | None]  # [B, T, …], the first not None; a [H] is of all tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a recurrence is told of its rows beside their tensors."""
+
+    state: Any = None
+    return_state: bool = False
+    padding_mask: Tensor | None = None  # bool [B, T]
+    cu_seqlens: Tensor | None = None  # int [N + 1], of rows that are packed in one
+
+
+Recurrence = Callable[[Tensors, Row], tuple[Tensor, Any]]
+
+
+def bounded(
+    recurrence: Recurrence, windowed: Recurrence, run: PolicyRun, tensors: Tensors, row: Row
+) -> tuple[Tensor, Any]:
+    """The recurrence under run's policy; `windowed` is that over a window of tokens."""
+    if run.policy.window is None:
+        windowed = functools.partial(clamped, recurrence, run)
+    return padding_last(windowed, tensors, row)
+
+
+def padding_last(recurrence: Recurrence, tensors: Tensors, row: Row) -> tuple[Tensor, Any]:
+    """The recurrence on rows with their padding put last."""
+    if row.padding_mask is None:
+        return recurrence(tensors, row)
+    order = tokens_first(row.padding_mask)
+    tensors = [x if x is None or x.dim() == 1 else pick(x, order) for x in tensors]
+    output, end = recurrence(tensors, replace(row, padding_mask=pick(row.padding_mask, order)))
+    return pick(output, order.argsort(dim=1)), end
+
+
+def windowed(
+    recurrence: Recurrence, run: PolicyRun, tensors: Tensors, row: Row
+) -> tuple[Tensor, Any]:
+    """Of query, key, value and log_decay. What token i − r wrote is taken out before token i comes,
+    by a token of its own that does not decay: its key is the old one times −γ_{i−r+1} ⋯ γᵢ₋₁.
+    """
+    query, key, value, log_decay = tensors
+    # in 16 bits another number would be taken out than was written
+    wide = torch.promote_types(value.dtype, torch.float32)
+    query, key, value = (x.to(wide) for x in (query, key, value))
+    if log_decay is not None:  # one a head of the state, as the factors are
+        if log_decay.dim() == 1:
+            log_decay = log_decay.expand(*query.shape[:2], -1)
+        key, value = (
+            x.repeat_interleave(log_decay.shape[2] // x.shape[2], dim=2) for x in (key, value)
+        )
+    old = run.delay({"key": key, "value": value}, row.padding_mask, row.cu_seqlens)
+    removed = -old["key"]
+    if log_decay is not None:
+        left = run.window_log_decay(log_decay, row.padding_mask, row.cu_seqlens) - log_decay
+        removed = removed * _beside_keys(left.exp()).to(wide)
+    if row.padding_mask is not None:  # where nothing is written, nothing is taken out
+        removed = removed * row.padding_mask[..., None, None]
+    tensors = (
+        _interleave(torch.zeros_like(query), query),
+        _interleave(removed, key),
+        _interleave(old["value"], value),
+        None if log_decay is None else _interleave(torch.zeros_like(log_decay), log_decay),
+    )
+    bounds = None if row.cu_seqlens is None else 2 * row.cu_seqlens
+    output, end = recurrence(tensors, replace(row, padding_mask=None, cu_seqlens=bounds))
+    return output[:, 1::2], end
+
+
+def _beside_keys(x: Tensor) -> Tensor:
+    """[B, T, H] as [B, T, H, 1], and [B, T, H, K] as it is."""
+    return x if x.dim() == 4 else x[..., None]
+
+
+def _interleave(first: Tensor, second: Tensor) -> Tensor:
+    """Tokens of two tensors [B, T, …] in turn."""
+    return torch.stack([first, second], dim=2).flatten(1, 2)
+
+
+def clamped(
+    recurrence: Recurrence, run: PolicyRun, tensors: Tensors, row: Row
+) -> tuple[Tensor, Any]:
+    """The state of a row is looked at whenever it has seen a multiple of norm_every tokens."""
+    if row.cu_seqlens is not None:
+        parts = [
+            _in_pieces(recurrence, run.policy, _cut(tensors, slice(*document)), None, 0)[0]
+            for document in pairwise(row.cu_seqlens.tolist())
+            if document[0] < document[1]
+        ]
+        return torch.cat(parts, dim=1), None
+    batch, tokens = tensors[0].shape[:2]
+    count = run.past.past_count
+    if count is None:
+        count = torch.zeros(batch, dtype=torch.int64, device=tensors[0].device)
+    new = torch.full_like(count, tokens) if row.padding_mask is None else row.padding_mask.sum(1)
+    run.past = Past(past_count=count + new)
+    counts, news = count.tolist(), new.tolist()
+    if len({*counts}) == 1 and {*news} == {tokens}:
+        return _in_pieces(recurrence, run.policy, tensors, row.state, counts[0])
+    rows = []
+    for b, (seen, some) in enumerate(zip(counts, news, strict=True)):
+        one = [x if x is None or x.dim() == 1 else x[b : b + 1] for x in tensors]
+        state = map_state(lambda x, b=b: x[b : b + 1], row.state)
+        output, end = _in_pieces(
+            recurrence, run.policy, _cut(one, slice(max(1, some))), state, seen
+        )
+        if some == 0:  # padding alone
+            end = map_state(torch.zeros_like, end) if state is None else state
+        missing = tokens - output.shape[1]
+        rows.append((torch.nn.functional.pad(output, (0, 0, 0, 0, 0, missing)), end))
+    outputs, ends = zip(*rows, strict=True)
+    return torch.cat(outputs), map_state(lambda *x: torch.cat(x), *ends)
+
+
+def _in_pieces(
+    recurrence: Recurrence, policy: LayerPolicy, tensors: Tensors, state: Any, count: int
+) -> tuple[Tensor, Any]:
+    """Rows without padding that have all seen `count` tokens."""
+    tokens, outputs, begin = tensors[0].shape[1], [], 0
+    while begin < tokens:
+        end = min(tokens, begin + policy.norm_every - (count + begin) % policy.norm_every)
+        output, state = recurrence(_cut(tensors, slice(begin, end)), Row(state, return_state=True))
+        if (count + end) % policy.norm_every == 0:
+            memory = state if isinstance(state, Tensor) else state.memory
+            factors = clamp_factors(policy, memory)
+            state = map_state(
+                lambda x, f=factors: x * f.view(*f.shape, *[1] * (x.dim() - 2)), state
+            )
+        outputs.append(output)
+        begin = end
+    return torch.cat(outputs, dim=1), state
+
+
+def _cut(tensors: Tensors, tokens: slice) -> list[Tensor | None]:
+    return [x if x is None or x.dim() == 1 else x[:, tokens] for x in tensors]
+
+
+def map_state(function: Callable[..., Tensor], *states: Any) -> Any:
+    """On a state that is one tensor or a NamedTuple of tensors, or on several alike."""
+    if states[0] is None or isinstance(states[0], Tensor):
+        return None if states[0] is None else function(*states)
+    parts = zip(*states, strict=True)
+    return type(states[0])(*(None if x[0] is None else function(*x) for x in parts))
