@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from supra.kernels.checks import LOWEST_LOG_DECAY
 from supra.mixers.padding import pick, tokens_first
 from supra.mixers.policy import LayerPolicy, Past, PolicyRun, clamp_factors
 
@@ -61,6 +62,7 @@ def windowed(
     wide = torch.promote_types(value.dtype, torch.float32)
     query, key, value = (x.to(wide) for x in (query, key, value))
     if log_decay is not None:  # one a head of the state, as the factors are
+        log_decay = log_decay.clamp(min=LOWEST_LOG_DECAY)  # a difference of -inf is no number
         if log_decay.dim() == 1:
             log_decay = log_decay.expand(*query.shape[:2], -1)
         key, value = (

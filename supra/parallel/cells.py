@@ -1,0 +1,291 @@
+"""Nonlinear recurrent cells: one step from a state and a token's input, and its Jacobian.
+
+A cell works on states [N, …] of any tokens at once, which is what makes Newton's method parallel.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from supra.errors import UserError
+from supra.parallel.scan import Structure
+
+Drive = tuple[Tensor, ...]  # what a step needs of its token, [N, …] or [B, T, …]
+
+
+class Cell(nn.Module, ABC):
+    """s_t = step(s_{t−1}, drive_t), with drive = project(inputs) made for all tokens at once."""
+
+    structure: ClassVar[Structure] = Structure.DENSE
+
+    def project(self, inputs: Tensor) -> Drive:
+        """The part that does not depend on the state: of inputs [B, T, …], tensors [B, T, …]."""
+        return (inputs,)
+
+    @abstractmethod
+    def empty_state(self, drive: Drive) -> Tensor:
+        """Zeros [B, …]: the state before the first token."""
+
+    @abstractmethod
+    def step(self, state: Tensor, drive: Drive) -> Tensor:
+        """The next state [N, …]."""
+
+    def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
+        """The next state, and its Jacobian with respect to `state`, as `structure` has it.
+
+        By forward differentiation, a pass for every number of a token's state (Structure.DENSE) or
+        for every number of a channel's; cells override it where the formula is known.
+        """
+        width = 1 if self.structure is Structure.DIAGONAL else state.shape[-1]
+        columns = []
+        for column in range(width):
+            tangent = torch.ones_like(state)
+            if width > 1:
+                tangent = torch.zeros_like(state)
+                tangent[..., column] = 1
+            value, moved = torch.func.jvp(lambda x: self.step(x, drive), (state,), (tangent,))
+            columns.append(moved)
+        return value, moved if width == 1 else torch.stack(columns, dim=-1)
+
+    def jacobian_product(self, state: Tensor, drive: Drive, tangent: Tensor):
+        """The next state, and the Jacobian times a tangent [N, …]."""
+        return torch.func.jvp(lambda x: self.step(x, drive), (state,), (tangent,))
+
+
+class FunctionCell(Cell):
+    """Any differentiable function of states [N, D] and inputs [N, …]; width: D."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], width: int):
+        super().__init__()
+        self.function, self.width = function, width
+
+    def empty_state(self, drive: Drive) -> Tensor:
+        return drive[0].new_zeros(len(drive[0]), self.width)
+
+    def step(self, state: Tensor, drive: Drive) -> Tensor:
+        return self.function(state, *drive)
+
+
+class GRU(Cell):
+    """torch.nn.GRUCell's formula and parameters (Cho et al. 2014)."""
+
+    def __init__(self, input_size: int, width: int):
+        super().__init__()
+        self.width = width
+        self.input = nn.Linear(input_size, 3 * width)
+        self.hidden = nn.Linear(width, 3 * width)
+        _as_torch_does(self, width)
+
+    def project(self, inputs: Tensor) -> Drive:
+        return (self.input(inputs),)
+
+    def empty_state(self, drive: Drive) -> Tensor:
+        return drive[0].new_zeros(len(drive[0]), self.width)
+
+    def step(self, state: Tensor, drive: Drive) -> Tensor:
+        _, update, candidate, _ = self._gates(state, drive)
+        return candidate + update * (state - candidate)
+
+    def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
+        reset, update, candidate, hidden = self._gates(state, drive)
+        of_reset, of_update, of_candidate = self.hidden.weight.chunk(3)
+        slope = (1 - update) * (1 - candidate.square())
+        jacobian = ((state - candidate) * update * (1 - update))[..., None] * of_update
+        jacobian = jacobian + (slope * reset)[..., None] * of_candidate
+        jacobian = jacobian + (slope * hidden * reset * (1 - reset))[..., None] * of_reset
+        jacobian = jacobian + torch.diag_embed(update)
+        return candidate + update * (state - candidate), jacobian
+
+    def _gates(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        reset, update, candidate = drive[0].chunk(3, dim=-1)
+        of_reset, of_update, hidden = self.hidden(state).chunk(3, dim=-1)
+        reset, update = (reset + of_reset).sigmoid(), (update + of_update).sigmoid()
+        return reset, update, (candidate + reset * hidden).tanh(), hidden
+
+
+class LSTM(Cell):
+    """torch.nn.LSTMCell's formula and parameters (Hochreiter & Schmidhuber 1997).
+
+    The state is cell and hidden state side by side, [N, 2 D].
+    """
+
+    def __init__(self, input_size: int, width: int):
+        super().__init__()
+        self.width = width
+        self.input = nn.Linear(input_size, 4 * width)
+        self.hidden = nn.Linear(width, 4 * width)
+        _as_torch_does(self, width)
+
+    def project(self, inputs: Tensor) -> Drive:
+        return (self.input(inputs),)
+
+    def empty_state(self, drive: Drive) -> Tensor:
+        return drive[0].new_zeros(len(drive[0]), 2 * self.width)
+
+    def step(self, state: Tensor, drive: Drive) -> Tensor:
+        return self._parts(state, drive)[0]
+
+    def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
+        after, (i, f, candidate, o), c, new = self._parts(state, drive)
+        of_i, of_f, of_candidate, of_o = self.hidden.weight.chunk(4)
+        by_hidden = (candidate * i * (1 - i))[..., None] * of_i
+        by_hidden = by_hidden + (c * f * (1 - f))[..., None] * of_f
+        by_hidden = by_hidden + (i * (1 - candidate.square()))[..., None] * of_candidate
+        bent = new.tanh()
+        slope = o * (1 - bent.square())
+        top = torch.cat([torch.diag_embed(f), by_hidden], dim=-1)
+        below = slope[..., None] * top
+        below[..., self.width :] += (bent * o * (1 - o))[..., None] * of_o
+        return after, torch.cat([top, below], dim=-2)
+
+    def _parts(self, state: Tensor, drive: Drive):
+        c, h = state.chunk(2, dim=-1)
+        i, f, candidate, o = (drive[0] + self.hidden(h)).chunk(4, dim=-1)
+        i, f, candidate, o = i.sigmoid(), f.sigmoid(), candidate.tanh(), o.sigmoid()
+        new = f * c + i * candidate
+        return torch.cat([new, o * new.tanh()], dim=-1), (i, f, candidate, o), c, new
+
+
+class ParaGRU(Cell):
+    """A GRU whose recurrent matrices are diagonal (ParaRNN, Danieli et al. 2025).
+
+    largest: of the recurrent weights; beyond about 0.5 Newton's method needs more than a few
+    sweeps, and beyond 1 it may not converge.
+    """
+
+    structure = Structure.DIAGONAL
+
+    def __init__(self, input_size: int, width: int, largest: float = 0.5):
+        super().__init__()
+        self.width, self.largest = width, largest
+        self.input = nn.Linear(input_size, 3 * width)
+        self.weight = nn.Parameter(torch.randn(3, width) * 0.4 / math.sqrt(5))
+
+    def project(self, inputs: Tensor) -> Drive:
+        return (self.input(inputs),)
+
+    def empty_state(self, drive: Drive) -> Tensor:
+        return drive[0].new_zeros(len(drive[0]), self.width)
+
+    def step(self, state: Tensor, drive: Drive) -> Tensor:
+        update, _, candidate, _ = self._gates(state, drive)
+        return state + update * (candidate - state)
+
+    def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
+        update, reset, candidate, (a_update, a_reset, a) = self._gates(state, drive)
+        jacobian = 1 - update + (candidate - state) * update * (1 - update) * a_update
+        inner = reset + state * reset * (1 - reset) * a_reset
+        jacobian = jacobian + update * (1 - candidate.square()) * a * inner
+        return state + update * (candidate - state), jacobian
+
+    def _gates(self, state: Tensor, drive: Drive):
+        weights = self.weight.clamp(-self.largest, self.largest).unbind()
+        update, reset, candidate = drive[0].chunk(3, dim=-1)
+        update = (update + weights[0] * state).sigmoid()
+        reset = (reset + weights[1] * state).sigmoid()
+        return update, reset, (candidate + weights[2] * state * reset).tanh(), weights
+
+
+class ParaLSTM(Cell):
+    """An LSTM with diagonal recurrent matrices, peepholes and i = 1 − f (ParaRNN, as above).
+
+    The state is [N, D, 2], cell and hidden state of each channel.
+    """
+
+    structure = Structure.BLOCK
+
+    def __init__(self, input_size: int, width: int, largest: float = 0.5):
+        super().__init__()
+        self.width, self.largest = width, largest
+        self.input = nn.Linear(input_size, 3 * width)
+        self.weight = nn.Parameter(torch.randn(3, width) * 0.4 / math.sqrt(5))
+        self.peephole = nn.Parameter(torch.randn(2, width) * 0.4 / math.sqrt(5))
+
+    def project(self, inputs: Tensor) -> Drive:
+        return (self.input(inputs),)
+
+    def empty_state(self, drive: Drive) -> Tensor:
+        return drive[0].new_zeros(len(drive[0]), self.width, 2)
+
+    def step(self, state: Tensor, drive: Drive) -> Tensor:
+        return self._parts(state, drive)[0]
+
+    def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
+        after, f, candidate, o, (a_f, a_c, a_o), (p_f, p_o) = self._parts(state, drive)
+        c, bent = state[..., 0], after[..., 0].tanh()
+        slope = f * (1 - f) * (c - candidate)
+        cc = f + slope * p_f
+        ch = slope * a_f + (1 - f) * (1 - candidate.square()) * a_c
+        gate = bent * o * (1 - o)
+        through = o * (1 - bent.square()) + gate * p_o
+        rows = torch.stack([cc, ch], -1), torch.stack([through * cc, gate * a_o + through * ch], -1)
+        return after, torch.stack(rows, dim=-2)
+
+    def _parts(self, state: Tensor, drive: Drive):
+        weights = self.weight.clamp(-self.largest, self.largest).unbind()
+        peepholes = self.peephole.clamp(-self.largest, self.largest).unbind()
+        c, h = state.unbind(-1)
+        f, candidate, o = drive[0].chunk(3, dim=-1)
+        f = (f + weights[0] * h + peepholes[0] * c).sigmoid()
+        candidate = (candidate + weights[1] * h).tanh()
+        new = f * c + (1 - f) * candidate
+        o = (o + weights[2] * h + peepholes[1] * new).sigmoid()
+        return torch.stack([new, o * new.tanh()], -1), f, candidate, o, weights, peepholes
+
+
+class NonlinearGated(Cell):
+    """S' = f S + (1 − f) tanh(a ∘ S + k vᵀ), gated linear attention at a = 0 and small k vᵀ.
+
+    Of states [N, H, K, V]. |a| < 1 contracts: |∂S'/∂S| <= f + (1 − f) |a| < 1. Beyond 1 a channel
+    has two resting points, which is what it takes to count (parity), and Newton may diverge.
+
+    weight: a, [H, K, V] or what broadcasts to it.
+    """
+
+    structure = Structure.DIAGONAL
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+
+    def project(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Drive:
+        """key [B, T, H, K], value [B, T, H, V] and log_decay [B, T, H], the log of f."""
+        key, value, log_decay = inputs
+        if key.shape[:3] != value.shape[:3] or log_decay.shape != key.shape[:3]:
+            raise UserError(
+                f"key {tuple(key.shape)}, value {tuple(value.shape)} and log_decay "
+                f"{tuple(log_decay.shape)} must agree in [B, T, H]"
+            )
+        return key[..., None] * value[..., None, :], log_decay[..., None, None]
+
+    def empty_state(self, drive: Drive) -> Tensor:
+        return torch.zeros_like(drive[0][:, 0])
+
+    def step(self, state: Tensor, drive: Drive) -> Tensor:
+        return self._parts(state, drive)[0]
+
+    def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
+        after, keep, new = self._parts(state, drive)
+        return after, keep + (1 - keep) * (1 - new.square()) * self.weight
+
+    def linear_solution(self, drive: Drive) -> tuple[Tensor, Tensor]:
+        """Matrix and bias of the same recurrence with a = 0: where Newton's method begins."""
+        written, log_decay = drive
+        keep = log_decay.exp().expand_as(written)
+        return keep, (1 - keep) * written.tanh()
+
+    def _parts(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor, Tensor]:
+        written, log_decay = drive
+        keep = log_decay.exp()
+        new = (self.weight * state + written).tanh()
+        return keep * state + (1 - keep) * new, keep, new
+
+
+def _as_torch_does(cell: nn.Module, width: int) -> None:
+    bound = 1 / math.sqrt(width)
+    for parameter in cell.parameters():
+        nn.init.uniform_(parameter, -bound, bound)

@@ -1,0 +1,106 @@
+"""The trust region of ELK: Newton's step, held near the last guess, as a Kalman smoother.
+
+The step of Levenberg and Marquardt, argmin ½|r + J Δ|² + ½λ|Δ|², is the mean of
+
+    s_1 ~ N(f(s_0), 1)        s_t | s_{t−1} ~ N(A_t s_{t−1} + b_t, 1)        guess_t ~ N(s_t, 1/λ)
+
+given all guesses: the smoother's. The filter's means know only the guesses up to t; they are what
+the published code takes, and shrink A by 1 / (1 + λ). (Gonzalez et al. 2024, arXiv 2407.19115;
+parallel form after Särkkä & García-Fernández 2021.)
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from supra.parallel.scan import Elements, Structure, affine_scan, associative_scan
+
+
+def trust_region_step(
+    structure: Structure, matrix: Tensor, bias: Tensor, guess: Tensor, damping: float, smooth: bool
+) -> Tensor:
+    """The means [B, T, …] of the smoother, or of the filter.
+
+    matrix: A_t, 0 at the first token. bias: b_t, f(s_0) at the first. damping: λ > 0.
+    """
+    form = _Channels() if structure is Structure.DIAGONAL else _Matrices()
+    gain = damping / (1 + damping)
+    news = guess - bias
+    elements = (
+        (1 - gain) * matrix,
+        bias + gain * news,
+        (1 - gain) * form.identity(bias),
+        gain * form.apply(form.transpose(matrix), news),
+        gain * form.compose(form.transpose(matrix), matrix),
+    )
+    _, mean, covariance, _, _ = associative_scan(functools.partial(_combine, form), elements)
+    if not smooth:
+        return mean
+    later = matrix[:, 1:]
+    ahead = form.compose(form.compose(later, covariance[:, :-1]), form.transpose(later))
+    ahead = ahead + form.identity(bias[:, 1:])
+    back = form.compose(covariance[:, :-1], form.transpose(later))
+    back = form.divide(back, ahead)
+    missed = form.apply(later, mean[:, :-1]) + bias[:, 1:]
+    start = mean[:, :-1] - form.apply(back, missed)
+    return affine_scan(
+        structure,
+        torch.cat([back, torch.zeros_like(matrix[:, :1])], dim=1),
+        torch.cat([start, mean[:, -1:]], dim=1),
+        reverse=True,
+    )
+
+
+class _Matrices:
+    """Of states whose last dimension mixes: A is [..., D, D]."""
+
+    def identity(self, like: Tensor) -> Tensor:
+        return Structure.DENSE.constant(1.0, like)
+
+    def apply(self, matrix: Tensor, x: Tensor) -> Tensor:
+        return (matrix @ x[..., None])[..., 0]
+
+    def compose(self, second: Tensor, first: Tensor) -> Tensor:
+        return second @ first
+
+    def transpose(self, matrix: Tensor) -> Tensor:
+        return matrix.mT
+
+    def divide(self, x: Tensor, by: Tensor) -> Tensor:
+        """x by⁻¹."""
+        return torch.linalg.solve(by, x, left=False)
+
+
+class _Channels:
+    """Of states whose channels are apart: A is as the state."""
+
+    def identity(self, like: Tensor) -> Tensor:
+        return torch.ones_like(like)
+
+    def apply(self, matrix: Tensor, x: Tensor) -> Tensor:
+        return matrix * x
+
+    def compose(self, second: Tensor, first: Tensor) -> Tensor:
+        return second * first
+
+    def transpose(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def divide(self, x: Tensor, by: Tensor) -> Tensor:
+        return x / by
+
+
+def _combine(form: _Matrices | _Channels, first: Elements, second: Elements) -> Elements:
+    """Filtering elements (A, b, C, η, J) of two stretches of time, the earlier one first."""
+    a1, b1, c1, n1, j1 = first
+    a2, b2, c2, n2, j2 = second
+    through = form.divide(a2, form.identity(b1) + form.compose(c1, j2))  # A₂ (1 + C₁J₂)⁻¹
+    back = form.divide(form.transpose(a1), form.identity(b1) + form.compose(j2, c1))
+    return (
+        form.compose(through, a1),
+        form.apply(through, b1 + form.apply(c1, n2)) + b2,
+        form.compose(form.compose(through, c1), form.transpose(a2)) + c2,
+        form.apply(back, n2 - form.apply(j2, b1)) + n1,
+        form.compose(form.compose(back, j2), a1) + j1,
+    )

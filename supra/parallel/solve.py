@@ -1,0 +1,270 @@
+"""All states of a nonlinear recurrence at once, as the root of s_t − f(s_{t−1}, x_t) = 0.
+
+    s_t ← f(ŝ_{t−1}) + A_t (s_{t−1} − ŝ_{t−1})        ŝ the guess so far, s the next one
+
+is a linear recurrence, solved by a scan. A_t is the Jacobian of f at ŝ_{t−1} (DEER, Newton's
+method; Lim et al. 2023, arXiv 2309.12252), its diagonal (quasi-DEER; Gonzalez et al. 2024, arXiv
+2407.19115), one (Picard) or zero (Jacobi); ELK and quasi-ELK hold DEER's and quasi-DEER's step near
+the guess. After i sweeps the first i states are exact, whatever A is, but for ELK.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from supra.errors import UserError, check_choice
+from supra.parallel.cells import Cell, Drive
+from supra.parallel.kalman import trust_region_step
+from supra.parallel.scan import Structure, affine_scan
+
+METHODS = ("sequential", "deer", "quasi_deer", "elk", "quasi_elk", "picard", "jacobi")
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the residual, over the largest state
+LARGEST = 1e8  # a state beyond it is on its way to overflow, and begins anew
+
+
+class NotConverged(RuntimeError):
+    """The sweeps did not reach the tolerance, and the caller wanted no other way."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """States [B, T, …] and how they were found.
+
+    residual: the largest |s_t − f(s_{t−1})|, over the larger of one and the largest state.
+    resets: numbers that overflowed and began anew, over all sweeps.
+    converged: whether `method` met the tolerance. Where it did not and states came from a loop over
+        the tokens instead, `fell_back` is true; the other numbers are those of the attempt.
+    """
+
+    states: Tensor
+    method: str
+    iterations: int
+    residual: float
+    resets: int
+    converged: bool
+    fell_back: bool = False
+
+
+def solve(
+    cell: Cell,
+    inputs: Tensor | tuple[Tensor, ...],
+    initial_state: Tensor | None = None,
+    method: str = "auto",
+    *,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+    guess: Tensor | str = "auto",
+    damping: float = 1e-2,
+    estimate: str = "smoother",
+    diagonal: str = "exact",
+    probes: int = 4,
+    seed: int = 0,
+    otherwise: str = "sequential",
+) -> Solution:
+    """Run `cell` over all tokens.
+
+    Args:
+        inputs: what cell.project takes, [B, T, …].
+        initial_state: [B, …], or None for the cell's own.
+        method: one of METHODS, or "auto": see `choose_method`.
+        tolerance: of the residual; None for 1e-12 in float64 and 2e-6 in float32.
+        max_iterations: sweeps; None for T, in which all but ELK end.
+        guess: where to begin: states [B, T, …], "zeros", "linear" (the solution of the cell's
+            linear part, where it says what that is), or "auto", which is linear where it can.
+        damping: λ of ELK's trust region, > 0. Small ones come near DEER.
+        estimate: of ELK, "smoother", the step of Levenberg and Marquardt, or "filter", which is
+            cheaper and often needs fewer sweeps.
+        diagonal: of quasi methods on dense cells, "exact", or "stochastic": the mean of z ∘ Jz over
+            `probes` random signs z, which never makes the Jacobian (Hutchinson).
+        seed: of the probes.
+        otherwise: what becomes of sweeps that do not converge: "sequential", a loop over the tokens
+            with a warning, or "raise".
+
+    Gradients flow to the inputs, the initial state and the cell's parameters, from the adjoint
+    recurrence with the true Jacobians at the solution, whatever the method was. They are as exact
+    as the states are.
+
+    Raises:
+        UserError: a name or a number that does not fit. NotConverged, with otherwise="raise".
+    """
+    check_choice("estimate", estimate, ("smoother", "filter"))
+    check_choice("diagonal", diagonal, ("exact", "stochastic"))
+    check_choice("otherwise", otherwise, ("sequential", "raise"))
+    check_choice("method", method, ("auto", *METHODS))
+    drive = cell.project(inputs)
+    start = cell.empty_state(drive) if initial_state is None else initial_state
+    tokens = drive[0].shape[1]
+    if method == "auto":
+        method = choose_method(cell, start, tokens)
+    if method == "sequential":
+        return Solution(_loop(cell, drive, start), method, tokens, 0.0, 0, True)
+    for name, value, least in (("max_iterations", max_iterations, 1), ("probes", probes, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} (={value}) must be >= {least}")
+    if not damping > 0:
+        raise UserError(f"damping (={damping}) must be > 0: with none, take deer or quasi_deer")
+    sweeps = _Sweeps(cell, drive, start, method, estimate, damping, diagonal, probes, seed)
+    limit = TOLERANCES.get(start.dtype, TOLERANCES[torch.float32])
+    found = sweeps.run(guess, limit if tolerance is None else tolerance, max_iterations or tokens)
+    if not found.converged:
+        message = (
+            f"{method} left a residual of {found.residual:.1e} after {found.iterations} sweeps "
+            f"over {tokens} tokens ({found.resets} resets)"
+        )
+        if otherwise == "raise":
+            raise NotConverged(f"{message}: take method='sequential' or 'elk', or more sweeps")
+        warnings.warn(f"{message}: the tokens are read one by one", stacklevel=2)
+        states = _loop(cell, drive, start)
+        return Solution(states, **_numbers(found), fell_back=True)
+    states = _differentiable(cell, drive, start, found.states)
+    return Solution(states, **_numbers(found))
+
+
+def choose_method(cell: Cell, state: Tensor, tokens: int) -> str:
+    """ "auto": Newton's method where its scan is cheap and there is little else to do at once."""
+    return "sequential"
+
+
+def _numbers(found: Solution) -> dict:
+    names = ("method", "iterations", "residual", "resets", "converged")
+    return {name: getattr(found, name) for name in names}
+
+
+def _loop(cell: Cell, drive: Drive, state: Tensor) -> Tensor:
+    states = []
+    for t in range(drive[0].shape[1]):
+        state = cell.step(state, tuple(x[:, t] for x in drive))
+        states.append(state)
+    return torch.stack(states, dim=1)
+
+
+class _Sweeps:
+    """The iteration, without gradients."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        drive: Drive,
+        start: Tensor,
+        method: str,
+        estimate: str,
+        damping: float,
+        diagonal: str,
+        probes: int,
+        seed: int,
+    ):
+        self.cell, self.method = cell, method
+        self.drive = tuple(x.detach() for x in drive)
+        self.start = start.detach()
+        self.smooth, self.damping = estimate == "smoother", damping
+        full = method in ("deer", "elk")
+        self.structure = cell.structure if full else Structure.DIAGONAL
+        self.probes = probes if diagonal == "stochastic" and not full else 0
+        self.generator = torch.Generator(self.start.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def run(self, guess: Tensor | str, tolerance: float, most: int) -> Solution:
+        states = begin = self._first(guess)
+        resets = 0
+        for iteration in range(most + 1):
+            before = torch.cat([self.start[:, None], states[:, :-1]], dim=1)
+            value, matrix = self._linearise(before)
+            size = states.abs().amax().clamp(min=1)
+            residual = ((states - value).abs().amax() / size).item()
+            if residual <= tolerance or iteration == most:
+                break
+            states = self._step(states, before, value, matrix)
+            lost = ~(states.abs() <= LARGEST)  # and what is no number
+            resets += int(lost.sum())
+            states = torch.where(lost, begin, states)
+        return Solution(states, self.method, iteration, residual, resets, residual <= tolerance)
+
+    def _first(self, guess: Tensor | str) -> Tensor:
+        """Where the sweeps begin."""
+        linear = getattr(self.cell, "linear_solution", None)
+        if isinstance(guess, Tensor):
+            return guess.detach()
+        check_choice("guess", guess, ("auto", "zeros", "linear"))
+        if guess == "linear" and linear is None:
+            raise UserError(f"guess ('linear'): {type(self.cell).__name__} has no linear part")
+        if linear is None or guess == "zeros":
+            return self.start[:, None].expand(-1, self.drive[0].shape[1], *self.start.shape[1:]) * 0
+        return affine_scan(Structure.DIAGONAL, *linear(self.drive), self.start)
+
+    def _linearise(self, before: Tensor) -> tuple[Tensor, Tensor]:
+        """f at the states before, and A there."""
+        cell = self.cell
+        if self.method in ("picard", "jacobi"):
+            value = _each(cell.step, before, self.drive)
+            return value, torch.full_like(value, float(self.method == "picard"))
+        if self.probes:
+            return self._estimated(before)
+        value, matrix = _each(cell.linearise, before, self.drive)
+        return value, matrix if self.structure is cell.structure else cell.structure.diagonal(
+            matrix
+        )
+
+    def _estimated(self, before: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(before)
+        for _ in range(self.probes):
+            signs = torch.randint(2, before.shape, generator=self.generator, device=before.device)
+            signs = (2 * signs - 1).to(before.dtype)
+            value, moved = _each(
+                lambda x, drive: self.cell.jacobian_product(x, drive[:-1], drive[-1]),
+                before,
+                (*self.drive, signs),
+            )
+            total += signs * moved
+        return value, total / self.probes
+
+    def _step(self, states: Tensor, before: Tensor, value: Tensor, matrix: Tensor) -> Tensor:
+        bias = value - self.structure.apply(matrix, before)
+        if self.method not in ("elk", "quasi_elk"):
+            return affine_scan(self.structure, matrix, bias, self.start)
+        bias = torch.cat([value[:, :1], bias[:, 1:]], dim=1)  # the first state is known
+        matrix = torch.cat([torch.zeros_like(matrix[:, :1]), matrix[:, 1:]], dim=1)
+        return trust_region_step(self.structure, matrix, bias, states, self.damping, self.smooth)
+
+
+def _each(function: Callable, state: Tensor, drive: Drive):
+    """A cell's function on all tokens of all rows; results [B, T, …]."""
+    shape = state.shape[:2]
+    found = function(state.flatten(0, 1), tuple(x.flatten(0, 1) for x in drive))
+    if isinstance(found, Tensor):
+        return found.unflatten(0, shape)
+    return tuple(x.unflatten(0, shape) for x in found)
+
+
+def _differentiable(cell: Cell, drive: Drive, start: Tensor, states: Tensor) -> Tensor:
+    """The solution with its gradient: one more step from each state to the next, of which autograd
+    knows all but how the states hang together."""
+    wanted = (*drive, start, *cell.parameters())
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in wanted):
+        return states
+    before = torch.cat([start[:, None], states[:, :-1]], dim=1)
+    following = _each(cell.step, before, drive)
+    detached = before.detach(), *(x.detach() for x in drive)
+    return _Adjoint.apply(following, cell, *detached)
+
+
+class _Adjoint(torch.autograd.Function):
+    """The identity on s_t = f(s_{t−1}), whose gradient is g_t = ∂L/∂s_t + A_{t+1}ᵀ g_{t+1}."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, cell: Cell, before: Tensor, *drive: Tensor) -> Tensor:
+        ctx.cell = cell
+        ctx.save_for_backward(before, *drive)
+        return states.view_as(states)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        before, *drive = ctx.saved_tensors
+        structure = ctx.cell.structure
+        _, matrix = _each(ctx.cell.linearise, before, tuple(drive))
+        later = torch.cat([matrix[:, 1:], torch.zeros_like(matrix[:, :1])], dim=1)
+        total = affine_scan(structure, structure.transpose(later), gradient, reverse=True)
+        return (total, None, None, *[None] * len(drive))

@@ -1,0 +1,155 @@
+"""Every method finds the loop's states and the loop's gradients, or says that it does not."""
+
+import pytest
+import torch
+
+from supra.errors import UserError
+from supra.parallel import METHODS, NotConverged, ParaGRU, solve
+from supra.parallel.solve import LARGEST
+from tests.parallel.examples import NAMES, example, expanding
+
+PARALLEL = METHODS[1:]
+EXACT_FIRST = ("deer", "quasi_deer", "picard", "jacobi")  # ELK holds all states back
+
+
+@pytest.mark.parametrize("method", PARALLEL)
+@pytest.mark.parametrize("name", NAMES)
+def test_states_and_gradients_are_the_loops(name, method):
+    cell, inputs, state, leaves = example(name)
+    expected = solve(cell, inputs, state, "sequential").states
+    found = solve(cell, inputs, state, method, otherwise="raise")
+    assert found.converged and found.method == method and not found.fell_back
+    assert found.residual <= 1e-12
+    assert (found.states - expected).abs().max() < 1e-10
+    probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
+    truth = torch.autograd.grad((expected * probe).sum(), leaves)
+    gradients = torch.autograd.grad((found.states * probe).sum(), leaves)
+    for gradient, right in zip(gradients, truth, strict=True):
+        assert (gradient - right).abs().max() < 1e-8 * right.abs().max()
+
+
+@pytest.mark.parametrize("name", ["gru", "para_lstm", "nonlinear_gated"])
+@pytest.mark.parametrize("estimate", ["smoother", "filter"])
+@pytest.mark.parametrize("method", ["elk", "quasi_elk"])
+def test_elk_with_either_estimate(name, estimate, method):
+    cell, inputs, state, _ = example(name)
+    expected = solve(cell, inputs, state, "sequential").states
+    found = solve(
+        cell, inputs, state, method,
+        estimate=estimate, damping=0.1, max_iterations=500, otherwise="raise",
+    )  # fmt: skip
+    assert (found.states - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("method", EXACT_FIRST)
+@pytest.mark.parametrize("name", ["gru", "para_gru"])
+def test_a_sweep_makes_one_more_state_exact(name, method):
+    """Even of a guess that has nothing to do with the solution."""
+    cell, inputs, state, _ = example(name, tokens=12)
+    expected = solve(cell, inputs, state, "sequential").states
+    guess = torch.full_like(expected, 0.3)
+    for sweeps in (1, 4, 7):
+        with pytest.raises(NotConverged), torch.no_grad():
+            solve(cell, inputs, state, method, guess=guess, max_iterations=sweeps, tolerance=0.0,
+                  otherwise="raise")  # fmt: skip
+        states = _after(cell, inputs, state, method, guess, sweeps)
+        assert (states[:, :sweeps] - expected[:, :sweeps]).abs().max() < 1e-13
+
+
+def _after(cell, inputs, state, method, guess, sweeps):
+    from supra.parallel.solve import _Sweeps
+
+    run = _Sweeps(cell, cell.project(inputs), state, method, "smoother", 1e-2, "exact", 1, 0)
+    return run.run(guess, -1.0, sweeps).states
+
+
+def test_sweeps_of_a_contracting_cell_do_not_grow_with_length():
+    counts = {}
+    for tokens in (128, 1024):
+        cell, inputs, state, _ = example("function", tokens=tokens)
+        counts[tokens] = solve(cell, inputs, state, "deer").iterations
+    assert counts[1024] <= counts[128] + 1 <= 9
+
+
+def test_an_expanding_cell_overflows_newton_and_not_elk():
+    cell = expanding(1.6, width=16)
+    inputs = torch.randn(1, 256, 16, generator=torch.Generator().manual_seed(0)).double()
+    newton = solve(cell, inputs, None, "deer", max_iterations=256)
+    assert newton.resets > 0 and newton.iterations > 10
+    with pytest.warns(UserWarning, match="elk left a residual"):
+        elk = solve(cell, inputs, None, "elk", max_iterations=20, damping=1.0)
+    assert elk.resets == 0
+
+
+def test_what_does_not_converge_is_said():
+    cell, inputs, state, _ = example("gru")
+    expected = solve(cell, inputs, state, "sequential").states
+    with pytest.raises(NotConverged, match=r"jacobi left a residual of .* after 3 sweeps over 77"):
+        solve(cell, inputs, state, "jacobi", max_iterations=3, otherwise="raise")
+    with pytest.warns(UserWarning, match="the tokens are read one by one"):
+        found = solve(cell, inputs, state, "jacobi", max_iterations=3)
+    assert found.fell_back and not found.converged and found.iterations == 3
+    assert found.residual > 1e-3
+    assert torch.equal(found.states, expected)
+
+
+def test_no_number_is_a_reset():
+    """An input that makes Newton's step infinite once is survived."""
+    cell, inputs, state, _ = example("para_gru")
+    guess = torch.full_like(solve(cell, inputs, state, "sequential").states, 2 * LARGEST)
+    guess[:, 5] = torch.nan
+    found = solve(cell, inputs, state, "deer", guess=guess, max_iterations=200, otherwise="raise")
+    expected = solve(cell, inputs, state, "sequential").states
+    assert (found.states - expected).abs().max() < 1e-10
+
+
+def test_a_guess_is_where_it_begins():
+    cell, inputs, state, _ = example("gru")
+    right = solve(cell, inputs, state, "sequential").states
+    assert solve(cell, inputs, state, "deer", guess=right).iterations == 0
+    cell, inputs, state, _ = example("nonlinear_gated")
+    linear, zeros = (solve(cell, inputs, state, "deer", guess=x) for x in ("linear", "zeros"))
+    assert linear.iterations <= zeros.iterations
+
+
+def test_stochastic_diagonals_need_no_jacobian():
+    cell, inputs, state, _ = example("gru")
+    expected = solve(cell, inputs, state, "sequential").states
+    cell.linearise = None
+    with torch.no_grad():
+        found = solve(cell, inputs, state, "quasi_deer", diagonal="stochastic", otherwise="raise")
+    assert (found.states - expected).abs().max() < 1e-10
+    assert found.iterations > 5
+
+
+def test_float32_meets_its_tolerance():
+    cell, inputs, state, _ = example("para_gru", tokens=300)
+    expected = solve(cell, inputs, state, "sequential").states
+    found = solve(cell.float(), inputs.float(), state.float(), "deer", otherwise="raise")
+    assert found.states.dtype == torch.float32
+    assert (found.states - expected).abs().max() < 1e-5
+
+
+def test_one_token_and_no_gradient():
+    cell = ParaGRU(3, 4)
+    inputs = torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = solve(cell, inputs, None, "deer")
+    assert found.states.shape == (1, 1, 4) and not found.states.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "newton"}, "method"),
+        ({"method": "deer", "damping": 0.0}, r"damping \(=0.0\) must be > 0"),
+        ({"method": "deer", "max_iterations": 0}, r"max_iterations \(=0\) must be >= 1"),
+        ({"method": "elk", "estimate": "mean"}, "estimate"),
+        ({"method": "deer", "guess": "linear"}, r"guess \('linear'\): GRU has no linear part"),
+        ({"method": "deer", "otherwise": "hope"}, "otherwise"),
+    ],
+)
+def test_what_is_no_option(given, message):
+    cell, inputs, state, _ = example("gru")
+    with pytest.raises(UserError, match=message):
+        solve(cell, inputs, state, **given)
