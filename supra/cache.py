@@ -99,6 +99,10 @@ class MixerLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda x: x[indices])
 
+    def detach(self) -> None:
+        """No gradient goes back beyond the tokens to come."""
+        self._map(Tensor.detach)
+
     def _map(self, function: Any) -> None:
         if self._calls:
             raise UserError("rows of a cache that records its past cannot change: crop it first")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from supra.losses import Losses
@@ -47,9 +48,12 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """What the language model makes logits of, [B·T, D]."""
-    output = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
+def hidden_states(
+    model: PreTrainedModel, past_key_values: Cache | None = None, **inputs: Tensor
+) -> Tensor:
+    """What the language model makes logits of, [B·T, D]; a cache goes on to the states after."""
+    inputs |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
+    output = getattr(model, model.base_model_prefix)(**inputs)
     return output.last_hidden_state.flatten(0, 1)
 
 

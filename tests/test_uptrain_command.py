@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from supra import testing
 from supra.convert import convert
+from supra.head import ScoredModel
 from supra.losses import token_losses
 from supra.original import original
 from supra.packing import collate, shifted_labels
 from supra.uptrain.align import LayerByLayer
-from supra.uptrain.config import AlignConfig
+from supra.uptrain.config import AlignConfig, ExtendConfig, OptimizerConfig
 from supra.uptrain.data import BlockStream, Documents, open_dataset
+from supra.uptrain.end_to_end import EndToEnd
+from supra.uptrain.initial_state import InitialState
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=recipes/configs/smoke.yaml"
@@ -125,3 +128,45 @@ def test_two_processes_align_as_one(files, tmp_path):
     expected = objective.add_gradients(batches)
     for name, value in expected.items():
         assert logged[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_two_processes_extend_as_one(files, tmp_path):
+    """Rows in segments, of each process's own documents; carried states are each one's own, too."""
+    convert(f"{files}/student", tmp_path / "student")
+    result = run(
+        *settings(files, tmp_path / "run"),
+        f"student={tmp_path}/student",
+        "precision=fp32",
+        "data.sequence_length=16",
+        "tune=null",
+        "extend={tokens: 512, state_passing: 4, initial_state: carried, optimizer: {lr: 1.0e-9}}",
+        "batch.size=1",
+        "batch.accumulation=2",
+        "data.eval_documents=0",
+        "eval.every=0",
+        launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert result.returncode == 0, result.stderr
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert [line["tokens"] for line in logged] == [256, 512]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student").train()
+    tokenizer = testing.tiny_tokenizer(tmp_path)
+    documents = Documents(open_dataset(f"{files}/text.jsonl"), "text", seed=0)
+    streams = [
+        BlockStream(documents, tokenizer, 16, rank=rank, world=2, segments=4) for rank in (0, 1)
+    ]
+    stage = ExtendConfig(state_passing=4, optimizer=OptimizerConfig(clip=0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.param_groups[0]["base_lr"] = 1.0
+    objective = EndToEnd(
+        Accelerator(cpu=True), ScoredModel(model), optimizer, stage, None, nullcontext,
+        InitialState("carried", model, seed=0),
+    )  # fmt: skip
+    for line in logged:
+        batches = [collate([next(stream)]) for stream in streams for _ in range(2)]
+        expected = objective.add_gradients(batches)
+        model.zero_grad()
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=2e-6), name

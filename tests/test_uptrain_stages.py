@@ -180,6 +180,7 @@ def test_every_recipe_runs(files, tmp_path, path):
         *("precision=fp32", "eval.every=0", "batch={size: 2}", "calibrate.tokens=32"),
         *([f"teacher={files}/teacher"] if "distill" in names else []),
         *(f"{name}.{key}" for name in names for key in ("tokens=1", "share=null")),
+        *(["extend.state_passing=4"] if "extend" in names else []),
     ]
     loop.train(load_config(path, overrides))
     assert set(log(tmp_path, "stage").values()) == {*names}

@@ -3,9 +3,9 @@
     supra uptrain --config recipes/configs/supra.yaml data.path=foo.jsonl distill.optimizer.lr=3e-4
     accelerate launch recipes/uptrain.py --config …
 
-`train(config)` is the same from Python. A run is calibration and up to four stages:
-`orient` and `align` train every layer by itself (align.py), `distill` and `tune` the model end to
-end (end_to_end.py).
+`train(config)` is the same from Python. A run is calibration and up to five stages:
+`orient` and `align` train every layer by itself (align.py), `distill`, `tune` and `extend` the
+model end to end (end_to_end.py).
 """
 
 import argparse

@@ -23,6 +23,7 @@ class DataConfig:
     sequence_length: int = 2048
     shuffle_seed: int | None = 0  # null: the files' own order, every epoch
     shuffle_buffer: int = 10_000  # documents; only streamed data is shuffled through a buffer
+    min_document_tokens: int = 0  # shorter documents are not trained on
     eval_path: str | None = None
     eval_split: str | None = None
     eval_documents: int = 0  # the first n documents are never trained on
@@ -90,6 +91,12 @@ class StageConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
+    @property
+    def segments(self) -> int | None:
+        """Parts of data.sequence_length tokens that a row has, of one document; None: a row is one
+        of them, and documents are packed."""
+        return None
+
 
 @dataclass(frozen=True)
 class OrientConfig(StageConfig):
@@ -132,13 +139,37 @@ class TuneConfig(StageConfig):
     """End to end, next-token cross entropy alone; needs no teacher."""
 
 
-STAGES = ("orient", "align", "distill", "tune")  # in the order in which they run
+@dataclass(frozen=True)
+class ExtendConfig(StageConfig):
+    """End to end, next-token cross entropy, on documents longer than data.sequence_length.
+
+    A row is `state_passing` segments of one document. They are read one after the other, each from
+    the state in which the one before ended and without a gradient into it: back-propagation through
+    time, truncated (Chen et al., arXiv 2410.07145v2). A step's gradient is that of the mean over
+    all tokens of all rows.
+
+    initial_state: what a row's first segment begins from (Buitrago & Gu, arXiv 2507.02782): "zero";
+        "noise", Gaussian, as large as the states at the ends of rows are where the stage begins; or
+        "carried", where the row in the same place of the step before ended. Layers that keep
+        softmax attention hold tokens and not a state: they begin every row with nothing.
+    """
+
+    state_passing: int = 12
+    initial_state: Literal["zero", "noise", "carried"] = "zero"
+
+    @property
+    def segments(self) -> int:
+        return self.state_passing
+
+
+STAGES = ("orient", "align", "distill", "tune", "extend")  # in the order in which they run
 LAYERWISE = ("orient", "align")
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """A step sees size x accumulation x processes rows of data.sequence_length tokens."""
+    """A step sees size x accumulation x processes rows of data.sequence_length tokens, in the stage
+    extend of state_passing times as many."""
 
     size: int = 8  # rows of one forward pass of one process
     accumulation: int = 1
@@ -184,6 +215,7 @@ class UptrainConfig:
     align: AlignConfig | None = None
     distill: DistillConfig | None = None
     tune: TuneConfig | None = None
+    extend: ExtendConfig | None = None
     batch: BatchConfig = field(default_factory=BatchConfig)
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: autocast over float32 weights
     gradient_checkpointing: bool = False

@@ -15,6 +15,9 @@ from supra.uptrain.config import UptrainConfig
 class BlockStream:
     """One process's endless blocks: epoch after epoch, its own documents, packed.
 
+    With `segments`, a block is so many sequence_lengths of one document: a long one gives several,
+    and what is left of it, or all of a short one, gives none.
+
     The position is where the next token comes from, so it is small and exact: the epoch, the
     documents taken in it, and how many tokens of the last of them are in earlier blocks. (The
     left-over tokens are the rest of that document; loading tokenises it again.)
@@ -28,9 +31,12 @@ class BlockStream:
         *,
         rank: int = 0,
         world: int = 1,
+        segments: int | None = None,
+        min_document_tokens: int = 0,
     ):
         self.source, self.tokenizer, self.sequence_length = documents, tokenizer, sequence_length
         self.rank, self.world = rank, world
+        self.segments, self.min_document_tokens = segments, min_document_tokens
         self.load_state_dict({"epoch": 0, "documents": 0, "offset": 0})
 
     def state_dict(self) -> dict[str, int]:
@@ -42,12 +48,25 @@ class BlockStream:
         if state["documents"]:
             self._next_document()
         self.offset = state["offset"]
+        self.cut(self.segments)
+
+    @property
+    def block_tokens(self) -> int:
+        return self.sequence_length * (self.segments or 1)
+
+    def cut(self, segments: int | None) -> None:
+        """From here on, blocks of so many segments, or packed ones."""
+        self.segments = segments
+        if segments:
+            size = self.block_tokens
+            self.tokens = self.tokens[: len(self.tokens) // size * size]
+            self.offset = min(len(self.tokens), -(-self.offset // size) * size)
 
     def __iter__(self) -> Iterator[Block]:
         return self
 
     def __next__(self) -> Block:
-        pieces, room = [], self.sequence_length
+        pieces, room = [], self.block_tokens
         while room:
             while self.offset == len(self.tokens):
                 self._next_document()
@@ -60,6 +79,7 @@ class BlockStream:
         self.texts = self.source.epoch(self.epoch, self.rank, self.world, skip)
         self.documents, self.tokens, self.offset = skip, [], 0
         self.tokens_read = 0 if skip == 0 else None  # of this epoch; unknown after a skip
+        self.longest = 0  # document of this epoch
 
     def _next_document(self) -> None:
         text = next(self.texts, None)
@@ -70,16 +90,32 @@ class BlockStream:
             text = next(self.texts, None)
         self.documents += 1
         self.tokens, self.offset = encode(self.tokenizer, text), 0
+        self.longest = max(self.longest, len(self.tokens))
+        if len(self.tokens) < self.min_document_tokens:
+            self.tokens = []
+        self.cut(self.segments)
         if self.tokens_read is not None:
             self.tokens_read += len(self.tokens)
 
     def _check_enough(self) -> None:
-        if self.tokens_read is None or self.tokens_read >= self.sequence_length:
+        if self.tokens_read is None or self.tokens_read >= self.block_tokens:
             return
         share = f" of process {self.rank + 1} of {self.world}" if self.world > 1 else ""
-        if self.tokens_read == 0:
+        if self.longest == 0:
             raise UserError(
                 f"there is no text in the data{share}: all {self.documents} documents are blank"
+            )
+        longest = f"the longest of {self.documents} documents{share} has {self.longest}"
+        if self.longest < self.min_document_tokens:
+            raise UserError(
+                f"data.min_document_tokens (={self.min_document_tokens}) leaves no document: "
+                f"{longest}; lower it or give longer documents"
+            )
+        if self.segments:
+            raise UserError(
+                f"extend.state_passing (={self.segments}) x data.sequence_length "
+                f"(={self.sequence_length}) is {self.block_tokens} tokens of one document, and "
+                f"{longest}: lower either or give longer documents"
             )
         raise UserError(
             f"data.sequence_length (={self.sequence_length}) is longer than the data{share} "

@@ -1,17 +1,20 @@
-"""The gradient of one step of the stages distill and tune: losses on the model's last logits."""
+"""The gradient of one step of the stages distill, tune and extend: losses on the last logits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.cache_utils import Cache
 
 from supra.losses import Losses, token_losses
 from supra.packing import IGNORE, Block, shifted_labels
-from supra.uptrain.config import DistillConfig, TuneConfig
+from supra.uptrain.config import DistillConfig, ExtendConfig, TuneConfig
+from supra.uptrain.initial_state import InitialState
 from supra.uptrain.optim import drop_gradients
 from supra.uptrain.teacher import Teacher
 
@@ -22,10 +25,12 @@ class EndToEnd:
         accelerator: Accelerator,
         model: nn.Module,  # a ScoredModel, wrapped
         optimizer: torch.optim.Optimizer,
-        stage: DistillConfig | TuneConfig,
+        stage: DistillConfig | TuneConfig | ExtendConfig,
         teacher: Teacher | None,
         autocast: Callable[[], AbstractContextManager],
+        initial_state: InitialState | None = None,  # of extend
     ):
+        self.initial_state = initial_state
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.teacher = teacher if isinstance(stage, DistillConfig) else None
         self.stage, self.autocast = stage, autocast
@@ -37,13 +42,14 @@ class EndToEnd:
 
         Returns the losses and the gradient's norm before clipping.
         """
-        valid = sum((shifted_labels(batch["labels"]) != IGNORE).sum() for batch in batches)
+        batches = [batch | {"labels": shifted_labels(batch["labels"])} for batch in batches]
+        valid = sum((batch["labels"] != IGNORE).sum() for batch in batches)
         valid = self._sum(valid).item()
         sums = torch.zeros(2, device=self.accelerator.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self._losses(batch, valid)
+        count = len(batches) * (self.stage.segments or 1)
+        for number, (batch, cache) in enumerate(self._parts(batches), start=1):
+            with nullcontext() if number == count else self.accelerator.no_sync(self.model):
+                losses = self._losses(batch, valid, cache)
                 self.accelerator.backward(losses.total)
             sums += torch.stack([losses.next_token, losses.kl])
         next_token, kl = (self._sum(sums) / valid).tolist()
@@ -54,13 +60,39 @@ class EndToEnd:
         values = {"loss": self.next_token * next_token + self.kl * kl, "next_token": next_token}
         return values | ({"kl": kl} if self.teacher else {}) | {"grad_norm": norm}
 
-    def _losses(self, batch: Block, valid: int) -> Losses:
-        """Losses of a micro-batch, weighted so that gradients add up to the mean's.
+    @torch.no_grad()
+    def fit_noise(self, batch: Block) -> None:
+        """Find the size of the noise that rows begin from, on a batch of every process."""
+        self.model.eval()
+        for part, cache in self._parts([batch]):
+            self._losses(part, 1, cache)
+        self.model.train()
+        self.initial_state.fit(cache, partial(self.accelerator.reduce, reduction="mean"))
+
+    def _parts(self, batches: Sequence[Block]) -> Iterator[tuple[Block, Cache | None]]:
+        """What is computed at a time: the micro-batches, or the segments of one after the other,
+        with the states before them."""
+        for index, batch in enumerate(batches):
+            if self.initial_state is None:
+                yield batch, None
+                continue
+            cache = self.initial_state.begin(index, *batch["input_ids"].shape)
+            columns = batch | {"position_ids": batch["position_ids"] + cache.get_seq_length()}
+            columns = {name: x.chunk(self.stage.segments, 1) for name, x in columns.items()}
+            for parts in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, parts, strict=True)), cache
+                for layer in cache.layers:
+                    layer.detach()
+            self.initial_state.end(index, cache)
+
+    def _losses(self, batch: Block, valid: int, cache: Cache | None) -> Losses:
+        """Losses of a part, with labels that are shifted, weighted so that gradients add up to the
+        mean's.
 
         Data parallelism averages gradients over processes, hence the factor.
         """
         batch = {name: column.to(self.accelerator.device) for name, column in batch.items()}
-        labels = shifted_labels(batch["labels"]).flatten()
+        labels = batch["labels"].flatten()
         targets = self.teacher.targets(batch) if self.teacher else lambda rows: None
         scale = self.accelerator.num_processes / valid
 
@@ -76,7 +108,10 @@ class EndToEnd:
 
         with self.autocast():
             return self.model(
-                loss, input_ids=batch["input_ids"], position_ids=batch["position_ids"]
+                loss,
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                past_key_values=cache,
             )
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:

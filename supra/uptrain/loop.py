@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
+from safetensors.torch import load_file, save_file
 
 from supra.calibrate import calibrate
 from supra.card import update_card
@@ -19,7 +20,7 @@ from supra.checkpoints import find_checkpoint
 from supra.errors import Diverged, UserError, check_choice
 from supra.evaluate.perplexity import perplexity
 from supra.files import staged_folder
-from supra.head import ScoredModel
+from supra.head import ScoredModel, language_model
 from supra.original import original
 from supra.packing import check_tokenizer, collate
 from supra.uptrain import models, optim, tree
@@ -27,10 +28,11 @@ from supra.uptrain.align import LayerByLayer
 from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
 from supra.uptrain.end_to_end import EndToEnd
+from supra.uptrain.initial_state import InitialState, check_extends
 from supra.uptrain.log import Log
 from supra.uptrain.memory import keep_freed_memory
 from supra.uptrain.run_folder import RunFolder
-from supra.uptrain.stages import Stage, plan
+from supra.uptrain.stages import Stage, plan, tokens_read
 from supra.uptrain.teacher import Teacher
 
 
@@ -64,17 +66,19 @@ class Run:
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         rows = config.batch.size * config.batch.accumulation * self.accelerator.num_processes
-        self.tokens_per_step = rows * config.data.sequence_length
-        self.stages = plan(config, self.tokens_per_step)
+        self.stages = plan(config, rows * config.data.sequence_length)
         self.steps = self.stages[-1].end
         checkpoint = self.folder.last_checkpoint()
         self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
-        self._open_data()
+        stage = next(stage for stage in self.stages if self.step < stage.end)
+        self._open_data(stage)
         self._open_log()
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
             self._resume(checkpoint)
-        self._begin(next(stage for stage in self.stages if self.step < stage.end))
+        self._begin(stage)
+        if self.initial_state and self.step > stage.start:
+            self.initial_state.load_state_dict(load_file(self._states_file(checkpoint)))
 
     def train(self, stop_requested: Callable[[], bool]) -> None:
         config = self.config
@@ -127,7 +131,7 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-        self.log.step(self.step, stage.name, self.step * self.tokens_per_step, values)
+        self.log.step(self.step, stage.name, tokens_read(self.stages, self.step), values)
 
     def evaluate(self, stage: str) -> None:
         """Held-out perplexity.
@@ -137,7 +141,8 @@ class Run:
         self._report_perplexity(stage, {"eval": self.model})
 
     def save(self) -> None:
-        """Write the training state: accelerate's, and where each process is in its data."""
+        """Write the training state: accelerate's, where each process is in its data, and from
+        which states its rows begin."""
         target, accelerator = self.folder.checkpoint(self.step), self.accelerator
         main = accelerator.is_main_process
         with staged_folder(target) if main else nullcontext() as staging:
@@ -145,6 +150,8 @@ class Run:
             accelerator.save_state(str(staging))
             position = json.dumps(self.stream.state_dict())
             self._position_file(staging).write_text(position, encoding="utf-8")
+            if self.initial_state:
+                save_file(self.initial_state.state_dict(), self._states_file(staging))
             accelerator.wait_for_everyone()
         if main:
             self.folder.prune(self.config.checkpoint.keep)
@@ -159,7 +166,7 @@ class Run:
                 models.export(self.config, state, self.tokenizer, staging)
                 update_card(
                     staging,
-                    tokens=self.step * self.tokens_per_step,
+                    tokens=tokens_read(self.stages, self.step),
                     results=self.folder.perplexities(),
                 )
         self.log.say(f"done: {self.folder.final}")
@@ -169,17 +176,27 @@ class Run:
         self.log.close()
         self.accelerator.end_training()
 
-    def _open_data(self) -> None:
+    def _open_data(self, stage: Stage) -> None:
         config = self.config
         self.tokenizer = find_checkpoint(config.student).tokenizer()
         check_tokenizer(self.tokenizer)
         self.held_out = held_out_blocks(config, self.tokenizer)
-        self.stream = BlockStream(
-            training_documents(config),
+        self.documents = training_documents(config)
+        for later in self.stages:
+            if later.config.segments:  # no run of hours should then end for want of a document
+                next(self._blocks(later))
+        self.stream = self._blocks(stage)
+
+    def _blocks(self, stage: Stage) -> BlockStream:
+        """This process's, from the start of its documents."""
+        return BlockStream(
+            self.documents,
             self.tokenizer,
-            config.data.sequence_length,
+            self.config.data.sequence_length,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
+            segments=stage.config.segments,
+            min_document_tokens=self.config.data.min_document_tokens,
         )
 
     def _open_log(self) -> None:
@@ -189,14 +206,16 @@ class Run:
         self.log = Log(
             self.accelerator,
             self.folder,
-            tokens=self.steps * self.tokens_per_step,
-            tokens_done=self.step * self.tokens_per_step,
+            tokens=tokens_read(self.stages, self.steps),
+            tokens_done=tokens_read(self.stages, self.step),
         )
 
     def _load_models(self, fresh: bool) -> None:
         config, accelerator = self.config, self.accelerator
         self.teacher = Teacher(config, accelerator.device) if config.distill else None
         student = models.load_student(config).to(accelerator.device)
+        if config.extend:
+            check_extends(student, config)
         self.layers = None  # the teacher in the student, for as long as layers learn from it
         if any(stage.name in LAYERWISE and self.step < stage.end for stage in self.stages):
             self.layers = original(student, own_attention=True)
@@ -217,8 +236,12 @@ class Run:
         self._report_perplexity("start", {"converted": student})
         data = self.config.data
         # a stream of its own: the same text for every process, and training begins at its start
-        documents = training_documents(self.config)
-        stream = BlockStream(documents, self.tokenizer, data.sequence_length)
+        stream = BlockStream(
+            self.documents,
+            self.tokenizer,
+            data.sequence_length,
+            min_document_tokens=data.min_document_tokens,
+        )
         count = max(1, self.config.calibrate.tokens // data.sequence_length)
         batch = collate(islice(stream, count))
         self.log.say(f"calibrating on {count * data.sequence_length:,} tokens")
@@ -239,14 +262,29 @@ class Run:
         alone = accelerator.distributed_type == DistributedType.NO or stage.name in LAYERWISE
         moved = {stage.name: config} if alone else self._wrapped_stages()
         optim.require_gradients(self.optimizer, moved)
+        self.stream.cut(config.segments)
+        self.initial_state = None
         if stage.name in LAYERWISE:
             self.objective = LayerByLayer(accelerator, *self.layers, config, self._autocast)
         else:  # and what only earlier stages need goes
             self.layers = None
             self.teacher = self.teacher if stage.name == "distill" else None
+            if stage.name == "extend":
+                student = language_model(accelerator.unwrap_model(self.model).model)
+                seed = self.config.seed + accelerator.process_index
+                self.initial_state = InitialState(config.initial_state, student, seed)
             self.objective = EndToEnd(
-                accelerator, self.model, self.optimizer, config, self.teacher, self._autocast
+                accelerator,
+                self.model,
+                self.optimizer,
+                config,
+                self.teacher,
+                self._autocast,
+                self.initial_state,
             )
+            if self.initial_state and config.initial_state == "noise" and self.step == stage.start:
+                rows = islice(self._blocks(stage), self.config.batch.size)
+                self.objective.fit_noise(collate(rows))
 
     def _wrapped_stages(self) -> dict[str, StageConfig]:
         """Those that run through the wrapper of several processes, which expects a gradient all the
@@ -289,6 +327,9 @@ class Run:
 
     def _position_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"data-{self.accelerator.process_index}.json"
+
+    def _states_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"states-{self.accelerator.process_index}.safetensors"
 
     def _autocast(self) -> torch.autocast:
         # not accelerate's: that one turns the logits into float32, all of them at once

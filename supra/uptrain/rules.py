@@ -23,9 +23,11 @@ AT_LEAST = {
     "distill.kl": 0,
     "distill.next_token": 0,
     "distill.top_k": 1,
+    "extend.state_passing": 1,
     "calibrate.tokens": 0,
     "data.sequence_length": 2,
     "data.shuffle_buffer": 1,
+    "data.min_document_tokens": 0,
     "data.eval_documents": 0,
     "batch.size": 1,
     "batch.accumulation": 1,
@@ -45,11 +47,14 @@ BELOW = {"seed": 2**32, "data.shuffle_seed": 2**32, "lora.dropout": 1}
 def check(config: UptrainConfig) -> None:
     """Raises UserError."""
     if not config.stages:
-        raise UserError("there is no stage: give orient, align, distill or tune, tune={} at least")
+        raise UserError(
+            "there is no stage: give orient, align, distill, tune or extend, tune={} say"
+        )
     _check_ranges(config)
     for name in config.stages:
         _check_trains(config, name)
     _check_teacher(config)
+    _check_extend(config)
     _check_budget(config.budget)
     _check_stage_tokens(config)
     _check_held_out(config)
@@ -118,6 +123,15 @@ def _check_teacher(config: UptrainConfig) -> None:
         raise UserError(
             f"distill.cache (={distill.cache}) keeps the teacher's likeliest tokens: "
             "set distill.top_k, 64 say"
+        )
+
+
+def _check_extend(config: UptrainConfig) -> None:
+    if config.extend is not None and config.gradient_checkpointing:
+        raise UserError(
+            "gradient_checkpointing computes layers again, and those of the stage extend would "
+            "start from a state that is gone: set gradient_checkpointing=false; where memory is "
+            "short, a lower data.sequence_length with a higher extend.state_passing"
         )
 
 
