@@ -16,11 +16,13 @@ LAYERS = {
     "supra/errors.py": set(),
     "supra/adapters.py": {"peft", "supra.errors"},
     "supra/files.py": {"safetensors", "supra.errors"},
-    "supra/mixers": {"torch", "supra.kernels", "supra.mixers", "supra.errors"},
+    "supra/mixers": {"torch", "supra.kernels", "supra.mixers", "supra.parallel", "supra.errors"},
+    "supra/parallel": {"torch", "supra.kernels", "supra.parallel", "supra.errors"},
     "supra/cache.py": {"torch", "transformers", "supra.mixers", "supra.errors"},
     "supra/configuration.py": {"torch", "transformers", "supra.errors", "supra.modeling"},
     "supra": MODEL,
     "supra/bench": {"torch", "triton", "supra.bench", "supra.kernels", "supra.errors"},
+    "supra/bench/parallel.py": {"torch", "supra.bench", "supra.parallel", "supra.errors"},
     "supra/bench/rivals.py": {"torch", "transformers", "supra.kernels"},
     "supra/uptrain": MODEL | {"accelerate", "peft", "datasets"},
     "supra/text.py": {"torch", "datasets", "supra.errors"},
@@ -34,6 +36,7 @@ LEVELS = [
     ["supra.checkpoints", "supra.packing", "supra.losses", "supra.text", "supra.calibrate"],
     ["supra.modeling", "supra.configuration", "supra.cache"],
     ["supra.mixers"],
+    ["supra.parallel"],
     ["supra.kernels"],
 ]
 

@@ -8,13 +8,15 @@ from supra.mixers.base import AttentionShape, Mixer, MixerInputs, Rotary
 from supra.mixers.gated_delta import GatedDelta
 from supra.mixers.h3 import H3
 from supra.mixers.mamba2 import Mamba2
+from supra.mixers.nonlinear_gated import NonlinearGatedMixer
 from supra.mixers.rwkv import Rwkv
 from supra.mixers.softmax import Softmax
 from supra.mixers.supra import Supra
 from supra.mixers.window import Window
 
 MIXERS: dict[str, type[Mixer]] = {
-    mixer.name: mixer for mixer in (Softmax, Supra, Window, GatedDelta, Mamba2, Rwkv, H3)
+    mixer.name: mixer
+    for mixer in (Softmax, Supra, Window, GatedDelta, Mamba2, Rwkv, H3, NonlinearGatedMixer)
 }
 
 # In the name of every parameter that conversion adds.

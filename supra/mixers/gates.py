@@ -75,3 +75,8 @@ class DecayGate(HeadLogits):
 def slope_of_half_life(tokens: Tensor) -> Tensor:
     """log(−log γ) of a decay γ that halves in so many tokens."""
     return (math.log(2) / tokens).log()
+
+
+def fill_heads(parameter: nn.Parameter, number: Tensor) -> None:
+    """One number a head [H] into all channels of a parameter [H, D]."""
+    parameter.data.copy_(number[:, None].expand_as(parameter))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from supra.errors import UserError, check_choice
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.gates import slope_of_half_life
+from supra.mixers.gates import fill_heads, slope_of_half_life
 from supra.mixers.scan import GATED_LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve, convolved_identity
 
@@ -191,8 +191,3 @@ class Rwkv(Mixer):
         )
         self.choose(inputs, target, BONUSES, lambda weight: fill_heads(self.bonus, weight))
         self.choose(inputs, target, HALF_LIVES, self.decay.set_half_life)
-
-
-def fill_heads(parameter: nn.Parameter, number: Tensor) -> None:
-    """One number a head [H] into all channels of a parameter [H, D]."""
-    parameter.data.copy_(number[:, None].expand_as(parameter))

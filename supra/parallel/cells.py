@@ -243,24 +243,29 @@ class NonlinearGated(Cell):
     Of states [N, H, K, V]. |a| < 1 contracts: |∂S'/∂S| <= f + (1 − f) |a| < 1. Beyond 1 a channel
     has two resting points, which is what it takes to count (parity), and Newton may diverge.
 
-    weight: a, [H, K, V] or what broadcasts to it.
+    weight: a, [H, K, V] or what broadcasts to it; a parameter, or made of some.
     """
 
     structure = Structure.DIAGONAL
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight, persistent=False)
 
-    def project(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Drive:
-        """key [B, T, H, K], value [B, T, H, V] and log_decay [B, T, H], the log of f."""
-        key, value, log_decay = inputs
+    def project(self, inputs: tuple[Tensor, ...]) -> Drive:
+        """key [B, T, H, K], value [B, T, H, V] and log_decay [B, T, H], the log of f; and, where
+        documents are packed, bool [B, T], true at the first token of each."""
+        key, value, log_decay, *first = inputs
         if key.shape[:3] != value.shape[:3] or log_decay.shape != key.shape[:3]:
             raise UserError(
                 f"key {tuple(key.shape)}, value {tuple(value.shape)} and log_decay "
                 f"{tuple(log_decay.shape)} must agree in [B, T, H]"
             )
-        return key[..., None] * value[..., None, :], log_decay[..., None, None]
+        drive = key[..., None] * value[..., None, :], log_decay[..., None, None]
+        return (*drive, *(~x[..., None, None, None] for x in first))
 
     def empty_state(self, drive: Drive) -> Tensor:
         return torch.zeros_like(drive[0][:, 0])
@@ -270,16 +275,19 @@ class NonlinearGated(Cell):
 
     def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
         after, keep, new = self._parts(state, drive)
-        return after, keep + (1 - keep) * (1 - new.square()) * self.weight
+        slope = keep + (1 - keep) * (1 - new.square()) * self.weight
+        return after, slope * drive[2] if len(drive) > 2 else slope
 
     def linear_solution(self, drive: Drive) -> tuple[Tensor, Tensor]:
         """Matrix and bias of the same recurrence with a = 0: where Newton's method begins."""
-        written, log_decay = drive
+        written, log_decay, *connected = drive
         keep = log_decay.exp().expand_as(written)
-        return keep, (1 - keep) * written.tanh()
+        bias = (1 - keep) * written.tanh()
+        return keep * connected[0] if connected else keep, bias
 
     def _parts(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor, Tensor]:
-        written, log_decay = drive
+        written, log_decay, *connected = drive
+        state = state * connected[0] if connected else state
         keep = log_decay.exp()
         new = (self.weight * state + written).tanh()
         return keep * state + (1 - keep) * new, keep, new

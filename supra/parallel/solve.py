@@ -198,11 +198,11 @@ class _Sweeps:
         """f at the states before, and A there."""
         cell = self.cell
         if self.method in ("picard", "jacobi"):
-            value = _each(cell.step, before, self.drive)
+            value = on_all_tokens(cell.step, before, self.drive)
             return value, torch.full_like(value, float(self.method == "picard"))
         if self.probes:
             return self._estimated(before)
-        value, matrix = _each(cell.linearise, before, self.drive)
+        value, matrix = on_all_tokens(cell.linearise, before, self.drive)
         return value, matrix if self.structure is cell.structure else cell.structure.diagonal(
             matrix
         )
@@ -212,7 +212,7 @@ class _Sweeps:
         for _ in range(self.probes):
             signs = torch.randint(2, before.shape, generator=self.generator, device=before.device)
             signs = (2 * signs - 1).to(before.dtype)
-            value, moved = _each(
+            value, moved = on_all_tokens(
                 lambda x, drive: self.cell.jacobian_product(x, drive[:-1], drive[-1]),
                 before,
                 (*self.drive, signs),
@@ -229,7 +229,7 @@ class _Sweeps:
         return trust_region_step(self.structure, matrix, bias, states, self.damping, self.smooth)
 
 
-def _each(function: Callable, state: Tensor, drive: Drive):
+def on_all_tokens(function: Callable, state: Tensor, drive: Drive):
     """A cell's function on all tokens of all rows; results [B, T, …]."""
     shape = state.shape[:2]
     found = function(state.flatten(0, 1), tuple(x.flatten(0, 1) for x in drive))
@@ -241,11 +241,12 @@ def _each(function: Callable, state: Tensor, drive: Drive):
 def _differentiable(cell: Cell, drive: Drive, start: Tensor, states: Tensor) -> Tensor:
     """The solution with its gradient: one more step from each state to the next, of which autograd
     knows all but how the states hang together."""
-    wanted = (*drive, start, *cell.parameters())
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in wanted):
+    if not torch.is_grad_enabled():
         return states
     before = torch.cat([start[:, None], states[:, :-1]], dim=1)
-    following = _each(cell.step, before, drive)
+    following = on_all_tokens(cell.step, before, drive)
+    if not following.requires_grad:
+        return states
     detached = before.detach(), *(x.detach() for x in drive)
     return _Adjoint.apply(following, cell, *detached)
 
@@ -264,7 +265,7 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         before, *drive = ctx.saved_tensors
         structure = ctx.cell.structure
-        _, matrix = _each(ctx.cell.linearise, before, tuple(drive))
+        _, matrix = on_all_tokens(ctx.cell.linearise, before, tuple(drive))
         later = torch.cat([matrix[:, 1:], torch.zeros_like(matrix[:, :1])], dim=1)
         total = affine_scan(structure, structure.transpose(later), gradient, reverse=True)
         return (total, None, None, *[None] * len(drive))

@@ -24,7 +24,9 @@ def example(name, tokens=77, batch=2, seed=0):
             "lstm": lambda: LSTM(5, 4),
             "para_gru": lambda: ParaGRU(5, 6),
             "para_lstm": lambda: ParaLSTM(5, 6),
-            "nonlinear_gated": lambda: NonlinearGated(torch.rand(2, 3, 4) * 1.6 - 0.8),
+            "nonlinear_gated": lambda: NonlinearGated(
+                torch.nn.Parameter(torch.rand(2, 3, 4) * 1.6 - 0.8)
+            ),
             "function": lambda: expanding(0.5),
         }[name]()
         if name == "nonlinear_gated":

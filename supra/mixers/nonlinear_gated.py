@@ -1,0 +1,169 @@
+"""`nonlinear_gated`: gated linear attention whose state passes through a tanh at every token.
+
+    Sᵢ = fᵢ Sᵢ₋₁ + (1 − fᵢ) tanh(a ∘ Sᵢ₋₁ + g kᵢvᵢᵀ)        v'ᵢ = s · c · qᵢSᵢ
+
+a, one number for each of the state, starts at 0, where with a small g it is gated linear attention
+with the teacher's query, key and value, and c its factor on QKᵀ. It is bounded: with |a| < 1 the
+recurrence contracts, so that Newton's method solves it over all tokens at once (supra/parallel);
+beyond 1 a number has two resting points and can count, and the method may have to give way to a
+loop.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from supra.errors import UserError, check_choice
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.gates import DecayGate, fill_heads
+from supra.mixers.scan import LINEAR_ATTENTION, scan
+from supra.parallel import METHODS, NonlinearGated, solve
+
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
+# queries and keys are moved by these in units of themselves, as in mamba2
+KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
+WRITTEN = 0.1  # root mean square of g k vᵀ at the start: tanh then bends it by a percent
+SEGMENT = 128  # tokens whose states are in memory together, K V numbers a head each
+
+
+@dataclass(frozen=True)
+class NonlinearGatedOptions:
+    """largest: bound of |a|, up to 2.4. Below 1 the recurrence contracts; it takes more to count.
+    solver: a method of supra.parallel.solve.
+    sweeps: of that method at most; what has not converged then is read token by token.
+    scale: whether s, one factor per head and channel, follows.
+    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    """
+
+    largest: float = 0.9
+    solver: str = "auto"
+    sweeps: int = 8
+    scale: bool = True
+    output_gate: bool = True
+
+    def __post_init__(self):
+        largest = self.largest
+        if not isinstance(largest, int | float) or isinstance(largest, bool):
+            raise UserError(f"largest (={largest!r}) must be a number > 0 and <= 2.4")
+        if not 0 < largest <= 2.4:
+            raise UserError(f"largest (={largest!r}) must be > 0 and <= 2.4")
+        check_choice("solver", self.solver, ("auto", *METHODS))
+        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 1:
+            raise UserError(f"sweeps (={self.sweeps!r}) must be a whole number >= 1")
+        for name in ("scale", "output_gate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} (={value!r}) must be true or false")
+
+
+class NonlinearGatedState(NamedTuple):
+    memory: Tensor  # [B, Hq, K, V], float32, each number between −1 and 1
+
+
+class NonlinearGatedMixer(Mixer):
+    """A matrix state with a tanh in its recurrence."""
+
+    name = "nonlinear_gated"
+    Options = NonlinearGatedOptions
+    State = NonlinearGatedState
+    refuses: ClassVar = dict.fromkeys(
+        ("decay_scale", "insert_scale", "norm", "window"),
+        "its state is no sum, and bounded already: leave these layers' states as they are",
+    )
+
+    def __init__(self, shape: AttentionShape, options: NonlinearGatedOptions):
+        super().__init__(shape, options)
+        heads, size = shape.query_heads, shape.head_size
+        self.decay_gate = DecayGate(shape)
+        self.query_bias = nn.Parameter(torch.empty(heads, size))
+        self.key_bias = nn.Parameter(torch.empty(shape.key_heads, size))
+        self.log_gain = nn.Parameter(torch.empty(heads))
+        self.recurrence = nn.Parameter(torch.empty(heads, size, shape.value_size))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.query_bias.data.zero_()
+        self.key_bias.data.zero_()
+        self.log_gain.data.fill_(math.log(WRITTEN))
+        self.recurrence.data.zero_()
+
+    def mix(
+        self,
+        inputs: MixerInputs,
+        state: NonlinearGatedState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, NonlinearGatedState | None]:
+        query, key, value, log_decay = self._tensors(inputs)
+        shape, first = query.shape[:2], None
+        if inputs.cu_seqlens is not None and shape[1] > 1:
+            first = torch.zeros(1, shape.numel(), dtype=torch.bool, device=query.device)
+            starts = inputs.cu_seqlens[:-1].long()
+            first[0, starts[starts < shape.numel()]] = True
+            query, key, value, log_decay = (
+                x.flatten(0, 1)[None] for x in (query, key, value, log_decay)
+            )
+        memory = None if state is None else state.memory
+        outputs = []
+        for begin in range(0, query.shape[1], SEGMENT):
+            some = slice(begin, begin + SEGMENT)
+            drive = [x[:, some] for x in (key, value, log_decay, first) if x is not None]
+            states = self._states(tuple(drive), memory)
+            memory = states[:, -1]
+            outputs.append(torch.einsum("bthk,bthkv->bthv", query[:, some], states))
+        output = torch.cat(outputs, dim=1).view(*shape, *value.shape[2:]) * inputs.scaling
+        return output, NonlinearGatedState(memory) if return_state else None
+
+    def _tensors(self, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value with its gain, and log_decay of every head; padding moves nothing."""
+        query = (inputs.query + self.query_bias).to(inputs.query.dtype)
+        key = (inputs.key + self.key_bias).to(inputs.key.dtype)
+        if inputs.rotary is not None:
+            query, key = inputs.rotary(query, key)
+        wide = torch.promote_types(inputs.value.dtype, torch.float32)
+        groups = self.shape.query_heads // self.shape.key_heads
+        key, value = (x.to(wide).repeat_interleave(groups, dim=2) for x in (key, inputs.value))
+        log_decay = self.decay_gate(inputs.hidden_states).to(wide)
+        if inputs.padding_mask is not None:
+            log_decay = log_decay * inputs.padding_mask[..., None]
+        if inputs.watch is not None:
+            inputs.watch(log_decay)
+        return query.to(wide), key, value * self.log_gain.exp()[:, None], log_decay
+
+    def _states(self, drive: tuple[Tensor, ...], memory: Tensor | None) -> Tensor:
+        """The state after every token, [B, T, Hq, K, V]."""
+        bound = self.options.largest
+        cell = NonlinearGated(bound * torch.tanh(self.recurrence / bound).to(drive[0].dtype))
+        found = solve(cell, drive, memory, self.options.solver, max_iterations=self.options.sweeps)
+        return found.states
+
+    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+        """[B, Hq, T, T], of the linear part: what the tanh does is left out."""
+        query, key, _, log_decay = self._tensors(inputs)
+        batch, tokens, heads, _ = query.shape
+        written = -torch.expm1(log_decay) * self.log_gain.exp()
+        identity = torch.eye(tokens, dtype=query.dtype, device=query.device)
+        output, _ = scan(
+            LINEAR_ATTENTION, inputs, query, key * written[..., None],
+            identity[None, :, None].expand(batch, -1, heads, -1),
+            log_decay=log_decay, state=None, return_state=False, scale=inputs.scaling,
+        )  # fmt: skip
+        return output.transpose(1, 2)
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Per head, the gain, then the decay and the bias of the query under which least squares
+        leaves the smallest error, one after the other, and the scale."""
+        if not self.options.scale:
+            return
+        query, key = inputs.magnitudes()
+        groups = self.shape.query_heads // self.shape.key_heads
+        value = inputs.value.float().square().mean((0, 1, 3)).sqrt().clamp(min=1e-5)
+        self.log_gain.data.copy_((WRITTEN / (key * value)).log().repeat_interleave(groups))
+        self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
+        fill_heads(self.key_bias, KEY_BIAS * key)
+        self.choose(
+            inputs, target, QUERY_BIASES, lambda bias: fill_heads(self.query_bias, bias * query)
+        )
+        self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)

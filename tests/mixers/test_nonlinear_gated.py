@@ -1,0 +1,101 @@
+"""The nonlinear mixer: where it starts, what bounds it, and both of its regimes."""
+
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from supra.errors import UserError
+from supra.mixers import AttentionShape, build_mixer
+from supra.mixers.nonlinear_gated import WRITTEN
+from supra.mixers.policy import StatePolicy
+from supra.testing import mixer_inputs
+
+SHAPE = AttentionShape(4, 2, 6, 5, 12)
+UNGATED = {"output_gate": False}  # which is float32 whatever its inputs are
+
+
+def make(**options):
+    mixer = build_mixer("nonlinear_gated", SHAPE, UNGATED | options)
+    mixer.reset_parameters()
+    return mixer.double()
+
+
+def test_it_starts_as_gated_linear_attention():
+    """At a = 0 and small writes its sums are those of its mixing matrix."""
+    mixer, inputs = make(), mixer_inputs(SHAPE, 150)
+    mixer.log_gain.data.fill_(-12.0)
+    output, _ = mixer.mix(inputs)
+    value = inputs.value.repeat_interleave(2, dim=2).transpose(1, 2)
+    expected = (mixer.mixing_matrix(inputs) @ value).transpose(1, 2)
+    assert torch.allclose(output, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["sequential", "deer", "elk"])
+@pytest.mark.parametrize("largest", [0.5, 2.4])
+def test_solvers_agree_in_both_regimes(solver, largest):
+    """Contracting or bistable, a method that does not converge gives way to the loop."""
+    mixer = make(largest=largest, solver=solver, sweeps=12)
+    generator = torch.Generator().manual_seed(0)
+    shape = mixer.recurrence.shape
+    mixer.recurrence.data.copy_(20 * torch.rand(shape, generator=generator) - 10)  # a = ± largest
+    mixer.log_gain.data.fill_(0.0)
+    mixer.decay_gate.set_half_life(torch.ones(4))  # slow gates let Newton's method pass even so
+    inputs = mixer_inputs(SHAPE, 140)
+    gives_way = largest > 1 and solver != "sequential"
+    with pytest.warns(UserWarning, match="one by one") if gives_way else nullcontext():
+        output, end = mixer(inputs, return_state=True)
+    loop = build_mixer("nonlinear_gated", SHAPE, UNGATED | {"largest": largest})
+    loop.double().load_state_dict(mixer.state_dict())
+    object.__setattr__(loop, "options", dataclasses.replace(loop.options, solver="sequential"))
+    expected, state = loop(inputs, return_state=True)
+    assert torch.allclose(output, expected, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(end.memory, state.memory, rtol=1e-8, atol=1e-10)
+    assert end.memory.abs().max() <= 1
+
+
+def test_calibration_keeps_what_is_written_small():
+    """A tanh of a tenth bends by a third of a percent: the start is the linear mixer."""
+    mixer, inputs = build_mixer("nonlinear_gated", SHAPE, {}), mixer_inputs(SHAPE, 40)
+    mixer.reset_parameters()
+    fields = ("hidden_states", "query", "key", "value")
+    inputs = dataclasses.replace(inputs, **{x: getattr(inputs, x).float() for x in fields})
+    target = 0.2 * torch.randn(2, 40, 4, 5, generator=torch.Generator().manual_seed(0))
+    target += (
+        inputs.value.cumsum(1).repeat_interleave(2, dim=2) / torch.arange(1, 41)[:, None, None]
+    )
+    before = (mixer(inputs)[0] - target).square().mean()
+    mixer.calibrate(inputs, target)
+    assert (mixer(inputs)[0] - target).square().mean() < 0.9 * before
+    _, key, value, _ = mixer._tensors(inputs)
+    size = (key[..., None] * value[..., None, :]).square().mean((0, 1, 3, 4)).sqrt()
+    assert (size < 2.5 * WRITTEN).all() and (size > 0.4 * WRITTEN).all()
+
+
+def test_gradients_reach_every_parameter():
+    mixer, inputs = make(), mixer_inputs(SHAPE, 30)
+    mixer(inputs)[0].square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"largest": 3}, r"largest \(=3\) must be > 0 and <= 2.4"),
+        ({"largest": "big"}, r"largest \(='big'\) must be a number"),
+        ({"solver": "newton"}, "solver"),
+        ({"sweeps": 0}, r"sweeps \(=0\) must be a whole number >= 1"),
+        ({"scale": 1}, r"scale \(=1\) must be true or false"),
+    ],
+)
+def test_what_is_no_option(options, message):
+    with pytest.raises(UserError, match=message):
+        make(**options)
+
+
+def test_policies_do_not_act():
+    for policy in (StatePolicy(window=4), StatePolicy(decay_scale=0.9), StatePolicy(norm=1.0)):
+        with pytest.raises(UserError, match="its state is no sum, and bounded already"):
+            make().set_policy(policy, 0)
