@@ -3,4 +3,13 @@
 from supra.long_context.policy import set_policy, use_policy
 from supra.mixers.policy import StatePolicy
 
-__all__ = ["StatePolicy", "set_policy", "use_policy"]
+__all__ = ["StatePolicy", "diagnose", "set_policy", "use_policy"]
+
+
+def __getattr__(name: str):
+    """`diagnose` when it is asked for: it imports what reads texts, which policies do not need."""
+    if name == "diagnose":
+        from supra.long_context.diagnosis import diagnose
+
+        return diagnose
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

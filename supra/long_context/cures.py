@@ -1,0 +1,209 @@
+"""`supra diagnose --fix auto`: tries the cures that need no training, and keeps the best.
+
+What is tried, L being the trained length (after Chen et al. 2024, arXiv 2410.07145v1):
+
+    decay_scale   1 − 1/(kL), k = 1/2, 1, 2, 3: whatever the gates say, a token fades within kL
+    window        L/2, L, 2L
+    norm          per layer and head, the largest within the trained length
+    insert_scale  0.75, beside the best decay_scale
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from supra.errors import UserError
+from supra.files import fsync
+from supra.long_context.policy import use_policy
+from supra.long_context.stream import Bucket, Buckets, Reader, cuts, fine_edges, mean_loss
+from supra.mixers.policy import StatePolicy
+
+NONE, CONFIGURED = "none", "as configured"
+INSIDE = 0.01  # what a cure may cost within the trained length, as a share of the loss there
+# of the loss beyond it: twice the error that the difference of two losses has on 7,000 tokens
+GAIN = 0.002
+INSERT_SCALE = 0.75
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One policy on the validation text; losses in nats a token."""
+
+    name: str
+    policy: dict[str, Any] | None
+    inside: float | None = None  # within the trained length
+    beyond: float | None = None
+    fine: list[Bucket] | None = None  # by position
+    note: str = ""  # why a mixer refuses it, or that it cannot act
+
+
+@dataclass(frozen=True)
+class Fix:
+    text: str  # what was read
+    tokens: int
+    trained_length: int
+    trials: list[Trial]  # without any policy first
+    best: str | None  # the name of a trial; None where nothing helps
+    written: str | None  # the file that has the policy now
+
+    def trial(self, name: str) -> Trial:
+        return next(x for x in self.trials if x.name == name)
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"cures on {self.tokens:,} tokens of {self.text}: loss within the trained length and "
+            "beyond it",
+            f"  {'':34}{'within':>10}{'beyond':>10}",
+        ]
+        for x in self.trials:
+            if x.beyond is not None:
+                mark = "best" if x.name == self.best else ""
+                line = f"  {x.name:34}{x.inside:10.4f}{x.beyond:10.4f}  {mark}  {x.note}"
+                lines.append(line.rstrip())
+        for reason, names in self.left_out().items():
+            lines.append(f"  without {', '.join(names)}: {reason}")
+        lines.append(
+            f"The best is that with the smallest loss beyond, of those that cost at most "
+            f"{INSIDE:.0%} within; it must gain {GAIN:.1%} over none."
+        )
+        if self.best is None:
+            return [*lines, "None helps: config.json stays as it is."]
+        before, after = self.trial(NONE).beyond, self.trial(self.best).beyond
+        lines.append(f"Beyond the trained length: {before:.4f} before, {after:.4f} after.")
+        if self.written is None:
+            return [*lines, "config.json has it already."]
+        return [*lines, f"wrote state_policy into {self.written}"]
+
+    def left_out(self) -> dict[str, list[str]]:
+        """Names of the trials that a mixer refused, by its reason."""
+        found: dict[str, list[str]] = {}
+        for x in self.trials:
+            if x.beyond is None:
+                found.setdefault(x.note, []).append(x.name)
+        return found
+
+
+def candidates(trained: int, norms: Sequence[Sequence[float]]) -> dict[str, StatePolicy]:
+    """All but those that build on others, by name."""
+    found = {}
+    for half_lengths in (1, 2, 4, 6):
+        fades = max(2, half_lengths * trained // 2)
+        found[f"decay_scale 1 - 1/{fades}"] = StatePolicy(decay_scale=1 - 1 / fades)
+    for size in (max(1, trained // 2), trained, 2 * trained):
+        found[f"window {size}"] = StatePolicy(window=size)
+    found["norm as in training"] = StatePolicy(norm=tuple(map(tuple, norms)))
+    return found
+
+
+class _Trials:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        trained: int,
+        chunk: int,
+        advance: Callable[[int], object],
+    ):
+        self.model, self.tokens, self.trained, self.chunk = model, tokens, trained, chunk
+        self.advance = advance
+        self.done: list[Trial] = []
+
+    def run(self, name: str, policy: StatePolicy | None, beside: Trial | None = None) -> Trial:
+        """Read the text under a policy. `beside` is the trial that this one adds something to."""
+        fields = None if policy is None else changed_fields(policy)
+        try:
+            with use_policy(self.model, policy):
+                parts, fine = self._read()
+        except UserError as error:
+            self.advance(len(self.tokens))
+            reason = str(error).partition(" cannot act on ")[2] or str(error)
+            self.done.append(Trial(name, fields, note=reason))
+            return self.done[-1]
+        inside = mean_loss(parts, end=self.trained)
+        beyond = mean_loss(parts, start=self.trained)
+        # what a policy cannot change at all comes out within rounding
+        same = beside is not None and abs(beyond - beside.beyond) <= 1e-5 * abs(beside.beyond)
+        note = f"cannot act: as {beside.name} alone" if same else ""
+        self.done.append(Trial(name, fields, inside, beyond, fine, note))
+        return self.done[-1]
+
+    def _read(self) -> tuple[list[Bucket], list[Bucket]]:
+        parts = Buckets([0, self.trained, len(self.tokens)])
+        fine, reader = Buckets(fine_edges(len(self.tokens))), Reader(self.model)
+        for start, end in cuts(len(self.tokens), self.chunk):
+            read = reader.read(self.tokens[start:end])
+            parts.add(*read)
+            fine.add(*read)
+            self.advance(end - start)
+        return parts.found(), fine.found()
+
+
+def try_cures(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    trained: int,
+    norms: Sequence[Sequence[float]],
+    *,
+    chunk: int = 1024,
+    configured: StatePolicy | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> tuple[list[Trial], str | None]:
+    """Every cure on tokens [T], and the name of the one to keep.
+
+    norms: the largest norm of each head's state within the trained length, a list a layer; an empty
+    one for layers that kept attention.
+    configured: what the model's config has already.
+    """
+    trials = _Trials(model, tokens, trained, chunk, advance)
+    none = trials.run(NONE, None)
+    if configured is not None:
+        trials.run(CONFIGURED, configured)
+    for name, policy in candidates(trained, norms).items():
+        trials.run(name, policy)
+    scaled = [x for x in trials.done if "decay_scale" in x.name and x.beyond is not None]
+    if scaled:
+        best = min(scaled, key=lambda x: _order(x.beyond))
+        policy = StatePolicy(**best.policy, insert_scale=INSERT_SCALE)
+        trials.run(f"{best.name}, insert {INSERT_SCALE}", policy, beside=best)
+    return trials.done, choose(none, trials.done)
+
+
+def trials_of(trained: int, configured: StatePolicy | None) -> int:
+    """How often `try_cures` reads its tokens: without a policy and with insert_scale, too."""
+    return 2 + len(candidates(trained, ())) + (configured is not None)
+
+
+def choose(none: Trial, trials: Sequence[Trial]) -> str | None:
+    """The name of the trial with the smallest loss beyond the trained length, of those that cost at
+    most INSIDE within it; None where that gains less than GAIN over none."""
+    most = (1 + INSIDE) * _order(none.inside)
+    fit = [x for x in trials if x.beyond is not None and _order(x.inside) <= most]
+    best = min(fit, key=lambda x: _order(x.beyond), default=none)
+    return best.name if _order(best.beyond) < (1 - GAIN) * _order(none.beyond) else None
+
+
+def _order(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def changed_fields(policy: StatePolicy) -> dict[str, Any]:
+    """What is not as it is by default."""
+    defaults = {x.name: x.default for x in fields(policy)}
+    return {name: x for name, x in asdict(policy).items() if x != defaults[name]}
+
+
+def write_policy(folder: Path, policy: dict[str, Any]) -> Path:
+    """Put a policy into the config.json of a checkpoint, which is whole at every moment."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"state_policy": policy}
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    fsync(partial)
+    partial.replace(path)
+    return path

@@ -1,0 +1,158 @@
+"""What the state of a head looks like, how much of it decays, and how far back it reaches."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from supra.attention import attention_modules
+from supra.errors import UserError
+from supra.head import logits_of
+from supra.long_context.stream import Reader
+from supra.mixers import Mixer
+
+TOP = 0.05  # the share of outliers whose squares are summed
+
+
+class StateStatistics(NamedTuple):
+    """Of the elements of each head's state; [H] float64 each."""
+
+    norm: Tensor  # Frobenius
+    rms: Tensor
+    mean: Tensor
+    variance: Tensor
+    kurtosis: Tensor  # 3 for a Gaussian; 0 where all elements are equal
+    top_elements: Tensor  # share of the sum of squares in the largest 5 % of the elements
+    top_channels: Tensor  # the same in 5 % of the rows: channels of keys, each with all values
+
+
+def state_statistics(memory: Tensor) -> StateStatistics:
+    """Of a state [H, K, V]. 5 % are rounded up to whole elements and rows."""
+    memory = memory.double()
+    squares = memory.square()
+    total = squares.sum((1, 2))
+    mean = memory.mean((1, 2))
+    centred = memory - mean[:, None, None]
+    variance = centred.square().mean((1, 2))
+    fourth = centred.square().square().mean((1, 2))
+    count = memory[0].numel()
+    return StateStatistics(
+        norm=total.sqrt(),
+        rms=(total / count).sqrt(),
+        mean=mean,
+        variance=variance,
+        kurtosis=torch.where(variance > 0, fourth / variance.square(), 0.0),
+        top_elements=_top_share(squares.flatten(1), total),
+        top_channels=_top_share(squares.sum(2), total),
+    )
+
+
+def _top_share(parts: Tensor, total: Tensor) -> Tensor:
+    """[H, N] and their sums [H]."""
+    largest = parts.topk(math.ceil(TOP * parts.shape[1]), dim=1).values.sum(1)
+    return torch.where(total > 0, largest / total, 0.0)
+
+
+@dataclass(frozen=True)
+class RecurrentLayers:
+    """The mixers of a converted model by layer, those that are recurrent and those that kept
+    attention. Raises UserError where there is none of the former."""
+
+    mixers: dict[int, Mixer]
+    kept: list[int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "RecurrentLayers":
+        found = {x.layer_idx: x for x in attention_modules(model) if hasattr(x, "mixer")}
+        if not found:
+            raise UserError("the model has no mixers: run `supra convert` on it first")
+        mixers = {i: x.mixer for i, x in sorted(found.items()) if x.mixer.recurrent}
+        if not mixers:
+            raise UserError("all layers kept softmax attention: there is no state to diagnose")
+        return cls(mixers, sorted(found.keys() - mixers.keys()))
+
+    def states(self, reader: Reader) -> dict[int, Tensor]:
+        """Each layer's state as [heads of attention, K, V]. Where a mixer cuts a head into several,
+        as h3, those and its modes, real and imaginary, are rows of it."""
+        return {
+            layer: by_head(reader.cache.layers[layer].state.memory, mixer.shape.query_heads)
+            for layer, mixer in self.mixers.items()
+        }
+
+
+def by_head(memory: Tensor, heads: int) -> Tensor:
+    """[1, H, …, V] as [heads, K, V], of one row."""
+    return memory[0].reshape(min(heads, memory.shape[1]), -1, memory.shape[-1])
+
+
+class DecaySums:
+    """Σ log decay of every layer over the tokens that were watched: [heads, channels] float64.
+
+    channels is 1 where a head has one decay for all. A mixer without any decay has zeros.
+    """
+
+    def __init__(self, layers: RecurrentLayers):
+        self.layers, self.sums = layers, {}
+
+    @contextmanager
+    def watching(self, tokens: int) -> Iterator[None]:
+        """While the model reads so many tokens of one row."""
+        for layer, mixer in self.layers.mixers.items():
+            mixer.watch = partial(self._add, layer, mixer.shape.query_heads, tokens)
+        try:
+            yield
+        finally:
+            for mixer in self.layers.mixers.values():
+                mixer.watch = None
+
+    def _add(self, layer: int, heads: int, tokens: int, log_decay: Tensor | None) -> None:
+        if log_decay is None:
+            found = torch.zeros(heads, 1, dtype=torch.float64)
+        elif log_decay.dim() >= 3:  # [1, T, H] or [1, T, H, K]
+            found = log_decay[0].detach().double().sum(0)
+        else:  # of the head, whatever the token
+            found = log_decay.detach().double() * tokens
+        found = found.reshape(heads, -1).cpu()
+        self.sums[layer] = self.sums.get(layer, 0) + found
+
+
+def half_life(log_decay: float, tokens: int) -> float:
+    """Tokens after which a head that decays by `log_decay` in `tokens` tokens keeps half."""
+    return math.inf if log_decay == 0 else -math.log(2) * tokens / log_decay
+
+
+@torch.no_grad()
+def effective_remembrance(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    starts: Sequence[int],
+    *,
+    ends: int,
+    chunk: int,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[float]:
+    """How much what is said next depends on the tokens before each start (Buitrago & Gu 2025,
+    arXiv 2507.02782):
+
+        EffRem_T(t) = ½ Σ |q(· | x_{0:T}) − q(· | x_{t:T})|
+
+    the total variation between predictions from all tokens [T] and from those from t on. The mean
+    over the last `ends` tokens in the place of the T-th. `advance` hears how many tokens were read.
+    """
+
+    def predictions(start: int) -> Tensor:
+        reader, rest = Reader(model), tokens[start : len(tokens) - ends]
+        for piece in rest.split(chunk):
+            reader.advance(piece)
+        hidden = reader.advance(tokens[len(tokens) - ends :])
+        advance(len(tokens) - start)
+        return logits_of(model, hidden).float().softmax(-1)
+
+    whole = predictions(0)
+    return [(predictions(start) - whole).abs().sum(-1).mean().item() / 2 for start in starts]
