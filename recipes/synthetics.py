@@ -26,12 +26,10 @@ from supra.bench.timing import processor
 from supra.cli import parse_integers
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate.recall import recall_accuracy
-from supra.losses import token_losses
-from supra.packing import IGNORE, shifted_labels
-from supra.synthetic import LANGUAGES, Example, Language, labelled
+from supra.synthetic import LANGUAGES, Example, Language, draw, labelled
 from supra.testing import future_gradient, tiny_config, untrained_model
-from supra.uptrain.config import OptimizerConfig, ScheduleConfig, TuneConfig
-from supra.uptrain.optim import begin_stage, build_optimizer, schedule_factor, set_rates
+from supra.uptrain.config import OptimizerConfig
+from supra.uptrain.small import descend, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "synthetics", HERE / "README.md"
@@ -43,7 +41,10 @@ LONGER = (2, 4, 8)  # times the length
 LEAK = 1e-5  # of gradients; what an FFT in float32 rounds to lies under it
 # H3's authors train on every token; in a row of induction all but the answer are random, so that
 # only noise is left out there
-LOSSES = {"induction": "answers", "associative-recall": "all", "mqar": "answers"}
+LOSSES = {
+    "induction": "answers", "associative-recall": "all", "mqar": "answers",
+    "recent-recall": "answers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,24 +232,18 @@ def train(model: torch.nn.Module, settings: Settings, language: Language) -> dic
     """Accuracy on held-out rows by step, as it went. Raises Diverged."""
     held_out = draw(language, Random("held out"), HELD_OUT)
     rates = OptimizerConfig(lr=settings.lr, new_lr=settings.new_lr, weight_decay=0.1)
-    stage = TuneConfig(optimizer=rates, schedule=ScheduleConfig())
-    optimizer = build_optimizer(model, {"tune": stage})
-    begin_stage(optimizer, "tune", rates)
     batches, curve = training_rows(settings, language), {}
-    bar = tqdm(range(settings.steps), desc=f"{settings.mixer} seed {settings.seed}", unit="step")
-    for step in bar:
-        model.train()
-        set_rates(optimizer, schedule_factor(step, settings.steps, stage.schedule))
-        loss = mean_loss(model, *labelled(next(batches), settings.loss_kind == "all"))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
-        if not norm.isfinite():
-            raise Diverged(f"diverged at step {step}: the gradient is not finite")
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % EVERY == 0 or step + 1 == settings.steps:
-            curve[step + 1] = accuracy(model, held_out)
-            bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{curve[step + 1]:.3f}")
+
+    def next_loss() -> Tensor:
+        return mean_loss(model, *labelled(next(batches), settings.loss_kind == "all"))
+
+    steps = descend(model, next_loss, settings.steps, rates)
+    title = f"{settings.mixer} seed {settings.seed}"
+    bar = tqdm(steps, desc=title, total=settings.steps, unit="step")
+    for step, loss in bar:
+        if step % EVERY == 0 or step == settings.steps:
+            curve[step] = accuracy(model, held_out)
+            bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{curve[step]:.3f}")
     return curve
 
 
@@ -262,19 +257,6 @@ def training_rows(settings: Settings, language: Language) -> Iterator[list[Examp
         generator.shuffle(pool)
         for start in range(0, len(pool) - settings.batch + 1, settings.batch):
             yield pool[start : start + settings.batch]
-
-
-def draw(language: Language, generator: Random, count: int) -> list[Example]:
-    words = range(language.vocabulary)
-    return [language.example(words, generator) for _ in range(count)]
-
-
-def mean_loss(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy in nats a label; logits are made where there is a label alone."""
-    labels = shifted_labels(labels).flatten()
-    scored = labels != IGNORE
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    return token_losses(model.lm_head(hidden[scored]), labels[scored]).total / scored.sum()
 
 
 def accuracy(model: torch.nn.Module, rows: list[Example]) -> float:

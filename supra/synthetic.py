@@ -1,8 +1,9 @@
-"""The synthetic languages on which H3 was designed, and multi-query recall; seeded.
+"""The synthetic languages on which H3 was designed, and two of many questions; seeded.
 
     induction             f b ⇒ c a d b ⇒                      c
     associative recall    a 1 c 3 a 1 b 3 ⇒ c                  3
     multi-query recall    a 1 b 3 c 2  b 3 f 4 a 1 c 2         3, 1 and 2 in their places
+    recent recall         ! a 1 ! b 3 ? a 1 ! c 2 ? b 3        1 and 3 in their places
 
 Every answer stands in the row, and nowhere else. Words are whatever tokens the caller has: the
 first of them are keys and the last the marks, so a model in training sees each in one role only. A
@@ -152,10 +153,73 @@ class MultiQueryRecall:
         return Example(ids, queries, values)
 
 
-Language = Induction | AssociativeRecall | MultiQueryRecall
+@dataclass(frozen=True)
+class RecentRecall:
+    """A stream of writes and questions about the last of them, to see whether a model forgets.
+
+    `length` words in threes: the mark of a write, a key and its new value; or the mark of a
+    question, one of the `recent` keys written last, and its value. The first is a write, of all
+    half are questions. Writes go round all keys in an order of the row's own, so that no key gets
+    a second value before all have one: a row of so few writes, as 60 words of 24 keys, can be
+    answered without forgetting anything, and in longer ones every key is bound over and over.
+    """
+
+    name: ClassVar[str] = "recent-recall"
+    length: int = 60
+    vocabulary: int = 50
+    recent: int = 8
+
+    def __post_init__(self):
+        _check("length", self.length, 6, "a write and a question")
+        if self.length % 3:
+            raise UserError(
+                f"length (={self.length}) must be a multiple of 3: a mark, a key and a value"
+            )
+        _check("recent", self.recent, 1, "something must be asked for")
+        keys = max(2, self.recent)
+        reason = f"{keys} keys, as many values and two marks"
+        _check("vocabulary", self.vocabulary, 2 * keys + MARKS, reason)
+
+    @property
+    def candidates(self) -> int:
+        """Values of the language."""
+        return self.vocabulary - MARKS - self._keys
+
+    @property
+    def _keys(self) -> int:
+        return (self.vocabulary - MARKS) // 2
+
+    def example(self, words: Sequence[int], generator: Random) -> Example:
+        *plain, write, ask = words
+        keys, values = plain[: self._keys], plain[self._keys :]
+        operations = self.length // 3
+        questions = operations // 2
+        marks = [ask] * questions + [write] * (operations - questions - 1)
+        generator.shuffle(marks)
+        order = generator.sample(keys, len(keys))
+        written, ids = [], []
+        for mark in [write, *marks]:
+            if mark == write:
+                key = order[len(written) % len(order)]
+                written.append((key, generator.choice(values)))
+                ids += [mark, *written[-1]]
+            else:
+                ids += [mark, *generator.choice(written[-self.recent :])]
+        queries = [at + 1 for at in range(0, self.length, 3) if ids[at] == ask]
+        return Example(ids, queries, values)
+
+
+Language = Induction | AssociativeRecall | MultiQueryRecall | RecentRecall
 LANGUAGES: dict[str, type[Language]] = {
-    language.name: language for language in (Induction, AssociativeRecall, MultiQueryRecall)
+    language.name: language
+    for language in (Induction, AssociativeRecall, MultiQueryRecall, RecentRecall)
 }
+
+
+def draw(language: Language, generator: Random, count: int) -> list[Example]:
+    """Rows in the words 0, 1, … of a vocabulary that is the language's own."""
+    words = range(language.vocabulary)
+    return [language.example(words, generator) for _ in range(count)]
 
 
 def labelled(examples: Sequence[Example], every_token: bool = False) -> tuple[Tensor, Tensor]:

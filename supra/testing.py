@@ -13,7 +13,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra.convert import load_converted, plan_conversion, plan_layers
 from supra.mixers import AttentionShape, MixerInputs, resolve_mixer
-from supra.synthetic import LANGUAGES, AssociativeRecall, Example, Induction, MultiQueryRecall
+from supra.synthetic import (
+    LANGUAGES,
+    AssociativeRecall,
+    Example,
+    Induction,
+    MultiQueryRecall,
+    RecentRecall,
+)
 from supra.weights import ModuleReader
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "Example",
     "Induction",
     "MultiQueryRecall",
+    "RecentRecall",
     "future_gradient",
     "mixer_inputs",
     "tiny_checkpoint",

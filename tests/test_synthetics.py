@@ -23,6 +23,8 @@ from supra.synthetic import (
     AssociativeRecall,
     Induction,
     MultiQueryRecall,
+    RecentRecall,
+    draw,
     labelled,
 )
 
@@ -35,13 +37,15 @@ LANGUAGE_GRID = [
     MultiQueryRecall(),
     MultiQueryRecall(length=64, vocabulary=129, pairs=16),
     MultiQueryRecall(length=36, vocabulary=18, pairs=9),
+    RecentRecall(),
+    RecentRecall(length=303, vocabulary=13, recent=3),
+    RecentRecall(length=6, vocabulary=6, recent=1),
 ]
 each_language = pytest.mark.parametrize("language", LANGUAGE_GRID, ids=repr)
 
 
-def draw(language, count=200, seed=0):
-    generator = Random(seed)
-    return [language.example(range(language.vocabulary), generator) for _ in range(count)]
+def some_rows(language, count=200, seed=0):
+    return draw(language, Random(seed), count)
 
 
 class Fake:
@@ -61,18 +65,18 @@ class Fake:
         )
 
 
-def first_follower(read):
-    """What followed the last word when it first came."""
-    at = read.index(read[-1])
-    return read[at + 1] if at + 1 < len(read) else 0
+def last_follower(read):
+    """What followed the last word when it last came."""
+    before = [at for at, word in enumerate(read[:-1]) if word == read[-1]]
+    return read[before[-1] + 1] if before else 0
 
 
 @each_language
 def test_rows_answer_themselves(language):
-    rows = draw(language, 40)
-    assert rows == draw(language, 40) != draw(language, 40, seed=1)
+    rows = some_rows(language, 40)
+    assert rows == some_rows(language, 40) != some_rows(language, 40, seed=1)
     assert len({len(row.ids) for row in rows}) == 1
-    oracle = Fake(first_follower, language.vocabulary)
+    oracle = Fake(last_follower, language.vocabulary)
     assert recall_accuracy(oracle, rows) == (1, 1)
     for row in rows:
         assert len(row.values) == language.candidates
@@ -82,7 +86,7 @@ def test_rows_answer_themselves(language):
 
 @each_language
 def test_a_guess_among_the_values_is_at_chance(language):
-    rows, generator = draw(language, 4000), Random(3)
+    rows, generator = some_rows(language, 4000), Random(3)
     hits = [generator.choice(row.values) == row.ids[at + 1] for row in rows for at in row.queries]
     chance = 1 / language.candidates
     deviation = (chance * (1 - chance) / len(hits)) ** 0.5
@@ -99,7 +103,7 @@ def test_induction_as_published():
     language = Induction()
     mark, dot = language.vocabulary - MARKS, language.vocabulary - 1
     places = Counter()
-    for row in draw(language, 2000):
+    for row in some_rows(language, 2000):
         assert len(row.ids) == 32 and row.queries == [30] and row.ids[30] == mark
         assert row.ids.count(mark) == 2 and dot not in row.ids
         places[row.ids.index(mark)] += 1
@@ -109,7 +113,7 @@ def test_induction_as_published():
 def test_associative_recall_as_published():
     language = AssociativeRecall()
     reused = False
-    for row in draw(language, 500):
+    for row in some_rows(language, 500):
         keys, values = row.ids[:20:2], row.ids[1:20:2]
         assert set(keys) <= set(range(4)) and set(values) <= set(range(4, 8))
         assert len(set(zip(keys, values, strict=True))) == len(set(keys)), "a key has one value"
@@ -122,7 +126,7 @@ def test_associative_recall_as_published():
 def test_multi_query_recall_as_published():
     language = MultiQueryRecall(length=256, vocabulary=512, pairs=16)
     gaps = Counter()
-    for row in draw(language, 100):
+    for row in some_rows(language, 100):
         keys, values = row.ids[:32:2], row.ids[1:32:2]
         assert len({*keys, *values}) == 32 and values == row.values
         assert max(keys) < 256 <= min(values)
@@ -136,10 +140,39 @@ def test_multi_query_recall_as_published():
 
 
 def test_pairs_may_fill_the_row():
-    for row in draw(MultiQueryRecall(length=20, vocabulary=10, pairs=5)):
+    for row in some_rows(MultiQueryRecall(length=20, vocabulary=10, pairs=5)):
         assert sorted(row.queries) == [10, 12, 14, 16, 18]
         pairs = list(zip(row.ids[::2], row.ids[1::2], strict=True))
         assert sorted(pairs[:5]) == sorted(pairs[5:])
+
+
+def test_within_the_trained_length_nothing_is_forgotten():
+    """In recent recall no key has two values there; from 24 writes on, every write rebinds one."""
+    language = RecentRecall(length=960)
+    *_, write, ask = range(language.vocabulary)
+    kinds = Counter()
+    for row in some_rows(language, 50):
+        operations = list(zip(*[iter(row.ids)] * 3, strict=True))
+        kinds.update(mark for mark, _, _ in operations)
+        keys = [key for mark, key, _ in operations if mark == write]
+        assert len({*keys[:24]}) == 24 and all(
+            a == b for a, b in zip(keys, keys[24:], strict=False)
+        )
+        first = [key for mark, key, _ in operations[:20] if mark == write]
+        assert len({*first}) == len(first)
+        assert operations[0][0] == write
+    assert kinds == {write: 50 * 160, ask: 50 * 160}
+
+
+def test_questions_are_about_the_last_writes():
+    for row in some_rows(RecentRecall(length=960), 20):
+        written, ages = [], Counter()
+        for mark, key, value in zip(*[iter(row.ids)] * 3, strict=True):
+            if mark == 48:
+                written.append((key, value))
+            else:
+                ages[len(written) - written.index((key, value), max(0, len(written) - 8))] += 1
+        assert {*ages} == {*range(1, 9)} and row.queries[0] // 3 == row.ids[::3].index(49)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +185,10 @@ def test_pairs_may_fill_the_row():
         (MultiQueryRecall, {"pairs": 0}, r"pairs \(=0\) must be at least 1"),
         (MultiQueryRecall, {"pairs": 17}, r"length \(=64\) must be at least 68: 17 pairs come"),
         (MultiQueryRecall, {"vocabulary": 7}, r"vocabulary \(=7\) must be at least 8"),
+        (RecentRecall, {"length": 3}, r"length \(=3\) must be at least 6: a write and"),
+        (RecentRecall, {"length": 64}, r"length \(=64\) must be a multiple of 3"),
+        (RecentRecall, {"recent": 0}, r"recent \(=0\) must be at least 1"),
+        (RecentRecall, {"vocabulary": 17}, r"vocabulary \(=17\) must be at least 18: 8 keys"),
     ],
 )
 def test_no_room(language, sizes, message):
@@ -161,7 +198,7 @@ def test_no_room(language, sizes, message):
 
 @each_language
 def test_labels_are_the_answers(language):
-    rows = draw(language, 5)
+    rows = some_rows(language, 5)
     ids, labels = labelled(rows)
     shifted = shifted_labels(labels)
     for row, some, label in zip(rows, ids.tolist(), shifted, strict=True):
@@ -191,10 +228,16 @@ def evaluate(capsys, models, *words):
 
 
 @pytest.mark.parametrize(
-    ("task", "chance"), [("induction", "0.056"), ("associative-recall", "0.250"), ("mqar", "0.250")]
+    ("task", "chance"),
+    [
+        ("induction", "0.056"),
+        ("associative-recall", "0.250"),
+        ("mqar", "0.250"),
+        ("recent-recall", "0.042"),
+    ],
 )
 def test_eval(models, capsys, task, chance):
-    words = ["--task", task, "--lengths", "64,32", "--samples", 5]
+    words = ["--task", task, "--lengths", "66,36", "--samples", 5]
     words += ["--pairs", 4] if task == "mqar" else []
     printed = evaluate(capsys, models, *words)
     first, _, *lengths = printed.splitlines()
@@ -202,7 +245,7 @@ def test_eval(models, capsys, task, chance):
     assert len(lengths) == 2 and all(line.endswith(chance) for line in lengths)
     found = json.loads(evaluate(capsys, models, *words, "--json"))
     assert found["task"] == task and found["samples"] == 5
-    assert [x["length"] for x in found["results"]] == [64, 32]
+    assert [x["length"] for x in found["results"]] == [66, 36]
     for result in found["results"]:
         assert 0 <= result["exact"] <= result["among_values"] <= 1
         assert f"{result['chance']:.3f}" == chance
@@ -212,9 +255,9 @@ def test_eval(models, capsys, task, chance):
 
 @pytest.mark.parametrize("task", LANGUAGES)
 def test_eval_of_one_that_looks_up(models, monkeypatch, capsys, task):
-    oracle = Fake(first_follower, testing.VOCABULARY)
+    oracle = Fake(last_follower, testing.VOCABULARY)
     monkeypatch.setattr(task_module, "load_model", lambda *_: oracle)
-    found = json.loads(evaluate(capsys, models, "--task", task, "--lengths", "64,80", "--json"))
+    found = json.loads(evaluate(capsys, models, "--task", task, "--lengths", "66,84", "--json"))
     assert all((x["among_values"], x["exact"]) == (1, 1) for x in found["results"])
     assert len(found["results"]) == (4 if task == "mqar" else 2)
 
@@ -353,7 +396,7 @@ def test_answers_alone_are_learned_or_all_words(recipe):
     language = Induction()
     config = small_config()
     model = testing.untrained_model(config, "softmax")
-    rows = draw(language, 3)
+    rows = some_rows(language, 3)
     for every_token in (False, True):
         ids, labels = labelled(rows, every_token)
         expected = model(input_ids=ids, labels=labels).loss

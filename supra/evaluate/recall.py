@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.errors import UserError
@@ -129,14 +130,22 @@ def draw_examples(
     ]
 
 
-@torch.no_grad()
 def recall_accuracy(model: PreTrainedModel, rows: Sequence[Example]) -> tuple[float, float]:
     """Share of answers that are the likeliest of the row's values, and of all tokens.
 
     Rows are of equal length.
     """
-    right, count = torch.zeros(2), 0
-    size = max(1, BATCH_TOKENS // len(rows[0].ids))
+    return tuple(found.float().mean().item() for found in recall_hits(model, rows))
+
+
+@torch.no_grad()
+def recall_hits(
+    model: PreTrainedModel, rows: Sequence[Example], batch_tokens: int = BATCH_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """Whether each answer is the likeliest of the row's values, and of all tokens: bool [N, Q],
+    Q answers a row in the order of its `queries`. Rows are of equal length."""
+    hits = []
+    size = max(1, batch_tokens // len(rows[0].ids))
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         ids = torch.tensor([row.ids for row in some], device=model.device)
@@ -146,8 +155,6 @@ def recall_accuracy(model: PreTrainedModel, rows: Sequence[Example]) -> tuple[fl
         answers = ids.gather(1, at + 1)
         logits = logits.take_along_dim(at[..., None], dim=1)  # [N, queries, V]
         places = logits.take_along_dim(values[:, None], dim=2).argmax(-1)
-        among = values.gather(1, places)
-        for index, found in enumerate((among, logits.argmax(-1))):
-            right[index] += (found == answers).sum().cpu()
-        count += answers.numel()
-    return tuple((right / count).tolist())
+        found = values.gather(1, places) == answers, logits.argmax(-1) == answers
+        hits.append([x.cpu() for x in found])
+    return tuple(torch.cat(found) for found in zip(*hits, strict=True))

@@ -19,6 +19,7 @@ LENGTHS = {
     "induction": (30, 60, 120, 240),
     "associative-recall": (20, 40, 80, 160),
     "mqar": (64, 128, 256),
+    "recent-recall": (60, 120, 240, 480, 960),
 }
 PAIRS = (4, 16)
 SAMPLES = 256

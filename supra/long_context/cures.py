@@ -4,7 +4,8 @@ What is tried, L being the trained length (after Chen et al. 2024, arXiv 2410.07
 
     decay_scale   1 − 1/(kL), k = 1/2, 1, 2, 3: whatever the gates say, a token fades within kL
     window        L/2, L, 2L
-    norm          per layer and head, the largest within the trained length
+    norm          per layer and head, the largest within the trained length; and half of it, which
+                  was the better of the two in docs/long_context.md
     insert_scale  0.75, beside the best decay_scale
 """
 
@@ -97,7 +98,9 @@ def candidates(trained: int, norms: Sequence[Sequence[float]]) -> dict[str, Stat
         found[f"decay_scale 1 - 1/{fades}"] = StatePolicy(decay_scale=1 - 1 / fades)
     for size in (max(1, trained // 2), trained, 2 * trained):
         found[f"window {size}"] = StatePolicy(window=size)
-    found["norm as in training"] = StatePolicy(norm=tuple(map(tuple, norms)))
+    for name, share in (("norm as in training", 1.0), ("half of that norm", 0.5)):
+        thresholds = tuple(tuple(share * x for x in layer) for layer in norms)
+        found[name] = StatePolicy(norm=thresholds)
     return found
 
 

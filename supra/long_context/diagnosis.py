@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError, check_choice
-from supra.evaluate.command import load_model
+from supra.evaluate.command import check_positions, load_model
 from supra.evaluate.heat_map import need_matplotlib
 from supra.files import check_vacant, staged_folder
 from supra.long_context.cures import CONFIGURED, Fix, trials_of, try_cures, write_policy
@@ -21,7 +21,7 @@ from supra.long_context.examination import Examination, Plan
 from supra.long_context.pictures import draw_loss, draw_states
 from supra.long_context.report import Diagnosis
 from supra.long_context.statistics import RecurrentLayers
-from supra.long_context.stream import TokenStream, check_positions
+from supra.long_context.stream import TokenStream
 from supra.mixers.policy import StatePolicy
 from supra.text import Documents, open_dataset
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.cache import new_cache
@@ -149,16 +149,3 @@ def cuts(length: int, chunk: int, marks: Iterable[int] = ()) -> Iterator[tuple[i
     at every mark: (start, end) of each."""
     inside = (mark for mark in marks if 0 < mark < length)
     return pairwise(sorted({*range(0, length, chunk), *inside, length}))
-
-
-def check_positions(model: PreTrainedModel, argument: str, to: int) -> None:
-    """Raise UserError for a family whose positions are learned, when it has fewer than `to`."""
-    learned = [
-        x for x in model.base_model.modules()
-        if isinstance(x, nn.Embedding) and x is not model.get_input_embeddings()
-    ]  # fmt: skip
-    most = getattr(model.config, "max_position_embeddings", None)
-    if learned and most is not None and to > most:
-        raise UserError(
-            f"--{argument} (={to}): the model has learned {most} positions and reads no further"
-        )

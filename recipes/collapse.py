@@ -1,0 +1,340 @@
+"""A small model whose state collapses beyond its trained length, and cures; one JSON a seed.
+
+    python recipes/collapse.py --seeds 0,1,2
+    python recipes/collapse.py --table      # the results that there are, into docs/long_context.md
+
+The language is recent-recall of supra.synthetic, see there. A model is trained on rows in which
+nothing has to be forgotten, and measured on rows of 16 times their length: as it is, with bounds on
+its states, and trained on for a while in several ways. The pictures need matplotlib.
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from supra.attention import attention_modules
+from supra.bench.timing import processor
+from supra.cache import new_cache
+from supra.cli import parse_integers
+from supra.errors import UserError, command
+from supra.evaluate.heat_map import need_matplotlib
+from supra.evaluate.recall import recall_hits
+from supra.long_context import StatePolicy, use_policy
+from supra.synthetic import RecentRecall, draw, labelled
+from supra.testing import tiny_config, untrained_model
+from supra.uptrain.config import OptimizerConfig
+from supra.uptrain.small import descend, mean_loss
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results" / "collapse", HERE.parent / "docs" / "long_context.md"
+BEGIN, END = "<!-- collapse -->", "<!-- end of collapse -->"
+
+LANGUAGE = RecentRecall()
+OPERATION = 3  # words
+TRAINED = LANGUAGE.length // OPERATION  # operations of a row in training
+LONG = replace(LANGUAGE, length=16 * LANGUAGE.length)
+BUCKETS = (0, 20, 40, 80, 160, 320)  # operations before a question
+FINE = 10  # operations of a point of the curves
+
+STEPS, BATCH, LR = 600, 24, 3e-3
+MORE_STEPS, MORE_LR = 300, 1e-3
+SEGMENTS = 12  # of state passing
+ROWS = 128  # for every measurement
+BATCH_TOKENS = 32 * LONG.length
+# as published; without its normalisation the same takes twice the steps to learn
+MIXER, OPTIONS = "mamba2", {"activation": "silu", "normalize": "rms"}
+SLOW = (1e-5, 1e-3)  # step sizes at the start, with which half is forgotten in 70,000 to 700 words
+
+
+@command
+def main() -> None:
+    arguments = build_parser().parse_args()
+    if arguments.table:
+        write_page()
+        return
+    seeds = parse_integers("seeds", arguments.seeds)
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {arguments.seeds!r} must name seeds from 0 on, as 0,1,2")
+    if arguments.checkpoint and len(seeds) > 1:
+        raise UserError(f"--checkpoint is of one seed, not {len(seeds)}: give --seeds 0")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        result = make(seed, arguments.checkpoint)
+        (RESULTS / f"{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {seed}.json", *table([result]), sep="\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", default="0,1,2", metavar="A,B")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="save the base model too, in float16"
+    )
+    parser.add_argument("--table", action="store_true", help="write the page from the results")
+    return parser
+
+
+def make(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train and measure one seed."""
+    start = time.monotonic()
+    model = untrained(seed)
+    train(model, fresh_rows(model, LANGUAGE, BATCH, Random(f"{seed} base")), STEPS, LR)
+    if checkpoint:
+        # half the size, and what decays is in float32 again when it is loaded as that
+        copy.deepcopy(model).half().save_pretrained(checkpoint)
+    norms = state_norms(model, draw(LONG, Random("norms"), ROWS))
+    left, largest = kept(model), largest_norms(model)
+    variants = {
+        name: {"policy": policy and asdict(policy)} | measured(model, policy)
+        for name, policy in policies(largest).items()
+    }
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, losses in trainings(model, seed).items():
+        model.load_state_dict(weights)
+        train(model, losses, MORE_STEPS, MORE_LR, name)
+        variants[name] = {"steps": MORE_STEPS} | measured(model)
+    return {
+        "seed": seed,
+        "language": asdict(LANGUAGE),
+        "model": {"mixer": MIXER, "options": OPTIONS, "steps": STEPS, "batch": BATCH, "lr": LR},
+        "buckets": BUCKETS,
+        "variants": variants,
+        "kept": left,
+        "largest_norms": largest,
+        "growth": (norms / norms[0]).permute(1, 2, 0).tolist(),
+        "machine": processor("cpu"),
+        "torch": torch.__version__,
+        "minutes": round((time.monotonic() - start) / 60, 1),
+    }
+
+
+def untrained(seed: int) -> nn.Module:
+    """Two layers without rotary positions, whose heads begin by forgetting next to nothing."""
+    config = tiny_config(
+        "smollm3",
+        vocab_size=LANGUAGE.vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        no_rope_layers=[0, 0],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        initializer_range=64**-0.5,
+    )
+    model = untrained_model(config, MIXER, OPTIONS, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (math.log(x) for x in SLOW)
+    for attention in attention_modules(model):
+        logs = low + (high - low) * torch.rand(config.num_attention_heads, generator=generator)
+        attention.mixer.dt.set(logs.exp().expm1().log())  # the inverse of softplus
+    return model
+
+
+def train(
+    model: nn.Module, losses: Iterator[Tensor], steps: int, lr: float, name: str = "base"
+) -> None:
+    rates = OptimizerConfig(lr=lr, weight_decay=0.1)
+    bar = tqdm(descend(model, losses.__next__, steps, rates), name, steps, unit="step")
+    for _, loss in bar:
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+
+def fresh_rows(
+    model: nn.Module, language: RecentRecall, batch: int, generator: Random
+) -> Iterator[Tensor]:
+    """Losses on rows that begin from an empty state."""
+    while True:
+        yield mean_loss(model, *labelled(draw(language, generator, batch)))
+
+
+def passed_states(model: nn.Module, batch: int, generator: Random) -> Iterator[Tensor]:
+    """Losses on the segments of long rows, each a trained length and from the state in which the
+    last one ended; no gradient goes back into that."""
+    long = replace(LANGUAGE, length=SEGMENTS * LANGUAGE.length)
+    while True:
+        cache = new_cache(model.config.num_hidden_layers)
+        ids, labels = labelled(draw(long, generator, batch))
+        for part in zip(ids.chunk(SEGMENTS, 1), labels.chunk(SEGMENTS, 1), strict=True):
+            yield mean_loss(model, *part, past_key_values=cache, use_cache=True)
+            for layer in cache.layers:
+                layer.detach()
+
+
+def policies(largest: list[list[float]]) -> dict[str, StatePolicy | None]:
+    """Bounds on the states, by name; `largest` are norms by layer and head."""
+    half = [[x / 2 for x in heads] for heads in largest]
+    return {
+        "base": None,
+        f"window {LANGUAGE.length}": StatePolicy(window=LANGUAGE.length),
+        f"window {LANGUAGE.length // 2}": StatePolicy(window=LANGUAGE.length // 2),
+        "norm": StatePolicy(norm=largest, norm_every=1),
+        "norm, half of it": StatePolicy(norm=half, norm_every=1),
+        **{f"decay_scale {x}": StatePolicy(decay_scale=x) for x in (0.999, 0.99, 0.97)},
+        "insert_scale 0.75": StatePolicy(insert_scale=0.75),
+    }
+
+
+def trainings(model: nn.Module, seed: int) -> dict[str, Iterator[Tensor]]:
+    """Losses to train on, by name; tokens of a step are the same in all."""
+    longer = replace(LANGUAGE, length=4 * LANGUAGE.length)
+    return {
+        f"rows of {LANGUAGE.length}": fresh_rows(model, LANGUAGE, BATCH, Random(f"{seed} same")),
+        "state passing": passed_states(model, BATCH, Random(f"{seed} passing")),
+        f"rows of {longer.length}": fresh_rows(model, longer, BATCH // 4, Random(f"{seed} longer")),
+    }
+
+
+def measured(model: nn.Module, policy: StatePolicy | None = None) -> dict[str, Any]:
+    """Accuracy by operations before the question, in BUCKETS and every FINE."""
+    rows = draw(LONG, Random("held out"), ROWS)
+    with use_policy(model, policy):
+        hits = recall_hits(model.eval(), rows, BATCH_TOKENS)[1].double()
+    operations = torch.tensor([row.queries for row in rows]) // OPERATION
+
+    def shares(edges: tuple[int, ...] | range) -> list[float]:
+        inside = [(start <= operations) & (operations < end) for start, end in pairwise(edges)]
+        return [round(hits[x].mean().item(), 5) for x in inside]
+
+    return {
+        "accuracy": shares(BUCKETS),
+        "curve": shares(range(0, BUCKETS[-1] + FINE, FINE)),
+    }
+
+
+@torch.no_grad()
+def kept(model: nn.Module) -> list[list[float]]:
+    """Of the first word of a row of the trained length, at its end: by layer and head."""
+    mixers, logs = [attention.mixer for attention in attention_modules(model)], []
+    for mixer in mixers:
+        mixer.watch = logs.append  # [B, T, H]
+    ids, _ = labelled(draw(LANGUAGE, Random("norms"), ROWS))
+    model.eval()(input_ids=ids, use_cache=False)
+    for mixer in mixers:
+        mixer.watch = None
+    return [x.sum(1).exp().mean(0).tolist() for x in logs]
+
+
+def largest_norms(model: nn.Module) -> list[list[float]]:
+    """Of each layer's heads, over rows of the trained length and after every operation in them."""
+    norms = state_norms(model, draw(LANGUAGE, Random("norms"), ROWS), OPERATION, torch.amax)
+    return norms.amax(0).tolist()
+
+
+@torch.no_grad()
+def state_norms(
+    model: nn.Module,
+    rows: list,
+    every: int = LANGUAGE.length,
+    over_rows: Callable[..., Tensor] = torch.mean,
+) -> Tensor:
+    """Frobenius norms of the states after every so many words: [T / every, layers, heads]."""
+    cache, found = new_cache(model.config.num_hidden_layers), []
+    for ids in torch.tensor([row.ids for row in rows]).split(every, 1):
+        model.eval()(input_ids=ids, past_key_values=cache)
+        norms = [layer.state.memory.norm(dim=(2, 3)) for layer in cache.layers]
+        found.append(torch.stack([over_rows(x, dim=0) for x in norms]))
+    return torch.stack(found)
+
+
+def write_page() -> None:
+    """The table and the pictures, from all results that there are."""
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    if not results:
+        raise UserError(f"no results in {RESULTS}: run without --table first")
+    need_matplotlib("--table")
+    pictures = PAGE.parent / PAGE.stem
+    pictures.mkdir(exist_ok=True)
+    draw_accuracy(results, pictures / "collapse.png")
+    draw_growth(results, pictures / "growth.png")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    text = "\n".join(table(results))
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    print(text)
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Means over seeds, and the last bucket of every seed; in %."""
+    buckets = [f"{start}-{end}" for start, end in pairwise(results[0]["buckets"])]
+    seeds = " / ".join(str(result["seed"]) for result in results)
+    lines = [
+        f"| | {' | '.join(buckets)} | {buckets[-1]} of seed {seeds} |",
+        f"| --- | {'---: | ' * len(buckets)}--- |",
+    ]
+    for name in results[0]["variants"]:
+        found = [result["variants"][name]["accuracy"] for result in results]
+        means = [f"{100 * statistics.mean(x):.1f}" for x in zip(*found, strict=True)]
+        last = " / ".join(f"{100 * x[-1]:.1f}" for x in found)
+        lines.append(f"| {name} | {' | '.join(means)} | {last} |")
+    return lines
+
+
+def draw_accuracy(results: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy by position: under bounds, under such as do not help, and after more training."""
+    panels = {
+        "bounds": ["base", "window 60", "norm", "norm, half of it", "decay_scale 0.99"],
+        "bounds too tight, or in vain": [
+            "base", "window 30", "decay_scale 0.97", "insert_scale 0.75",
+        ],
+        "300 more steps": ["base", "rows of 60", "state passing", "rows of 240"],
+    }  # fmt: skip
+    figure, axes = blank(13, 4, len(panels))
+    for place, (title, names) in zip(axes, panels.items(), strict=True):
+        for number, name in enumerate(names):
+            curves = [result["variants"][name]["curve"] for result in results]
+            at = [FINE * (n + 0.5) for n in range(len(curves[0]))]
+            color = "black" if name == "base" else f"C{number - 1}"
+            for curve in curves:
+                place.plot(at, [100 * x for x in curve], color=color, alpha=0.2, linewidth=1)
+            means = [100 * statistics.mean(x) for x in zip(*curves, strict=True)]
+            place.plot(at, means, color=color, label=name)
+        place.axvline(TRAINED, color="gray", linestyle="--", linewidth=1)
+        place.set(xlabel="operations before the question", title=title, ylim=(0, 101))
+        place.set_xscale("log", base=2)
+        place.legend(fontsize="small", loc="lower left")
+    axes[0].set_ylabel("answers that are right, %")
+    figure.savefig(path, dpi=100)
+
+
+def draw_growth(results: list[dict[str, Any]], path: Path) -> None:
+    """Heat maps, one a seed: norm of each head's state over what it is at the trained length."""
+    figure, axes = blank(13, 3.5, len(results))
+    growth = [torch.tensor(result["growth"]) for result in results]  # [layers, heads, times]
+    most = max(x.log2().abs().max().item() for x in growth)
+    for place, result, ratios in zip(axes, results, growth, strict=True):
+        layers, heads, times = ratios.shape
+        image = place.imshow(
+            ratios.flatten(0, 1).log2().tolist(),
+            aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, extent=(0.5, times + 0.5, 0, 1),
+        )  # fmt: skip
+        names = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
+        place.set_yticks([1 - (n + 0.5) / len(names) for n in range(len(names))], names)
+        place.set(xlabel="trained lengths read", title=f"seed {result['seed']}")
+    axes[0].set_ylabel("layer.head")
+    figure.colorbar(image, ax=axes, label="log2 of the norm's growth")
+    figure.savefig(path, dpi=100)
+
+
+def blank(width: float, height: float, columns: int) -> tuple[Any, list]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0].tolist()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Train a small model in memory, for experiments: no teacher, no stages, no files."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from supra.errors import Diverged
+from supra.losses import token_losses
+from supra.packing import IGNORE, shifted_labels
+from supra.uptrain.config import OptimizerConfig, ScheduleConfig, TuneConfig
+from supra.uptrain.optim import begin_stage, build_optimizer, schedule_factor, set_rates
+
+
+def mean_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor, **forward: Any) -> Tensor:
+    """Cross entropy in nats a label, of tokens and labels int64 [N, T]; logits are made where there
+    is a label alone. `forward` is for the model, as a cache before the rows."""
+    labels = shifted_labels(labels).flatten()
+    scored = labels != IGNORE
+    settings = {"use_cache": False} | forward
+    hidden = model.base_model(input_ids=ids, **settings).last_hidden_state.flatten(0, 1)
+    logits = model.get_output_embeddings()(hidden[scored])
+    return token_losses(logits, labels[scored]).total / scored.sum()
+
+
+def descend(
+    model: PreTrainedModel, next_loss: Callable[[], Tensor], steps: int, rates: OptimizerConfig
+) -> Iterator[tuple[int, float]]:
+    """AdamW down a cosine: the steps done so far, and the loss before the last of them.
+
+    Between two steps the caller may do with the model what it likes. Raises Diverged.
+    """
+    stage = TuneConfig(optimizer=rates, schedule=ScheduleConfig())
+    optimizer = build_optimizer(model, {"tune": stage})
+    begin_stage(optimizer, "tune", rates)
+    for step in range(steps):
+        model.train()
+        set_rates(optimizer, schedule_factor(step, steps, stage.schedule))
+        loss = next_loss()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
+        if not norm.isfinite():
+            raise Diverged(f"diverged at step {step}: the gradient is not finite")
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step + 1, loss.item()
