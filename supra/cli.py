@@ -1,4 +1,4 @@
-"""The command `supra`: convert | inspect | uptrain | eval | generate | serve | bench.
+"""The command `supra`: convert | inspect | uptrain | eval | diagnose | generate | serve | bench.
 
 A user's mistake is one line on stderr and exit code 2. Imports stand inside the commands, so that
 `supra --help` answers at once.
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from supra.errors import UserError, command
+from supra.errors import UserError, check_choice, command
 
 
 @command
@@ -86,15 +86,27 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--teacher", help="for --ablate: what the model was converted from")
     add.add_argument("--recall-lengths", metavar="A,B", help="for --ablate: tokens of prompts")
     add.add_argument(
-        "--task", help="answers in rows of induction, associative-recall or mqar; reads no text"
+        "--task",
+        help="answers in rows of induction, associative-recall or mqar, or passkey: a "
+        "number hidden in a text that is made up; reads no text",
     )
-    add.add_argument("--lengths", metavar="A,B", help="for --task: words of a row")
+    add.add_argument(
+        "--lengths", metavar="A,B", help="for --task: words of a row; of passkey, tokens of a text"
+    )
     add.add_argument("--pairs", metavar="A,B", help="for --task mqar: keys that a row asks for")
     add.add_argument("--vocabulary", type=int, help="for --task: words of the language")
-    add.add_argument("--samples", type=int, help="for --task: rows of each length; default 256")
+    add.add_argument(
+        "--samples", type=int,
+        help="for --task: rows of each length; default 256. Of passkey, of each depth too; 2",
+    )  # fmt: skip
+    add.add_argument("--depths", type=int, help="for --task passkey: rows of the grid; default 10")
+    add.add_argument("--keys", type=int, help="for --task passkey: numbers in a text; default 1")
+    add.add_argument("--picture", type=Path, metavar="PNG", help="for --task passkey: heat map")
     add.add_argument("--seed", type=int, default=0, help="of what --ablate and --task make up")
     add.add_argument("--json", action="store_true", help="print JSON")
     add.set_defaults(run=run_eval)
+
+    add_diagnose(commands)
 
     add = commands.add_parser("generate", help="continue a prompt")
     add_model(add)
@@ -107,13 +119,44 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--seed", type=int, default=0)
     add.set_defaults(run=run_generate)
 
-    add = commands.add_parser("bench", help="measure the kernels")
+    add = commands.add_parser("bench", help="measure kernels and solvers")
     add_bench(add.add_subparsers(required=True, metavar="what"))
     return parser
 
 
+def add_diagnose(commands: Any) -> None:
+    """`supra diagnose`."""
+    add = commands.add_parser("diagnose", help="loss and states beyond the trained length")
+    add.add_argument("model", help="converted: hub id, or folder")
+    add.add_argument("--text", required=True, help=".txt, .jsonl, .jsonl.gz or .parquet")
+    add.add_argument("--text-field", default="text", help="field of the text in a record")
+    add.add_argument("--to", type=int, default=65536, help="tokens to read as one stream")
+    add.add_argument(
+        "--trained-length", type=int, metavar="TOKENS",
+        help="of a row in training; default: what the run says that left the model",
+    )  # fmt: skip
+    add.add_argument("--chunk", type=int, default=1024, help="tokens of one forward pass")
+    add.add_argument(
+        "--every", type=int, metavar="TOKENS",
+        help="from one look at the states to the next; default 1024, or less for short texts",
+    )  # fmt: skip
+    add.add_argument("--out", type=Path, help="folder to make: diagnosis.json and pictures")
+    add.add_argument("--json", action="store_true", help="print JSON")
+    add.add_argument(
+        "--fix", metavar="auto",
+        help="auto: try the cures that need no training; the best goes into config.json",
+    )  # fmt: skip
+    add.add_argument("--fix-text", help="what they are tried on; default: what follows in --text")
+    add.add_argument(
+        "--fix-to", type=int, metavar="TOKENS", help="of it; default: eight trained lengths"
+    )
+    add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
+    add.set_defaults(run=run_diagnose)
+
+
 def add_bench(commands: Any) -> None:
-    """`supra bench kernels | compile`."""
+    """`supra bench kernels | compile | parallel`."""
+    add_bench_parallel(commands)
     add = commands.add_parser("kernels", help="speed of the operations, and of their rivals")
     add.add_argument("--ops", default="", metavar="A,B", help="operations; default: all")
     add.add_argument(
@@ -138,6 +181,19 @@ def add_bench(commands: Any) -> None:
     add.add_argument("--check", action="store_true", help="exit code 1 if a kernel breaks a gate")
     add.add_argument("--out", type=Path, metavar="FILE", help="write there and not to the terminal")
     add.set_defaults(run=run_bench_compile)
+
+
+def add_bench_parallel(commands: Any) -> None:
+    add = commands.add_parser("parallel", help="solvers of nonlinear recurrences against a loop")
+    add.add_argument("--cells", default="", metavar="A,B", help="default: all")
+    add.add_argument("--methods", default="", metavar="A,B", help="default: all, and auto")
+    add.add_argument("--lengths", default="256,2048,8192", metavar="A,B", help="tokens")
+    add.add_argument("--widths", default="16", metavar="A,B", help="channels of a cell")
+    add.add_argument("--batch", type=int, default=1)
+    add.add_argument("--dtype", default="float32", help="float32 or float64")
+    add.add_argument("--repeats", type=int, default=3, help="measurements of each")
+    add.add_argument("--json", action="store_true", help="JSON")
+    add.set_defaults(run=run_bench_parallel)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -213,25 +269,33 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 def run_eval_task(arguments: argparse.Namespace) -> None:
     from supra.checkpoints import find_checkpoint, parse_dtype
+    from supra.evaluate.passkey import TASK, evaluate_passkey
     from supra.evaluate.task import evaluate_task
+    from supra.synthetic import LANGUAGES
 
-    given = {"samples": arguments.samples, "vocabulary": arguments.vocabulary}
-    result = evaluate_task(
-        find_checkpoint(arguments.model),
-        arguments.task,
-        lengths=parse_integers("lengths", arguments.lengths or ""),
-        pairs=parse_integers("pairs", arguments.pairs or ""),
-        seed=arguments.seed,
-        dtype=parse_dtype(arguments.dtype),
-        progress=True,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    check_choice("task", arguments.task, [*LANGUAGES, TASK])
+    of_passkey, of_languages = ("depths", "keys", "picture"), ("pairs", "vocabulary")
+    passkey = arguments.task == TASK
+    for name in of_languages if passkey else of_passkey:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is not for --task {arguments.task}: leave it out")
+    names = ("samples", *(of_passkey if passkey else of_languages))
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    for name in ("lengths", "pairs"):
+        if (text := getattr(arguments, name)) is not None:
+            given[name] = parse_integers(name, text)
+    given |= {"seed": arguments.seed, "dtype": parse_dtype(arguments.dtype), "progress": True}
+    checkpoint = find_checkpoint(arguments.model)
+    if passkey:
+        result = evaluate_passkey(checkpoint, **given)
+    else:
+        result = evaluate_task(checkpoint, arguments.task, **given)
     print_result(result, arguments.json)
 
 
 def check_eval(arguments: argparse.Namespace) -> None:
     """Raise UserError for an option that the kind of evaluation has no use for."""
-    for_task = ("lengths", "pairs", "vocabulary", "samples")
+    for_task = ("lengths", "pairs", "vocabulary", "samples", "depths", "keys", "picture")
     for_ablate = ("teacher", "recall_lengths")
     of_text = ("text", "text_field", "sequence_length", "tokens", "batch")
     for_text = (*of_text, "ablate", *for_ablate)
@@ -250,6 +314,22 @@ def check_eval(arguments: argparse.Namespace) -> None:
 
 def print_result(result: Any, as_json: bool) -> None:
     print(json.dumps(result.as_dict(), indent=1) if as_json else "\n".join(result.lines()))
+
+
+def run_diagnose(arguments: argparse.Namespace) -> None:
+    from supra.checkpoints import find_checkpoint, parse_dtype
+    from supra.long_context.diagnosis import diagnose
+
+    names = ("text_field", "to", "trained_length", "chunk", "every", "out")
+    names += ("fix", "fix_text", "fix_to")
+    result = diagnose(
+        find_checkpoint(arguments.model),
+        arguments.text,
+        dtype=parse_dtype(arguments.dtype),
+        progress=True,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    print_result(result, arguments.json)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -297,6 +377,22 @@ def run_bench_compile(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
         check=arguments.check,
         out=arguments.out,
+    )
+
+
+def run_bench_parallel(arguments: argparse.Namespace) -> None:
+    from supra.bench.parallel import report
+    from supra.checkpoints import parse_dtype
+
+    report(
+        cells=parse_names(arguments.cells),
+        methods=parse_names(arguments.methods),
+        lengths=parse_integers("lengths", arguments.lengths),
+        widths=parse_integers("widths", arguments.widths),
+        batch=arguments.batch,
+        dtype=parse_dtype(arguments.dtype),
+        repeats=arguments.repeats,
+        as_json=arguments.json,
     )
 
 

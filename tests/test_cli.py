@@ -48,7 +48,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in ("convert", "inspect", "uptrain", "eval", "generate", "serve", "bench"):
+    for name in ("convert", "inspect", "uptrain", "eval", "diagnose", "generate", "serve", "bench"):
         assert f"\n    {name} " in printed
 
 

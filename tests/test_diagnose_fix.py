@@ -77,7 +77,7 @@ def test_the_best_cure_is_found_written_and_loaded(folders, collapsing, tmp_path
     assert {*verdicts} <= {"collapses", "grew"} and "collapses" in verdicts
     fix = found["fix"]
     trials = {x["name"]: x for x in fix["trials"]}
-    assert next(iter(trials)) == "none" and len(trials) == 10
+    assert next(iter(trials)) == "none" and len(trials) == 11
     assert fix["tokens"] == 8 * TRAINED and "those that follow" in fix["text"]
     best = trials[fix["best"]]
     assert best["beyond"] < 0.1 * trials["none"]["beyond"]

@@ -32,6 +32,7 @@ LAYERS = {
 LEVELS = [
     ["supra.cli"],
     ["supra.uptrain", "supra.convert", "supra.inspection", "supra.generation", "supra.bench"],
+    ["supra.long_context"],
     ["supra.evaluate"],
     ["supra.checkpoints", "supra.packing", "supra.losses", "supra.text", "supra.calibrate"],
     ["supra.modeling", "supra.configuration", "supra.cache"],

@@ -26,7 +26,8 @@ SUBSTITUTIONS = [
         "data.eval_documents=2 eval.tokens=64 calibrate.tokens=64 align.schedule.warmup=1 "
         "distill.schedule.warmup=1",
     ),
-    ("--text corpus.jsonl", "--text corpus.jsonl --sequence-length 64"),
+    ("./rnn --text corpus.jsonl", "./rnn --text corpus.jsonl --sequence-length 64"),
+    ("--to 65536", "--to 256 --trained-length 32"),
 ]
 
 
