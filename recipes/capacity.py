@@ -29,6 +29,7 @@ from supra.cache import new_cache
 from supra.cli import parse_integers
 from supra.errors import Diverged, UserError, command
 from supra.evaluate.heat_map import need_matplotlib
+from supra.files import replace_between
 from supra.packing import IGNORE, shifted_labels
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
@@ -36,7 +37,6 @@ from supra.uptrain.small import descend, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "capacity", HERE.parent / "docs" / "state_capacity.md"
-BEGIN, END = "<!-- capacity -->", "<!-- end of capacity -->"
 
 KEYS, VALUES, FILLERS = 64, 16, 16  # words of the language, in this order
 ASKED = 32  # facts of a row at most
@@ -304,8 +304,7 @@ def write_page() -> None:
         *(f"| {law.name} | {law.formula} | {law.error:.2f} |" for law in laws),
     ]
     text = "\n".join(lines)
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    replace_between(PAGE, "capacity", text)
     print(text)
 
 

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from supra.attention import attention_modules
 from supra.bench.timing import processor
 from supra.cache import new_cache
-from supra.cli import parse_integers
+from supra.cli import parse_seeds
 from supra.errors import UserError, command
 from supra.evaluate.heat_map import need_matplotlib
 from supra.evaluate.recall import recall_hits
+from supra.files import replace_between
 from supra.long_context import StatePolicy, use_policy
 from supra.synthetic import RecentRecall, draw, labelled
 from supra.testing import tiny_config, untrained_model
@@ -40,7 +41,6 @@ from supra.uptrain.small import descend, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "collapse", HERE.parent / "docs" / "long_context.md"
-BEGIN, END = "<!-- collapse -->", "<!-- end of collapse -->"
 
 LANGUAGE = RecentRecall()
 OPERATION = 3  # words
@@ -65,9 +65,7 @@ def main() -> None:
     if arguments.table:
         write_page()
         return
-    seeds = parse_integers("seeds", arguments.seeds)
-    if not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds {arguments.seeds!r} must name seeds from 0 on, as 0,1,2")
+    seeds = parse_seeds(arguments.seeds)
     if arguments.checkpoint and len(seeds) > 1:
         raise UserError(f"--checkpoint is of one seed, not {len(seeds)}: give --seeds 0")
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -260,10 +258,8 @@ def write_page() -> None:
     pictures.mkdir(exist_ok=True)
     draw_accuracy(results, pictures / "collapse.png")
     draw_growth(results, pictures / "growth.png")
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
     text = "\n".join(table(results))
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    replace_between(PAGE, "collapse", text)
     print(text)
 
 

@@ -25,13 +25,13 @@ from supra.evaluate import state_bytes
 from supra.evaluate.command import evaluate_text, load_model, position_edges
 from supra.evaluate.floors import find_mixers, measure_floors
 from supra.evaluate.perplexity import blocks_from_text
+from supra.files import replace_between
 from supra.text import Documents, open_dataset
 from supra.uptrain import load_config, train
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 CONTEXT, HELD_OUT_TOKENS, FLOORS_TOKENS = 1024, 65_536, 16_384
-BEGIN, END = "<!-- grid -->", "<!-- end of grid -->"
 # for budgets of a million tokens: many small steps, and warm-ups in their proportion
 SMALL = {
     "data.sequence_length": CONTEXT,
@@ -263,10 +263,8 @@ def write_table() -> None:
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
         *(line(row) for row in rows),
     ]
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
     table = "\n".join(lines)
-    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    replace_between(README, "grid", table)
     print(table)
 
 

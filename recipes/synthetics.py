@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from supra.bench.timing import processor
-from supra.cli import parse_integers
+from supra.cli import parse_seeds
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate.recall import recall_accuracy
+from supra.files import replace_between
 from supra.synthetic import LANGUAGES, Example, Language, draw, labelled
 from supra.testing import future_gradient, tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
@@ -33,7 +34,6 @@ from supra.uptrain.small import descend, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "synthetics", HERE / "README.md"
-BEGIN, END = "<!-- synthetics -->", "<!-- end of synthetics -->"
 EVERY = 50  # steps between two looks at held-out rows
 HELD_OUT = 512  # rows, of which no seed trains on one but by chance
 SOLVED = 0.95
@@ -75,8 +75,6 @@ class Settings:
         for name in ("steps", "batch", "layers", "width", "heads", "head_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} (={value}) must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"--seeds: {self.seed} must not be negative")
         if self.pool < 0 or 0 < self.pool < self.batch:
             raise UserError(f"--pool (={self.pool}) must be 0, or as many rows as a batch or more")
         if self.head_size is None and self.width % self.heads:
@@ -163,9 +161,7 @@ def read_settings(arguments: argparse.Namespace) -> list[Settings]:
         options = None
     if not isinstance(options, dict):
         raise UserError(f'--options {arguments.options!r} must be JSON, as \'{{"decay": "none"}}\'')
-    seeds = parse_integers("seeds", arguments.seeds)
-    if not seeds:
-        raise UserError("--seeds names none: 0,1,2 are three")
+    seeds = parse_seeds(arguments.seeds)
     names = {x.name for x in fields(Settings)} - {"options"}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     return [Settings(**given, options=options, seed=seed) for seed in seeds]
@@ -290,10 +286,8 @@ def write_table() -> None:
         "| --- | --- | ---: | --- | --- | --- | --- | ---: | ---: |",
         *map(line, rows),
     ]
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
     table = "\n".join(lines)
-    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    replace_between(README, "synthetics", table)
     print(table)
 
 

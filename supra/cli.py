@@ -436,5 +436,13 @@ def parse_integers(argument: str, text: str) -> list[int]:
         raise UserError(f"--{argument} {text!r} must be integers with commas, as 3,7") from None
 
 
+def parse_seeds(text: str) -> list[int]:
+    """`"0,1,2"` as a list of one at least."""
+    seeds = parse_integers("seeds", text)
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {text!r} must name seeds from 0 on, as 0,1,2")
+    return seeds
+
+
 if __name__ == "__main__":
     main()

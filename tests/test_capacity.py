@@ -27,7 +27,9 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(recipe, "BATCH_WORDS", 64)
     monkeypatch.setattr(recipe, "TEST_ROWS", 4)
-    (tmp_path / "page.md").write_text(f"above\n{recipe.BEGIN}\nold\n{recipe.END}\nbelow\n")
+    (tmp_path / "page.md").write_text(
+        "above\n<!-- capacity -->\nold\n<!-- end of capacity -->\nbelow\n"
+    )
     return recipe
 
 

@@ -33,7 +33,9 @@ def recipe(tmp_path, monkeypatch):
     recipe = load_recipe(monkeypatch)
     monkeypatch.setattr(recipe, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(recipe, "PAGE", tmp_path / "long_context.md")
-    (tmp_path / "long_context.md").write_text(f"above\n{recipe.BEGIN}\nold\n{recipe.END}\nbelow\n")
+    (tmp_path / "long_context.md").write_text(
+        "above\n<!-- collapse -->\nold\n<!-- end of collapse -->\nbelow\n"
+    )
     long = RecentRecall(length=2 * 60)
     small = {"STEPS": 1, "MORE_STEPS": 2, "BATCH": 4, "ROWS": 4, "SEGMENTS": 2, "LONG": long}
     for name, value in (small | {"BUCKETS": (0, 20, 40)}).items():

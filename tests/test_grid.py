@@ -22,7 +22,7 @@ def grid(tmp_path, monkeypatch):
     spec.loader.exec_module(grid)
     monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(grid, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(f"above\n{grid.BEGIN}\nold\n{grid.END}\nbelow\n")
+    (tmp_path / "README.md").write_text("above\n<!-- grid -->\nold\n<!-- end of grid -->\nbelow\n")
     monkeypatch.setattr(grid, "SMALL", grid.SMALL | {"data.sequence_length": 32, "eval.tokens": 64})
     monkeypatch.setattr(grid, "CONTEXT", 64)
     return grid

@@ -328,7 +328,9 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "README", tmp_path / "README.md")
     monkeypatch.setattr(recipe, "HELD_OUT", 16)
     monkeypatch.setattr(recipe, "EVERY", 2)
-    (tmp_path / "README.md").write_text(f"above\n{recipe.BEGIN}\nold\n{recipe.END}\nbelow\n")
+    (tmp_path / "README.md").write_text(
+        "above\n<!-- synthetics -->\nold\n<!-- end of synthetics -->\nbelow\n"
+    )
     return recipe
 
 
@@ -450,8 +452,14 @@ def test_a_model_that_is_not_causal_is_refused(recipe, run, monkeypatch, capsys)
         (["--task", "mqar", "--mixer", "supra", "--pool", 9], "--pool (=9) must be 0, or as many"),
         (["--task", "mqar", "--mixer", "supra", "--heads", 3], "does not divide into 3 heads"),
         (["--task", "mqar", "--mixer", "supra", "--loss", "some"], "unknown loss 'some'"),
-        (["--task", "mqar", "--mixer", "supra", "--seeds", ""], "--seeds names none"),
-        (["--task", "mqar", "--mixer", "supra", "--seeds", "0,-1"], "-1 must not be negative"),
+        (
+            ["--task", "mqar", "--mixer", "supra", "--seeds", ""],
+            "--seeds '' must name seeds from 0 on",
+        ),
+        (
+            ["--task", "mqar", "--mixer", "supra", "--seeds", "0,-1"],
+            "--seeds '0,-1' must name seeds",
+        ),
         (["--task", "mqar", "--mixer", "supra", "--head-size", 0], "--head-size (=0) must be at"),
         (["--task", "mqar", "--mixer", "supra", "--lr", 0], "--lr (=0.0) must be positive"),
     ],
