@@ -130,6 +130,18 @@ def test_float32_meets_its_tolerance():
     assert (found.states - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("width", "tokens", "expected"),
+    [(8, 200, "deer"), (8, 20, "sequential"), (300, 200, "sequential")],
+)
+def test_auto_takes_the_loop_where_scans_do_not_pay(width, tokens, expected):
+    cell = ParaGRU(3, width)
+    inputs = torch.randn(1, tokens, 3, generator=torch.Generator().manual_seed(0))
+    assert solve(cell, inputs).method == expected
+    dense, given, state, _ = example("gru", tokens=200, batch=1)
+    assert solve(dense, given, state).method == "sequential"
+
+
 def test_one_token_and_no_gradient():
     cell = ParaGRU(3, 4)
     inputs = torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(0))
