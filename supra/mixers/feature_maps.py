@@ -6,12 +6,14 @@ themselves.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from supra.errors import UserError
-from supra.mixers.base import AttentionShape, MixerInputs
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 
 
 class Identity(nn.Module):
@@ -97,12 +99,20 @@ class ReLU(_PerHead):
 
 class Hedgehog(_PerHead):
     """softmax([y, −y]) of y = Wx + b (Hedgehog, Zhang et al. 2024, section 4.1): peaked, as
-    softmax attention is. [B, T, H, K] to [B, T, H, 2K]."""
+    softmax attention is. [B, T, H, K] to [B, T, H, 2K].
+
+    Of queries and keys as long as a pretrained model's, W = I makes features of nearly one number
+    each, and products of nearly nothing: see `choose_sharpness`.
+    """
 
     after_rotary = True
 
     def activate(self, mapped: Tensor) -> Tensor:
         return torch.cat([mapped, -mapped], dim=-1).softmax(-1)
+
+    def sharpen(self, weight: nn.Parameter, by: Tensor) -> None:
+        """Make the rows of each head's W [H, out, in] as long as `by` [H]; they start at 1."""
+        weight.data.copy_(nn.functional.normalize(weight.data, dim=-1) * by[:, None, None])
 
 
 class MixedReLU(nn.Module):
@@ -172,6 +182,17 @@ def build_feature_map(name: str, shape: AttentionShape, expansion: int) -> nn.Mo
     """With its parameters not yet initialised."""
     wide = {"expansion": expansion} if expansion > 1 else {}
     return FEATURE_MAPS[name](shape, **wide)
+
+
+def choose_sharpness(
+    mixer: Mixer, inputs: MixerInputs, target: Tensor, key: float, queries: Sequence[float]
+) -> None:
+    """Where a mixer's features are hedgehog's, make those of all keys this sharp, and those of each
+    head's queries as sharp as leaves the smallest error; see `Mixer.choose`."""
+    features = mixer.feature_map
+    if isinstance(features, Hedgehog):
+        features.sharpen(features.key_weight, torch.full_like(features.key_bias[:, 0], key))
+        mixer.choose(inputs, target, queries, partial(features.sharpen, features.query_weight))
 
 
 def map_features(

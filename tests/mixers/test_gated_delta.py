@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from supra.mixers import AttentionShape, build_mixer
+from supra.mixers.feature_maps import choose_sharpness
+from supra.mixers.gated_delta import QUERY_SHARPNESSES
 from supra.testing import mixer_inputs
 
 SHAPE = AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=7, hidden_size=48)
@@ -39,7 +41,7 @@ def test_is_its_equation(feature_map):
 
 def test_calibration_finds_the_strength_and_the_half_life_that_made_the_target():
     torch.manual_seed(0)
-    mixer = build_mixer("gated_delta", SHAPE, {}).double()
+    mixer = build_mixer("gated_delta", SHAPE, {"feature_map": "sign_pair"}).double()
     mixer.reset_parameters()
     inputs = mixer_inputs(SHAPE, 200, seed=1)
     mixer.decay_gate.set_half_life(torch.full((6,), 64.0))
@@ -48,4 +50,20 @@ def test_calibration_finds_the_strength_and_the_half_life_that_made_the_target()
     mixer.reset_parameters()
     mixer.calibrate(inputs, target)
     torch.testing.assert_close(mixer.strength.bias.sigmoid(), torch.full((6,), 0.25).double())
+    torch.testing.assert_close(mixer(inputs)[0], target, atol=1e-5, rtol=1e-4)
+
+
+def test_calibration_finds_the_sharpness_that_made_the_target():
+    torch.manual_seed(0)
+    mixer = build_mixer("gated_delta", SHAPE, {}).double()
+    mixer.reset_parameters()
+    inputs = mixer_inputs(SHAPE, 200, seed=1)
+    features, made = mixer.feature_map, torch.tensor([0.05, 0.1, 0.25, 0.5, 1.0, 0.25]).double()
+    features.sharpen(features.key_weight, torch.full((2,), 0.5).double())
+    features.sharpen(features.query_weight, made)
+    target = 3 * mixer(inputs)[0]
+    features.reset_parameters()
+    choose_sharpness(mixer, inputs, target, 0.5, QUERY_SHARPNESSES)
+    found = features.query_weight.norm(dim=-1)
+    torch.testing.assert_close(found, made[:, None].expand_as(found))
     torch.testing.assert_close(mixer(inputs)[0], target, atol=1e-5, rtol=1e-4)
