@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 
+def count_chunks(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
+    """Chunks of all sequences in x [B, T, ...]; of packed ones an upper bound, without a look."""
+    batch, length = x.shape[:2]
+    if cu_seqlens is None:
+        return batch * -(-length // chunk_size)
+    return length // chunk_size + len(cu_seqlens) - 1
+
+
 class Layout(NamedTuple):
     """Chunks of all sequences in one list, so that a packed row costs what a batch does.
 

@@ -5,6 +5,7 @@ next and is sent what that returned, so that a backward pass gets what the forwa
 is called is the backend's module (see kernels/README.md), on any device, meta included.
 """
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,14 @@ LONG_CONV_MODES = 32  # of H3 and S4D
 
 
 def head_sizes(operation: str) -> tuple[int, ...]:
-    """To report on. Channels of a convolution are those of all heads: one size will do."""
-    return (64,) if operation in ("causal_conv", "long_conv") else (32, 64, 128, 256)
+    """To report on. Channels of a convolution are those of all heads: one size will do.
+
+    What blocks of a nonlinear state add to a gradient is written once a block: 50 KB a token and
+    head of 256, which nobody would train.
+    """
+    if operation in ("causal_conv", "long_conv"):
+        return (64,)
+    return (32, 64) if operation == "nonlinear_gated" else (32, 64, 128, 256)
 
 
 class Call(NamedTuple):
@@ -174,6 +181,26 @@ def long_conv(sizes: Sizes, *, width: int = 1, skip: bool = False) -> Calls:
         yield Call("recurrent", backend.recurrent, arguments, {}, (state,))
 
 
+def nonlinear_gated(sizes: Sizes) -> Calls:
+    """With two sweeps, whatever they leave: what is moved does not depend on it."""
+    from supra.kernels.nonlinear_gated import triton as backend
+
+    query, key, value = (sizes.rows() for _ in range(3))
+    state = sizes.state(sizes.width, sizes.width)
+    weight = torch.zeros_like(state[0])
+    inputs = (query, key, value, sizes.log_decay(), weight, state if sizes.packed else None)
+    inputs = (*inputs, sizes.cu_seqlens)
+    options = {"scale": 1.0, "sweeps": 2, "tolerance": math.inf, "chunk_size": 16}
+    found = yield Call("forward", backend.chunk_forward, inputs, {**options, "keep": True})
+    output, end, states, _ = found
+    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs, states)
+    yield Call("backward", backend.chunk_backward, arguments, options)
+    if not sizes.packed:
+        query, key, value = (sizes.rows(1) for _ in range(3))
+        arguments = (query, key, value, sizes.log_decay(1), weight, state)
+        yield Call("recurrent", backend.recurrent, arguments, {"scale": 1.0}, (state,))
+
+
 class Case(NamedTuple):
     calls: Callable[[Sizes], Calls]
     packed: bool = False
@@ -208,6 +235,10 @@ OPERATIONS: dict[str, dict[str, Case]] = {
         "width 1": Case(long_conv),
         "width 8": Case(partial(long_conv, width=8, skip=True)),
         "packed": Case(partial(long_conv, skip=True), packed=True),
+    },
+    "nonlinear_gated": {
+        "plain": Case(nonlinear_gated),
+        "packed": Case(nonlinear_gated, packed=True),
     },
 }
 

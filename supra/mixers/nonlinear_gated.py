@@ -4,9 +4,9 @@
 
 a, one number for each of the state, starts at 0, where with a small g it is gated linear attention
 with the teacher's query, key and value, and c its factor on QKᵀ. It is bounded: with |a| < 1 the
-recurrence contracts, so that Newton's method solves it over all tokens at once (supra/parallel);
-beyond 1 a number has two resting points and can count, and the method may have to give way to a
-loop.
+recurrence contracts, so that Newton's method solves it over many tokens at once in a few sweeps;
+beyond 1 a number has two resting points and can count, and the method takes more of them, or has to
+give way to a loop.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from supra.errors import UserError, check_choice
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.gates import DecayGate, fill_heads
-from supra.mixers.scan import LINEAR_ATTENTION, scan
+from supra.mixers.scan import LINEAR_ATTENTION, NONLINEAR_GATED, scan
 from supra.parallel import METHODS, NonlinearGated, solve
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
@@ -32,8 +32,9 @@ SEGMENT = 128  # tokens whose states are in memory together, K V numbers a head 
 @dataclass(frozen=True)
 class NonlinearGatedOptions:
     """largest: bound of |a|, up to 2.4. Below 1 the recurrence contracts; it takes more to count.
-    solver: a method of supra.parallel.solve.
-    sweeps: of that method at most; what has not converged then is read token by token.
+    solver: "auto", the kernels (supra/kernels/nonlinear_gated), which on a GPU take Newton's method
+        on chunks of tokens; or a method of supra.parallel.solve.
+    sweeps: of such a method at most; what has not converged then is read token by token.
     scale: whether s, one factor per head and channel, follows.
     output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
     """
@@ -95,7 +96,31 @@ class NonlinearGatedMixer(Mixer):
         state: NonlinearGatedState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, NonlinearGatedState | None]:
-        query, key, value, log_decay = self._tensors(inputs)
+        tensors = self._tensors(inputs)
+        memory = None if state is None else state.memory
+        if self.options.solver != "auto":
+            output, memory = self._solved(inputs, tensors, memory)
+        else:
+            *tensors, log_decay = tensors
+            output, memory = scan(
+                NONLINEAR_GATED, inputs, *tensors,
+                log_decay=log_decay,
+                state=memory,
+                return_state=return_state,
+                scale=inputs.scaling,
+                weight=self._weight(),
+            )  # fmt: skip
+        return output, NonlinearGatedState(memory) if return_state else None
+
+    def _solved(
+        self, inputs: MixerInputs, tensors: tuple[Tensor, ...], memory: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """By a method of `supra.parallel`, which needs all states of a segment in memory."""
+        query, key, value, log_decay = tensors
+        if inputs.padding_mask is not None:
+            log_decay = log_decay * inputs.padding_mask[..., None]
+        if inputs.watch is not None:
+            inputs.watch(log_decay)
         shape, first = query.shape[:2], None
         if inputs.cu_seqlens is not None and shape[1] > 1:
             first = torch.zeros(1, shape.numel(), dtype=torch.bool, device=query.device)
@@ -104,19 +129,24 @@ class NonlinearGatedMixer(Mixer):
             query, key, value, log_decay = (
                 x.flatten(0, 1)[None] for x in (query, key, value, log_decay)
             )
-        memory = None if state is None else state.memory
-        outputs = []
+        cell, outputs = NonlinearGated(self._weight().to(query.dtype)), []
         for begin in range(0, query.shape[1], SEGMENT):
             some = slice(begin, begin + SEGMENT)
-            drive = [x[:, some] for x in (key, value, log_decay, first) if x is not None]
-            states = self._states(tuple(drive), memory)
+            drive = tuple(x[:, some] for x in (key, value, log_decay, first) if x is not None)
+            states = solve(
+                cell, drive, memory, self.options.solver, max_iterations=self.options.sweeps
+            ).states
             memory = states[:, -1]
             outputs.append(torch.einsum("bthk,bthkv->bthv", query[:, some], states))
         output = torch.cat(outputs, dim=1).view(*shape, *value.shape[2:]) * inputs.scaling
-        return output, NonlinearGatedState(memory) if return_state else None
+        return output, memory
+
+    def _weight(self) -> Tensor:
+        """a, within its bound."""
+        return self.options.largest * torch.tanh(self.recurrence / self.options.largest)
 
     def _tensors(self, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key, value with its gain, and log_decay of every head; padding moves nothing."""
+        """Query, key, value with its gain, and log_decay of every head."""
         query = (inputs.query + self.query_bias).to(inputs.query.dtype)
         key = (inputs.key + self.key_bias).to(inputs.key.dtype)
         if inputs.rotary is not None:
@@ -125,18 +155,7 @@ class NonlinearGatedMixer(Mixer):
         groups = self.shape.query_heads // self.shape.key_heads
         key, value = (x.to(wide).repeat_interleave(groups, dim=2) for x in (key, inputs.value))
         log_decay = self.decay_gate(inputs.hidden_states).to(wide)
-        if inputs.padding_mask is not None:
-            log_decay = log_decay * inputs.padding_mask[..., None]
-        if inputs.watch is not None:
-            inputs.watch(log_decay)
         return query.to(wide), key, value * self.log_gain.exp()[:, None], log_decay
-
-    def _states(self, drive: tuple[Tensor, ...], memory: Tensor | None) -> Tensor:
-        """The state after every token, [B, T, Hq, K, V]."""
-        bound = self.options.largest
-        cell = NonlinearGated(bound * torch.tanh(self.recurrence / bound).to(drive[0].dtype))
-        found = solve(cell, drive, memory, self.options.solver, max_iterations=self.options.sweeps)
-        return found.states
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T], of the linear part: what the tanh does is left out."""

@@ -13,6 +13,7 @@ from supra.kernels.gated_linear_attention import (
     recurrent_gated_linear_attention,
 )
 from supra.kernels.linear_attention import chunk_linear_attention, recurrent_linear_attention
+from supra.kernels.nonlinear_gated import chunk_nonlinear_gated, recurrent_nonlinear_gated
 from supra.mixers.base import MixerInputs
 from supra.mixers.bounded import Row, Tensors, bounded, windowed
 
@@ -27,6 +28,7 @@ class Operation(NamedTuple):
 LINEAR_ATTENTION = Operation(chunk_linear_attention, recurrent_linear_attention)
 GATED_LINEAR_ATTENTION = Operation(chunk_gated_linear_attention, recurrent_gated_linear_attention)
 GATED_DELTA_RULE = Operation(chunk_gated_delta_rule, recurrent_gated_delta_rule)
+NONLINEAR_GATED = Operation(chunk_nonlinear_gated, recurrent_nonlinear_gated)
 
 
 def scan(

@@ -1,4 +1,4 @@
-"""200 random shapes and options of every operation, its Triton kernels against the recurrence.
+"""Random shapes and options of every operation, its Triton kernels against the recurrence.
 
 The draws are the same in every run. What may differ is a share of a result's size and, since some
 results cancel (a normalised output of one token does not depend on its query), four roundings of
@@ -16,11 +16,13 @@ from supra.kernels.gated_delta_rule import chunk_gated_delta_rule
 from supra.kernels.gated_linear_attention import chunk_gated_linear_attention
 from supra.kernels.linear_attention import LinearAttentionState, chunk_linear_attention
 from supra.kernels.long_conv import chunk_ssm_conv
+from supra.kernels.nonlinear_gated import chunk_nonlinear_gated
 from tests.kernels import test_causal_conv as convolution
 from tests.kernels import test_gated_delta_rule_triton as delta
 from tests.kernels import test_gated_linear_attention_triton as gated
 from tests.kernels import test_linear_attention_triton as linear
 from tests.kernels import test_long_conv_triton as long
+from tests.kernels import test_nonlinear_gated_triton as nonlinear
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 DECAYS = (0.0, 0.1, 1.0, 30.0, 1e5)  # times the logs of a test's decay, which are -4 at the most
@@ -178,3 +180,21 @@ def test_long_conv(data):
     )  # fmt: skip
     inputs["log_decay"] *= draw.one_of(*DECAYS)
     draw.check(chunk_ssm_conv, inputs)
+
+
+@pytest.mark.long
+@hypothesis.settings(cases, max_examples=20)  # of seconds each
+@hypothesis.given(st.data())
+def test_nonlinear_gated(data):
+    draw = Draw(data, longest=20)
+    widths = draw.between(1, 20), draw.between(1, 20)
+    inputs = nonlinear.make_inputs(
+        draw.batch, draw.length, draw.kv_heads, *widths, draw.one_of(0.0, 0.9, 2.4), draw.dtype,
+        draw.sequences, draw.seed,
+    )  # fmt: skip
+    inputs["log_decay"] *= draw.one_of(*DECAYS)
+    chunk_size, sweeps = draw.one_of(None, 4, 8), draw.one_of(1, 4)
+    draw.check(
+        chunk_nonlinear_gated, inputs, scale=draw.one_of(1.0, 0.1), chunk_size=chunk_size,
+        sweeps=sweeps,
+    )  # fmt: skip

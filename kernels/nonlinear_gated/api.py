@@ -1,0 +1,209 @@
+"""Contract, validation and dispatch of the nonlinear gated recurrence.
+
+For every head, with the state S in R^{K x V}, a weight a of the same shape and f_t = exp(g_t):
+
+    S_t = f_t S_{t-1} + (1 - f_t) tanh(a * S_{t-1} + k_t v_t^T)        o_t = scale * q_t S_t
+
+an elementwise form of the nonlinear matrix state of M2RNN (arXiv 2603.14360). With a = 0 and a
+small k v^T it is gated linear attention; with |a| < 1 it contracts; beyond 1 a number of the state
+has two resting points.
+
+No number of the state depends on another, so that Newton's method on all states of a chunk of
+tokens takes a scan of scalars a sweep (DEER, Lim et al. 2023, arXiv 2309.12252; ParaRNN, Danieli et
+al. 2025, arXiv 2510.21450). The Triton kernels hold a chunk in registers and go over the chunks in
+turn; a chunk of C tokens is exact after C sweeps whatever a is, so that there is no weight with
+which they fail. The torch backend computes token by token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from supra.kernels import checks
+from supra.kernels.backends import choose, without_autocast
+from supra.kernels.nonlinear_gated import operator, reference
+from supra.kernels.nonlinear_gated import torch as torch_backend
+
+OPERATION = "nonlinear_gated"
+CHUNK_SIZES = {"torch": 64, "triton": 16}
+LARGEST_CHUNK = 64
+SWEEPS, TOLERANCE = 4, 1e-6
+
+
+class Convergence(NamedTuple):
+    """How the chunks of each sequence and head were solved; zeros where tokens came one by one.
+
+    residual: [N, H], the largest |S_t - f(S_{t-1})| that was left in any of them.
+    sweeps: [N, H], int32, the most sweeps that one of them took.
+    """
+
+    residual: Tensor
+    sweeps: Tensor
+
+
+def chunk_nonlinear_gated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    return_convergence: bool = False,
+    cu_seqlens: Tensor | None = None,
+    sweeps: int = SWEEPS,
+    tolerance: float = TOLERANCE,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Convergence]:
+    """The recurrence over whole sequences.
+
+    Args:
+        query: [B, T, H, K], any floating dtype, as all inputs. T >= 1.
+        key: [B, T, H, K], as many heads as queries have.
+        value: [B, T, H, V].
+        log_decay: [B, T, H], natural log of f, <= 0 (not checked: that would synchronise a GPU);
+            down to -inf. A token with 0 leaves the state as it is.
+        weight: [H, K, V], a.
+        scale: factor on the output.
+        initial_state: [N, H, K, V], the state before the first token; None for zeros. N is the
+            batch size, or the number of packed sequences.
+        return_state: also return the state after the last token.
+        return_convergence: return a third value, Convergence.
+        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
+            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
+            torch backend reads it on the host: keep it on the CPU to spare a GPU the
+            synchronisation.
+        sweeps: of Newton's method that every chunk gets without a look at its residual, >= 1; of
+            the triton backend, as the next.
+        tolerance: of the residual, >= 0; a chunk that is above it is swept on. States are within
+            one, or the largest number that they began with, and a residual is seldom below 2e-7.
+        chunk_size: tokens that the triton backend solves for at once, a power of two up to 64, and
+            after which any backend keeps a state for the backward pass, K * V numbers a head; None
+            for 16 in triton, whose tiles are cut for that, and 64 in torch. Changes speed, memory
+            and rounding only.
+        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" is
+            triton on a GPU where triton can run, torch elsewhere. A backend that cannot run raises;
+            none falls back to another.
+
+    Returns:
+        Output [B, T, H, V] in value.dtype, and the final state or None. The state is float32, or
+        float64 for float64 inputs; so is every computation, also under autocast. Gradients flow to
+        and from all tensors, the states included; second derivatives need backend="reference".
+
+    Raises:
+        ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
+    """
+    _check_inputs(query, key, value, log_decay, weight)
+    _check_options(sweeps, tolerance, chunk_size)
+    count = checks.check_packing("query", query, cu_seqlens)
+    state = checks.check_state(initial_state, query, key, value, count)
+    backend = choose(OPERATION, backend, query, key, value, log_decay, weight)
+    inputs = (query, key, value, log_decay, weight, state)
+    if backend == "reference":
+        output, end = _reference(*inputs, cu_seqlens, scale)
+        solved = end.new_zeros(2, count, query.shape[2])
+    else:
+        output, end, _, solved = _chunks(
+            inputs, cu_seqlens, scale, sweeps, tolerance, chunk_size, backend
+        )
+    end = end if return_state else None
+    if not return_convergence:
+        return output, end
+    return output, end, Convergence(solved[0], solved[1].to(torch.int32))
+
+
+def recurrent_nonlinear_gated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    in_place: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The same function token by token; for decoding, where T = 1 is one short step.
+
+    Arguments, results and errors are those of `chunk_nonlinear_gated`, and one more:
+
+    in_place: write the final state into the tensor initial_state and return that, so that a step
+        allocates no state. It must be contiguous, float32 (float64 for float64 inputs), and need no
+        gradient. Otherwise the state that is passed in is not changed.
+
+    With backend="triton", a call that needs gradients runs the chunked kernels.
+    """
+    _check_inputs(query, key, value, log_decay, weight)
+    state = checks.check_state(initial_state, query, key, value, len(query))
+    inputs = (query, key, value, log_decay, weight)
+    if in_place:
+        dtype = checks.state_dtype(query, key, value)
+        checks.check_in_place(dtype, inputs, initial_state=initial_state)
+    backend = choose(OPERATION, backend, *inputs)
+    if backend == "reference":
+        output, end = _reference(*inputs, state, None, scale)
+        end = initial_state.copy_(end) if in_place else end
+    elif backend == "torch":
+        with without_autocast(query.device):
+            output, end = torch_backend.recurrent(*inputs, state, scale=scale, in_place=in_place)
+    elif checks.needs_gradient(*inputs, state):
+        output, end, *_ = _chunks((*inputs, state), None, scale, SWEEPS, TOLERANCE, None, backend)
+    else:
+        end = state if in_place else checks.own_state(state, query, key, value)
+        output = operator.step(*inputs, end, scale)
+    return output, end if return_state else None
+
+
+def _chunks(inputs, cu_seqlens, scale, sweeps, tolerance, chunk_size, backend):
+    chunk_size = chunk_size or CHUNK_SIZES[backend]
+    keep = checks.needs_gradient(*inputs)
+    return operator.forward(
+        *inputs, cu_seqlens, scale, sweeps, tolerance, chunk_size, keep, backend
+    )
+
+
+def _reference(query, key, value, log_decay, weight, state, cu_seqlens, scale):
+    with without_autocast(query.device):
+        output, state = reference.recurrence(
+            query, key, value, log_decay, weight, state,
+            bounds=checks.bounds(cu_seqlens, *query.shape[:2]), scale=scale,
+        )  # fmt: skip
+    return output.to(value.dtype), state.to(checks.state_dtype(query, key, value))
+
+
+def _check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, weight: Tensor
+) -> None:
+    checks.check_heads(query, key, value)
+    checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay, weight=weight)
+    heads = query.shape[2]
+    if key.shape[2] != heads:
+        raise ValueError(
+            f"key (shape {checks.shape(key)}) must have {heads} heads, as query has; repeat them"
+        )
+    if log_decay.shape != query.shape[:3]:
+        raise ValueError(
+            f"log_decay (shape {checks.shape(log_decay)}) must be {list(query.shape[:3])} [B, T, H]"
+        )
+    shape = [heads, query.shape[3], value.shape[3]]
+    if checks.shape(weight) != shape:
+        raise ValueError(
+            f"weight (shape {checks.shape(weight)}) must be {shape} [H, K, V]: one number for each "
+            "of the state"
+        )
+
+
+def _check_options(sweeps: int, tolerance: float, chunk_size: int | None) -> None:
+    if sweeps < 1:
+        raise ValueError(f"sweeps (={sweeps}) must be >= 1")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance (={tolerance}) must be >= 0")
+    sizes = [1 << n for n in range(LARGEST_CHUNK.bit_length())]
+    if chunk_size is not None and chunk_size not in sizes:
+        raise ValueError(f"chunk_size (={chunk_size}) must be a power of two up to {LARGEST_CHUNK}")

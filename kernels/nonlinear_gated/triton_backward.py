@@ -1,0 +1,104 @@
+"""The Triton kernel of the gradients of the nonlinear gated recurrence."""
+
+import triton
+import triton.language as tl
+
+from supra.kernels.nonlinear_gated.triton_newton import (
+    affine_scan,
+    load_block,
+    load_decay,
+    solve,
+    store_block,
+)
+from supra.kernels.tiles import offset, sequence
+
+
+@triton.jit
+def chunk_gradients(
+    query, key, value, log_decay, weight, states, d_output, d_end,
+    d_query, d_key, d_value, d_log_decay, d_weight, d_state, cu_seqlens, chunk_offsets,
+    query_batch, query_time, query_head, key_batch, key_time, key_head,
+    value_batch, value_time, value_head, decay_batch, decay_time, decay_head,
+    d_batch, d_time, d_head, key_block, value_block, decay_block, length, heads, scale,
+    sweeps, tolerance,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_END: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What a block [BLOCK_K, BLOCK_V] of the state adds to every gradient.
+
+    grid: (N * H * blocks,). The states of a chunk are solved for again, from the state before it;
+    the gradients of the states are the same scan backwards in time, with their true Jacobians.
+    d_query, d_key: [blocks of V, B, T, H, K], d_value: [blocks of K, B, T, H, V], d_log_decay:
+    [blocks, B, T, H], d_weight: [N, H, K, V].
+    """
+    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
+    blocks: tl.constexpr = across * ((KEY_WIDTH + BLOCK_K - 1) // BLOCK_K)
+    lane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    n, head = lane // heads, lane % heads
+    column_k, column_v = (block // across) * BLOCK_K, (block % across) * BLOCK_V
+    left_k, left_v = KEY_WIDTH - column_k, VALUE_WIDTH - column_v
+    corner = column_k * VALUE_WIDTH + column_v  # of the block in a state
+    times = tl.arange(0, CHUNK)
+    rows = times[:, None, None]
+    row, begin, tokens, chunk = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+
+    query += offset(row, query_batch, begin, query_time, head, query_head) + column_k
+    key += offset(row, key_batch, begin, key_time, head, key_head) + column_k
+    value += offset(row, value_batch, begin, value_time, head, value_head) + column_v
+    log_decay += offset(row, decay_batch, begin, decay_time, head, decay_head)
+    d_output += offset(row, d_batch, begin, d_time, head, d_head) + column_v
+    place = (row * tl.cast(length, tl.int64) + begin) * heads + head
+    key_place = (block % across) * tl.cast(key_block, tl.int64) + place * KEY_WIDTH
+    d_query += key_place
+    d_key += key_place
+    d_value += (block // across) * tl.cast(value_block, tl.int64) + place * VALUE_WIDTH
+    d_log_decay += block * tl.cast(decay_block, tl.int64) + place
+    state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
+    states += (tl.cast(chunk, tl.int64) * heads + head) * state_size
+    own = tl.cast(lane, tl.int64) * state_size
+    weight += head * state_size + corner
+    a = load_block(weight, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)[None, :, :]
+    da = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    ds = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if HAS_END:
+        ds = load_block(d_end + own + corner, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)
+
+    chunks = tl.cdiv(tokens, CHUNK)
+    for i in range(0, chunks):
+        c = chunks - 1 - i
+        left = tokens - c * CHUNK
+        at = tl.cast(c * CHUNK, tl.int64)
+        base = states + c * tl.cast(heads, tl.int64) * state_size
+        s = load_block(base + corner, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)[None, :, :]
+        k = load_block(key + at * key_time, key_time, left, left_k, CHUNK, BLOCK_K)
+        v = load_block(value + at * value_time, value_time, left, left_v, CHUNK, BLOCK_V)
+        keep, write = load_decay(log_decay + at * decay_time, decay_time, times, left)
+        k, v = k[:, :, None], v[:, None, :]
+        before, new, _, _ = solve(k * v, keep, write, a, s, rows, sweeps, tolerance, CHUNK)
+
+        q = load_block(query + at * query_time, query_time, left, left_k, CHUNK, BLOCK_K)
+        d = load_block(d_output + at * d_time, d_time, left, left_v, CHUNK, BLOCK_V)
+        q, d = q[:, :, None], d[:, None, :] * scale
+        at_key, key_stride = at * heads * KEY_WIDTH + column_k, heads * KEY_WIDTH
+        found = tl.sum(d * (keep * before + write * new), 2)
+        store_block(d_query + at_key, key_stride, left, left_k, found)
+
+        bent = write * (1.0 - new * new)
+        slope = keep + bent * a
+        entering = tl.where(rows == CHUNK - 1, ds[None, :, :], 0.0)
+        leaving, later = affine_scan(slope, slope * (q * d), entering, True)
+        ds = tl.sum(tl.where(rows == 0, leaving, 0.0), 0)
+        d_after = q * d + later  # of the state after each token
+        found = tl.sum(tl.sum(keep * (before - new) * d_after, 2), 1)
+        tl.store(d_log_decay + (at + times) * heads, found, mask=times < left)
+        d_bent = bent * d_after
+        da += tl.sum(d_bent * before, 0)
+        found = tl.sum(d_bent * v, 2)
+        store_block(d_key + at_key, key_stride, left, left_k, found)
+        found = tl.sum(d_bent * k, 1)
+        base = d_value + at * heads * VALUE_WIDTH + column_v
+        store_block(base, heads * VALUE_WIDTH, left, left_v, found)
+    store_block(d_weight + own + corner, VALUE_WIDTH, left_k, left_v, da)
+    if HAS_INITIAL:
+        store_block(d_state + own + corner, VALUE_WIDTH, left_k, left_v, ds)
