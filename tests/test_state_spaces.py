@@ -175,7 +175,7 @@ def test_uptraining_brings_it_closer(teacher, folder, tmp_path):
         f"data.path={teacher}/text.jsonl", "data.sequence_length=64", "data.eval_documents=4",
         "budget.tokens=10240", "batch.size=4", "batch.accumulation=1", "precision=fp32",
         "align.share=0.5", "align.optimizer.lr=1e-3",
-        "distill.share=0.5", "distill.optimizer.lr=1e-3",
+        "distill.share=0.5", "distill.optimizer.lr=1e-3", "distill.kl=1", "distill.next_token=0",
         "calibrate.tokens=1024", "eval.tokens=512", "checkpoint.every=1000",
     ]  # fmt: skip
     train(load_config("recipes/configs/supra.yaml", overrides))
