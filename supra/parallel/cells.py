@@ -22,6 +22,10 @@ class Cell(nn.Module, ABC):
 
     structure: ClassVar[Structure] = Structure.DENSE
 
+    def contracts(self) -> bool:
+        """Whether its weights let Newton's method converge in a few sweeps, as far as they tell."""
+        return True
+
     def project(self, inputs: Tensor) -> Drive:
         """The part that does not depend on the state: of inputs [B, T, …], tensors [B, T, …]."""
         return (inputs,)
@@ -165,6 +169,9 @@ class ParaGRU(Cell):
         self.input = nn.Linear(input_size, 3 * width)
         self.weight = nn.Parameter(torch.randn(3, width) * 0.4 / math.sqrt(5))
 
+    def contracts(self) -> bool:
+        return self.largest <= 1
+
     def project(self, inputs: Tensor) -> Drive:
         return (self.input(inputs),)
 
@@ -204,6 +211,9 @@ class ParaLSTM(Cell):
         self.input = nn.Linear(input_size, 3 * width)
         self.weight = nn.Parameter(torch.randn(3, width) * 0.4 / math.sqrt(5))
         self.peephole = nn.Parameter(torch.randn(2, width) * 0.4 / math.sqrt(5))
+
+    def contracts(self) -> bool:
+        return self.largest <= 1
 
     def project(self, inputs: Tensor) -> Drive:
         return (self.input(inputs),)
@@ -254,6 +264,9 @@ class NonlinearGated(Cell):
             self.weight = weight
         else:
             self.register_buffer("weight", weight, persistent=False)
+
+    def contracts(self) -> bool:
+        return self.weight.abs().amax().item() <= 1
 
     def project(self, inputs: tuple[Tensor, ...]) -> Drive:
         """key [B, T, H, K], value [B, T, H, V] and log_decay [B, T, H], the log of f; and, where

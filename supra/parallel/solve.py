@@ -131,12 +131,13 @@ FEW_TOKENS = 128
 
 
 def choose_method(cell: Cell, state: Tensor, tokens: int) -> str:
-    """What "auto" is: deer where a scan costs less than a loop's many small steps, which on a CPU
-    is where states are small, and on a GPU for all but dense Jacobians; else sequential."""
+    """What "auto" is: deer where the cell contracts and a scan costs less than a loop's many small
+    steps, which on a CPU is where states are small, and on a GPU for all but dense Jacobians; else
+    sequential."""
     few = state.numel() <= FEW_NUMBERS[cell.structure] or (
         state.device.type != "cpu" and cell.structure is not Structure.DENSE
     )
-    return "deer" if few and tokens >= FEW_TOKENS else "sequential"
+    return "deer" if few and tokens >= FEW_TOKENS and cell.contracts() else "sequential"
 
 
 def _numbers(found: Solution) -> dict:

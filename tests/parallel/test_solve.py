@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from supra.errors import UserError
-from supra.parallel import METHODS, NotConverged, ParaGRU, solve
+from supra.parallel import METHODS, NonlinearGated, NotConverged, ParaGRU, solve
 from supra.parallel.solve import LARGEST
 from tests.parallel.examples import NAMES, example, expanding
 
@@ -140,6 +140,15 @@ def test_auto_takes_the_loop_where_scans_do_not_pay(width, tokens, expected):
     assert solve(cell, inputs).method == expected
     dense, given, state, _ = example("gru", tokens=200, batch=1)
     assert solve(dense, given, state).method == "sequential"
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(0.9, "deer"), (2.4, "sequential")])
+def test_auto_takes_the_loop_where_newton_may_not_converge(largest, expected):
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(1, 200, 1, 4, generator=generator) for _ in range(2))
+    cell = NonlinearGated(torch.full((1, 4, 4), largest))
+    assert solve(cell, (key, value, -torch.ones(1, 200, 1))).method == expected
+    assert solve(ParaGRU(3, 8, largest=largest), torch.randn(1, 200, 3)).method == expected
 
 
 def test_one_token_and_no_gradient():
