@@ -271,25 +271,28 @@ def floors_of(final: Path, text: str) -> list[dict[str, Any]]:
 def write_table() -> None:
     rows = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
     rows.sort(key=lambda row: (row["tokens"], row.get("ratio", math.inf)))
+    tuned = {row["tokens"]: row for row in rows if row["row"] == "teacher_tuned"}
     lines = [
-        "| row | recipe | mixer | softmax layers | tokens | ratio | excess nats | perplexity "
-        "| state at 1024 | minutes | machine | seed |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        *(line(row) for row in rows),
+        "| row | recipe | mixer | softmax layers | tokens | ratio | ratio to the tuned teacher "
+        "| excess nats | perplexity | state at 1024 | minutes | machine | seed |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        *(line(row, tuned.get(row["tokens"])) for row in rows),
     ]
     table = "\n".join(lines)
     replace_between(README, "grid", table)
     print(table)
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], tuned: dict[str, Any] | None = None) -> str:
+    """tuned: the row of the teacher tuned on as many tokens, if there is one."""
     cells = [row["row"], row["recipe"], row["mixer"], str(len(row["softmax_layers"]))]
     cells.append(f"{row['tokens']:,}")
     if "failed" in row:
-        cells += [row["failed"].split(":")[0], "", "", "", ""]
+        cells += [row["failed"].split(":")[0], "", "", "", "", ""]
     else:
         cells += [
             f"{row['ratio']:.3f}",
+            f"{row['perplexity'] / tuned['perplexity']:.3f}" if tuned else "—",
             f"{row['excess_nats']:.3f}",
             f"{row['perplexity']:.2f}",
             f"{row['state_bytes'] / 1e6:.1f} MB",

@@ -287,23 +287,30 @@ class NonlinearGated(Cell):
         return self._parts(state, drive)[0]
 
     def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
-        after, keep, new = self._parts(state, drive)
-        slope = keep + (1 - keep) * (1 - new.square()) * self.weight
+        after, new = self._parts(state, drive)
+        keep, write = _keep_and_write(drive[1])
+        slope = keep + write * (1 - new.square()) * self.weight
         return after, slope * drive[2] if len(drive) > 2 else slope
 
     def linear_solution(self, drive: Drive) -> tuple[Tensor, Tensor]:
         """Matrix and bias of the same recurrence with a = 0: where Newton's method begins."""
         written, log_decay, *connected = drive
-        keep = log_decay.exp().expand_as(written)
-        bias = (1 - keep) * written.tanh()
-        return keep * connected[0] if connected else keep, bias
+        keep, write = _keep_and_write(log_decay)
+        keep = keep.expand_as(written)
+        return keep * connected[0] if connected else keep, write * written.tanh()
 
-    def _parts(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
+        """The next state and its tanh."""
         written, log_decay, *connected = drive
         state = state * connected[0] if connected else state
-        keep = log_decay.exp()
+        keep, write = _keep_and_write(log_decay)
         new = (self.weight * state + written).tanh()
-        return keep * state + (1 - keep) * new, keep, new
+        return keep * state + write * new, new
+
+
+def _keep_and_write(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """f and 1 − f, the latter exact where f is near 1."""
+    return log_decay.exp(), -torch.expm1(log_decay)
 
 
 def _as_torch_does(cell: nn.Module, width: int) -> None:
