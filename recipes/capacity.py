@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from supra.arguments import parse_integers, parse_seeds
 from supra.attention import attention_modules
 from supra.bench.timing import processor
 from supra.cache import new_cache
-from supra.cli import parse_integers
 from supra.errors import Diverged, UserError, command
 from supra.evaluate.heat_map import need_matplotlib
 from supra.files import replace_between
@@ -65,12 +65,13 @@ def main() -> None:
     if arguments.table:
         write_page()
         return
-    heads, seeds = (parse_integers(x, getattr(arguments, x)) for x in ("heads", "seeds"))
+    heads = parse_integers("heads", arguments.heads)
+    seeds = parse_seeds(arguments.seeds)
     for count in heads:
         if count < 1 or WIDTH % count:
             raise UserError(f"--heads: {count} does not divide the width of {WIDTH}")
-    if not heads or not seeds or min(seeds) < 0:
-        raise UserError("--heads and --seeds must name some, seeds from 0 on: as 16,4,1 and 0,1")
+    if not heads:
+        raise UserError("--heads must name some, as 16,4,1")
     if arguments.steps < 1:
         raise UserError(f"--steps (={arguments.steps}) must be at least 1")
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from supra.arguments import parse_seeds
 from supra.attention import attention_modules
 from supra.bench.timing import processor
 from supra.cache import new_cache
-from supra.cli import parse_seeds
 from supra.errors import UserError, command
 from supra.evaluate.heat_map import need_matplotlib
 from supra.evaluate.recall import recall_hits

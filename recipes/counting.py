@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from supra.arguments import parse_names, parse_seeds
 from supra.attention import attention_modules
 from supra.bench.timing import processor
-from supra.cli import parse_names, parse_seeds
 from supra.errors import UserError, check_choice, command
 from supra.files import replace_between
 from supra.packing import IGNORE

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from supra.arguments import parse_seeds
 from supra.bench.timing import processor
-from supra.cli import parse_seeds
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate.recall import recall_accuracy
 from supra.files import replace_between

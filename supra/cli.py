@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from supra.arguments import parse_integers, parse_names
+from supra.bench.command import add_bench
 from supra.errors import UserError, check_choice, command
 
 
@@ -38,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("convert", help="turn a transformer into a recurrent network")
     add.add_argument("--model", required=True, help="hub id, folder or GGUF file")
     add.add_argument("--out", required=True, type=Path, help="folder to make")
-    add.add_argument("--mixer", default="supra", help="supra, supra_paper or softmax")
+    add.add_argument(
+        "--mixer", default="supra", help="supra, gated, mamba2, window …: see the README"
+    )
     add.add_argument(
         "--mixer-option", action="append", default=[], metavar="NAME=VALUE",
         help="an option of the mixer, as feature_map=identity; may be repeated",
@@ -152,48 +156,6 @@ def add_diagnose(commands: Any) -> None:
     )
     add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add.set_defaults(run=run_diagnose)
-
-
-def add_bench(commands: Any) -> None:
-    """`supra bench kernels | compile | parallel`."""
-    add_bench_parallel(commands)
-    add = commands.add_parser("kernels", help="speed of the operations, and of their rivals")
-    add.add_argument("--ops", default="", metavar="A,B", help="operations; default: all")
-    add.add_argument(
-        "--lengths", default="2048", metavar="A,B",
-        help="tokens; several show how time and memory grow, without rivals but in decoding",
-    )  # fmt: skip
-    add.add_argument("--heads", type=int, default=8)
-    add.add_argument("--head-size", type=int, default=64)
-    add.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    add.add_argument("--batch", type=int, default=1)
-    add.add_argument("--repeats", type=int, default=10, help="measurements of each")
-    add.add_argument("--json", action="store_true", help="JSON")
-    add.set_defaults(run=run_bench_kernels)
-
-    add = commands.add_parser("compile", help="registers, spills and traffic; needs no GPU")
-    add.add_argument("--ops", default="", metavar="A,B", help="operations; default: all")
-    add.add_argument("--case", action="append", help="options of them; may be repeated")
-    add.add_argument("--archs", default="", metavar="A,B", help="sm_80,sm_90,sm_100,small")
-    add.add_argument("--head-sizes", default="", metavar="A,B", help="32,64,128,256")
-    add.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    add.add_argument("--json", action="store_true", help="JSON")
-    add.add_argument("--check", action="store_true", help="exit code 1 if a kernel breaks a gate")
-    add.add_argument("--out", type=Path, metavar="FILE", help="write there and not to the terminal")
-    add.set_defaults(run=run_bench_compile)
-
-
-def add_bench_parallel(commands: Any) -> None:
-    add = commands.add_parser("parallel", help="solvers of nonlinear recurrences against a loop")
-    add.add_argument("--cells", default="", metavar="A,B", help="default: all")
-    add.add_argument("--methods", default="", metavar="A,B", help="default: all, and auto")
-    add.add_argument("--lengths", default="256,2048,8192", metavar="A,B", help="tokens")
-    add.add_argument("--widths", default="16", metavar="A,B", help="channels of a cell")
-    add.add_argument("--batch", type=int, default=1)
-    add.add_argument("--dtype", default="float32", help="float32 or float64")
-    add.add_argument("--repeats", type=int, default=3, help="measurements of each")
-    add.add_argument("--json", action="store_true", help="JSON")
-    add.set_defaults(run=run_bench_parallel)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -349,53 +311,6 @@ def run_generate(arguments: argparse.Namespace) -> None:
     )
 
 
-def run_bench_kernels(arguments: argparse.Namespace) -> None:
-    from supra.bench.kernels import report
-    from supra.checkpoints import parse_dtype
-
-    report(
-        operations=parse_names(arguments.ops),
-        lengths=parse_integers("lengths", arguments.lengths),
-        heads=arguments.heads,
-        head_size=arguments.head_size,
-        dtype=parse_dtype(arguments.dtype),
-        batch=arguments.batch,
-        repeats=arguments.repeats,
-        as_json=arguments.json,
-    )
-
-
-def run_bench_compile(arguments: argparse.Namespace) -> None:
-    from supra.bench.compile import report
-
-    report(
-        operations=parse_names(arguments.ops),
-        cases=arguments.case,
-        targets=parse_names(arguments.archs),
-        widths=parse_integers("head-sizes", arguments.head_sizes),
-        processes=arguments.jobs,
-        as_json=arguments.json,
-        check=arguments.check,
-        out=arguments.out,
-    )
-
-
-def run_bench_parallel(arguments: argparse.Namespace) -> None:
-    from supra.bench.parallel import report
-    from supra.checkpoints import parse_dtype
-
-    report(
-        cells=parse_names(arguments.cells),
-        methods=parse_names(arguments.methods),
-        lengths=parse_integers("lengths", arguments.lengths),
-        widths=parse_integers("widths", arguments.widths),
-        batch=arguments.batch,
-        dtype=parse_dtype(arguments.dtype),
-        repeats=arguments.repeats,
-        as_json=arguments.json,
-    )
-
-
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """`["decay=fixed", "scale=false"]` as a dict; values are read as YAML."""
     import yaml
@@ -421,27 +336,6 @@ def parse_layers(text: str) -> list[int] | float | str:
     if "." in text or "%" in text:
         return parse_share(text)
     return parse_integers("keep-attention", text)
-
-
-def parse_names(text: str) -> list[str]:
-    """`"a,b"` as a list; empty text is none."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def parse_integers(argument: str, text: str) -> list[int]:
-    """`"3,7"` as a list; empty text is none."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--{argument} {text!r} must be integers with commas, as 3,7") from None
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`"0,1,2"` as a list of one at least."""
-    seeds = parse_integers("seeds", text)
-    if not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds {text!r} must name seeds from 0 on, as 0,1,2")
-    return seeds
 
 
 if __name__ == "__main__":

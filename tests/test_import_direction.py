@@ -22,6 +22,7 @@ LAYERS = {
     "supra/configuration.py": {"torch", "transformers", "supra.errors", "supra.modeling"},
     "supra": MODEL,
     "supra/bench": {"torch", "triton", "supra.bench", "supra.kernels", "supra.errors"},
+    "supra/bench/command.py": {"supra.arguments", "supra.bench", "supra.checkpoints"},
     "supra/bench/parallel.py": {"torch", "supra.bench", "supra.parallel", "supra.errors"},
     "supra/bench/rivals.py": {"torch", "transformers", "supra.kernels"},
     "supra/uptrain": MODEL | {"accelerate", "peft", "datasets"},

@@ -1,0 +1,24 @@
+"""Values of command line arguments, out of their text."""
+
+from supra.errors import UserError
+
+
+def parse_names(text: str) -> list[str]:
+    """`"a,b"` as a list; empty text is none."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_integers(argument: str, text: str) -> list[int]:
+    """`"3,7"` as a list; empty text is none."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--{argument} {text!r} must be integers with commas, as 3,7") from None
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`"0,1,2"` as a list of one at least."""
+    seeds = parse_integers("seeds", text)
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {text!r} must name seeds from 0 on, as 0,1,2")
+    return seeds
