@@ -27,18 +27,18 @@ def forward(
     sweeps: int,
     tolerance: float,
     chunk_size: int,
-    keep: bool,
+    save_states: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [B, T, H, V], final state [N, H, K, V], and two without a gradient.
 
     Those are the states before every chunk, [chunks, H, K, V], which the backward pass begins from
-    (none unless `keep`), and [2, N, H], the largest residual and the most sweeps of a chunk.
+    (none unless `save_states`), and [2, N, H], the largest residual and the most sweeps of a chunk.
     """
     with without_autocast(query.device):
         output, *rest = _module(backend).chunk_forward(
             query, key, value, log_decay, weight, state, cu_seqlens, scale=scale, sweeps=sweeps,
-            tolerance=tolerance, chunk_size=chunk_size, keep=keep,
+            tolerance=tolerance, chunk_size=chunk_size, save_states=save_states,
         )  # fmt: skip
     return output.contiguous(), *rest
 
@@ -97,10 +97,10 @@ def _module(backend: str):
 
 @forward.register_fake
 def _(query, key, value, log_decay, weight, state, cu_seqlens, *options):
-    *_, chunk_size, keep, backend = options
+    *_, chunk_size, save_states, backend = options
     unit = 16 if backend == "triton" else 1  # its tensors are as wide as launch.operands() makes
     widths = (-(-width // unit) * unit for width in weight.shape[1:])
-    count = count_chunks(query, cu_seqlens, chunk_size) if keep else 0
+    count = count_chunks(query, cu_seqlens, chunk_size) if save_states else 0
     wide = query.new_empty(0, dtype=state_dtype(query, key, value))
     number = sequences(query, cu_seqlens)
     return (

@@ -49,13 +49,15 @@ def chunk_forward(
     sweeps: int,
     tolerance: float,
     chunk_size: int,
-    keep: bool,
+    save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results are those of operator.forward; there is nothing to sweep."""
     dtype = checks.state_dtype(query, key, value)
     shape = (checks.sequences(query, cu_seqlens), *weight.shape)
-    end = query.new_zeros(shape, dtype=dtype) if state is None else state.clone()
-    room = count_chunks(query, cu_seqlens, chunk_size) if keep else 0
+    end = query.new_zeros(shape, dtype=dtype)
+    if state is not None:
+        end.copy_(state)
+    room = count_chunks(query, cu_seqlens, chunk_size) if save_states else 0
     kept = end.new_zeros(room, *weight.shape)  # of packed sequences some are spare
     output, weight = value.new_empty(value.shape), weight.to(dtype)
     for run in _runs(query, cu_seqlens, chunk_size):
@@ -65,7 +67,7 @@ def chunk_forward(
         memory, found = end[run.sequences], torch.empty_like(v)
         new = torch.empty_like(memory)
         for t in range(len(q)):
-            if keep and t % chunk_size == 0:
+            if save_states and t % chunk_size == 0:
                 run.slots(kept, t // chunk_size).copy_(memory)
             _advance(memory, k[t], v[t], write[t], weight, new=new, after=memory)
             torch.matmul(q[t], memory, out=found[t])

@@ -47,7 +47,7 @@ def chunk_forward(
     sweeps: int,
     tolerance: float,
     chunk_size: int,
-    keep: bool,
+    save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results are those of operator.forward."""
     plan = _Plan(query, key, value, log_decay, weight, cu_seqlens, chunk_size)
@@ -55,7 +55,7 @@ def chunk_forward(
     parts = blocks(plan.key_width, cut.key)
     count = plan.programs(cut)
     end = plan.empty_states(plan.count)
-    states = plan.empty_states(plan.chunks if keep else 0)
+    states = plan.empty_states(plan.chunks if save_states else 0)
     if plan.packed:  # of which some are spare
         states.zero_()
     wide = plan.weight if parts > 1 else plan.query  # what is added up is float32
@@ -70,7 +70,7 @@ def chunk_forward(
             "sweeps": sweeps, "tolerance": tolerance,
         },
         cut,
-        **plan.constants(cut), HAS_INITIAL=state is not None, KEEP=keep,
+        **plan.constants(cut), HAS_INITIAL=state is not None, SAVE_STATES=save_states,
     )  # fmt: skip
     output = (output.sum(0) if parts > 1 else output[0])[..., : value.shape[3]]
     return output.to(value.dtype), plan.unpad(end), states, solved.amax(-1)

@@ -25,8 +25,8 @@ def chunk_output(
     value_batch, value_time, value_head, decay_batch, decay_time, decay_head,
     output_block, length, heads, scale, sweeps, tolerance,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_INITIAL: tl.constexpr, KEEP: tl.constexpr,
-    PACKED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    SAVE_STATES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a block [BLOCK_K, BLOCK_V] of the state, its last state, and how it was solved.
 
@@ -61,7 +61,7 @@ def chunk_output(
 
     worst, most = 0.0, 0
     for c in range(0, tl.cdiv(tokens, CHUNK)):
-        if KEEP:
+        if SAVE_STATES:
             kept = states + c * tl.cast(heads, tl.int64) * state_size + corner
             store_block(kept, VALUE_WIDTH, left_k, left_v, s)
         left = tokens - c * CHUNK

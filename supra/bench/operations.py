@@ -191,7 +191,7 @@ def nonlinear_gated(sizes: Sizes) -> Calls:
     inputs = (query, key, value, sizes.log_decay(), weight, state if sizes.packed else None)
     inputs = (*inputs, sizes.cu_seqlens)
     options = {"scale": 1.0, "sweeps": 2, "tolerance": math.inf, "chunk_size": 16}
-    found = yield Call("forward", backend.chunk_forward, inputs, {**options, "keep": True})
+    found = yield Call("forward", backend.chunk_forward, inputs, {**options, "save_states": True})
     output, end, states, _ = found
     arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs, states)
     yield Call("backward", backend.chunk_backward, arguments, options)

@@ -37,7 +37,8 @@ COLUMNS = ("cell", "numbers", "exponent", "tokens", "method", "sweeps", "resets"
 
 
 def expanding(gain: float, width: int) -> Cell:
-    """tanh(h) Wᵀ + x with W ~ N(0, gain² / width): chaotic beyond a gain of about one."""
+    """tanh(h) Wᵀ + x with W ~ N(0, gain² / width): with x ~ N(0, 1) chaotic from a gain of
+    two or three."""
     generator = torch.Generator().manual_seed(1)
     weight = gain / width**0.5 * torch.randn(width, width, generator=generator)
     return FunctionCell(lambda state, x: state.tanh() @ weight.to(state).T + x, width)
@@ -59,6 +60,7 @@ CELLS: dict[str, Callable[[int], Cell]] = {
     "tanh 0.5": lambda width: expanding(0.5, width),
     "tanh 1.0": lambda width: expanding(1.0, width),
     "tanh 1.5": lambda width: expanding(1.5, width),
+    "tanh 3.0": lambda width: expanding(3.0, width),
 }
 
 

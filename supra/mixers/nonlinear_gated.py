@@ -110,12 +110,14 @@ class NonlinearGatedMixer(Mixer):
                 scale=inputs.scaling,
                 weight=self._weight(),
             )  # fmt: skip
-        return output, NonlinearGatedState(memory) if return_state else None
+        keeps = return_state and memory is not None
+        return output, NonlinearGatedState(memory) if keeps else None
 
     def _solved(
         self, inputs: MixerInputs, tensors: tuple[Tensor, ...], memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """By a method of `supra.parallel`, which needs all states of a segment in memory."""
+        """By a method of `supra.parallel`, which needs all states of a segment in memory. Of packed
+        documents the states at their ends are not kept."""
         query, key, value, log_decay = tensors
         if inputs.padding_mask is not None:
             log_decay = log_decay * inputs.padding_mask[..., None]
@@ -139,7 +141,7 @@ class NonlinearGatedMixer(Mixer):
             memory = states[:, -1]
             outputs.append(torch.einsum("bthk,bthkv->bthv", query[:, some], states))
         output = torch.cat(outputs, dim=1).view(*shape, *value.shape[2:]) * inputs.scaling
-        return output, memory
+        return output, None if first is not None else memory.contiguous()
 
     def _weight(self) -> Tensor:
         """a, within its bound."""

@@ -52,7 +52,7 @@ def scan(
         log_decay = None if log_decay is None else policy.scaled_log_decay(log_decay)
         written[0] = policy.scaled(written[0])
     if inputs.padding_mask is not None:
-        written = [x * _beside(inputs.padding_mask, x) for x in written]
+        written = [x.masked_fill(~_beside(inputs.padding_mask, x), 0) for x in written]
         if log_decay is not None:
             log_decay = torch.where(_beside(inputs.padding_mask, log_decay), log_decay, 0.0)
     if inputs.watch is not None:

@@ -282,7 +282,7 @@ def test_meta_device_gives_shapes(function):
 def test_the_operators_keep_torchs_rules(packed, keep):
     inputs = make_inputs(1, 9, 2, 4, 3, dtype=torch.float32)
     cu_seqlens = torch.tensor([0, 4, 9]) if packed else None
-    state = make_state(inputs, sequences=2 if packed else 1)
+    state = make_state(inputs, sequences=2 if packed else 1).mT.contiguous().mT
     tensors = (*inputs.values(), state, cu_seqlens)
     if not keep:
         tensors = [x if x is None else x.detach() for x in tensors]

@@ -34,8 +34,8 @@ def test_it_starts_as_gated_linear_attention():
 
 @pytest.mark.parametrize("solver", ["sequential", "deer", "elk"])
 @pytest.mark.parametrize("largest", [0.5, 2.4])
-def test_solvers_agree_in_both_regimes(solver, largest):
-    """Contracting or bistable, a method that does not converge gives way to the loop."""
+def test_solvers_agree_with_the_kernels_in_both_regimes(solver, largest):
+    """Contracting or bistable, a method that does not converge gives way to a loop."""
     mixer = make(largest=largest, solver=solver, sweeps=12)
     generator = torch.Generator().manual_seed(0)
     shape = mixer.recurrence.shape
@@ -48,11 +48,28 @@ def test_solvers_agree_in_both_regimes(solver, largest):
         output, end = mixer(inputs, return_state=True)
     loop = build_mixer("nonlinear_gated", SHAPE, UNGATED | {"largest": largest})
     loop.double().load_state_dict(mixer.state_dict())
-    object.__setattr__(loop, "options", dataclasses.replace(loop.options, solver="sequential"))
     expected, state = loop(inputs, return_state=True)
     assert torch.allclose(output, expected, rtol=1e-8, atol=1e-10)
     assert torch.allclose(end.memory, state.memory, rtol=1e-8, atol=1e-10)
     assert end.memory.abs().max() <= 1
+    assert end.memory.is_contiguous() and end.memory.untyped_storage().nbytes() == 8 * 2 * 4 * 6 * 5
+
+
+@pytest.mark.parametrize("solver", ["sequential", "deer"])
+def test_solvers_agree_with_the_kernels_under_padding_and_packing(solver):
+    mixer = make(solver=solver)
+    kernels = build_mixer("nonlinear_gated", SHAPE, UNGATED).double()
+    kernels.load_state_dict(mixer.state_dict())
+    inputs = mixer_inputs(SHAPE, 140)
+    mask = torch.ones(2, 140, dtype=torch.bool)
+    mask[0, :31] = False
+    padded = dataclasses.replace(inputs, padding_mask=mask)
+    bounds = torch.tensor([0, 0, 17, 130, 141, 280], dtype=torch.int32)
+    for given in (padded, dataclasses.replace(inputs, cu_seqlens=bounds)):
+        output, expected = mixer(given)[0], kernels(given)[0]
+        assert torch.allclose(output, expected, rtol=1e-8, atol=1e-10)
+    packed = dataclasses.replace(inputs, cu_seqlens=bounds)
+    assert mixer(packed, return_state=True)[1] is None
 
 
 def test_calibration_keeps_what_is_written_small():
