@@ -1,4 +1,4 @@
-"""Random shapes and options of every operation, its Triton kernels against the recurrence.
+"""200 random shapes and options of every operation, its Triton kernels against the recurrence.
 
 The draws are the same in every run. What may differ is a share of a result's size and, since some
 results cancel (a normalised output of one token does not depend on its query), four roundings of
@@ -183,7 +183,7 @@ def test_long_conv(data):
 
 
 @pytest.mark.long
-@hypothesis.settings(cases, max_examples=20)  # of seconds each
+@cases
 @hypothesis.given(st.data())
 def test_nonlinear_gated(data):
     draw = Draw(data, longest=20)
