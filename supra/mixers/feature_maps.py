@@ -6,7 +6,6 @@ themselves.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from supra.errors import UserError
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+
+QUERY_SHARPNESSES = (0.05, 0.1, 0.25, 0.5, 1.0)  # what calibration chooses from
 
 
 class Identity(nn.Module):
@@ -184,15 +185,14 @@ def build_feature_map(name: str, shape: AttentionShape, expansion: int) -> nn.Mo
     return FEATURE_MAPS[name](shape, **wide)
 
 
-def choose_sharpness(
-    mixer: Mixer, inputs: MixerInputs, target: Tensor, key: float, queries: Sequence[float]
-) -> None:
+def choose_sharpness(mixer: Mixer, inputs: MixerInputs, target: Tensor, key: float) -> None:
     """Where a mixer's features are hedgehog's, make those of all keys this sharp, and those of each
     head's queries as sharp as leaves the smallest error; see `Mixer.choose`."""
     features = mixer.feature_map
     if isinstance(features, Hedgehog):
         features.sharpen(features.key_weight, torch.full_like(features.key_bias[:, 0], key))
-        mixer.choose(inputs, target, queries, partial(features.sharpen, features.query_weight))
+        sharpen = partial(features.sharpen, features.query_weight)
+        mixer.choose(inputs, target, QUERY_SHARPNESSES, sharpen)
 
 
 def map_features(

@@ -21,9 +21,9 @@ from supra.mixers.scan import GATED_DELTA_RULE, scan
 HALF_LIVES = tuple(4**n for n in range(1, 7))  # tokens; what calibration chooses from
 STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # of writing
 STRENGTH = 0.12  # at the start
-# of hedgehog's features: with 1, as published, for both, products were so near nothing that scales
+# of hedgehog's features. With 1 for both, as published, products were so near nothing that scales
 # of a thousand followed, and SmolLM2-135M's perplexity went from 54,626 to 6e13; it goes to 292
-KEY_SHARPNESS, QUERY_SHARPNESSES = 0.25, (0.05, 0.1, 0.25, 0.5, 1.0)
+KEY_SHARPNESS = 0.25
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class GatedDelta(Mixer):
         if not self.options.scale:
             return
         self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
-        choose_sharpness(self, inputs, target, KEY_SHARPNESS, QUERY_SHARPNESSES)
+        choose_sharpness(self, inputs, target, KEY_SHARPNESS)
         self.choose(inputs, target, STRENGTHS, self._set_strength)
         self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
 

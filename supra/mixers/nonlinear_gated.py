@@ -115,7 +115,7 @@ class NonlinearGatedMixer(Mixer):
 
     def _solved(
         self, inputs: MixerInputs, tensors: tuple[Tensor, ...], memory: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """By a method of `supra.parallel`, which needs all states of a segment in memory. Of packed
         documents the states at their ends are not kept."""
         query, key, value, log_decay = tensors

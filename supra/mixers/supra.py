@@ -27,8 +27,9 @@ from supra.mixers.scan import LINEAR_ATTENTION, scan
 
 NORM_EPS = 1e-5
 HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; what calibration chooses from
-# of hedgehog's features; 1, as published, for both leaves SmolLM2-135M at 1,087, these at 698
-KEY_SHARPNESS, QUERY_SHARPNESSES = 0.5, (0.05, 0.1, 0.25, 0.5, 1.0)
+# of hedgehog's features; 1 for keys and queries, as published, leaves SmolLM2-135M at 1,087, this
+# and what is chosen for queries at 698
+KEY_SHARPNESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Supra(Mixer):
             return
         self._choose_decay(inputs, target)
         if self.options.feature_map == "hedgehog":
-            choose_sharpness(self, inputs, target, KEY_SHARPNESS, QUERY_SHARPNESSES)
+            choose_sharpness(self, inputs, target, KEY_SHARPNESS)
             self._choose_decay(inputs, target)
 
     def _choose_decay(self, inputs: MixerInputs, target: Tensor) -> None:

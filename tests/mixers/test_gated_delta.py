@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from supra.mixers import AttentionShape, build_mixer
 from supra.mixers.feature_maps import choose_sharpness
-from supra.mixers.gated_delta import QUERY_SHARPNESSES
 from supra.testing import mixer_inputs
 
 SHAPE = AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=7, hidden_size=48)
@@ -63,7 +62,7 @@ def test_calibration_finds_the_sharpness_that_made_the_target():
     features.sharpen(features.query_weight, made)
     target = 3 * mixer(inputs)[0]
     features.reset_parameters()
-    choose_sharpness(mixer, inputs, target, 0.5, QUERY_SHARPNESSES)
+    choose_sharpness(mixer, inputs, target, 0.5)
     found = features.query_weight.norm(dim=-1)
     torch.testing.assert_close(found, made[:, None].expand_as(found))
     torch.testing.assert_close(mixer(inputs)[0], target, atol=1e-5, rtol=1e-4)
