@@ -64,17 +64,39 @@ class Softmax(Mixer):
             key, value, valid = key[:, keep:], value[:, keep:], valid[:, keep:]
         return output, SoftmaxState(key, value, valid)
 
+    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+        """The weights themselves: to weight a value of width T would cost T / V times as much."""
+        query, key, tokens = inputs.query, inputs.key, inputs.query.shape[1]
+        if inputs.rotary is not None:
+            query, key = inputs.rotary(query, key)
+        mask = attention_mask(inputs, tokens, tokens, inputs.padding_mask, fresh=True)
+        if mask is None:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query, key = (x.transpose(1, 2).to(wide) for x in (query, key))
+        with torch.autocast(query.device.type, enabled=False):
+            return attention_weights(query, key, mask, inputs)
+
 
 def capped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: MixerInputs
 ) -> Tensor:
     """Attention with capped scores or a sink, which torch's own has not; [B, H, T, D] throughout.
 
-    A sink (gpt-oss) is one more score in a head's softmax, and has no value. All T×S scores are in
-    memory, as they are in these families' own attention.
+    All T×S scores are in memory, as they are in these families' own attention.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    weights = attention_weights(query, key, mask, inputs).to(value.dtype)
+    return weights @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, inputs: MixerInputs
+) -> Tensor:
+    """Softmax over the scores of query and key [B, H, T, D]: [B, Hq, T, S], float32 or wider.
+
+    A sink (gpt-oss) is one more score in a head's softmax, whose weight is left out.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query @ key.mT * inputs.scaling
     if inputs.softcap is not None:
         scores = torch.tanh(scores / inputs.softcap) * inputs.softcap
@@ -83,8 +105,8 @@ def capped_attention(
     if inputs.sinks is not None:
         sinks = inputs.sinks.to(scores.dtype).view(1, -1, 1, 1)
         scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], dim=-1)
-    weights = scores.float().softmax(-1).to(value.dtype)
-    return weights[..., : key.shape[2]] @ value
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide)[..., : key.shape[2]]
 
 
 def attention_mask(

@@ -43,3 +43,22 @@ def test_the_state_is_no_longer_than_the_window():
         lengths.append([x.shape[1] for x in state])
     assert lengths == [[min(token + 1, 3)] * 3 for token in range(9)]
     torch.testing.assert_close(torch.cat(outputs, dim=1), formula(inputs))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sliding_window": 4},
+        {"softcap": 1.5},
+        {"sinks": torch.linspace(-1, 2, 6)},
+        {"padding_mask": torch.arange(17).expand(2, 17) >= torch.tensor([[0], [5]])},
+        {"cu_seqlens": torch.tensor([0, 3, 20, 34])},
+    ],
+)
+def test_mixing_matrix_is_what_multiplies_the_values(fields):
+    inputs = dataclasses.replace(make_inputs(17, None), **fields)
+    mixer = build_mixer("softmax", SHAPE, {})
+    value = inputs.value.repeat_interleave(3, dim=2)
+    mixed = torch.einsum("bhij,bjhv->bihv", mixer.mixing_matrix(inputs), value)
+    torch.testing.assert_close(mixed, mixer(inputs)[0])
