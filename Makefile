@@ -1,7 +1,8 @@
-# make demo   the main job on a real model, about 15 minutes on 2 cores
+# make demo   the main job on a real model, 12 minutes on 2 cores
 # make test   linter and tests, under 15 minutes on 2 cores
 # make test-long   fuzz, and every kernel compiled: an hour
-# make format write the code the way the linter wants it
+# make format write the code the way the linter wants it; make lint only says so
+# make clean  remove .venv and runs/, unfinished trainings too
 
 PYTHON ?= python3
 VENV := .venv

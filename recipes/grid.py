@@ -1,11 +1,11 @@
-"""One row of the grid: convert a teacher, uptrain it, measure it, write recipes/results/ROW.json.
+"""One row of the grid: convert a teacher, uptrain it, measure it, write ROW-TOKENS-SEED.json.
 
     python recipes/grid.py gated --teacher T --train corpus_train.jsonl.gz \\
         --held-out corpus_valid.jsonl.gz --tokens 300_000
     python recipes/grid.py --table        # the rows that there are, into recipes/README.md
 
-All rows take the same tokens in the same order, 2048 a step (ours without a window 1024), and are
-measured on the same windows of 1024. An interrupted row goes on where it was. What fails is a row
+All rows take the same tokens in the same order, 2048 or 1024 a step, and are measured on the same
+windows of 1024. An interrupted row goes on where it was. What fails is a row
 too.
 """
 

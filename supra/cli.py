@@ -91,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--recall-lengths", metavar="A,B", help="for --ablate: tokens of prompts")
     add.add_argument(
         "--task",
-        help="answers in rows of induction, associative-recall or mqar, or passkey: a "
-        "number hidden in a text that is made up; reads no text",
+        help="answers in rows of induction, associative-recall, mqar or recent-recall, or "
+        "passkey: a number hidden in a text that is made up; reads no text",
     )
     add.add_argument(
         "--lengths", metavar="A,B", help="for --task: words of a row; of passkey, tokens of a text"

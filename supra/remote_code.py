@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "This checkpoint is a recurrent model made with supra, which is not installed: "
-        "pip install supra, then load it again."
+        "pip install -e its source, not the supra of PyPI, another project; then load it again."
     ) from error
 
 __all__ = ["SupraConfig", "SupraForCausalLM", "SupraModel"]

@@ -19,7 +19,7 @@ def serve(arguments: list[str]) -> None:
         from transformers.cli.serving import model_manager
         from transformers.cli.transformers import main
     except ImportError as error:
-        raise UserError(f"supra serve: {error}: pip install 'supra[serve]'") from error
+        raise UserError(f"supra serve: {error}: pip install 'transformers[serving]'") from error
     for name in find_checkpoint(arguments[0]).config().architectures:
         if name.startswith("Supra"):
             # its own reference: sys.modules may hold another copy of transformers by now

@@ -217,4 +217,4 @@ def test_without_matplotlib(run, capsys, monkeypatch):
     monkeypatch.setattr(heat_map, "find_spec", lambda _: None)
     with pytest.raises(SystemExit):
         run("--table")
-    assert "pip install 'supra[plots]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err

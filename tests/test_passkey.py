@@ -321,7 +321,7 @@ def test_without_matplotlib(folder, capsys, monkeypatch):
     monkeypatch.setattr(heat_map, "find_spec", lambda _: None)
     with pytest.raises(SystemExit):
         run(folder, "softmax", *SMALL, "--picture", "map.png")
-    assert "pip install 'supra[plots]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     run(folder, "softmax", "--lengths", 480, "--depths", 1, "--samples", 1)
     assert "accuracy" in capsys.readouterr().out
 

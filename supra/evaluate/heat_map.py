@@ -15,8 +15,7 @@ def need_matplotlib(picture: str) -> None:
     """Raise UserError where it is missing; `picture` is what asks for it."""
     if find_spec("matplotlib") is None:
         raise UserError(
-            f"{picture} is drawn with matplotlib, which is not installed: "
-            "pip install 'supra[plots]'"
+            f"{picture} is drawn with matplotlib, which is not installed: pip install matplotlib"
         )
 
 

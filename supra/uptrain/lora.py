@@ -12,7 +12,7 @@ from supra.uptrain.config import LoraConfig
 def add_lora(model: PreTrainedModel, config: LoraConfig):
     """Wrap `model`: its weights are frozen, the adapters and the new parameters train."""
     if importlib.util.find_spec("peft") is None:
-        raise UserError("lora needs the package peft: pip install 'supra[lora]', or set lora=null")
+        raise UserError("lora needs the package peft: pip install peft, or set lora=null")
     import peft
 
     settings = peft.LoraConfig(
