@@ -9,6 +9,8 @@ from supra import testing
 from supra.checkpoints import find_checkpoint
 from supra.errors import UserError
 from supra.evaluate.command import evaluate_text
+from supra.evaluate.diagnostics import diagnose
+from supra.evaluate.task import evaluate_task
 from supra.text import Documents
 
 
@@ -43,6 +45,20 @@ def test_mistakes_are_named(files, options, message):
     with pytest.raises(UserError, match=message) as error:
         evaluate(files, **options)
     assert "data." not in str(error.value), "that is a setting of another command"
+
+
+def test_windows_longer_than_learned_positions(files, tmp_path):
+    testing.tiny_checkpoint(tmp_path / "model", "gpt2")
+    checkpoint, text = find_checkpoint(str(tmp_path / "model")), str(files / "text.jsonl")
+    for evaluated in (evaluate_text, diagnose):
+        with pytest.raises(UserError, match=r"--sequence-length \(=600\): the model has learned"):
+            evaluated(checkpoint, text, sequence_length=600)
+    found = diagnose(checkpoint, text, sequence_length=64, tokens=256)
+    assert "--recall-lengths (=2048): the model has learned 512" in found.left_out["recall"]
+    with pytest.raises(
+        UserError, match=r"the longest row of induction .=602.: the model has learn"
+    ):
+        evaluate_task(checkpoint, "induction", lengths=[600], samples=1)
 
 
 def test_two_tokens_are_enough(files):

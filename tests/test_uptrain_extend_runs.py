@@ -11,11 +11,12 @@ from supra import cli, testing
 from supra.convert import convert
 from supra.errors import UserError
 from supra.packing import encode
+from supra.positions import learned_positions
 from supra.text import Documents
 from supra.uptrain import loop, tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream
-from supra.uptrain.initial_state import check_extends, most_positions
+from supra.uptrain.initial_state import MOST_POSITIONS, InitialState, check_extends
 from supra.uptrain.stages import plan, tokens_read
 from tests.test_uptrain_loop import assert_same_weights, interrupt_after, log, merged
 
@@ -186,10 +187,11 @@ def test_students_that_cannot(mixer, family, extend, message):
 
 def test_positions():
     """A table of them bounds rows; rotary ones only where their angles lose their digits."""
-    families = {"llama": 2**20, "gpt_neox": 2**20, "gpt2": 512, "gpt_bigcode": 512, "biogpt": 512}
+    families = {"llama": None, "gpt_neox": None, "gpt2": 512, "gpt_bigcode": 512, "biogpt": 512}
     for family, most in families.items():
         model = testing.untrained_model(testing.tiny_config(family), "supra")
-        assert most_positions(model) == most, family
+        assert learned_positions(model) == most, family
+        assert InitialState("zero", model, 0).positions == most or MOST_POSITIONS
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError
 from supra.evaluate.perplexity import blocks_from_text, perplexity
+from supra.positions import check_positions
 from supra.text import Documents, open_dataset
 
 
@@ -58,6 +58,7 @@ def evaluate_text(
     documents = Documents(open_dataset(text), text_field).epoch(0)
     blocks = blocks_from_text(checkpoint.tokenizer(), documents, sequence_length, tokens)
     model = load_model(checkpoint, dtype)
+    check_positions(model, "--sequence-length", sequence_length)
     edges = position_edges(sequence_length)
     result = perplexity(model, blocks, by_position=edges, batch_size=batch)
     return TextResult(checkpoint.name, text, sequence_length, **asdict(result))
@@ -73,19 +74,6 @@ def check_sizes(sequence_length: int, batch: int, tokens: int | None) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"--{name} (={value}) must be at least {least}")
-
-
-def check_positions(model: PreTrainedModel, argument: str, to: int, and_then: int = 0) -> None:
-    """Raise UserError for a family whose positions are learned, when it has fewer than `to`, or
-    than `and_then` more of an answer."""
-    learned = [
-        x for x in model.base_model.modules()
-        if isinstance(x, nn.Embedding) and x is not model.get_input_embeddings()
-    ]  # fmt: skip
-    most = getattr(model.config, "max_position_embeddings", None)
-    if learned and most is not None and to + and_then > most:
-        answer = f", and the answer takes up to {and_then}" if and_then else " and reads no further"
-        raise UserError(f"--{argument} (={to}): the model has learned {most} positions{answer}")
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from supra.evaluate.perplexity import Perplexity, blocks_from_text, perplexity
 from supra.evaluate.recall import LENGTHS, measure_recall
 from supra.evaluate.samples import generate_samples
 from supra.packing import Block, encode
+from supra.positions import check_positions
 from supra.text import Documents, open_dataset
 
 TOKENS = 8192  # of the text, unless a user says otherwise: some minutes for 135M on two cores
@@ -137,6 +138,7 @@ def diagnose(
     read = _kept(Documents(open_dataset(text), text_field).epoch(0), documents)
     blocks = blocks_from_text(tokenizer, read, sequence_length, tokens)
     model = load_model(checkpoint, dtype)
+    check_positions(model, "--sequence-length", sequence_length)
     if teacher is not None:
         teacher = load_model(teacher, model.dtype)
         check_teacher(model, teacher)

@@ -20,9 +20,15 @@ from transformers.cache_utils import Cache
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError
-from supra.evaluate.command import check_positions, load_model
+from supra.evaluate.command import load_model
 from supra.evaluate.heat_map import check_heat_map, draw_heat_map
-from supra.evaluate.synthetic import continuation_tokens, plain_tokens, start_tokens
+from supra.evaluate.synthetic import (
+    ANSWER_TOKENS,
+    continuation_tokens,
+    plain_tokens,
+    start_tokens,
+)
+from supra.positions import check_positions
 
 TASK = "passkey"
 LENGTHS = (512, 1024, 2048)
@@ -32,7 +38,6 @@ PIECE = 2048  # tokens of one forward pass
 BATCH_TOKENS = 8192  # of prompts that are read side by side
 
 DIGITS = 5
-ANSWER_TOKENS = 8  # at most: five digits, a space, and room
 PREFIX = (
     "There is an important info hidden inside a lot of irrelevant text. "
     "Find it and memorize it.\n\n"
@@ -162,7 +167,7 @@ def evaluate_passkey(
     # before the model is loaded: what has no room is said at once
     passkey(tokenizer, lengths[0], 0.0, Random(0), keys)
     model = load_model(checkpoint, dtype).eval()
-    check_positions(model, "lengths", max(lengths), and_then=ANSWER_TOKENS)
+    check_positions(model, "--lengths", max(lengths), answer=ANSWER_TOKENS)
     answers = []
     with tqdm(
         total=count * sum(lengths), unit="token", unit_scale=True, disable=not progress

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from supra.errors import UserError
 from supra.evaluate.scoring import BATCH_TOKENS, score_continuations
 from supra.evaluate.synthetic import (
+    ANSWER_TOKENS,
     CANDIDATES,
     needle,
     single_token_words,
     start_tokens,
 )
+from supra.positions import check_positions
 from supra.synthetic import Example, Language, MultiQueryRecall
 
 LENGTHS = (256, 512, 1024, 2048)
@@ -80,6 +82,7 @@ def measure_recall(
     """Needles in `filler` (tokens), and associative recall of single-token words."""
     if not filler:
         raise UserError("recall needs text to hide numbers in")
+    check_positions(model, "--recall-lengths", max(lengths), ANSWER_TOKENS)
     needles = [
         _find_needles(model, tokenizer, filler, length, depth, Random(f"{seed} {length} {depth}"))
         for length in lengths

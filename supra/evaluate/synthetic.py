@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from supra.errors import UserError
 
 CANDIDATES = 8
+ANSWER_TOKENS = 8  # at most: five digits, a space, and room
 NAMES = ("castle", "garden", "harbor", "library", "market", "museum", "station", "temple")
 _LEAST_LETTERS = 4
 

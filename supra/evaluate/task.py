@@ -13,6 +13,7 @@ from supra.errors import UserError, check_choice
 from supra.evaluate.command import load_model
 from supra.evaluate.recall import draw_examples, recall_accuracy
 from supra.evaluate.synthetic import single_token_words, start_tokens
+from supra.positions import check_positions
 from supra.synthetic import LANGUAGES, Language, MultiQueryRecall
 
 LENGTHS = {
@@ -91,6 +92,8 @@ def evaluate_task(
         for language in languages
     ]
     model = load_model(checkpoint, dtype)
+    longest = max(len(row.ids) for some in rows for row in some)
+    check_positions(model, f"--lengths: the longest row of {task}", longest)
     results = []
     for language, some in zip(
         tqdm(languages, unit="length", disable=not progress), rows, strict=True

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError, check_choice
-from supra.evaluate.command import check_positions, load_model
+from supra.evaluate.command import load_model
 from supra.evaluate.heat_map import need_matplotlib
 from supra.files import check_vacant, staged_folder
 from supra.long_context.cures import CONFIGURED, Fix, trials_of, try_cures, write_policy
@@ -23,6 +23,7 @@ from supra.long_context.report import Diagnosis
 from supra.long_context.statistics import RecurrentLayers
 from supra.long_context.stream import TokenStream
 from supra.mixers.policy import StatePolicy
+from supra.positions import check_positions
 from supra.text import Documents, open_dataset
 
 TO = 65536
@@ -75,10 +76,10 @@ def diagnose(
     other = None if fix_text is None else TokenStream(tokenizer, _documents(fix_text, text_field))
     model = load_model(checkpoint, dtype).eval()
     layers = RecurrentLayers.of(model)
-    check_positions(model, "to", to)
+    check_positions(model, "--to", to)
     if fix is not None:
         fix_to = fix_to or FIX_LENGTHS * trained
-        check_positions(model, "fix-to", fix_to)
+        check_positions(model, "--fix-to", fix_to)
     with tqdm(total=plan.steps, unit="token", unit_scale=True, disable=not progress) as bar:
         found = Examination(model, layers, plan, bar)
         found.read(stream)

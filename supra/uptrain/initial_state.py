@@ -11,6 +11,7 @@ from supra.attention import attention_modules
 from supra.cache import new_cache
 from supra.errors import UserError
 from supra.mixers import Mixer
+from supra.positions import learned_positions
 from supra.uptrain.config import UptrainConfig
 
 # Tokens after which carried rows begin from nothing once more: their positions go on, and there an
@@ -26,7 +27,7 @@ class InitialState:
 
     def __init__(self, kind: str, model: PreTrainedModel, seed: int):
         self.kind, self.mixers = kind, mixers_of(model)
-        self.positions, self.device = most_positions(model), model.device
+        self.positions, self.device = learned_positions(model) or MOST_POSITIONS, model.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # noise: one cache, of one row, with the standard deviation of each number; carried: the
         # ends of the last step's rows, a cache for each of its micro-batches
@@ -119,19 +120,11 @@ def mixers_of(model: nn.Module) -> list[Mixer]:
     return [attention.mixer for attention in attentions]
 
 
-def most_positions(model: PreTrainedModel) -> int:
-    """How many positions rows may have: fewer where they are looked up in a table, as in gpt2."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name):
-            return model.config.max_position_embeddings
-    return MOST_POSITIONS
-
-
 def check_extends(model: PreTrainedModel, config: UptrainConfig) -> None:
     """Raises UserError for a student that this stage cannot train."""
     stage, mixers = config.extend, mixers_of(model)
     tokens = stage.state_passing * config.data.sequence_length
-    if tokens > (most := most_positions(model)):
+    if tokens > (most := learned_positions(model) or MOST_POSITIONS):
         raise UserError(
             f"extend.state_passing (={stage.state_passing}) x data.sequence_length "
             f"(={config.data.sequence_length}) is {tokens} tokens, and the student has positions "
