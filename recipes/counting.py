@@ -28,7 +28,7 @@ from tqdm import tqdm
 from supra.arguments import parse_names, parse_seeds
 from supra.attention import attention_modules
 from supra.bench.timing import processor
-from supra.errors import UserError, check_choice, command
+from supra.errors import Diverged, UserError, check_choice, command
 from supra.files import replace_between
 from supra.packing import IGNORE
 from supra.testing import tiny_config, untrained_model
@@ -104,7 +104,11 @@ def make(task: str, mixer: str, seed: int) -> dict[str, Any]:
 def trial(task: str, mixer: str, seed: int, rate: float) -> dict[str, Any]:
     start = time.monotonic()
     model = untrained(task, mixer, seed)
-    train(model, task, seed, rate, f"{task} {mixer} seed {seed} rate {rate}")
+    failed = {}
+    try:
+        train(model, task, seed, rate, f"{task} {mixer} seed {seed} rate {rate}")
+    except Diverged as error:  # what it had learned by then is measured
+        failed = {"failed": str(error)}
     seconds = time.monotonic() - start
     held_out, loss = measure(model, TASKS[task], LONGEST, HELD_OUT_SEED)
     right, _ = measure(model, TASKS[task], MEASURED, MEASURED_SEED)
@@ -114,7 +118,7 @@ def trial(task: str, mixer: str, seed: int, rate: float) -> dict[str, Any]:
         "held_out_loss": loss,
         "accuracy": [right[begin:end].mean().item() for begin, end in pairwise(BUCKETS)],
         "training_seconds": round(seconds, 1),
-    }
+    } | failed
 
 
 def kept(result: dict[str, Any]) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def main() -> None:
     config = load_config(CONFIG, [f"teacher={teacher.name}"])
     say("3/5", "uptrain: layer by layer, then next-token loss and the teacher's distribution")
     run = OUT / "uptrain"
-    if not (run / "final").exists():
-        train(config)
+    if not (run / "final").exists() and not train(config):
+        raise UserError("interrupted in the middle of training: the same command goes on")
     say("4/5", "reload the student from its folder, and measure all three")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     measured = {key: [x[key] for x in log if key in x] for entry in log for key in entry}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from supra.bench.timing import processor
 from supra.checkpoints import find_checkpoint
@@ -29,6 +30,7 @@ from supra.evaluate.perplexity import blocks_from_text
 from supra.files import replace_between
 from supra.text import Documents, open_dataset
 from supra.uptrain import load_config, train
+from supra.uptrain.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -154,6 +156,13 @@ def main() -> None:
 def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make one row, going on where it was interrupted."""
     student = arguments.runs / f"{arguments.row}-{arguments.seed}"
+    conversion = {
+        "teacher": find_checkpoint(arguments.teacher).fingerprint(),
+        "mixer": row.mixer,
+        "options": row.options,
+        "keep_attention": row.keep_attention,
+    }
+    keep_to(arguments.runs / f"{student.name}.json", conversion)
     if not student.exists():
         auto = isinstance(row.keep_attention, str)
         convert(
@@ -178,8 +187,10 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
         "seed": arguments.seed,
         "data.shuffle_seed": arguments.seed,
     }  # fmt: skip
-    if "distill:" in file.read_text(encoding="utf-8"):
+    if "distill" in yaml.safe_load(file.read_text(encoding="utf-8")):
         settings["teacher"] = arguments.teacher
+    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+    config, run = load_config(file, overrides), RunFolder(out)
     result = {
         "row": arguments.row,
         "recipe": row.recipe,
@@ -193,16 +204,25 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     try:
-        if not (out / "final").exists():
-            overrides = [
-                f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()
-            ]
-            train(load_config(file, overrides))
+        if run.final.exists():
+            run.check_same(config)
+        elif not train(config):
+            raise UserError(f"{arguments.row} was interrupted: the same command goes on")
     except Diverged as error:
         return result | {"failed": str(error)}
-    if not (out / "final").exists():
-        raise UserError(f"{arguments.row} was interrupted: the same command goes on")
-    return result | log_of(out) | measured(arguments, out / "final")
+    return result | log_of(out) | measured(arguments, run.final)
+
+
+def keep_to(file: Path, facts: dict[str, Any]) -> None:
+    """What is under --runs was made from `facts`; raises UserError where these are others."""
+    text = json.dumps(facts, indent=1) + "\n"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    elif file.read_text() != text:
+        raise UserError(
+            f"{file} says that what is there was made otherwise: give another --runs, or remove it"
+        )
 
 
 def kept_layers(student: Path) -> list[int]:
@@ -211,7 +231,7 @@ def kept_layers(student: Path) -> list[int]:
 
 
 def log_of(out: Path) -> dict[str, Any]:
-    """Wall time of training, and held-out perplexity after each stage, on windows of 512."""
+    """Wall time of training, and held-out perplexity after each stage."""
     lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in lines if "tokens_per_second" in entry]
     before = [0, *(entry["tokens"] for entry in steps)]
@@ -234,6 +254,11 @@ def measured(arguments: argparse.Namespace, final: Path) -> dict[str, Any]:
     if not known.exists():
         known.write_text(json.dumps(perplexity_of(arguments.teacher, arguments.held_out)))
     teacher = json.loads(known.read_text())
+    if (teacher["model"], teacher["text"]) != (arguments.teacher, arguments.held_out):
+        raise UserError(
+            f"{known} is of {teacher['model']} on {teacher['text']}: give another --runs, or "
+            "remove it"
+        )
     student = perplexity_of(str(final), arguments.held_out)
     config = find_checkpoint(str(final)).config()
     return {
@@ -271,12 +296,12 @@ def floors_of(final: Path, text: str) -> list[dict[str, Any]]:
 def write_table() -> None:
     rows = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
     rows.sort(key=lambda row: (row["tokens"], row.get("ratio", math.inf)))
-    tuned = {row["tokens"]: row for row in rows if row["row"] == "teacher_tuned"}
+    tuned = {(x["tokens"], x["seed"]): x for x in rows if x["row"] == "teacher_tuned"}
     lines = [
         "| row | recipe | mixer | softmax layers | tokens | ratio | ratio to the tuned teacher "
         "| excess nats | perplexity | state at 1024 | minutes | machine | seed |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        *(line(row, tuned.get(row["tokens"])) for row in rows),
+        *(line(row, tuned.get((row["tokens"], row["seed"]))) for row in rows),
     ]
     table = "\n".join(lines)
     replace_between(README, "grid", table)
@@ -284,7 +309,7 @@ def write_table() -> None:
 
 
 def line(row: dict[str, Any], tuned: dict[str, Any] | None = None) -> str:
-    """tuned: the row of the teacher tuned on as many tokens, if there is one."""
+    """tuned: the row of the teacher tuned on the same tokens, if there is one."""
     cells = [row["row"], row["recipe"], row["mixer"], str(len(row["softmax_layers"]))]
     cells.append(f"{row['tokens']:,}")
     if "failed" in row:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from supra.errors import UserError
 from supra.original import original
 
 # how strongly the projection is held to its own weights, in mean squares of a mixer's output.
@@ -30,20 +31,28 @@ def calibrate(
 
     projections: also fit the output projections of the attention modules, of B >= 4 rows: three
         quarters of them to fit, the others to choose how far to go. The model's weights are then
-        no longer the teacher's.
+        no longer the teacher's. Raises UserError for a family without such a linear layer.
     """
     teacher, pairs = original(model)
+    fitted: list[nn.Module] = []
     for attention, teachers in pairs:
         teachers.mixer.register_forward_hook(
             lambda _, inputs, output, mixer=attention.mixer: mixer.calibrate(*inputs, output[0])
         )
         if projections:
-            teachers.register_forward_hook(partial(_fit_projection, attention), with_kwargs=True)
+            fit = partial(_fit_projection, attention, fitted)
+            teachers.register_forward_hook(fit, with_kwargs=True)
     teacher(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    if projections and not fitted:
+        raise UserError(
+            f"calibrate.projections: {model.config.base_model_type} has no linear output projection "
+            "to fit: set it to false"
+        )
 
 
 def _fit_projection(
     attention: nn.Module,
+    fitted: list[nn.Module],
     teacher: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -53,7 +62,7 @@ def _fit_projection(
     projection, read, made = _output_projection(attention, args, kwargs)
     if projection is None:
         return
-    fit = max(1, len(read) * 3 // 4)
+    fit = len(read) * 3 // 4
     rest = (output[0] - made).float()  # what is missing
     weight, best = torch.zeros_like(projection.weight, dtype=torch.float32), torch.inf
     for ridge in RIDGES:
@@ -62,6 +71,7 @@ def _fit_projection(
         if error < best:
             weight, best = change.mT, error
     projection.weight += weight
+    fitted.append(projection)
 
 
 def ridge_regression(x: Tensor, y: Tensor, ridge: float) -> Tensor:

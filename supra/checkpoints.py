@@ -1,5 +1,6 @@
 """Where a checkpoint lies and how it is opened: a local folder, a GGUF file, or a hub id."""
 
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
 # copies of the same weights in other layouts, which some repositories keep beside the shards
 OTHER_FILES = ["consolidated*", "*/*"]
+SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,25 @@ class Checkpoint:
         if self.gguf_file is not None:
             arguments["gguf_file"] = self.gguf_file
         return arguments
+
+    def fingerprint(self) -> str:
+        """Of config and weights, wherever they lie: sizes, and samples of all weight files; of the
+        hub the commit, so that nothing is fetched.
+
+        Reading 64 KB at 16 places of a file takes no time, and training changes every place.
+        """
+        if self.hub_id is not None:
+            return f"{self.hub_id}@{self.folder.name}"  # a snapshot's folder has the commit's name
+        names = [self.gguf_file] if self.gguf_file else ["config.json", "*.safetensors"]
+        digest = hashlib.sha256()
+        for path in sorted(file for name in names for file in self.folder.glob(name)):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                for place in range(SAMPLES):
+                    file.seek(place * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
 
     def fetch_weights(self) -> None:
         """Download what find_checkpoint left on the hub."""

@@ -71,6 +71,11 @@ def open_dataset(
                 f"split {split!r} is a part of a data set on the hub, and {path} is local: "
                 "give that part as files of its own"
             )
+        if name is not None:
+            raise UserError(
+                f"name {name!r} is a configuration of a data set on the hub, and {path} is local: "
+                "leave it out"
+            )
         builder = BUILDERS[_suffix(files[0])]
         options = {"sample_by": "document"} if builder == "text" else {}
         source = {"path": builder, "data_files": files, "split": split, **options}

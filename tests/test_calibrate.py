@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from supra import testing
 from supra.attention import attention_modules
 from supra.calibrate import calibrate, ridge_regression
 from supra.configuration import converted_config
@@ -125,6 +126,13 @@ def test_a_model_that_was_not_converted_is_refused(batch):
     teacher, _ = converted("supra", layers=1)
     with pytest.raises(UserError, match="the student has no mixer"):
         calibrate(teacher, *batch)
+
+
+def test_a_family_without_linear_projections_has_none_to_fit():
+    model = testing.untrained_model(testing.tiny_config("gpt2"), "gated")
+    batch = torch.zeros(4, 8, dtype=torch.int64), torch.arange(8).expand(4, -1)
+    with pytest.raises(UserError, match="gpt2 has no linear output projection"):
+        calibrate(model, *batch, projections=True)
 
 
 @pytest.mark.parametrize("mixer", ["hedgehog", "gated", "gated_delta"])

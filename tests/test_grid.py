@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from supra import testing
 from supra.mixers import resolve_mixer
@@ -46,13 +47,13 @@ def test_every_rows_settings_are_a_config(grid, budget):
             "student": "s", "out": "o", "data.path": "d", "data.eval_path": "e",
             "budget.share": None, "budget.tokens": budget,
         }  # fmt: skip
-        if "distill:" in file.read_text():
+        if "distill" in yaml.safe_load(file.read_text()):
             settings["teacher"] = "t"
         config = load_config(file, [f"{key}={json.dumps(x)}" for key, x in settings.items()])
         assert sum(config.stage_tokens.values()) == budget, name
 
 
-def test_a_row_is_made_and_shown(run, tmp_path):
+def test_a_row_is_made_and_shown(run, tmp_path, capsys):
     testing.tiny_checkpoint(tmp_path / "teacher")
     with open(tmp_path / "text.jsonl", "w") as file:
         for number in range(60):
@@ -61,6 +62,16 @@ def test_a_row_is_made_and_shown(run, tmp_path):
     words += ["--train", tmp_path / "text.jsonl", "--held-out", tmp_path / "text.jsonl"]
     run("gated", *words)
     run("window", *words)
+    testing.tiny_checkpoint(tmp_path / "other", seed=1)
+    (tmp_path / "more.jsonl").write_text((tmp_path / "text.jsonl").read_text())
+    for changed, message in (
+        (["--teacher", tmp_path / "other"], "was made otherwise"),
+        (["--train", tmp_path / "more.jsonl"], "holds a run with another config"),
+        (["--held-out", tmp_path / "more.jsonl"], "holds a run with another config"),
+    ):
+        with pytest.raises(SystemExit):
+            run("gated", *words, *changed)
+        assert message in capsys.readouterr().err
     run("teacher_tuned", *words)
     row = json.loads((tmp_path / "results" / "gated-512-0.json").read_text())
     assert row["ratio"] == pytest.approx(row["perplexity"] / row["teacher_perplexity"])

@@ -24,8 +24,7 @@ SUBSTITUTIONS = [
     (
         "out=out/first",
         "out=out/first precision=fp32 budget.tokens=256 batch.size=2 data.sequence_length=32 "
-        "data.eval_documents=2 eval.tokens=64 calibrate.tokens=64 align.schedule.warmup=1 "
-        "distill.schedule.warmup=1",
+        "data.eval_documents=2 eval.tokens=64 calibrate.tokens=64",
     ),
     ("./rnn --text corpus.jsonl", "./rnn --text corpus.jsonl --sequence-length 64"),
     ("--to 65536", "--to 256 --trained-length 32"),

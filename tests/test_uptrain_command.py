@@ -72,6 +72,7 @@ def test_two_processes_are_one_big_batch(files, tmp_path):
     result = run(
         *settings(files, tmp_path / "run"),
         "precision=fp32",
+        "budget={}",
         "tune={tokens: 1}",
         "batch.size=1",
         "batch.accumulation=2",
@@ -105,6 +106,7 @@ def test_two_processes_align_as_one(files, tmp_path):
         *settings(files, tmp_path / "run"),
         f"student={tmp_path}/student",
         "precision=fp32",
+        "budget={}",
         "align={tokens: 1}",
         "tune={tokens: 1, optimizer: {lr: 1.0e-3, attention_lr: 0, new_lr: 0}}",
         "batch.size=1",
@@ -138,6 +140,7 @@ def test_two_processes_extend_as_one(files, tmp_path):
         f"student={tmp_path}/student",
         "precision=fp32",
         "data.sequence_length=16",
+        "budget={}",
         "tune=null",
         "extend={tokens: 512, state_passing: 4, initial_state: carried, optimizer: {lr: 1.0e-9}}",
         "batch.size=1",

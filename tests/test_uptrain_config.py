@@ -115,6 +115,11 @@ def test_share_of_the_teachers_tokens():
         ("align={}", "align and tune give neither tokens nor share"),
         ("align.share=1", "take 1000 tokens of the budget's 1000 and leave none to tune"),
         ("align.target=outputs", "unknown align.target 'outputs': did you mean 'output'"),
+        ("tune.tokens=100", "the stages take 100 tokens of the budget's 1000: give one of them"),
+        (
+            "calibrate={tokens: 4096, projections: true}",
+            r"calibrate.tokens \(=4096\) must be >= 4 x data.sequence_length \(=2048\)",
+        ),
         ("eval.every=10", "needs held-out text"),
         ("data={path: p, eval_path: a, eval_split: b}", "has one source"),
         ("seed", "not of the form a.b=c"),
@@ -159,13 +164,26 @@ def test_stages_with_tokens_need_no_budget():
 
 
 def test_stages_are_in_order_whatever_the_file_says():
-    stages = {"tune": {"tokens": 100}, "orient": {"tokens": 50}, "align": {"share": 0.2}}
+    stages = {"tune": {"tokens": 750}, "orient": {"tokens": 50}, "align": {"share": 0.2}}
     stages = plan(tree.build(UptrainConfig, MINIMAL | stages), tokens_per_step=30)
     assert [(stage.name, stage.start, stage.end) for stage in stages] == [
         ("orient", 0, 2),
         ("align", 2, 9),
-        ("tune", 9, 12),
+        ("tune", 9, 34),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {}, "calibrate": {"tokens": 8192, "projections": True}}, "or lora=null"),
+        ({"lora": {}, "tune": None, "align": {}}, "not in align: add one of them"),
+        ({"gradient_checkpointing": True, "tune": None, "align": {}}, "align hold one layer"),
+    ],
+)
+def test_what_does_not_go_together(changes, message):
+    with pytest.raises(UserError, match=message):
+        tree.build(UptrainConfig, MINIMAL | changes)
 
 
 @pytest.mark.parametrize("missing", ["student", "out", "data"])

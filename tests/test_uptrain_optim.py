@@ -16,6 +16,7 @@ from supra.uptrain.lora import add_lora
 from supra.uptrain.optim import (
     begin_stage,
     build_optimizer,
+    check_warmup,
     freeze_unused,
     require_gradients,
     schedule_factor,
@@ -54,6 +55,20 @@ def test_wsd_is_stable_for_four_fifths():
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
 def test_one_step(kind):
     assert 0 < schedule_factor(0, 1, ScheduleConfig(kind=kind, warmup=0)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "most"),
+    [("cosine", 99, 99), ("cosine", 100, 99), ("constant", 200, 99), ("wsd", 0.9, 80)],
+)
+def test_a_warm_up_leaves_room(kind, warmup, most):
+    schedule = ScheduleConfig(kind=kind, warmup=warmup)
+    if warmup <= most and warmup >= 1:
+        check_warmup("tune", STEPS, schedule)
+        assert max(factors(kind, warmup)) == 1
+        return
+    with pytest.raises(UserError, match=rf"tune.schedule.warmup .* leaves room for {most}"):
+        check_warmup("tune", STEPS, schedule)
 
 
 def student():

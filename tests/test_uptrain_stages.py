@@ -177,9 +177,13 @@ def test_every_recipe_runs(files, tmp_path, path):
     overrides = [
         *(f"{name}={tmp_path if name == 'out' else files / name}" for name in ("student", "out")),
         f"data={{path: {files}/text.jsonl, sequence_length: 16}}",
-        *("precision=fp32", "eval.every=0", "batch={size: 2}", "calibrate.tokens=32"),
+        *("precision=fp32", "eval.every=0", "batch={size: 2}", "calibrate.tokens=32", "budget={}"),
         *([f"teacher={files}/teacher"] if "distill" in names else []),
-        *(f"{name}.{key}" for name in names for key in ("tokens=1", "share=null")),
+        *(
+            f"{name}.{key}"
+            for name in names
+            for key in ("tokens=1", "share=null", "schedule.warmup=0")
+        ),
         *(["extend.state_passing=4"] if "extend" in names else []),
     ]
     loop.train(load_config(path, overrides))

@@ -35,10 +35,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-def config(files, out, **distill):
+def config(files, out, teacher=None, **distill):
     values = {
         "student": str(files / "student"),
-        "teacher": str(files / "teacher"),
+        "teacher": teacher or str(files / "teacher"),
         "out": str(out),
         "data": {"path": str(files / "text.jsonl"), "sequence_length": 16},
         "distill": {"tokens": 4 * 64, "optimizer": {"lr": 1e-3}, "temperature": 2.0},
@@ -65,6 +65,9 @@ def loaded(monkeypatch):
 
         def config(self):
             return self.checkpoint.config()
+
+        def fingerprint(self):
+            return self.checkpoint.fingerprint()
 
         def model(self, dtype):
             calls.append(dtype)
@@ -108,6 +111,22 @@ def test_other_numbers_are_other_files(files, tmp_path, change, loaded):
         settings = config(files, tmp_path, cache=cache, **changes)
         Teacher(settings, torch.device("cpu")).targets(blocks(settings))
     assert len(loaded) == 2 and len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
+
+
+def test_another_teacher_in_the_same_place_has_other_files(files, tmp_path):
+    found = []
+    for seed in (0, 1):
+        testing.tiny_checkpoint(tmp_path / "teacher", seed=seed)
+        settings = config(
+            files,
+            tmp_path,
+            teacher=str(tmp_path / "teacher"),
+            top_k=8,
+            cache=str(tmp_path / "cache"),
+        )
+        asked = Teacher(settings, torch.device("cpu"))
+        found.append(asked.targets(blocks(settings))(slice(0, 20)).tokens)
+    assert not torch.equal(*found)
 
 
 def test_a_missing_block_is_computed(files, tmp_path, loaded):

@@ -10,12 +10,15 @@ model end to end (end_to_end.py).
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
 
 from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
+
+STOPPED = 130  # exit code of a run that was stopped before its end, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML file, see recipes/configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="replace one of its values")
     arguments = parser.parse_intermixed_args(argv)
-    train(load_config(arguments.config, arguments.overrides))
+    if not train(load_config(arguments.config, arguments.overrides)):
+        sys.exit(STOPPED)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
@@ -37,12 +41,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfi
     return tree.load(UptrainConfig, str(path), overrides)
 
 
-def train(config: UptrainConfig) -> None:
+def train(config: UptrainConfig) -> bool:
     """Train as `config` says; the result is config.out/final. See `supra.uptrain.loop`."""
     # a wrong config is reported before the seconds that torch and transformers take
     from supra.uptrain.loop import train
 
-    train(config)
+    return train(config)
 
 
 def _defaults() -> str:

@@ -34,7 +34,8 @@ class CalibrateConfig:
     """Starting values of the mixers from the teacher's attention on the first tokens of the text,
     before the first step (supra/calibrate.py). 0: they stay what conversion wrote.
 
-    projections: also fit the attention modules' output projections to what the mixers return.
+    projections: also fit the attention modules' output projections to what the mixers return; takes
+        four rows of data.sequence_length at least, and no lora.
     """
 
     tokens: int = 0
@@ -110,7 +111,8 @@ class OrientConfig(StageConfig):
 class AlignConfig(StageConfig):
     """Each layer learns what its teacher's attention makes of the teacher's own hidden states.
 
-    Only attention modules are trained: inherited weights at `lr`, new ones at `new_lr`.
+    Only attention modules are trained: inherited weights at `lr`, new ones at `new_lr`; with lora
+    new ones alone.
     """
 
     # before the output projection (LoLCATs, arXiv 2410.10254), or after it (RADLADS, 2505.03005)
@@ -196,7 +198,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Full training state every `every` steps (0: only when interrupted); the last `keep` stay."""
+    """Full training state at the end and every `every` steps (0: at the end alone, or when it is
+    interrupted); the last `keep` stay."""
 
     every: int = 500
     keep: int = 2

@@ -102,9 +102,10 @@ class BlockStream:
             return
         share = f" of process {self.rank + 1} of {self.world}" if self.world > 1 else ""
         if self.longest == 0:
-            raise UserError(
-                f"there is no text in the data{share}: all {self.documents} documents are blank"
-            )
+            why = f"all {self.documents} documents are blank"
+            if self.documents == 0:
+                why = "there is no document, or data.eval_documents holds all of them out"
+            raise UserError(f"there is no text in the data{share}: {why}")
         longest = f"the longest of {self.documents} documents{share} has {self.longest}"
         if self.longest < self.min_document_tokens:
             raise UserError(

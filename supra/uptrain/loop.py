@@ -23,6 +23,7 @@ from supra.files import staged_folder
 from supra.head import ScoredModel, language_model
 from supra.original import original
 from supra.packing import check_tokenizer, collate
+from supra.positions import check_positions
 from supra.uptrain import models, optim, tree
 from supra.uptrain.align import LayerByLayer
 from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
@@ -36,16 +37,16 @@ from supra.uptrain.stages import Stage, plan, tokens_read
 from supra.uptrain.teacher import Teacher
 
 
-def train(config: UptrainConfig) -> None:
+def train(config: UptrainConfig) -> bool:
     """Train as `config` says; the result is config.out/final.
 
     SIGTERM and SIGINT end the run after the step that is under way, with a checkpoint from which
-    the same command goes on to the same weights as a run without interruption.
+    the same command goes on to the same weights as a run without interruption. Returns False then.
     """
     run = Run(config)
     try:
         with _stop_signals() as stop_requested:
-            run.train(stop_requested)
+            return run.train(stop_requested)
     finally:
         run.close()
 
@@ -67,10 +68,13 @@ class Run:
             keep_freed_memory()
         rows = config.batch.size * config.batch.accumulation * self.accelerator.num_processes
         self.stages = plan(config, rows * config.data.sequence_length)
+        for stage in self.stages:
+            optim.check_warmup(stage.name, stage.steps, stage.config.schedule)
         self.steps = self.stages[-1].end
         checkpoint = self.folder.last_checkpoint()
         self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
-        stage = next(stage for stage in self.stages if self.step < stage.end)
+        # the last one when all steps are done, and only the export is missing
+        stage = next((x for x in self.stages if self.step < x.end), self.stages[-1])
         self._open_data(stage)
         self._open_log()
         self._load_models(fresh=checkpoint is None)
@@ -80,7 +84,8 @@ class Run:
         if self.initial_state and self.step > stage.start:
             self.initial_state.load_state_dict(load_file(self._states_file(checkpoint)))
 
-    def train(self, stop_requested: Callable[[], bool]) -> None:
+    def train(self, stop_requested: Callable[[], bool]) -> bool:
+        """False when it was stopped before the end."""
         config = self.config
         if self.step == 0:
             self.evaluate("calibrate" if config.calibrate.tokens else "start")
@@ -96,18 +101,20 @@ class Run:
                 self._say_gain(self.stage.name, before)
             if stop_requested():
                 self.accelerator.set_trigger()
-            stop = self.accelerator.check_trigger() and self.step < self.steps
-            if stop or (_due(self.step, config.checkpoint.every) and self.step < self.steps):
-                self.save()
+            last = self.step == self.steps
+            stop = self.accelerator.check_trigger() and not last
+            if stop or last or _due(self.step, config.checkpoint.every):
+                self.save()  # the last one too: an export may fail, for want of disk space say
             if stop:
                 self.log.say(
                     f"stopped after step {self.step} of {self.steps}: the same command goes on"
                 )
-                return
-            if ended and self.step < self.steps:
+                return False
+            if ended and not last:
                 self._begin(self.stages[self.stages.index(self.stage) + 1])
             self.log.restart_clock()
         self.export()
+        return True
 
     def train_step(self) -> None:
         """One optimizer step on all micro-batches of all processes."""
@@ -214,6 +221,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         self.teacher = Teacher(config, accelerator.device) if config.distill else None
         student = models.load_student(config).to(accelerator.device)
+        check_positions(student, "data.sequence_length", config.data.sequence_length)
         if config.extend:
             check_extends(student, config)
         self.layers = None  # the teacher in the student, for as long as layers learn from it

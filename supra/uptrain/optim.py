@@ -106,13 +106,30 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
+def warmup_steps(steps: int, config: ScheduleConfig) -> int:
+    """Of a stage of `steps`."""
+    return round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+
+
+def check_warmup(name: str, steps: int, config: ScheduleConfig) -> None:
+    """Raise UserError for a stage whose rate would not get to where the schedule goes on."""
+    warmup = warmup_steps(steps, config)
+    most = steps - 1 if config.kind != "wsd" else round((1 - WSD_DECAY) * steps)
+    if warmup > max(0, most):
+        raise UserError(
+            f"{name}.schedule.warmup (={config.warmup}) is {warmup} of the stage's {steps} steps, "
+            f"and {config.kind} leaves room for {most}: give a share of them, 0.1 say, or train on "
+            "more tokens"
+        )
+
+
 def schedule_factor(step: int, steps: int, config: ScheduleConfig) -> float:
     """What the learning rate of step 0, 1, … steps - 1 of a stage is multiplied by.
 
     A pure function of the step, so that there is no scheduler state to save. The warm-up rises
     linearly and is over when the factor reaches 1; the last step's factor is min_ratio.
     """
-    warmup = round(config.warmup * steps) if config.warmup < 1 else config.warmup
+    warmup = warmup_steps(steps, config)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     last = max(1, steps - 1)

@@ -41,6 +41,7 @@ AT_LEAST = {
 }
 ABOVE_ZERO = ("distill.temperature", "lora.alpha", "budget.share")
 # 0 or more, and less than this; seeds are numpy's
+PROJECTION_ROWS = 4
 BELOW = {"seed": 2**32, "data.shuffle_seed": 2**32, "lora.dropout": 1}
 
 
@@ -54,7 +55,9 @@ def check(config: UptrainConfig) -> None:
     for name in config.stages:
         _check_trains(config, name)
     _check_teacher(config)
-    _check_extend(config)
+    _check_calibrate(config)
+    _check_lora(config)
+    _check_gradient_checkpointing(config)
     _check_budget(config.budget)
     _check_stage_tokens(config)
     _check_held_out(config)
@@ -126,8 +129,40 @@ def _check_teacher(config: UptrainConfig) -> None:
         )
 
 
-def _check_extend(config: UptrainConfig) -> None:
-    if config.extend is not None and config.gradient_checkpointing:
+def _check_calibrate(config: UptrainConfig) -> None:
+    calibrate, length = config.calibrate, config.data.sequence_length
+    if not calibrate.projections:
+        return
+    if calibrate.tokens < PROJECTION_ROWS * length:
+        raise UserError(
+            f"calibrate.projections fits on three of four rows and tries on the fourth: "
+            f"calibrate.tokens (={calibrate.tokens}) must be >= {PROJECTION_ROWS} x "
+            f"data.sequence_length (={length})"
+        )
+    if config.lora is not None:
+        raise UserError(
+            "calibrate.projections changes weights that lora freezes, and its adapter would be of "
+            "another student: set calibrate.projections=false, or lora=null"
+        )
+
+
+def _check_lora(config: UptrainConfig) -> None:
+    if config.lora is not None and not set(config.stages) & {"distill", "tune", "extend"}:
+        raise UserError(
+            f"lora trains in distill, tune and extend, not in {' and '.join(config.stages)}: "
+            "add one of them, or set lora=null"
+        )
+
+
+def _check_gradient_checkpointing(config: UptrainConfig) -> None:
+    if not config.gradient_checkpointing:
+        return
+    if not set(config.stages) & {"distill", "tune", "extend"}:
+        raise UserError(
+            "gradient_checkpointing saves memory end to end, and "
+            f"{' and '.join(config.stages)} hold one layer at a time: set it to false"
+        )
+    if config.extend is not None:
         raise UserError(
             "gradient_checkpointing computes layers again, and those of the stage extend would "
             "start from a state that is gone: set gradient_checkpointing=false; where memory is "
@@ -174,6 +209,11 @@ def _check_stage_tokens(config: UptrainConfig) -> None:
         raise UserError(
             f"the stages take {taken} tokens of the budget's {total}{left}: "
             "raise budget.tokens, or lower theirs"
+        )
+    if not rest and taken < total - len(stages):
+        raise UserError(
+            f"the stages take {taken} tokens of the budget's {total}: give one of them neither "
+            "tokens nor share, and it takes what is left; or lower the budget"
         )
 
 

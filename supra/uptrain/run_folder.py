@@ -36,6 +36,10 @@ class RunFolder:
                 f"out (={self.path}) holds a run that was begun: "
                 "choose another folder, or resume=true to continue it"
             )
+        self.check_same(config)
+
+    def check_same(self, config: UptrainConfig) -> None:
+        """Refuse another config than the run's own, where that matters to the weights."""
         old = tree.flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         new = tree.flatten(tree.to_dict(config))
         changed = [

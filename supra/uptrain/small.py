@@ -1,5 +1,6 @@
 """Train a small model in memory, for experiments: no teacher, no stages, no files."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def descend(
         set_rates(optimizer, schedule_factor(step, steps, stage.schedule))
         loss = next_loss()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rates.clip or math.inf)
         if not norm.isfinite():
             raise Diverged(f"diverged at step {step}: the gradient is not finite")
         optimizer.step()

@@ -45,6 +45,10 @@ class Teacher:
         model = find_checkpoint(self.name).model(self.dtype)
         return model.requires_grad_(False).eval().to(self.device)
 
+    @cached_property
+    def _identity(self) -> str:
+        return find_checkpoint(self.name).fingerprint()
+
     @torch.no_grad()
     def targets(self, batch: Block) -> Targets:
         """Of a batch [B, T] on the teacher's device."""
@@ -88,7 +92,7 @@ class Teacher:
         """Named by all that the numbers depend on."""
         settings = self.settings
         key = hashlib.sha256(
-            f"{self.name} {self.dtype} {settings.top_k} {settings.temperature}".encode()
+            f"{self._identity} {self.dtype} {settings.top_k} {settings.temperature}".encode()
         )
         for column in (input_ids, position_ids):
             key.update(column.cpu().numpy().tobytes())
