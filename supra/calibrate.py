@@ -45,8 +45,8 @@ def calibrate(
     teacher(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     if projections and not fitted:
         raise UserError(
-            f"calibrate.projections: {model.config.base_model_type} has no linear output projection "
-            "to fit: set it to false"
+            f"calibrate.projections: {model.config.base_model_type} has no linear output "
+            "projection to fit: set it to false"
         )
 
 

@@ -86,6 +86,11 @@ def open_dataset(
         return datasets.load_dataset(**source, streaming=streaming)
 
 
+def hub_name(path: str) -> str | None:
+    """The data set on the hub that a name stands for; None for local files."""
+    return None if local_files(path) else path
+
+
 def local_files(path: str) -> list[str]:
     """The files that a name, folder or glob stands for, sorted; [] if it must be a hub name."""
     path = os.path.expanduser(path)

@@ -11,6 +11,7 @@ import torch
 from supra import testing
 from supra.errors import UserError
 from supra.packing import encode, pack
+from supra.text import hub_name
 from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import (
@@ -245,3 +246,12 @@ def test_everything_held_out(tmp_path):
     path = write(tmp_path / "a.jsonl", texts(2))
     with pytest.raises(UserError, match="leaves nothing to train on"):
         training_documents(with_data(path=path, eval_documents=2))
+
+
+def test_what_is_of_the_hub(tmp_path):
+    """A model card names it; files that are here have no name there."""
+    (tmp_path / "text.txt").write_text("a river")
+    assert hub_name("valley/tales") == "valley/tales"
+    assert hub_name(str(tmp_path)) is None and hub_name(f"{tmp_path}/*.txt") is None
+    with pytest.raises(UserError, match="name 'tales' is a configuration of a data set on the hub"):
+        open_dataset(str(tmp_path), name="tales")

@@ -24,6 +24,7 @@ from supra.head import ScoredModel, language_model
 from supra.original import original
 from supra.packing import check_tokenizer, collate
 from supra.positions import check_positions
+from supra.text import hub_name
 from supra.uptrain import models, optim, tree
 from supra.uptrain.align import LayerByLayer
 from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
@@ -175,6 +176,7 @@ class Run:
                     staging,
                     tokens=tokens_read(self.stages, self.step),
                     results=self.folder.perplexities(),
+                    dataset=self.hub_text,
                 )
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()
@@ -189,6 +191,7 @@ class Run:
         check_tokenizer(self.tokenizer)
         self.held_out = held_out_blocks(config, self.tokenizer)
         self.documents = training_documents(config)
+        self.hub_text = hub_name(config.data.path)
         for later in self.stages:
             if later.config.segments:  # no run of hours should then end for want of a document
                 next(self._blocks(later))
