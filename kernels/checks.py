@@ -38,6 +38,12 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} (on {x.device}) must be on {device}, as {first} is")
 
 
+def check_not_empty(name: str, tensor: Tensor) -> None:
+    """[B, T, ...] with B, T >= 1."""
+    if 0 in tensor.shape[:2]:
+        raise ValueError(f"{name} (shape {shape(tensor)}) must have at least one row and one token")
+
+
 def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     """query [B, T, Hq, K], key [B, T, Hkv, K] and value [B, T, Hkv, V], with Hkv dividing Hq."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -45,8 +51,7 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name} (shape {shape(x)}) must be [B, T, H, D]")
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
-    if length < 1:
-        raise ValueError(f"query (shape {shape(query)}) must have at least one token")
+    check_not_empty("query", query)
     if key.shape != (batch, length, kv_heads, width):
         raise ValueError(
             f"key (shape {shape(key)}) must be [{batch}, {length}, Hkv, {width}] to fit query"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from supra.kernels import checks
 from supra.kernels.backends import interpreting
+from supra.kernels.packing import count_chunks
 
 # "small" is for less than 100 KiB of shared memory a block; its kernels fit into 64 KiB
 TARGETS = ("sm_80", "sm_90", "sm_100", "small")
@@ -124,20 +125,18 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[dict[st
     Of packed rows that number is an upper bound, which the host knows without asking the device.
     """
     batch, length = x.shape[:2]
-    count, chunks, offsets = batch, batch * blocks(length, chunk), None
+    offsets = None
     if cu_seqlens is not None:
         if cu_seqlens.device.type == "cpu":  # on a GPU they are trusted: to look would be to wait
             checks.bounds(cu_seqlens, batch, length)
-        count = len(cu_seqlens) - 1
-        chunks = length // chunk + count
         cu_seqlens = cu_seqlens.to(x.device, torch.int32, non_blocking=True)
         offsets = F.pad((cu_seqlens.diff() + chunk - 1) // chunk, (1, 0)).cumsum(0)
         offsets = offsets.to(torch.int32)
     found = {
-        "cu_seqlens": cu_seqlens, "chunk_offsets": offsets, "sequences": count, "length": length,
-        "PACKED": cu_seqlens is not None,
+        "cu_seqlens": cu_seqlens, "chunk_offsets": offsets, "length": length,
+        "sequences": checks.sequences(x, cu_seqlens), "PACKED": cu_seqlens is not None,
     }  # fmt: skip
-    return found, chunks
+    return found, count_chunks(x, cu_seqlens, chunk)
 
 
 def blocks(size: int, block: int) -> int:

@@ -23,6 +23,21 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise UserError(f"unknown {name} {value!r}: {hint}(known: {', '.join(choices)})")
 
 
+def check_flags(options: object, *names: str) -> None:
+    """Raise UserError for an attribute of `options` that is neither true nor false."""
+    for name in names:
+        if not isinstance(value := getattr(options, name), bool):
+            raise UserError(f"{name} (={value!r}) must be true or false")
+
+
+def check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise UserError when `value` is no whole number from `least` to `most`; None for no end."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        rule = f">= {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name} (={value!r}) must be a whole number {rule}")
+
+
 def command(run: Callable[..., None]) -> Callable[..., None]:
     """Run a command; a user's mistake or a full disk becomes one line on stderr and exit code 2.
 

@@ -40,7 +40,7 @@ def causal_conv(
     """Convolve whole sequences; for training and prefill.
 
     Args:
-        input: [B, T, D], any floating dtype, as all inputs. T >= 1.
+        input: [B, T, D], any floating dtype, as all inputs. B, T >= 1.
         weight: [D, W] with 1 <= W <= 64, as torch.nn.Conv1d's depthwise weight [D, 1, W] squeezed:
             the last column multiplies the current token, the first the oldest.
         bias: [D] or None.
@@ -134,8 +134,7 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     if input.dim() != 3:
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, T, D]")
-    if input.shape[1] < 1:
-        raise ValueError(f"input (shape {checks.shape(input)}) must have at least one token")
+    checks.check_not_empty("input", input)
     width = input.shape[2]
     if weight.dim() != 2 or weight.shape[0] != width:
         raise ValueError(

@@ -41,7 +41,7 @@ def chunk_gated_delta_rule(
     """The gated delta rule over whole sequences, in chunks; for training and prefill.
 
     Args:
-        query: [B, T, Hq, K], any floating dtype, as all inputs. T >= 1.
+        query: [B, T, Hq, K], any floating dtype, as all inputs. B, T >= 1.
         key: [B, T, Hkv, K], of length 1 (not checked: that would synchronise a GPU). Hkv divides
             Hq; query head h reads the state of key head h // (Hq // Hkv).
         value: [B, T, Hkv, V].

@@ -39,7 +39,7 @@ def chunk_gated_linear_attention(
     """Causal linear attention with a decay per key channel over whole sequences, in chunks.
 
     Args:
-        query: [B, T, Hq, K], any floating dtype, as all inputs. T >= 1.
+        query: [B, T, Hq, K], any floating dtype, as all inputs. B, T >= 1.
         key: [B, T, Hkv, K]. Hkv divides Hq; query head h reads key head h // (Hq // Hkv).
         value: [B, T, Hkv, V].
         log_decay: [B, T, Hkv, K], natural log of the decay, <= 0 (not checked: that would

@@ -57,7 +57,7 @@ def chunk_linear_attention(
     """Causal linear attention over whole sequences, in chunks; for training and prefill.
 
     Args:
-        query: [B, T, Hq, K], any floating dtype, as all inputs. T >= 1.
+        query: [B, T, Hq, K], any floating dtype, as all inputs. B, T >= 1.
         key: [B, T, Hkv, K]. Hkv divides Hq; query head h reads key head h // (Hq // Hkv).
         value: [B, T, Hkv, V].
         log_decay: natural log of the decay, <= 0 (not checked: that would synchronise a GPU). None

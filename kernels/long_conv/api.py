@@ -53,7 +53,8 @@ def chunk_ssm_conv(
     """Convolve whole sequences with the kernel of a state-space model, in chunks.
 
     Args:
-        query: [B, T, H, K], any floating dtype, as all inputs. None for ones, K = 1. T >= 1.
+        query: [B, T, H, K], any floating dtype, as all inputs. None for ones, K = 1.
+            B, T >= 1.
         key: [B, T, H, K]. None for ones, K = 1.
         value: [B, T, H, V].
         log_decay: [H, M], log |a| <= 0 (not checked: that would synchronise a GPU). A mode below
@@ -211,7 +212,7 @@ def fft_conv(
         output_t = sum_{l < L, l <= t} kernel_l input_{t - l}
 
     Args:
-        input: [B, T, H, D], any floating dtype. T >= 1.
+        input: [B, T, H, D], any floating dtype. B, T >= 1.
         kernel: [H, L], the current token's weight first; the D channels of a head share it.
         initial_state: [N, L - 1, H, D], what earlier input adds to the next L - 1 outputs; None for
             zeros.
@@ -231,8 +232,9 @@ def fft_conv(
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size (={block_size}) must be >= 1")
-    if input.dim() != 4 or input.shape[1] < 1:
-        raise ValueError(f"input (shape {checks.shape(input)}) must be [B, T, H, D] with T >= 1")
+    if input.dim() != 4:
+        raise ValueError(f"input (shape {checks.shape(input)}) must be [B, T, H, D]")
+    checks.check_not_empty("input", input)
     if kernel.dim() != 2 or kernel.shape[0] != input.shape[2] or kernel.shape[1] < 1:
         raise ValueError(
             f"kernel (shape {checks.shape(kernel)}) must be [{input.shape[2]}, L] to fit input"
@@ -269,8 +271,9 @@ def _check(
     query: Tensor | None, key: Tensor | None, value: Tensor, *model: Tensor | None
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], torch.dtype]:
     """Gates, the model in the dtype that is computed in, and that dtype."""
-    if value.dim() != 4 or value.shape[1] < 1:
-        raise ValueError(f"value (shape {checks.shape(value)}) must be [B, T, H, V] with T >= 1")
+    if value.dim() != 4:
+        raise ValueError(f"value (shape {checks.shape(value)}) must be [B, T, H, V]")
+    checks.check_not_empty("value", value)
     width = next((x.shape[-1] for x in (query, key) if x is not None), 1)
     if None in (query, key) and width != 1:
         name = "key" if key is None else "query"

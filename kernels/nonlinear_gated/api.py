@@ -64,7 +64,7 @@ def chunk_nonlinear_gated(
     """The recurrence over whole sequences.
 
     Args:
-        query: [B, T, H, K], any floating dtype, as all inputs. T >= 1.
+        query: [B, T, H, K], any floating dtype, as all inputs. B, T >= 1.
         key: [B, T, H, K], as many heads as queries have.
         value: [B, T, H, V].
         log_decay: [B, T, H], natural log of f, <= 0 (not checked: that would synchronise a GPU);

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from supra.errors import UserError
+from supra.errors import UserError, check_whole
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 
 QUERY_SHARPNESSES = (0.05, 0.1, 0.25, 0.5, 1.0)  # what calibration chooses from
@@ -170,8 +170,7 @@ FEATURE_MAPS = {
 
 def check_expansion(expansion: int, feature_map: str) -> None:
     """Raises UserError for a width that the feature map cannot have."""
-    if not isinstance(expansion, int) or isinstance(expansion, bool) or expansion < 1:
-        raise UserError(f"expansion (={expansion!r}) must be a whole number >= 1")
+    check_whole("expansion", expansion, 1)
     if expansion > 1 and not issubclass(FEATURE_MAPS[feature_map], _PerHead):
         raise UserError(
             f"expansion (={expansion}) needs features with weights of a head's own, which "

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from supra.errors import UserError, check_choice
+from supra.errors import check_choice, check_flags
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.feature_maps import FEATURE_MAPS, choose_sharpness, map_features
 from supra.mixers.gates import DecayGate, HeadLogits
@@ -39,9 +39,7 @@ class GatedDeltaOptions:
 
     def __post_init__(self):
         check_choice("feature_map", self.feature_map, ("hedgehog", "identity", "sign_pair"))
-        for name in ("scale", "output_gate"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"{name} (={value!r}) must be true or false")
+        check_flags(self, "scale", "output_gate")
 
 
 class GatedDeltaState(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from supra.errors import UserError, check_choice
+from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
@@ -58,17 +58,13 @@ class H3Options:
 
     def __post_init__(self):
         for name in ("head_size", "d_state", "shift_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} (={value!r}) must be a whole number >= 1")
+            check_whole(name, getattr(self, name), 1)
         if self.d_state % 2:
             raise UserError(f"d_state (={self.d_state}) must be even: a mode holds two numbers")
         if self.shift_size > MOST_TAPS:
             raise UserError(f"shift_size (={self.shift_size}) must be at most {MOST_TAPS}")
         check_choice("init", self.init, ("teacher", "published"))
-        for name in ("gates", "scale", "output_gate"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"{name} (={value!r}) must be true or false")
+        check_flags(self, "gates", "scale", "output_gate")
 
 
 class H3State(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supra.errors import UserError, check_choice
+from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
@@ -50,14 +50,10 @@ class Mamba2Options:
     output_gate: bool = True
 
     def __post_init__(self):
-        size = self.conv_size
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST_TAPS:
-            raise UserError(f"conv_size (={size!r}) must be a whole number from 1 to {MOST_TAPS}")
+        check_whole("conv_size", self.conv_size, 1, MOST_TAPS)
         check_choice("activation", self.activation, ("none", "silu"))
         check_choice("normalize", self.normalize, ("none", "rms"))
-        for name in ("scale", "output_gate"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"{name} (={value!r}) must be true or false")
+        check_flags(self, "scale", "output_gate")
 
 
 class Mamba2State(NamedTuple):

@@ -16,7 +16,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from supra.errors import UserError, check_choice
+from supra.errors import UserError, check_choice, check_flags, check_whole
+from supra.kernels.backends import without_autocast
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.gates import DecayGate, fill_heads
 from supra.mixers.scan import LINEAR_ATTENTION, NONLINEAR_GATED, scan
@@ -52,11 +53,8 @@ class NonlinearGatedOptions:
         if not 0 < largest <= 2.4:
             raise UserError(f"largest (={largest!r}) must be > 0 and <= 2.4")
         check_choice("solver", self.solver, ("auto", *METHODS))
-        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 1:
-            raise UserError(f"sweeps (={self.sweeps!r}) must be a whole number >= 1")
-        for name in ("scale", "output_gate"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"{name} (={value!r}) must be true or false")
+        check_whole("sweeps", self.sweeps, 1)
+        check_flags(self, "scale", "output_gate")
 
 
 class NonlinearGatedState(NamedTuple):
@@ -139,7 +137,8 @@ class NonlinearGatedMixer(Mixer):
                 cell, drive, memory, self.options.solver, max_iterations=self.options.sweeps
             ).states
             memory = states[:, -1]
-            outputs.append(torch.einsum("bthk,bthkv->bthv", query[:, some], states))
+            with without_autocast(query.device):
+                outputs.append(torch.einsum("bthk,bthkv->bthv", query[:, some], states))
         output = torch.cat(outputs, dim=1).view(*shape, *value.shape[2:]) * inputs.scaling
         return output, None if first is not None else memory.contiguous()
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from supra.errors import UserError
+from supra.errors import UserError, check_whole
 from supra.mixers.padding import pick
 
 Thresholds = float | tuple[float, ...]
@@ -48,12 +48,9 @@ class StatePolicy:
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value <= 1:
                 raise UserError(f"{name} (={value!r}) must be > 0 and <= 1")
-        for name in ("norm_every", "window"):
-            value = getattr(self, name)
-            if value is None and name == "window":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} (={value!r}) must be a whole number >= 1")
+        check_whole("norm_every", self.norm_every, 1)
+        if self.window is not None:
+            check_whole("window", self.window, 1)
         if isinstance(self.norm, Sequence) and not isinstance(self.norm, str):
             layers = tuple(tuple(x) if isinstance(x, Sequence) else (x,) for x in self.norm)
             object.__setattr__(self, "norm", layers)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supra.errors import UserError, check_choice
+from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.gates import fill_heads, slope_of_half_life
@@ -52,12 +52,9 @@ class RwkvOptions:
     output_gate: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise UserError(f"rank (={self.rank!r}) must be a whole number >= 1")
+        check_whole("rank", self.rank, 1)
         check_choice("normalize", self.normalize, ("none", "group"))
-        for name in ("balance_state", "token_shift", "scale", "output_gate"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"{name} (={value!r}) must be true or false")
+        check_flags(self, "balance_state", "token_shift", "scale", "output_gate")
 
 
 class RwkvState(NamedTuple):

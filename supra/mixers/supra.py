@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from supra.errors import UserError, check_choice
+from supra.errors import UserError, check_choice, check_flags
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.feature_maps import (
@@ -61,9 +61,7 @@ class SupraOptions:
         check_expansion(self.expansion, self.feature_map)
         check_choice("decay", self.decay, ("learnable", "fixed", "gated", "none"))
         check_choice("normalize", self.normalize, ("group", "sum", "none"))
-        for name in ("scale", "output_gate"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"{name} (={value!r}) must be true or false")
+        check_flags(self, "scale", "output_gate")
         if self.normalize == "sum" and not FEATURE_MAPS[self.feature_map].after_rotary:
             raise UserError(
                 f"normalize (='sum') needs features that stay nonnegative, which those of "

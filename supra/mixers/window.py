@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supra.errors import UserError, check_choice
+from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.band import band_distance, band_scores, band_sums
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
@@ -52,12 +52,9 @@ class WindowOptions:
         check_choice("feature_map", self.feature_map, ("hedgehog", "relu"))
         check_expansion(self.expansion, self.feature_map)
         check_choice("decay", self.decay, ("gated", "none"))
-        for name, least in (("size", 1), ("sinks", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} (={value!r}) must be a whole number >= {least}")
-        if not isinstance(self.output_gate, bool):
-            raise UserError(f"output_gate (={self.output_gate!r}) must be true or false")
+        check_whole("size", self.size, 1)
+        check_whole("sinks", self.sinks, 0)
+        check_flags(self, "output_gate")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout (={self.dropout!r}) must be >= 0 and < 1")
 

@@ -8,6 +8,7 @@ method; Lim et al. 2023, arXiv 2309.12252), its diagonal (quasi-DEER; Gonzalez e
 the guess. After i sweeps the first i states are exact, whatever A is, but for ELK.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from supra.errors import UserError, check_choice
+from supra.errors import UserError, check_choice, check_whole
 from supra.parallel.cells import Cell, Drive
 from supra.parallel.kalman import trust_region_step
 from supra.parallel.scan import Structure, affine_scan
@@ -67,11 +68,11 @@ def solve(
     """Run `cell` over all tokens.
 
     Args:
-        inputs: what cell.project takes, [B, T, …].
-        initial_state: [B, …], or None for the cell's own.
+        inputs: what cell.project takes, [B, T, …]. B, T >= 1.
+        initial_state: [B, …], shaped as the cell's own, which None is.
         method: one of METHODS, or "auto": see `choose_method`.
-        tolerance: of the residual; None for 1e-12 in float64 and 2e-6 in float32.
-        max_iterations: sweeps; None for T, in which all but ELK end.
+        tolerance: of the residual, >= 0; None for 1e-12 in float64 and 2e-6 in float32.
+        max_iterations: sweeps, >= 1; None for T, in which all but ELK end.
         guess: where to begin: states [B, T, …], "zeros", "linear" (the solution of the cell's
             linear part, where it says what that is), or "auto", which is linear where it can.
         damping: λ of ELK's trust region, > 0. Small ones come near DEER.
@@ -85,27 +86,23 @@ def solve(
 
     Gradients flow to the inputs, the initial state and the cell's parameters, from the adjoint
     recurrence with the true Jacobians at the solution, whatever the method was. They are as exact
-    as the states are.
+    as the states are. Second derivatives need method="sequential"; of all others they raise.
 
     Raises:
-        UserError: a name or a number that does not fit. NotConverged, with otherwise="raise".
+        UserError: a name, a number or a shape that does not fit, whatever the method is.
+        NotConverged, with otherwise="raise".
     """
     check_choice("estimate", estimate, ("smoother", "filter"))
     check_choice("diagonal", diagonal, ("exact", "stochastic"))
     check_choice("otherwise", otherwise, ("sequential", "raise"))
     check_choice("method", method, ("auto", *METHODS))
     drive = cell.project(inputs)
-    start = cell.empty_state(drive) if initial_state is None else initial_state
+    start = _check(cell, drive, initial_state, guess, tolerance, damping, max_iterations, probes)
     tokens = drive[0].shape[1]
     if method == "auto":
         method = choose_method(cell, start, tokens)
     if method == "sequential":
         return Solution(_loop(cell, drive, start), method, tokens, 0.0, 0, True)
-    for name, value, least in (("max_iterations", max_iterations, 1), ("probes", probes, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{name} (={value}) must be >= {least}")
-    if not damping > 0:
-        raise UserError(f"damping (={damping}) must be > 0: with none, take deer or quasi_deer")
     sweeps = _Sweeps(cell, drive, start, method, estimate, damping, diagonal, probes, seed)
     limit = TOLERANCES.get(start.dtype, TOLERANCES[torch.float32])
     found = sweeps.run(guess, limit if tolerance is None else tolerance, max_iterations or tokens)
@@ -138,6 +135,46 @@ def choose_method(cell: Cell, state: Tensor, tokens: int) -> str:
         state.device.type != "cpu" and cell.structure is not Structure.DENSE
     )
     return "deer" if few and tokens >= FEW_TOKENS and cell.contracts() else "sequential"
+
+
+def _check(
+    cell: Cell,
+    drive: Drive,
+    state: Tensor | None,
+    guess: Tensor | str,
+    tolerance: float | None,
+    damping: float,
+    max_iterations: int | None,
+    probes: int,
+) -> Tensor:
+    """The state to begin with. What a method does not read is checked too, since "auto" takes now
+    one and then another."""
+    rows = drive[0].shape[:2]
+    if 0 in rows:
+        raise UserError(f"inputs (B, T = {[*rows]}) must have at least one row and one token")
+    empty = cell.empty_state(drive)
+    if state is not None and state.shape != empty.shape:
+        raise UserError(
+            f"initial_state (shape {[*state.shape]}) must be {[*empty.shape]}; None is the cell's"
+        )
+    wanted = [*rows, *empty.shape[1:]]
+    if isinstance(guess, Tensor):
+        if [*guess.shape] != wanted:
+            raise UserError(f"guess (shape {[*guess.shape]}) must be {wanted}, or a name")
+    else:
+        check_choice("guess", guess, ("auto", "zeros", "linear"))
+        if guess == "linear" and not hasattr(cell, "linear_solution"):
+            raise UserError(f"guess ('linear'): {type(cell).__name__} has no linear part")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"tolerance (={tolerance}) must be >= 0 and finite; None is the dtype's")
+    if not 0 < damping < math.inf:
+        raise UserError(
+            f"damping (={damping}) must be > 0 and finite: with none, take deer or quasi_deer"
+        )
+    if max_iterations is not None:
+        check_whole("max_iterations", max_iterations, 1)
+    check_whole("probes", probes, 1)
+    return empty if state is None else state
 
 
 def _numbers(found: Solution) -> dict:
@@ -199,9 +236,6 @@ class _Sweeps:
         linear = getattr(self.cell, "linear_solution", None)
         if isinstance(guess, Tensor):
             return guess.detach()
-        check_choice("guess", guess, ("auto", "zeros", "linear"))
-        if guess == "linear" and linear is None:
-            raise UserError(f"guess ('linear'): {type(self.cell).__name__} has no linear part")
         if linear is None or guess == "zeros":
             return self.start[:, None].expand(-1, self.drive[0].shape[1], *self.start.shape[1:]) * 0
         return affine_scan(Structure.DIAGONAL, *linear(self.drive), self.start)
@@ -273,8 +307,9 @@ class _Adjoint(torch.autograd.Function):
         return states.view_as(states)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
+        if torch.is_grad_enabled():  # it is with create_graph=True alone
+            raise RuntimeError("second derivatives of solve() need method='sequential'")
         before, *drive = ctx.saved_tensors
         structure = ctx.cell.structure
         _, matrix = on_all_tokens(ctx.cell.linearise, before, tuple(drive))

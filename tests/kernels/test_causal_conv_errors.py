@@ -7,6 +7,9 @@ from supra.kernels.causal_conv import causal_conv, causal_conv_step
 
 MISTAKES = {
     "input (shape [7, 5, 1, 1]) must be [B, T, D]": {"input": torch.zeros(7, 5, 1, 1)},
+    "input (shape [0, 1, 5]) must have at least one row and one token": {
+        "input": torch.zeros(0, 1, 5)
+    },
     "input (dtype torch.int64) must be floating": {"input": torch.zeros(2, 1, 5, dtype=torch.long)},
     "weight (shape [5, 1, 4]) must be [5, W] to fit input; from a Conv1d take weight[:, 0]": {
         "weight": torch.zeros(5, 1, 4)
@@ -24,7 +27,9 @@ MISTAKES = {
     },
 }
 SEQUENCE_MISTAKES = {
-    "must have at least one token": {"input": torch.zeros(2, 0, 5)},
+    "input (shape [2, 0, 5]) must have at least one row and one token": {
+        "input": torch.zeros(2, 0, 5)
+    },
     "initial_state (shape [2, 5, 3]) must be [2, 3, 5] [N, W - 1, D]": {
         "initial_state": torch.zeros(2, 5, 3)
     },

@@ -142,6 +142,12 @@ def test_meta_device_gives_shapes():
 
 MISTAKES = {
     "input (shape [2, 7, 3]) must be [B, T, H, D]": {"input": torch.zeros(2, 7, 3)},
+    "input (shape [0, 7, 3, 2]) must have at least one row and one token": {
+        "input": torch.zeros(0, 7, 3, 2)
+    },
+    "input (shape [2, 0, 3, 2]) must have at least one row and one token": {
+        "input": torch.zeros(2, 0, 3, 2)
+    },
     "kernel (shape [2, 5]) must be [3, L] to fit input": {"kernel": torch.zeros(2, 5)},
     "kernel (dtype torch.int64) must be floating": {"kernel": torch.zeros(3, 5, dtype=torch.long)},
     "initial_state (shape [2, 5, 3, 2]) must be [2, 4, 3, 2] [N, L - 1, H, D]": {

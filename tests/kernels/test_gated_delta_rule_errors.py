@@ -8,6 +8,9 @@ from supra.kernels.gated_delta_rule import chunk_gated_delta_rule, recurrent_gat
 STATE = torch.zeros(2, 2, 5, 3)
 MISTAKES = {
     "query (shape [2, 6, 4]) must be [B, T, H, D]": {"query": torch.zeros(2, 6, 4)},
+    "query (shape [0, 7, 4, 5]) must have at least one row and one token": {
+        "query": torch.zeros(0, 7, 4, 5)
+    },
     "key (shape [2, 7, 2, 6]) must be [2, 7, Hkv, 5]": {"key": torch.zeros(2, 7, 2, 6)},
     "query heads (=3) must be a multiple of key heads (=2)": {"query": torch.zeros(2, 7, 3, 5)},
     "beta (shape [2, 7, 4]) must be [2, 7, 2] to fit key": {"beta": torch.zeros(2, 7, 4)},

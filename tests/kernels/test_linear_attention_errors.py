@@ -10,7 +10,12 @@ MISTAKES = {
     "query (dtype torch.int64) must be floating point": {
         "query": torch.zeros(2, 7, 4, 5, dtype=torch.long)
     },
-    "must have at least one token": {"query": torch.zeros(2, 0, 4, 5)},
+    "query (shape [2, 0, 4, 5]) must have at least one row and one token": {
+        "query": torch.zeros(2, 0, 4, 5)
+    },
+    "query (shape [0, 7, 4, 5]) must have at least one row and one token": {
+        "query": torch.zeros(0, 7, 4, 5)
+    },
     "key (shape [2, 7, 2, 6]) must be [2, 7, Hkv, 5]": {"key": torch.zeros(2, 7, 2, 6)},
     "key (on meta) must be on cpu": {"key": torch.zeros(2, 7, 2, 5, device="meta")},
     "value (shape [2, 7, 1, 3]) must be [2, 7, 2, V]": {"value": torch.zeros(2, 7, 1, 3)},

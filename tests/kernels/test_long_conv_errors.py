@@ -7,8 +7,11 @@ from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv, ssm_kern
 
 MISTAKES = {
     "value (shape [2, 7, 4]) must be [B, T, H, V]": {"value": torch.zeros(2, 7, 4)},
-    "value (shape [2, 0, 4, 3]) must be [B, T, H, V] with T >= 1": {
+    "value (shape [2, 0, 4, 3]) must have at least one row and one token": {
         "value": torch.zeros(2, 0, 4, 3)
+    },
+    "value (shape [0, 7, 4, 3]) must have at least one row and one token": {
+        "value": torch.zeros(0, 7, 4, 3)
     },
     "query (shape [2, 7, 2, 5]) must be [2, 7, 4, 5] to fit value": {
         "query": torch.zeros(2, 7, 2, 5)

@@ -7,6 +7,9 @@ from supra.kernels.nonlinear_gated import chunk_nonlinear_gated, recurrent_nonli
 
 MISTAKES = {
     "query (shape [2, 6, 4]) must be [B, T, H, D]": {"query": torch.zeros(2, 6, 4)},
+    "query (shape [0, 7, 4, 5]) must have at least one row and one token": {
+        "query": torch.zeros(0, 7, 4, 5)
+    },
     "key (shape [2, 7, 4, 6]) must be [2, 7, Hkv, 5]": {"key": torch.zeros(2, 7, 4, 6)},
     "value (shape [2, 7, 1, 3]) must be [2, 7, 4, V]": {"value": torch.zeros(2, 7, 1, 3)},
     "key (shape [2, 7, 2, 5]) must have 4 heads, as query has; repeat them": {

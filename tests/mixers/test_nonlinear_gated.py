@@ -22,6 +22,11 @@ def make(**options):
     return mixer.double()
 
 
+def in_float32(inputs):
+    fields = ("hidden_states", "query", "key", "value")
+    return dataclasses.replace(inputs, **{x: getattr(inputs, x).float() for x in fields})
+
+
 def test_it_starts_as_gated_linear_attention():
     """At a = 0 and small writes its sums are those of its mixing matrix."""
     mixer, inputs = make(), mixer_inputs(SHAPE, 150)
@@ -72,12 +77,20 @@ def test_solvers_agree_with_the_kernels_under_padding_and_packing(solver):
     assert mixer(packed, return_state=True)[1] is None
 
 
+@pytest.mark.parametrize("solver", ["auto", "sequential", "deer"])
+def test_autocast_changes_nothing(solver):
+    """What is read of a float32 state is not rounded to 16 bits."""
+    mixer, inputs = make(solver=solver).float(), in_float32(mixer_inputs(SHAPE, 30))
+    expected, _ = mixer.mix(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = mixer.mix(inputs)
+    assert torch.equal(found, expected)
+
+
 def test_calibration_keeps_what_is_written_small():
     """A tanh of a tenth bends by a third of a percent: the start is the linear mixer."""
-    mixer, inputs = build_mixer("nonlinear_gated", SHAPE, {}), mixer_inputs(SHAPE, 40)
+    mixer, inputs = build_mixer("nonlinear_gated", SHAPE, {}), in_float32(mixer_inputs(SHAPE, 40))
     mixer.reset_parameters()
-    fields = ("hidden_states", "query", "key", "value")
-    inputs = dataclasses.replace(inputs, **{x: getattr(inputs, x).float() for x in fields})
     target = 0.2 * torch.randn(2, 40, 4, 5, generator=torch.Generator().manual_seed(0))
     target += (
         inputs.value.cumsum(1).repeat_interleave(2, dim=2) / torch.arange(1, 41)[:, None, None]

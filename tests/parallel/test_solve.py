@@ -28,6 +28,20 @@ def test_states_and_gradients_are_the_loops(name, method):
         assert (gradient - right).abs().max() < 1e-8 * right.abs().max()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_second_derivatives_are_the_loops_alone(method):
+    """A penalty on gradients, whose own incoming gradient is ones and needs none."""
+    cell, inputs, state, _ = example("gru")
+    penalised = solve(cell, inputs, state, method, otherwise="raise").states.sum()
+    if method == "sequential":
+        (gradient,) = torch.autograd.grad(penalised, inputs, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), inputs)
+        assert second.abs().max() > 0
+    else:
+        with pytest.raises(RuntimeError, match=r"second derivatives .* method='sequential'"):
+            torch.autograd.grad(penalised, inputs, create_graph=True)
+
+
 @pytest.mark.parametrize("name", ["gru", "para_lstm", "nonlinear_gated"])
 @pytest.mark.parametrize("estimate", ["smoother", "filter"])
 @pytest.mark.parametrize("method", ["elk", "quasi_elk"])
@@ -164,7 +178,13 @@ def test_one_token_and_no_gradient():
     [
         ({"method": "newton"}, "method"),
         ({"method": "deer", "damping": 0.0}, r"damping \(=0.0\) must be > 0"),
-        ({"method": "deer", "max_iterations": 0}, r"max_iterations \(=0\) must be >= 1"),
+        ({"damping": float("inf")}, r"damping \(=inf\) must be > 0 and finite"),
+        ({"method": "sequential", "damping": -1}, r"damping \(=-1\) must be > 0 and finite"),
+        ({"tolerance": -1.0}, r"tolerance \(=-1.0\) must be >= 0 and finite"),
+        ({"tolerance": float("nan")}, r"tolerance \(=nan\) must be >= 0 and finite"),
+        ({"max_iterations": 0}, r"max_iterations \(=0\) must be a whole number >= 1"),
+        ({"method": "deer", "probes": 0}, r"probes \(=0\) must be a whole number >= 1"),
+        ({"method": "sequential", "guess": "zero"}, "did you mean 'zeros'"),
         ({"method": "elk", "estimate": "mean"}, "estimate"),
         ({"method": "deer", "guess": "linear"}, r"guess \('linear'\): GRU has no linear part"),
         ({"method": "deer", "otherwise": "hope"}, "otherwise"),
@@ -174,3 +194,29 @@ def test_what_is_no_option(given, message):
     cell, inputs, state, _ = example("gru")
     with pytest.raises(UserError, match=message):
         solve(cell, inputs, state, **given)
+
+
+@pytest.mark.parametrize("tokens", [7, 128])  # of which "auto" reads the first by a loop
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"initial_state": torch.zeros(1, 6)},
+            r"initial_state \(shape \[1, 6\]\) must be \[2, 6\]",
+        ),
+        ({"guess": torch.zeros(2, 6)}, r"guess \(shape \[2, 6\]\) must be \[2, {tokens}, 6\]"),
+        ({"inputs": torch.zeros(2, 0, 5)}, r"inputs \(B, T = \[2, 0\]\) must have at least one"),
+        ({"inputs": torch.zeros(0, 9, 5)}, r"inputs \(B, T = \[0, 9\]\) must have at least one"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named_at_any_length(given, message, tokens):
+    with pytest.raises(UserError, match=message.replace("{tokens}", str(tokens))):
+        solve(ParaGRU(5, 6), **{"inputs": torch.zeros(2, tokens, 5)} | given)
+
+
+def test_no_tokens_of_a_cell_with_a_matrix_state():
+    with pytest.raises(UserError, match="must have at least one row and one token"):
+        solve(
+            NonlinearGated(torch.zeros(1, 4, 4)),
+            [torch.zeros(1, 0, 1, 4)] * 2 + [torch.zeros(1, 0, 1)],
+        )
