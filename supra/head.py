@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from supra.losses import Losses
+from supra.losses import Losses, refuse_second_derivatives
 
 # Logits of one chunk: 680 and 1360 tokens of a vocabulary of 49152. Each chunk adds to the gradient
 # of the head, as large as the head, so chunks of few tokens would move more of it than of logits.
@@ -116,8 +115,8 @@ class _Chunked(torch.autograd.Function):
         return total, next_token, kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, total_gradient, *_):
+        refuse_second_derivatives()
         # in place: the buffers are ours alone, and autograd refuses a second pass over them
         hidden, *parameters = (x.mul_(total_gradient.to(x.dtype)) for x in ctx.saved_tensors)
         return hidden, None, None, *parameters

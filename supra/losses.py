@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from supra.packing import IGNORE
 
@@ -113,11 +112,20 @@ class _TokenLosses(torch.autograd.Function):
         return next_token_weight * next_token + kl_weight * kl, next_token, kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, total_gradient, *_):
+        refuse_second_derivatives()
         # in place: the buffer is ours alone, and autograd refuses a second pass over it
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(total_gradient.to(gradient.dtype)), None, None, None, None, None
+
+
+def refuse_second_derivatives() -> None:
+    """In a backward pass; torch's once_differentiable returns wrong ones of a linear sum."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this loss has first derivatives alone: call backward() without create_graph, or take "
+            "torch.nn.functional.cross_entropy of the logits"
+        )
 
 
 def _log_probabilities(

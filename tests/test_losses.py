@@ -118,3 +118,12 @@ def test_nats_of_each_token():
     nats = next_token_nats(student, labels)
     expected = F.cross_entropy(student.double(), labels, reduction="none", ignore_index=-100)
     torch.testing.assert_close(nats.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_second_derivatives_raise():
+    """Of a sum of the logits they would be silently wrong."""
+    x, weight = torch.randn(TOKENS, 8, requires_grad=True), torch.randn(8, VOCABULARY)
+    labels = torch.arange(TOKENS)
+    total = token_losses(x @ weight.requires_grad_(), labels).total
+    with pytest.raises(RuntimeError, match="first derivatives alone"):
+        torch.autograd.grad(total, x, create_graph=True)
