@@ -55,10 +55,20 @@ class MixerLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    def end_recording(self) -> None:
+        """Forget the calls: they would keep a state for every token of plain decoding."""
+        self.record_past = False
+        self._calls.clear()
+
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, of those since recording began or since the last crop."""
-        surplus = abs(tokens_to_remove)
+        """Take back the last tokens, of those since recording began or since the last crop: three
+        of them for -3, as in transformers' own layers."""
+        if tokens_to_remove > 0:
+            raise UserError(
+                f"crop (={tokens_to_remove}) must be <= 0: minus the number of tokens to take back"
+            )
+        surplus = -tokens_to_remove
         if surplus > (recorded := sum(call.tokens for call in self._calls)):
             raise UserError(
                 f"crop ({surplus} tokens) goes back further than what was recorded ({recorded}): "
@@ -88,7 +98,7 @@ class MixerLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.length, self.is_initialized = None, 0, False
-        self._calls.clear()
+        self.end_recording()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -117,7 +127,8 @@ def new_cache(layers: int) -> Cache:
 
 def adopt_cache(cache: Cache, layers: int) -> None:
     """Give an empty cache of any kind the layers of a converted model, in place."""
-    if cache.layers and all(isinstance(layer, MixerLayer) for layer in cache.layers):
+    own = all(isinstance(layer, MixerLayer) for layer in cache.layers)
+    if own and len(cache.layers) == layers:
         return
     if cache.get_seq_length() > 0:
         raise UserError(

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError
@@ -22,27 +22,9 @@ def stream_text(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Print the continuation as it comes; with beams, when it is done."""
-    for name, value, holds, rule in (
-        ("max-new-tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "finite and >= 0"),
-        ("top-p", top_p, 0 < top_p <= 1, "> 0 and <= 1"),
-        ("beams", beams, beams >= 1, ">= 1"),
-        ("seed", seed, 0 <= seed < 2**32, f">= 0 and < {2**32}"),
-    ):
-        if not holds:
-            raise UserError(f"--{name} (={value}) must be {rule}")
+    _check(max_new_tokens, temperature, top_p, beams, seed)
     tokenizer = checkpoint.tokenizer()
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError(f"--chat: the tokenizer of {checkpoint.name} has no chat template")
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
-        raise UserError("--prompt is empty: give at least one token")
+    encoded = _encode(tokenizer, checkpoint.name, prompt, chat)
     model = checkpoint.model(dtype).eval()
     if torch.cuda.is_available():
         model.to("cuda")
@@ -59,3 +41,38 @@ def stream_text(
     if beams > 1:
         new = output[0, encoded["input_ids"].shape[1] :]
         print(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, beams: int, seed: int) -> None:
+    for name, value, holds, rule in (
+        ("max-new-tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "finite and >= 0"),
+        ("top-p", top_p, 0 < top_p <= 1, "> 0 and <= 1"),
+        ("beams", beams, beams >= 1, ">= 1"),
+        ("seed", seed, 0 <= seed < 2**32, f">= 0 and < {2**32}"),
+    ):
+        if not holds:
+            raise UserError(f"--{name} (={value}) must be {rule}")
+    if top_p < 1 and temperature == 0:
+        raise UserError(
+            f"--top-p (={top_p}) changes nothing at --temperature 0, which takes the likeliest "
+            "token: set a temperature > 0, or leave it out"
+        )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: bool
+) -> BatchEncoding:
+    """The prompt's tokens, or the chat's with the prompt as the user's message."""
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError(f"--chat: the tokenizer of {name} has no chat template")
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].shape[1] == 0:
+        raise UserError("--prompt is empty: give at least one token")
+    return encoded

@@ -132,27 +132,30 @@ class SupraModel(_SupraPreTrained):
         refuse_context_parallel()
         batch, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         boundaries = None
-        if attention_mask is None and past_key_values is None and position_ids is not None:
+        if attention_mask is None:
             given = kwargs.get("cu_seq_lens_q")  # collators that pack may know: no wait, one graph
+            # with a cache it is only a mistake to find, not worth breaking a graph
+            look = past_key_values is None or not torch.compiler.is_compiling()
             if given is not None:
-                boundaries = given[None, None, None]
-            else:
+                boundaries = given_boundaries(given, batch, tokens)
+            elif position_ids is not None and tokens > 1 and look:
                 boundaries = document_boundaries(position_ids, batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and boundaries is None
-        if use_cache and boundaries is not None:
+        if (use_cache or past_key_values is not None) and boundaries is not None:
             raise UserError(
-                "use_cache (=True) with packed position_ids: a packed row ends in no single state; "
-                "pass use_cache=False, or one document a row"
+                "use_cache (=True) or past_key_values with packed position_ids: a packed row ends "
+                "in no single state; pass use_cache=False and no cache, or one document a row"
             )
         if past_key_values is None and use_cache:
             past_key_values = new_cache(self.config.num_hidden_layers)
         elif past_key_values is not None:
             adopt_cache(past_key_values, self.config.num_hidden_layers)
-        mask = boundaries if boundaries is not None else padding_mask(attention_mask, tokens)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        padding = padding_mask(attention_mask, batch, tokens, past)
         return super().forward(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=padding if boundaries is None else boundaries,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -180,6 +183,14 @@ class SupraForCausalLM(_SupraPreTrained):
             if generation_config.is_assistant:  # what was activated is gone with the old layers
                 cache.activate_past_recording()
 
+    @functools.wraps(GenerationMixin._assisted_decoding)  # generate() looks at its signature
+    def _assisted_decoding(self, *args, **kwargs):
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:  # it switches recording on, and leaves it so
+            for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+                layer.end_recording()
+
 
 def refuse_context_parallel() -> None:
     """Raise inside torch's `context_parallel`, which cuts rows along T: the pieces of a row would
@@ -192,8 +203,10 @@ def refuse_context_parallel() -> None:
         )
 
 
-def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Bool [B, 1, 1, T] from the [B, past + T] mask of the tokenizer; None when all are kept."""
+def padding_mask(
+    attention_mask: Tensor | None, batch: int, tokens: int, past: int
+) -> Tensor | None:
+    """Bool [B, 1, 1, T] from a mask [B, T] or [B, past + T]; None when all are kept."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -201,10 +214,33 @@ def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
             "attention_mask must be [batch, tokens], 0 where padded: a recurrent model is causal "
             "and takes no other mask"
         )
+    rows, width = attention_mask.shape
+    if rows != batch or width not in (tokens, past + tokens):
+        raise UserError(
+            f"attention_mask (={rows} x {width}) must be {batch} x {past + tokens}, for the {past} "
+            f"tokens in past_key_values and the {tokens} of this call: pass the tokenizer's"
+        )
     mask = attention_mask[:, -tokens:].bool()
     if not torch.compiler.is_compiling() and mask.all():
         return None
     return mask[:, None, None]
+
+
+def given_boundaries(cu_seq_lens: Tensor, batch: int, tokens: int) -> Tensor:
+    """Int [1, 1, 1, N + 1] from a collator's bounds [N + 1] of N documents in one row."""
+    if batch != 1:
+        raise UserError(
+            f"cu_seq_lens_q with {batch} rows must be of one: flatten the batch into a single row, "
+            "or pass position_ids alone"
+        )
+    if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, last = cu_seq_lens[0].item(), cu_seq_lens[-1].item()
+        if (first, last) != (0, tokens):
+            raise UserError(
+                f"cu_seq_lens_q (={first} ... {last}) must go from 0 to the row's {tokens} tokens: "
+                "pass the bounds of all its documents"
+            )
+    return cu_seq_lens[None, None, None]
 
 
 def document_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:

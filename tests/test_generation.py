@@ -12,6 +12,7 @@ from supra.generation import stream_text
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
+        ("top_p", 0.5, r"--top-p \(=0.5\) changes nothing at --temperature 0"),
         ("beams", 0, r"--beams \(=0\) must be >= 1"),
         ("max_new_tokens", 0, r"--max-new-tokens \(=0\) must be >= 1"),
         ("top_p", 0.0, r"--top-p \(=0.0\) must be > 0 and <= 1"),

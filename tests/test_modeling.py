@@ -19,6 +19,7 @@ from transformers import (
 
 import supra.modeling
 from supra.attention import attention_modules
+from supra.cache import new_cache
 from supra.configuration import converted_config
 from supra.convert import convert
 from supra.errors import UserError
@@ -121,6 +122,52 @@ def test_packed_rows_are_separate_documents(model, tokens):
         start += length
 
 
+@torch.no_grad()
+def test_a_collators_bounds_need_no_positions(llama, tokens):
+    model, row = AutoModelForCausalLM.from_pretrained(llama).eval(), tokens[:1]
+    position_ids = torch.cat([torch.arange(20), torch.arange(55)])[None]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 20, 75])}
+    expected = model(row, position_ids=position_ids).logits
+    close(model(row, position_ids=position_ids, **bounds).logits, expected)
+    close(model(row, **bounds).logits, expected)  # rotary positions are relative
+    with pytest.raises(UserError, match="pass use_cache=False"):
+        model(row, past_key_values=new_cache(3), **bounds)
+    with pytest.raises(UserError, match="cu_seq_lens_q with 2 rows"):
+        model(tokens, **bounds)
+    for wrong in ([0, 20, 70], [1, 75]):
+        with pytest.raises(UserError, match=r"cu_seq_lens_q \(=. ... ..\) must go from 0 to .* 75"):
+            model(row, cu_seq_lens_q=torch.tensor(wrong))
+
+
+@torch.no_grad()
+def test_a_mask_is_of_every_token_and_row(llama, tokens):
+    model, mask = AutoModelForCausalLM.from_pretrained(llama).eval(), padded(30)
+    for wrong in (mask[:, :1], mask[:, :40], torch.cat([mask, mask], dim=1), mask[:1]):
+        with pytest.raises(
+            UserError, match=r"attention_mask \(=. x .*\) must be 2 x 75, for the 0"
+        ):
+            model(tokens, attention_mask=wrong)
+    caches = [model(tokens[:, :60], attention_mask=mask[:, :60]).past_key_values for _ in "ab"]
+    whole, part = (
+        model(tokens[:, 60:], attention_mask=given, past_key_values=cache).logits
+        for given, cache in zip((mask, mask[:, 60:]), caches, strict=True)
+    )
+    assert torch.equal(whole, part)
+    with pytest.raises(UserError, match=r"must be 2 x 76, for the 75 tokens in past_key_values"):
+        model(tokens[:, :1], attention_mask=mask, past_key_values=caches[0])
+
+
+@torch.no_grad()
+def test_a_cache_of_another_depth_is_refused(llama, tokens):
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    for layers in (2, 4):
+        close(model(tokens, past_key_values=new_cache(layers)).logits, model(tokens).logits)
+        cache = model(tokens).past_key_values
+        cache.layers = (cache.layers * 2)[:layers]
+        with pytest.raises(UserError, match="another model's tokens"):
+            model(tokens, past_key_values=cache)
+
+
 def test_gradient_checkpointing_changes_no_gradient(folder, tokens):
     gradients = []
     for checkpointing in (False, True):
@@ -202,9 +249,10 @@ def test_what_cannot_work_says_so(llama, tokens):
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     with pytest.raises(UserError, match=r"attention_mask must be \[batch, tokens\]"):
         model(tokens, attention_mask=torch.ones(2, 1, 75, 75))
-    with pytest.raises(UserError, match="pass use_cache=False"):
-        positions = torch.arange(75) % 30
-        model(tokens, position_ids=positions[None], use_cache=True)
+    positions = torch.arange(75)[None] % 30
+    for options in ({"use_cache": True}, {"past_key_values": new_cache(3)}):
+        with pytest.raises(UserError, match="pass use_cache=False"):
+            model(tokens, position_ids=positions, **options)
     foreign = DynamicCache()
     foreign.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
     with pytest.raises(UserError, match="another model's tokens"):

@@ -159,8 +159,6 @@ class Reader:
     """A model that has read everything and says the key whose question it sees, or `wrong`."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace()
-    base_model = torch.nn.Module()
 
     def __init__(self, tokenizer, wrong=lambda depth: None):
         self.tokenizer, self.wrong, self.widths = tokenizer, wrong, []
@@ -168,8 +166,8 @@ class Reader:
     def eval(self):
         return self
 
-    def get_input_embeddings(self):
-        return None
+    def named_modules(self):
+        return ()
 
     def __call__(self, input_ids, past_key_values=None, **_):
         self.widths.append(input_ids.shape)

@@ -72,6 +72,12 @@ def test_crop_beyond_the_record_is_refused(model, tokens):
     model(tokens[:, :3], past_key_values=cache)
     with pytest.raises(UserError, match="crop it first"):
         cache.batch_repeat_interleave(2)
+    with pytest.raises(UserError, match=r"crop \(=3\) must be <= 0"):
+        cache.crop(3)
+    cache.reset()
+    model(tokens[:, :3], past_key_values=cache)
+    with pytest.raises(UserError, match=r"recorded \(0\)"):
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize("draft", ["lookup", "teacher", "itself"])
@@ -82,6 +88,14 @@ def test_assisted_decoding_is_greedy_decoding(model, teacher, tokens, draft):
         "itself": {"assistant_model": model},
     }[draft]
     assert torch.equal(generate(model, tokens, **options), generate(model, tokens))
+
+
+@torch.no_grad()
+def test_recording_ends_with_assisted_decoding(model, tokens):
+    options = {"return_dict_in_generate": True, "prompt_lookup_num_tokens": 4}
+    cache = generate(model, tokens, **options).past_key_values
+    model(tokens[:, :1], past_key_values=cache)
+    assert not any(layer.record_past or layer._calls for layer in cache.layers)
 
 
 def test_it_drafts_for_another_model(model, teacher, tokens):

@@ -158,10 +158,11 @@ class Mixer(nn.Module, ABC):
         """The mixer's own state, and what the policy carries beside it."""
         if state is None:
             return None, None
-        if len(state) != len(self.state_type._fields):
+        if not isinstance(state, self.state_type):
             raise UserError(
-                "past_key_values were made under another state_policy: begin with an empty cache "
-                "after a change"
+                f"past_key_values hold a {type(state).__name__}, and {self.name} keeps a "
+                f"{self.state_type.__name__}: they were made under another state_policy or by "
+                "another model; begin with an empty cache"
             )
         own = len(self.State._fields)
         return self.State(*state[:own]), Past(*state[own:]) if len(state) > own else None
@@ -223,7 +224,8 @@ class Mixer(nn.Module, ABC):
         """Give every head the candidate that leaves the smallest error to `target`.
 
         `assign` takes one value a head, [Hq]. Where there is a scale, each candidate is judged with
-        the one that least squares gives it, per channel, and the best is set too.
+        the one that least squares gives it, per channel, and the best is set too. Raises UserError
+        where none leaves a finite error.
         """
         heads, scaled = self.shape.query_heads, hasattr(self, "scale")
         target = target.float().flatten(0, 1)  # [B·T, Hq, V]
@@ -241,6 +243,11 @@ class Mixer(nn.Module, ABC):
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale[better], best[better] = scale[better], candidate
+        if not best_error.isfinite().all():
+            raise UserError(
+                f"calibration of {self.name}: what the teacher's attention reads or returns is not "
+                "finite: check its weights, and load it in a wider dtype"
+            )
         assign(best)
         if scaled:
             self.set_scale(best_scale)

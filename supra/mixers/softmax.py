@@ -38,7 +38,7 @@ class Softmax(Mixer):
         if inputs.rotary is not None:
             query, key = inputs.rotary(query, key)
         tokens, valid = query.shape[1], inputs.padding_mask
-        if return_state and valid is None:
+        if valid is None and (return_state or state is not None):
             valid = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
         if state is not None:
             key = torch.cat([state.key, key], dim=1)

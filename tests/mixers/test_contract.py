@@ -1,6 +1,7 @@
 """What every mixer owes, for every entry of MIXERS and PRESETS, in float64 where it can."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -114,6 +115,15 @@ def test_two_segments_with_carried_state_are_one_run(mixer, shape, cut):
         assert ours is theirs is None or close(ours, theirs) is None
 
 
+def test_the_last_segment_needs_no_state_after_it(mixer, shape):
+    inputs = make_inputs(shape)
+    _, state = mixer(part(inputs, 0, 33), return_state=True)
+    expected, _ = mixer(part(inputs, 33, TOKENS), state, return_state=True)
+    output, end = mixer(part(inputs, 33, TOKENS), state)
+    assert end is None
+    close(output, expected)
+
+
 @torch.no_grad()
 def test_two_segments_are_one_run_in_float32(mixer, shape):
     mixer, inputs = mixer.float(), make_inputs(shape)
@@ -215,6 +225,26 @@ def test_low_precision_inputs_keep_a_float32_state(mixer, shape):
     assert type(mixer).name == "softmax" or state.memory.dtype == torch.float32
     error = (output.double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
     assert error < 0.02, "bfloat16 has 8 bits: 0.4% an operation"
+
+
+def test_a_state_of_another_mixer_is_refused():
+    mixers = [build_mixer(name, SHAPES[0], {}).double() for name in MIXERS]
+    inputs = make_inputs(SHAPES[0], tokens=3)
+    states = [mixer(inputs, return_state=True)[1] for mixer in mixers]
+    for mixer, state in itertools.product(mixers, states):
+        if type(state) is not mixer.State:
+            with pytest.raises(UserError, match=f"{mixer.name} keeps .* or by another model"):
+                mixer(inputs, state)
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "softmax"])
+def test_calibration_on_what_is_not_finite_is_refused(name):
+    mixer, inputs = build_mixer(name, SHAPES[0], {}).double(), make_inputs(SHAPES[0])
+    mixer.reset_parameters()
+    target, _ = build_mixer("softmax", SHAPES[0], {})(inputs)
+    target[1, 7, 2, 3] = torch.nan
+    with pytest.raises(UserError, match=f"calibration of {name}: .* not finite"):
+        mixer.calibrate(inputs, target)
 
 
 def test_unknown_names_are_refused_with_the_nearest():
