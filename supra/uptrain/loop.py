@@ -2,9 +2,8 @@
 
 import json
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from supra.uptrain.log import Log
 from supra.uptrain.memory import keep_freed_memory
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.stages import Stage, plan, tokens_read
+from supra.uptrain.stop import stop_signals
 from supra.uptrain.teacher import Teacher
 
 
@@ -46,7 +46,7 @@ def train(config: UptrainConfig) -> bool:
     """
     run = Run(config)
     try:
-        with _stop_signals() as stop_requested:
+        with stop_signals() as stop_requested:
             return run.train(stop_requested)
     finally:
         run.close()
@@ -380,24 +380,3 @@ def _tracker_config(config: UptrainConfig) -> dict:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGTERM or SIGINT into a request; a second one acts as it would without us."""
-    received, previous = [], {}
-
-    def handle(number, frame):
-        received.append(number)
-        restore()
-
-    def restore():
-        while previous:
-            signal.signal(*previous.popitem())
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield lambda: bool(received)
-    finally:
-        restore()
