@@ -39,9 +39,9 @@ AT_LEAST = {
     "budget.tokens": 1,
     "budget.teacher_tokens": 1,
 }
+PROJECTION_ROWS = 4  # of calibration: three to fit, one to choose by
 ABOVE_ZERO = ("distill.temperature", "lora.alpha", "budget.share")
 # 0 or more, and less than this; seeds are numpy's
-PROJECTION_ROWS = 4
 BELOW = {"seed": 2**32, "data.shuffle_seed": 2**32, "lora.dropout": 1}
 
 
