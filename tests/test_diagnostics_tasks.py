@@ -35,6 +35,9 @@ class Fake:
 
     device = torch.device("cpu")
 
+    def named_modules(self):
+        return ()
+
     def __init__(self, answer):
         self.answer = answer
 

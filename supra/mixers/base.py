@@ -246,7 +246,7 @@ class Mixer(nn.Module, ABC):
         if not best_error.isfinite().all():
             raise UserError(
                 f"calibration of {self.name}: what the teacher's attention reads or returns is not "
-                "finite: check its weights, and load it in a wider dtype"
+                f"finite in {inputs.query.dtype}: convert with dtype bfloat16 or float32"
             )
         assign(best)
         if scaled:
