@@ -39,6 +39,7 @@ AT_LEAST = {
     "budget.tokens": 1,
     "budget.teacher_tokens": 1,
 }
+END_TO_END = {"distill", "tune", "extend"}  # stages
 PROJECTION_ROWS = 4  # of calibration: three to fit, one to choose by
 ABOVE_ZERO = ("distill.temperature", "lora.alpha", "budget.share")
 # 0 or more, and less than this; seeds are numpy's
@@ -147,7 +148,7 @@ def _check_calibrate(config: UptrainConfig) -> None:
 
 
 def _check_lora(config: UptrainConfig) -> None:
-    if config.lora is not None and not set(config.stages) & {"distill", "tune", "extend"}:
+    if config.lora is not None and not END_TO_END & set(config.stages):
         raise UserError(
             f"lora trains in distill, tune and extend, not in {' and '.join(config.stages)}: "
             "add one of them, or set lora=null"
@@ -157,7 +158,7 @@ def _check_lora(config: UptrainConfig) -> None:
 def _check_gradient_checkpointing(config: UptrainConfig) -> None:
     if not config.gradient_checkpointing:
         return
-    if not set(config.stages) & {"distill", "tune", "extend"}:
+    if not END_TO_END & set(config.stages):
         raise UserError(
             "gradient_checkpointing saves memory end to end, and "
             f"{' and '.join(config.stages)} hold one layer at a time: set it to false"
