@@ -7,6 +7,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, s
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError
+from supra.packing import start_tokens, text_tokens
 
 
 def stream_text(
@@ -63,7 +64,8 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, beams: int, se
 def _encode(
     tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: bool
 ) -> BatchEncoding:
-    """The prompt's tokens, or the chat's with the prompt as the user's message."""
+    """The prompt's tokens after those that the tokenizer puts before a text, and without its end;
+    or the chat's with the prompt as the user's message, after what the template puts there."""
     if chat:
         if not tokenizer.chat_template:
             raise UserError(f"--chat: the tokenizer of {name} has no chat template")
@@ -72,7 +74,8 @@ def _encode(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+        ids = torch.tensor([[*start_tokens(tokenizer), *text_tokens(tokenizer, prompt)]])
+        encoded = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     if encoded["input_ids"].shape[1] == 0:
         raise UserError("--prompt is empty: give at least one token")
     return encoded

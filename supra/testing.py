@@ -51,21 +51,30 @@ _TEXT = [
 ]
 
 
-def tiny_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most 300 tokens, for any text; saved in `folder`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tiny_tokenizer(folder: str | Path, template: str = "$A") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 300 tokens, for any text; saved in `folder`.
 
+    template: what it puts around a text, as "<bos> $A". Special tokens other than "<|endoftext|>",
+    which is bos, eos and pad, are made for it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    added = [x for x in template.split() if x not in ("$A", "<|endoftext|>")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", *added],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
+    if template != "$A":
+        names = [(x, tokenizer.token_to_id(x)) for x in template.split() if x != "$A"]
+        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=names)
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    special["additional_special_tokens"] = added
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     wrapped.save_pretrained(folder)
     return wrapped

@@ -14,11 +14,12 @@ from supra.evaluate.command import TextResult, check_sizes, load_model, position
 from supra.evaluate.floors import measure_floors
 from supra.evaluate.labels import build_questions, measure_labels
 from supra.evaluate.layer_errors import check_teacher, measure_layer_errors
+from supra.evaluate.lookback import TOKENS as TOKENS_OF_ROW
 from supra.evaluate.lookback import cut_rows, measure_look_back
 from supra.evaluate.perplexity import Perplexity, blocks_from_text, perplexity
 from supra.evaluate.recall import LENGTHS, measure_recall
 from supra.evaluate.samples import generate_samples
-from supra.packing import Block, encode
+from supra.packing import Block, start_tokens, text_tokens
 from supra.positions import check_positions
 from supra.text import Documents, open_dataset
 
@@ -63,8 +64,8 @@ class Subject:
     seed: int
 
     def token_rows(self) -> list[list[int]]:
-        """The documents' tokens, without the end that encode adds."""
-        return [encode(self.tokenizer, text)[:-1] for text in self.documents]
+        """The documents' tokens, without those of start and end."""
+        return [text_tokens(self.tokenizer, x) for x in self.documents if not x.isspace()]
 
 
 def _floors(x: Subject) -> Any:
@@ -79,7 +80,9 @@ def _layers(x: Subject) -> Any:
 
 
 def _look_back(x: Subject) -> Any:
-    return measure_look_back(x.model, cut_rows(x.token_rows()), x.teacher)
+    start = start_tokens(x.tokenizer)
+    rows = cut_rows(x.token_rows(), TOKENS_OF_ROW - len(start))
+    return measure_look_back(x.model, [start + row for row in rows], x.teacher)
 
 
 def _recall(x: Subject) -> Any:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.errors import UserError
 from supra.evaluate.scoring import score_continuations
-from supra.evaluate.synthetic import continuation_tokens, plain_tokens, start_tokens
+from supra.evaluate.synthetic import continuation_tokens
+from supra.packing import plain_tokens, start_tokens
 
 LETTERS = "ABCD"
 QUESTIONS = 40

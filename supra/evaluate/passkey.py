@@ -22,12 +22,8 @@ from supra.checkpoints import Checkpoint
 from supra.errors import UserError
 from supra.evaluate.command import load_model
 from supra.evaluate.heat_map import check_heat_map, draw_heat_map
-from supra.evaluate.synthetic import (
-    ANSWER_TOKENS,
-    continuation_tokens,
-    plain_tokens,
-    start_tokens,
-)
+from supra.evaluate.synthetic import ANSWER_TOKENS, continuation_tokens
+from supra.packing import plain_tokens, start_tokens
 from supra.positions import check_positions
 
 TASK = "passkey"

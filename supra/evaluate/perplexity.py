@@ -18,6 +18,7 @@ from supra.packing import (
     encode,
     pack,
     shifted_labels,
+    start_tokens,
 )
 
 
@@ -50,7 +51,7 @@ def blocks_from_text(
             yield ids
 
     count = None if tokens is None else max(1, tokens // sequence_length)
-    blocks = list(islice(pack(encoded(), sequence_length), count))
+    blocks = list(islice(pack(encoded(), sequence_length, start_tokens(tokenizer)), count))
     if not blocks:
         raise UserError(
             f"sequence_length (={sequence_length}) is longer than the evaluation text "
@@ -72,8 +73,8 @@ def perplexity(
     Args:
         blocks: from `blocks_from_text` or training's held-out text, all of one length.
         by_position: rising edges, e.g. (0, 512, 1024): the loss is also reported for tokens that
-            have that many tokens of their own document before them in the block. Ranges without
-            tokens are left out.
+            have that many tokens of their own document before them in the block, its start tokens
+            among them. Ranges without tokens are left out.
         batch_size: blocks of one forward pass; the numbers do not depend on it.
     """
     if not blocks:

@@ -18,8 +18,8 @@ from supra.evaluate.synthetic import (
     CANDIDATES,
     needle,
     single_token_words,
-    start_tokens,
 )
+from supra.packing import start_tokens
 from supra.positions import check_positions
 from supra.synthetic import Example, Language, MultiQueryRecall
 

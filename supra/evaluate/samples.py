@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.evaluate.lookback import cut_rows
-from supra.evaluate.synthetic import start_tokens
+from supra.packing import start_tokens
 
 PROMPTS = 3
 PROMPT_TOKENS = 32

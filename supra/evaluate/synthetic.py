@@ -10,6 +10,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from supra.errors import UserError
+from supra.packing import plain_tokens, start_tokens
 
 CANDIDATES = 8
 ANSWER_TOKENS = 8  # at most: five digits, a space, and room
@@ -25,19 +26,6 @@ class Needle:
     candidates: list[list[int]]
     answer: int  # which candidate the text names
     at: int  # the needle's first token in the prompt
-
-
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a prompt."""
-    with_special, without = (
-        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
-    )
-    return with_special[: with_special.index(without[0])]
-
-
-def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Without special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def continuation_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:

@@ -12,7 +12,8 @@ from supra.checkpoints import Checkpoint
 from supra.errors import UserError, check_choice
 from supra.evaluate.command import load_model
 from supra.evaluate.recall import draw_examples, recall_accuracy
-from supra.evaluate.synthetic import single_token_words, start_tokens
+from supra.evaluate.synthetic import single_token_words
+from supra.packing import start_tokens
 from supra.positions import check_positions
 from supra.synthetic import LANGUAGES, Language, MultiQueryRecall
 

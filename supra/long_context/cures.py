@@ -109,11 +109,13 @@ class _Trials:
         self,
         model: PreTrainedModel,
         tokens: Tensor,
+        labels: Tensor | None,
         trained: int,
         chunk: int,
         advance: Callable[[int], object],
     ):
-        self.model, self.tokens, self.trained, self.chunk = model, tokens, trained, chunk
+        self.model, self.trained, self.chunk = model, trained, chunk
+        self.tokens, self.labels = tokens, tokens if labels is None else labels
         self.advance = advance
         self.done: list[Trial] = []
 
@@ -140,7 +142,7 @@ class _Trials:
         parts = Buckets([0, self.trained, len(self.tokens)])
         fine, reader = Buckets(fine_edges(len(self.tokens))), Reader(self.model)
         for start, end in cuts(len(self.tokens), self.chunk):
-            read = reader.read(self.tokens[start:end])
+            read = reader.read(self.tokens[start:end], self.labels[start:end])
             parts.add(*read)
             fine.add(*read)
             self.advance(end - start)
@@ -153,17 +155,19 @@ def try_cures(
     trained: int,
     norms: Sequence[Sequence[float]],
     *,
+    labels: Tensor | None = None,
     chunk: int = 1024,
     configured: StatePolicy | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> tuple[list[Trial], str | None]:
     """Every cure on tokens [T], and the name of the one to keep.
 
+    labels: [T], IGNORE where a token is not scored; None scores all.
     norms: the largest norm of each head's state within the trained length, a list a layer; an empty
     one for layers that kept attention.
     configured: what the model's config has already.
     """
-    trials = _Trials(model, tokens, trained, chunk, advance)
+    trials = _Trials(model, tokens, labels, trained, chunk, advance)
     none = trials.run(NONE, None)
     if configured is not None:
         trials.run(CONFIGURED, configured)

@@ -21,7 +21,7 @@ from supra.long_context.examination import Examination, Plan
 from supra.long_context.pictures import draw_loss, draw_states
 from supra.long_context.report import Diagnosis
 from supra.long_context.statistics import RecurrentLayers
-from supra.long_context.stream import TokenStream
+from supra.long_context.stream import TokenStream, begun
 from supra.mixers.policy import StatePolicy
 from supra.positions import check_positions
 from supra.text import Documents, open_dataset
@@ -103,6 +103,7 @@ def diagnose(
         else:
             again = TokenStream(tokenizer, _documents(text, text_field))
             tokens, which = _what_follows(stream, again, fix_to, text)
+        tokens = begun(tokens, stream.start)
         cures = _fix(model, checkpoint, result, tokens, which, chunk, progress)
         result = replace(result, fix=cures)
     if out is not None:
@@ -155,8 +156,8 @@ def _documents(text: str, field: str) -> Documents:
 def _what_follows(
     stream: TokenStream, again: TokenStream, count: int, text: str
 ) -> tuple[Tensor, str]:
-    """The next tokens of the stream and what they are; where the text ends, those of `again`, the
-    same text from its beginning."""
+    """The next tokens of the stream with their labels [2, count], and what they are; where the text
+    ends, those of `again`, the same text from its beginning."""
     before = stream.restarts
     tokens = stream.take(count)
     if stream.restarts == before:
@@ -178,14 +179,15 @@ def _fix(
     for head in found.heads:
         norms[head.layer].append(max(head.largest_norm, LEAST_NORM))
     configured = None if found.policy is None else StatePolicy.from_dict(found.policy)
-    steps = trials_of(found.trained_length, configured) * len(tokens)
+    ids, labels = tokens
+    steps = trials_of(found.trained_length, configured) * len(ids)
     with tqdm(total=steps, unit="token", unit_scale=True, disable=not progress) as bar:
         bar.set_description("cures")
         trials, best = try_cures(
-            model, tokens, found.trained_length, norms,
-            chunk=chunk, configured=configured, advance=bar.update,
+            model, ids, found.trained_length, norms,
+            labels=labels, chunk=chunk, configured=configured, advance=bar.update,
         )  # fmt: skip
-    fix = Fix(which, len(tokens), found.trained_length, trials, best, written=None)
+    fix = Fix(which, len(ids), found.trained_length, trials, best, written=None)
     if best in (None, CONFIGURED):
         return fix
     path = write_policy(checkpoint.folder, fix.trial(best).policy)

@@ -2,6 +2,7 @@
 beginnings."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ from supra.long_context.stream import (
     Buckets,
     Reader,
     TokenStream,
+    begun,
     cuts,
     fine_edges,
     mean_loss,
@@ -117,29 +119,30 @@ class Examination:
 
     def read(self, stream: TokenStream) -> None:
         self._read_stream(stream)
+        spans = {start: torch.cat(parts, dim=1) for start, parts in self._tokens.items()}
         for at, start in enumerate(self.plan.spans):
             self.bar.set_description("read anew")
-            self._read_anew(torch.cat(self._tokens[start]), self.anew[at])
+            self._read_anew(begun(spans[start], stream.start), self.anew[at])
         self.bar.set_description("remembrance")
         first, last = self.plan.spans[0], self.plan.spans[-1]
-        texts = {self.plan.trained: [torch.cat(self._tokens[x]) for x in (first, last)]}
-        texts[4 * self.plan.trained] = [torch.cat(self._beginning)]
+        texts = {self.plan.trained: [spans[x][0] for x in (first, last)]}
+        texts[4 * self.plan.trained] = [torch.cat(self._beginning, dim=1)[0]]
         for length, (_, ends) in self.plan.remembrance.items():
-            self._remember(length, texts[length], ends)
+            self._remember(length, texts[length], ends, stream.start)
 
     def _read_stream(self, stream: TokenStream) -> None:
         self.bar.set_description("stream")
         plan, reader, probes = self.plan, Reader(self.model), set(self.plan.probes)
         for start, end in cuts(plan.to, plan.chunk, plan.probes):
-            ids = stream.take(end - start)
-            positions, nats = reader.read(ids)
+            text = stream.take(end - start)
+            positions, nats = reader.read(*text)
             for buckets in (self.by_position, self.fine, self.parts, self.in_stream):
                 buckets.add(positions, nats)
             for begin, kept in self._tokens.items():
                 if begin < end and start < begin + plan.trained:
-                    kept.append(ids[max(0, begin - start) : begin + plan.trained - start])
+                    kept.append(text[:, max(0, begin - start) : begin + plan.trained - start])
             if start < 4 * plan.trained:
-                self._beginning.append(ids[: 4 * plan.trained - start])
+                self._beginning.append(text[:, : 4 * plan.trained - start])
             if end in probes:
                 for layer, memory in self.layers.states(reader).items():
                     self.statistics[layer].append(torch.stack(state_statistics(memory)).cpu())
@@ -147,20 +150,23 @@ class Examination:
             self.bar.set_postfix_str(f"loss {nats.mean():.3f}", refresh=False)
         self.bar.set_postfix_str("")
 
-    def _read_anew(self, tokens: Tensor, buckets: Buckets) -> None:
+    def _read_anew(self, text: Tensor, buckets: Buckets) -> None:
         reader, stops = Reader(self.model), set(eighths(self.plan.trained))
-        for start, end in cuts(len(tokens), self.plan.chunk, stops):
+        for start, end in cuts(text.shape[1], self.plan.chunk, stops):
             with self.decays.watching(end - start):
-                buckets.add(*reader.read(tokens[start:end]))
+                buckets.add(*reader.read(*text[:, start:end]))
             if end in stops:
                 for layer, memory in self.layers.states(reader).items():
                     norm = memory.double().flatten(1).norm(dim=1).cpu()
                     self.largest[layer] = norm.maximum(self.largest.get(layer, norm))
             self.bar.update(end - start)
 
-    def _remember(self, length: int, texts: list[Tensor], ends: int) -> None:
+    def _remember(
+        self, length: int, texts: list[Tensor], ends: int, start_tokens: Sequence[int]
+    ) -> None:
         starts = eighths(length)[:-1]
         settings = {"ends": ends, "chunk": self.plan.chunk, "advance": self.bar.update}
+        settings["start_tokens"] = start_tokens
         found = [effective_remembrance(self.model, x, starts, **settings) for x in texts]
         means = [sum(values) / len(values) for values in zip(*found, strict=True)]
         by_start = list(zip(starts, means, strict=True))

@@ -136,6 +136,7 @@ def effective_remembrance(
     ends: int,
     chunk: int,
     advance: Callable[[int], object] = lambda _: None,
+    start_tokens: Sequence[int] = (),
 ) -> list[float]:
     """How much what is said next depends on the tokens before each start (Buitrago & Gu 2025,
     arXiv 2507.02782):
@@ -144,10 +145,13 @@ def effective_remembrance(
 
     the total variation between predictions from all tokens [T] and from those from t on. The mean
     over the last `ends` tokens in the place of the T-th. `advance` hears how many tokens were read.
+    `start_tokens` stand in the place of the first that are read.
     """
+    begin = tokens.new_tensor(start_tokens)
 
     def predictions(start: int) -> Tensor:
-        reader, rest = Reader(model), tokens[start : len(tokens) - ends]
+        reader = Reader(model)
+        rest = torch.cat([begin, tokens[start + len(begin) : len(tokens) - ends]])
         for piece in rest.split(chunk):
             reader.advance(piece)
         hidden = reader.advance(tokens[len(tokens) - ends :])

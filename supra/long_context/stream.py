@@ -13,7 +13,14 @@ from supra.cache import new_cache
 from supra.errors import UserError
 from supra.head import chunks, logits_of
 from supra.losses import next_token_nats
-from supra.packing import check_tokenizer
+from supra.packing import (
+    IGNORE,
+    check_tokenizer,
+    end_tokens,
+    plain_tokens,
+    start_tokens,
+    text_tokens,
+)
 from supra.text import Documents
 
 CHARACTERS = 2**16  # tokenised at a time: offsets and masks of a book would be 100 times its size
@@ -21,7 +28,8 @@ FINE = 256  # equal buckets
 
 
 class TokenStream:
-    """The tokens of documents one after the other, end-of-text after each, without an end.
+    """The tokens of documents one after the other, without an end: of each its start tokens, the
+    text and end-of-text.
 
     `restarts` counts how often the text began again. Blank documents are left out. Raises UserError
     when there is no text at all.
@@ -30,28 +38,36 @@ class TokenStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Documents):
         check_tokenizer(tokenizer)
         self.restarts = 0
+        self.start, self._end = start_tokens(tokenizer), end_tokens(tokenizer)
         self._tokenizer, self._documents = tokenizer, documents
         self._tokens = self._endless()
 
     def take(self, count: int) -> Tensor:
-        """The next tokens, int64 [count]."""
-        return torch.tensor(list(islice(self._tokens, count)))
+        """The next tokens and their labels, int64 [2, count]. Those of start tokens are IGNORE."""
+        return torch.tensor(list(islice(self._tokens, count))).view(-1, 2).T
 
-    def _endless(self) -> Iterator[int]:
+    def _endless(self) -> Iterator[tuple[int, int]]:
         while True:
             empty = True
             for text in self._documents.epoch(0):
                 if text and not text.isspace():
                     empty = False
-                    for part in pieces(text):
-                        yield from self._encode(part)
-                    yield self._tokenizer.eos_token_id
+                    yield from ((token, IGNORE) for token in self.start)
+                    for number, part in enumerate(pieces(text)):
+                        encode = plain_tokens if number else text_tokens
+                        yield from ((token, token) for token in encode(self._tokenizer, part))
+                    yield from ((token, token) for token in self._end)
             if empty:
                 raise UserError("the text is empty: give one with words in it")
             self.restarts += 1
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+def begun(text: Tensor, start: Sequence[int]) -> Tensor:
+    """Tokens and labels [2, n] for reading from an empty state: start tokens in the place of the
+    first, so that all others keep theirs."""
+    text, ids = text.clone(), torch.tensor(start[: text.shape[1]], dtype=text.dtype)
+    text[0, : len(ids)], text[1, : len(ids)] = ids, IGNORE
+    return text
 
 
 def pieces(text: str, size: int = CHARACTERS) -> Iterator[str]:
@@ -85,21 +101,23 @@ class Reader:
         return hidden
 
     @torch.no_grad()
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Read tokens [n]; for each, how many stand before it in the text and its nats, float32.
 
-        [n] both; [n - 1] at the start of the text, whose first token nothing predicts.
+        [n] both, or fewer: nothing predicts the first token of the text, nor those whose label is
+        IGNORE.
         """
         last, positions = self._last, torch.arange(self.length, self.length + len(ids))
         hidden = self.advance(ids)[:-1]
         hidden = hidden if last is None else torch.cat([last, hidden])
         first = len(ids) - len(hidden)
-        labels = ids[first:].to(hidden.device)
+        labels = (ids if labels is None else labels)[first:]
+        scored, labels = labels != IGNORE, labels.to(hidden.device)
         nats = [
             next_token_nats(logits_of(self.model, hidden[rows]), labels[rows]).cpu()
             for rows in chunks(self.model, hidden)
         ]
-        return positions[first:], torch.cat([torch.empty(0), *nats])
+        return positions[first:][scored], torch.cat([torch.empty(0), *nats])[scored]
 
 
 @dataclass(frozen=True)

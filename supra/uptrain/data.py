@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from supra.errors import UserError
 from supra.evaluate.perplexity import blocks_from_text
-from supra.packing import Block, block, encode
+from supra.packing import Block, Row, encode, start_tokens
 from supra.text import Documents, open_dataset
 from supra.uptrain.config import UptrainConfig
 
@@ -16,11 +16,13 @@ class BlockStream:
     """One process's endless blocks: epoch after epoch, its own documents, packed.
 
     With `segments`, a block is so many sequence_lengths of one document: a long one gives several,
-    and what is left of it, or all of a short one, gives none.
+    and what is left of it, or all of a short one, gives none. Start tokens stand before the first
+    segment alone.
 
     The position is where the next token comes from, so it is small and exact: the epoch, the
-    documents taken in it, and how many tokens of the last of them are in earlier blocks. (The
-    left-over tokens are the rest of that document; loading tokenises it again.)
+    documents taken in it, and how many tokens of the last of them are in earlier blocks, start
+    tokens not counted. (The left-over tokens are the rest of that document; loading tokenises it
+    again.)
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class BlockStream:
         min_document_tokens: int = 0,
     ):
         self.source, self.tokenizer, self.sequence_length = documents, tokenizer, sequence_length
+        self.start = start_tokens(tokenizer)
         self.rank, self.world = rank, world
         self.segments, self.min_document_tokens = segments, min_document_tokens
         self.load_state_dict({"epoch": 0, "documents": 0, "offset": 0})
@@ -54,11 +57,16 @@ class BlockStream:
     def block_tokens(self) -> int:
         return self.sequence_length * (self.segments or 1)
 
+    @property
+    def text_tokens(self) -> int:
+        """Of a block that holds a single piece."""
+        return self.block_tokens - len(self.start)
+
     def cut(self, segments: int | None) -> None:
         """From here on, blocks of so many segments, or packed ones."""
         self.segments = segments
         if segments:
-            size = self.block_tokens
+            size = self.text_tokens
             self.tokens = self.tokens[: len(self.tokens) // size * size]
             self.offset = min(len(self.tokens), -(-self.offset // size) * size)
 
@@ -66,14 +74,12 @@ class BlockStream:
         return self
 
     def __next__(self) -> Block:
-        pieces, room = [], self.block_tokens
-        while room:
+        row = Row(self.block_tokens, self.start)
+        while row.room:
             while self.offset == len(self.tokens):
                 self._next_document()
-            pieces.append(self.tokens[self.offset : self.offset + room])
-            self.offset += len(pieces[-1])
-            room -= len(pieces[-1])
-        return block(pieces)
+            self.offset += row.add(self.tokens, self.offset)
+        return row.block()
 
     def _open(self, skip: int = 0) -> None:
         self.texts = self.source.epoch(self.epoch, self.rank, self.world, skip)
@@ -98,7 +104,7 @@ class BlockStream:
             self.tokens_read += len(self.tokens)
 
     def _check_enough(self) -> None:
-        if self.tokens_read is None or self.tokens_read >= self.block_tokens:
+        if self.tokens_read is None or self.tokens_read >= self.text_tokens:
             return
         share = f" of process {self.rank + 1} of {self.world}" if self.world > 1 else ""
         if self.longest == 0:
