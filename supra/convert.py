@@ -28,7 +28,7 @@ from supra.errors import UserError
 from supra.families import FAMILIES, REFUSED
 from supra.files import check_space, check_vacant, staged_folder
 from supra.layer_choice import dearest, evenly_spaced, layer_costs, read_blocks, read_share
-from supra.mixers import NEW_PARAMETERS, MixerInputs, resolve_mixer
+from supra.mixers import NEW_PARAMETERS, MixerInputs, float32_at_least, resolve_mixer
 from supra.remote_code import write_shim
 from supra.report import ConversionReport, TensorFate
 from supra.weights import FolderReader, ModuleReader, ShardWriter, TensorSpec, tied_names
@@ -308,8 +308,9 @@ def new_tensors(student: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tens
     for attention in attention_modules(student):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + attention.layer_idx)
-            mixer = copy.deepcopy(attention.mixer).to_empty(device="cpu")
-            mixer.reset_parameters()
+            mixer = copy.deepcopy(attention.mixer).float().to_empty(device="cpu")
+            with float32_at_least():
+                mixer.reset_parameters()
         path = f"{names[attention]}.mixer"
         yield from ((f"{path}.{name}", x) for name, x in mixer.state_dict().items())
 

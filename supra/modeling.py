@@ -29,7 +29,7 @@ from supra.card import carry_card
 from supra.configuration import config_class
 from supra.errors import UserError
 from supra.families import FAMILIES
-from supra.mixers import Mixer
+from supra.mixers import Mixer, float32_at_least
 from supra.remote_code import write_shim
 from supra.weights import check_complete
 
@@ -61,7 +61,8 @@ class _SupraPreTrained:
         tensors = (*module.parameters(), *module.buffers())
         # what is offloaded to a disk has come from there, and has no memory to write to
         if not all(x.is_meta or getattr(x, "_is_hf_initialized", False) for x in tensors):
-            module.reset_parameters()
+            with float32_at_least():
+                module.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from supra.errors import UserError, check_choice
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs, Rotary
+from supra.mixers.base import AttentionShape, Mixer, MixerInputs, Rotary, float32_at_least
 from supra.mixers.gated_delta import GatedDelta
 from supra.mixers.h3 import H3
 from supra.mixers.mamba2 import Mamba2
@@ -63,9 +63,11 @@ def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str
 
 
 def build_mixer(name: str, shape: AttentionShape, options: dict[str, Any]) -> Mixer:
-    """The mixer of one layer, with its parameters not yet initialised."""
+    """The mixer of one layer, with its parameters not yet initialised: in float32, whatever the
+    dtype of the model that is being made around it."""
     name, options = resolve_mixer(name, options)
-    return MIXERS[name](shape, MIXERS[name].Options(**options))
+    with float32_at_least():
+        return MIXERS[name](shape, MIXERS[name].Options(**options))
 
 
 __all__ = [
@@ -77,5 +79,6 @@ __all__ = [
     "MixerInputs",
     "Rotary",
     "build_mixer",
+    "float32_at_least",
     "resolve_mixer",
 ]

@@ -6,7 +6,8 @@ K head size of query and key, V head size of value, D hidden size. Layout [B, T,
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -257,6 +258,18 @@ class Mixer(nn.Module, ABC):
         magnitude = scale.square().mean(1, keepdim=True).sqrt().clamp(min=LEAST_POWER)
         self.magnitude.data.copy_(magnitude)
         self.scale.data.copy_(scale / magnitude)
+
+
+@contextmanager
+def float32_at_least() -> Iterator[None]:
+    """New tensors are float32 where the default dtype is a shorter one, as it is while transformers
+    makes a bf16 model: bf16 would round decays and starting values."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(default, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class OutputGate(nn.Module):

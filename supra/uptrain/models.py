@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.checkpoints import find_checkpoint
-from supra.mixers import NEW_PARAMETERS
 from supra.report import REPORT
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.lora import add_lora
@@ -37,7 +36,8 @@ def export(
     report and licence. LoRA is merged into it, and is in the folder `adapter` as well, for use on
     top of the student.
 
-    What conversion added stays float32, because decays and gates lose their differences in bf16.
+    What conversion added stays float32, because decays and gates lose their differences in bf16,
+    and so does what the family keeps in float32.
     """
     model = make_trainable(load_student(config), config)
     model.load_state_dict(state)
@@ -48,7 +48,7 @@ def export(
     student = find_checkpoint(config.student)
     dtype = student.config().dtype or torch.float32
     for name, parameter in model.named_parameters():
-        if NEW_PARAMETERS not in name:
+        if not any(part in name for part in model._keep_in_fp32_modules_strict):
             parameter.data = parameter.data.to(dtype)
     model.save_pretrained(to)
     tokenizer.save_pretrained(to)
