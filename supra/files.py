@@ -1,15 +1,23 @@
-"""Folders that are complete or not there: write beside, fsync, rename."""
+"""Folders that are complete or not there: write beside, fsync, rename; and of one writer."""
 
 import errno
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from supra.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# What torch's writer says of any file that does not grow; it keeps the system's reason to itself
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
 
 def check_vacant(folder: Path, argument: str = "out") -> None:
@@ -36,35 +44,96 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder beside `folder` to write in; it takes its name when all went well.
 
     On any error it is removed. What a killed process left behind is removed by the next one.
+    Raises UserError while another process writes the same folder.
     """
     folder = folder.absolute()
     staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    if staging.is_symlink():
+        staging.unlink()
+    with locked(staging, folder):
+        try:
+            _empty(staging)
+            with disk_errors():
+                yield staging
+            for path in staging.rglob("*"):
+                fsync(path)
+            fsync(staging)
+            if folder.is_dir():
+                folder.rmdir()
+            os.rename(staging, folder)
+            fsync(folder.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(folder: Path, written: Path | None = None) -> Iterator[None]:
+    """Make a folder, if it is not there, and hold it: to the next one who wants to hold it, another
+    process is writing to `written`, a UserError.
+
+    The lock is the system's, on the folder itself: it leaves no file, and it ends with its process
+    however that ends. Where there are no such locks (Windows, some network disks) nothing is held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
     try:
-        with disk_errors():
-            yield staging
-        for path in staging.rglob("*"):
-            fsync(path)
-        fsync(staging)
-        if folder.is_dir():
-            folder.rmdir()
-        os.rename(staging, folder)
-        fsync(folder.parent)
+        handle = _lock(folder)
+    except (BlockingIOError, FileNotFoundError):
+        raise UserError(
+            f"another process is writing to {written or folder}: wait until it is done, or name "
+            "another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path) -> int:
+    """An open descriptor with the lock. Raises BlockingIOError where another one has it, and
+    FileNotFoundError where the folder is another one by now."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            logging.getLogger(__name__).debug("%s cannot be locked: %s", folder, error)
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError(folder)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(handle)
         raise
+    return handle
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """A full disk, which safetensors reports as an error of its own, becomes an OSError."""
+    """What safetensors and torch raise for a full disk becomes an OSError."""
     try:
         yield
-    except SafetensorError as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
+    except (OSError, UserError):
         raise
+    except BaseException as error:  # torch.distributed.checkpoint's own is no Exception
+        if number := re.search(r"os error (\d+)", str(error)):
+            code, reason = int(number[1]), os.strerror(int(number[1]))
+        elif any(name in str(error) for name in _TORCH_WRITER):
+            code, reason = errno.EIO, "a file cannot be written whole: the disk may be full"
+        else:
+            raise
+        raise OSError(code, reason) from error
 
 
 def fsync(path: Path) -> None:
