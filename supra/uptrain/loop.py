@@ -30,6 +30,7 @@ from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.initial_state import InitialState, check_extends
+from supra.uptrain.launch import check_launch, fsdp_plugin
 from supra.uptrain.log import Log
 from supra.uptrain.memory import keep_freed_memory
 from supra.uptrain.run_folder import RunFolder
@@ -349,6 +350,7 @@ class Run:
 
 
 def _accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
+    check_launch(config)
     available = get_available_trackers()
     for name in config.trackers:
         check_choice("installed tracker", name, [str(tracker) for tracker in available])
@@ -357,6 +359,7 @@ def _accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # see Run.train_step
         log_with=list(config.trackers) or None,
         project_dir=folder,
+        fsdp_plugin=fsdp_plugin(),
     )
 
 

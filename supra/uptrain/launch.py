@@ -1,0 +1,72 @@
+"""What `accelerate launch` asks for, in environment variables: what cannot work is refused."""
+
+import os
+
+from accelerate import FullyShardedDataParallelPlugin
+
+from supra.errors import UserError
+from supra.uptrain.config import UptrainConfig
+
+# in accelerate's parallelism_config -> why a run cannot have it
+UNSPLITTABLE = {
+    "tp_size": "tensor parallelism cuts projections apart that a mixer needs whole, and gradients "
+    "come out wrong",
+    "cp_size": "context parallelism cuts sequences, and their parts would hand no state on",
+    "sp_size": "sequence parallelism cuts sequences, and their parts would hand no state on",
+}
+INSTEAD = "spread the model by FSDP of version 2, as recipes/launch/fsdp.yaml does"
+
+
+def check_launch(config: UptrainConfig) -> None:
+    """Raise UserError for a kind of parallelism that would train something else, or crash."""
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "of its own default")
+        what = f"config {file}" if file else f"ZeRO stage {stage}"
+        raise UserError(
+            f"distributed_type (=DEEPSPEED, {what}) does not work here: DeepSpeed keeps gradients "
+            f"and weights to itself, which a run reads; {INSTEAD}"
+        )
+    if _asked("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError(
+            "distributed_type (=MEGATRON_LM) does not work here: Megatron-LM trains models of its "
+            f"own, and no converted ones; {INSTEAD}"
+        )
+    if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        for name, reason in UNSPLITTABLE.items():
+            size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+            if size != "1":
+                raise UserError(
+                    f"parallelism_config_{name} (={size}) must be 1: {reason}; {INSTEAD}"
+                )
+    if _asked("ACCELERATE_USE_FSDP"):
+        _check_fsdp(config)
+
+
+def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """What the launcher says of FSDP, without its efficient loading.
+
+    That would leave weights to the first process. Here every process calibrates and evaluates a
+    student that is whole, and accelerate fails on the buffers of mixers when it hands them out.
+    """
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return None
+    return FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
+
+
+def _check_fsdp(config: UptrainConfig) -> None:
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"fsdp_version (={version}) must be 2: version 1 hides the head's weights while the "
+            "model runs, and they would get no gradient"
+        )
+    if config.extend is not None and _asked("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError(
+            "fsdp_activation_checkpointing (=true) computes layers again, and those of the stage "
+            "extend would start from a state that is gone: set it to false"
+        )
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() == "true"

@@ -1,0 +1,38 @@
+"""One process of `accelerate launch`, on a CPU: `python -m tests.cpu_rank --config …`.
+
+accelerate leaves FSDP out on CPUs; here it does not.
+"""
+
+import functools
+import os
+import sys
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate take an fsdp_plugin on CPUs."""
+    initialize = AcceleratorState.__init__
+
+    @functools.wraps(initialize)
+    def wrapped(self, *args, fsdp_plugin=None, **kwargs):
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = wrapped
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> None:
+    """`supra uptrain ARGUMENTS` in this process, with the variables that a launcher sets."""
+    os.environ.update(environment)
+    shard_on_cpus()
+    from supra.uptrain import main
+
+    main(arguments)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:], {})
