@@ -1,5 +1,6 @@
 """A converted model behaves as a model of its family: cached, padded, packed, trained, saved."""
 
+import functools
 import inspect
 import pickle
 import subprocess
@@ -21,10 +22,11 @@ import supra.modeling
 from supra.attention import attention_modules
 from supra.cache import new_cache
 from supra.configuration import converted_config
-from supra.convert import convert
+from supra.convert import convert, load_converted, plan_conversion
 from supra.errors import UserError
 from supra.mixers import MIXERS, PRESETS, build_mixer, resolve_mixer
 from supra.testing import MAIN_FAMILIES, tiny_checkpoint, tiny_config
+from supra.weights import ModuleReader
 
 # pure, hybrid with attention kept in the middle, and the paper's form
 PLANS = {
@@ -206,6 +208,43 @@ def test_bfloat16_keeps_the_mixer_in_float32(folder, tokens):
     dtypes = {".mixer." in name: p.dtype for name, p in model.named_parameters()}
     assert dtypes == {False: torch.bfloat16, True: torch.float32}
     assert model(tokens).logits.isfinite().all()
+
+
+WINDOWED = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "phimoe")  # softcap, sinks, mask only
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [(48,), (17, 28, 3), (17, 31), (30, 18)])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_padding_takes_no_place_in_a_window(family, chunks, tokens):
+    """17 tokens, 28 of padding, 3 tokens: in one call, and in several, the padding on each side."""
+    model = windowed(family)
+    mask = torch.ones(1, 48, dtype=torch.long)
+    mask[:, 17:45] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    row, cache, start = tokens[:1, :48], new_cache(2), 0
+    for size in chunks:
+        some = slice(start, start + size)
+        found = model(
+            row[:, some],
+            attention_mask=mask[:, : some.stop],
+            position_ids=positions[:, some],
+            past_key_values=cache,
+        ).logits[:, -3:]
+        start += size
+    close(found, model(row[mask.bool()][None]).logits[:, -3:])
+
+
+@functools.cache
+def windowed(family):
+    """Of two layers with a window of 9 tokens, the first of which keeps attention."""
+    config = tiny_config(family, sliding_window=9)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["sliding_attention"] * 2
+    base = AutoModelForCausalLM.from_config(config)
+    plan = ["softmax", "mamba2"]
+    plan = plan_conversion(ModuleReader(base), config, plan, {n: {} for n in plan}, None)
+    return load_converted(plan, 0, progress=False).eval()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra.mixers.base import Mixer, MixerInputs
+from supra.mixers.padding import pick
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class SoftmaxOptions:
 
 
 class SoftmaxState(NamedTuple):
-    """The key-value cache. S is the number of tokens kept, at most the window less one."""
+    """The key-value cache of S places: under a window at most its size less one, padding first."""
 
     key: Tensor  # [B, S, Hkv, K], rotated
     value: Tensor  # [B, S, Hkv, V]
@@ -59,10 +60,8 @@ class Softmax(Mixer):
         output = output.transpose(1, 2)
         if not return_state:
             return output, None
-        if inputs.sliding_window is not None and key.shape[1] >= inputs.sliding_window:
-            keep = key.shape[1] - (inputs.sliding_window - 1)
-            key, value, valid = key[:, keep:], value[:, keep:], valid[:, keep:]
-        return output, SoftmaxState(key, value, valid)
+        end = SoftmaxState(key, value, valid)
+        return output, end if inputs.sliding_window is None else last_tokens(end, inputs)
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
         """The weights themselves: to weight a value of width T would cost T / V times as much."""
@@ -109,12 +108,23 @@ def attention_weights(
     return scores.softmax(-1, dtype=wide)[..., : key.shape[2]]
 
 
+def last_tokens(state: SoftmaxState, inputs: MixerInputs) -> SoftmaxState:
+    """What the next token's window may still hold: each row's last W − 1 tokens, whatever padding
+    is between them."""
+    first = max(0, state.key.shape[1] - (inputs.sliding_window - 1))
+    if inputs.padding_mask is None:  # then padding is before all tokens of a row already
+        return SoftmaxState(*(x[:, first:] for x in state))
+    padding_first = state.valid.long().argsort(dim=1, stable=True)
+    return SoftmaxState(*(pick(x, padding_first[:, first:]) for x in state))
+
+
 def attention_mask(
     inputs: MixerInputs, tokens: int, length: int, valid: Tensor | None, fresh: bool
 ) -> Tensor | None:
     """Bool [B or 1, 1, T, S], True where a query may look; None when plain causality is all.
 
-    A padded query looks at itself, so that no row is empty: softmax over nothing is NaN.
+    A window is one of tokens: padding takes no place in it. A padded query looks at itself, so that
+    no row is empty: softmax over nothing is NaN.
     """
     window = inputs.sliding_window
     windowed = window is not None and length >= window
@@ -124,10 +134,11 @@ def attention_mask(
         return None
     query_at = torch.arange(length - tokens, length, device=inputs.query.device)[:, None]
     key_at = torch.arange(length, device=inputs.query.device)[None, :]
-    mask = key_at <= query_at
+    mask = (key_at <= query_at)[None, None]
     if windowed:
-        mask = mask & (key_at > query_at - window)
-    mask = mask[None, None]
+        place = key_at if valid is None else valid.long().cumsum(1)  # among the tokens of its row
+        first = place[:, -tokens:] - window + 1
+        mask = mask & (place[:, None, None, :] >= first[:, None, :, None])
     if valid is not None:
         mask = mask & valid[:, None, None, :]
     if inputs.cu_seqlens is not None:

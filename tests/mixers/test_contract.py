@@ -146,34 +146,40 @@ def test_two_segments_are_one_run_in_float32(mixer, shape):
     assert error.square().mean().sqrt() < 1e-6 * expected.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
-def test_padding_reaches_neither_outputs_nor_state(mixer, shape, side):
-    """A padded row and its tokens alone, padding 9 tokens; then both go on together."""
-    inputs = make_inputs(shape)
+def test_padding_reaches_neither_outputs_nor_state(mixer, shape, side, window):
+    """A padded row and its tokens alone, padding 9 tokens; then both go on together, twice, the
+    first time behind padding of 8."""
+    inputs = dataclasses.replace(make_inputs(shape), sliding_window=window)
     pads = {"left": range(9), "right": range(61, 70), "inside": range(30, 39)}[side]
     kept = torch.tensor([token not in pads for token in range(TOKENS)])
-    mask = torch.stack([kept, torch.ones_like(kept)])
-    padded = dataclasses.replace(inputs, padding_mask=mask)
-    loud = padded.value.clone()
-    loud[0, ~kept] = 1e3
-    padded = dataclasses.replace(padded, value=loud)
-    together, state = mixer(padded, return_state=True)
-
-    where = torch.arange(TOKENS)[kept]
-    cut = {
-        name: getattr(inputs, name)[:1][:, kept]
-        for name in ("hidden_states", "query", "key", "value")
-    }
-    angles = rotary(where[None], shape.head_size)
-    alone = dataclasses.replace(inputs, **cut, rotary=angles)
+    together, state = mixer(one_row_padded(inputs, kept), return_state=True)
+    alone = row_alone(inputs, kept)
     expected, expected_state = mixer(alone, return_state=True)
     close(together[:1][:, kept], expected)
+    for seed, padding in ((5, 8), (6, 0)):
+        later = dataclasses.replace(make_inputs(shape, seed, padding + 4), sliding_window=window)
+        kept = torch.arange(padding + 4) >= padding
+        more, state = mixer(one_row_padded(later, kept), state, return_state=True)
+        expected, expected_state = mixer(row_alone(later, kept), expected_state, return_state=True)
+        close(more[:1][:, kept], expected)
 
-    later = make_inputs(shape, seed=5, tokens=4)
-    more, _ = mixer(part(later, 0, 4, positions=torch.arange(70, 74)), state, return_state=True)
-    one = part(later, 0, 4, rows=slice(0, 1), positions=torch.arange(70, 74))
-    expected_more, _ = mixer(one, expected_state, return_state=True)
-    close(more[:1], expected_more)
+
+def one_row_padded(inputs, kept):
+    """With padding that is loud where the first row keeps nothing."""
+    value = inputs.value.clone()
+    value[0, ~kept] = 1e3
+    mask = torch.stack([kept, torch.ones_like(kept)])
+    return dataclasses.replace(inputs, value=value, padding_mask=mask)
+
+
+def row_alone(inputs, kept):
+    """What the first row keeps, where it was."""
+    names = ("hidden_states", "query", "key", "value")
+    cut = {name: getattr(inputs, name)[:1][:, kept] for name in names}
+    angles = rotary(torch.arange(len(kept))[kept][None], inputs.query.shape[-1])
+    return dataclasses.replace(inputs, **cut, rotary=angles)
 
 
 def test_packed_documents_are_separate(mixer, shape):
