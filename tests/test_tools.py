@@ -10,6 +10,7 @@ import urllib.request
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +22,8 @@ from transformers import (
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from supra.convert import convert
-from supra.testing import MAIN_FAMILIES, tiny_checkpoint
+from supra.mixers import MIXERS, PRESETS
+from supra.testing import MAIN_FAMILIES, tiny_checkpoint, tiny_config, untrained_model
 
 PROMPTS = ["The river", "A model reads one token at a time", "In 1843"]
 TEMPLATE = (
@@ -144,8 +146,6 @@ def on_disk(folder, offload_folder):
 
 
 def in_memory(folder, offload_folder):
-    from accelerate import cpu_offload
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
@@ -165,6 +165,17 @@ def test_offloading_changes_nothing(any_family, offload, tmp_path):
     mask[0, :7] = 0
     texts = [m.generate(TOKENS, attention_mask=mask, **GREEDY) for m in (plain, offloaded)]
     assert torch.equal(*texts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [*MIXERS, *PRESETS])
+def test_every_mixer_runs_offloaded(mixer):
+    model = untrained_model(tiny_config("llama"), mixer).eval()
+    text = {"max_new_tokens": 3, "do_sample": False}
+    expected = model(TOKENS).logits, model.generate(TOKENS, **text)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(model(TOKENS).logits, expected[0])
+    assert torch.equal(model.generate(TOKENS, **text), expected[1])
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.bounded import Row, Tensors, bounded, padding_last
 from supra.mixers.padding import rows_and_padding
 from supra.mixers.policy import PolicyRun
-from supra.mixers.short_conv import ShortConv, convolve
+from supra.mixers.short_conv import ShortConv
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D
@@ -112,7 +112,7 @@ class DiagonalModel(nn.Module):
         """Start the first mode of every head [H] with this half-life."""
         self.log_dt.data.copy_((4 * torch.tanh(math.log(2) / 2 / tokens.double())).log())
 
-    def discretised(self) -> dict[str, Tensor]:
+    def forward(self) -> dict[str, Tensor]:
         """Ā = (1 + z) / (1 − z) and B̄ = dt / (1 − z) with z = dt A / 2, as the operation takes
         them: log |Ā| and arg Ā, and C B̄."""
         dt = self.log_dt.exp()[:, None]
@@ -169,15 +169,10 @@ class H3(Mixer):
     ) -> tuple[Tensor, H3State | None]:
         memory, recent = state or (None, None)
         if self.options.gates:
-            inputs, recent = convolve(
-                inputs, ("key",), self.shift.weight, self.shift.bias,
-                state=recent, return_state=return_state,
-            )  # fmt: skip
+            inputs, recent = self.shift(inputs, ("key",), state=recent, return_state=return_state)
         value = self._spread(inputs.value).unflatten(-1, (self.blocks, -1)).flatten(2, 3)
         tensors = *self._gates(inputs), value
-        output, memory = filter_documents(
-            inputs, tensors, self.model.discretised(), memory, return_state
-        )
+        output, memory = filter_documents(inputs, tensors, self.model(), memory, return_state)
         output = output.view(*inputs.query.shape[:3], -1)
         return output, None if memory is None else H3State(memory, recent)
 
@@ -203,10 +198,10 @@ class H3(Mixer):
         """[B, Hq, T, T]: the mean over the heads that one of attention is cut into."""
         batch, tokens, heads, _ = inputs.query.shape
         if self.options.gates:
-            inputs, _ = convolve(inputs, ("key",), self.shift.weight, self.shift.bias)
+            inputs, _ = self.shift(inputs, ("key",))
         identity = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
         value = identity[None, :, None].expand(batch, -1, heads, -1)
-        gates, model, total = self._gates(inputs), self.model.discretised(), 0
+        gates, model, total = self._gates(inputs), self.model(), 0
         for n in range(self.blocks):  # one by one: a matrix for each channel is too much to hold
             tensors = *(x if x is None else x[:, :, n :: self.blocks] for x in gates), value
             part = {name: x[n :: self.blocks] for name, x in model.items()}

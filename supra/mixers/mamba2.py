@@ -23,7 +23,7 @@ from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.gates import HeadLogits, SiLUGate
 from supra.mixers.scan import LINEAR_ATTENTION, scan
-from supra.mixers.short_conv import ShortConv, convolve, convolved_identity
+from supra.mixers.short_conv import ShortConv, convolved_identity
 
 NORM_EPS = 1e-5
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
@@ -99,10 +99,10 @@ class Mamba2(Mixer):
     ) -> tuple[MixerInputs, Tensor | None]:
         """The inputs with x, B and C for value, key and query; and the tokens to go on from."""
         activation = "silu" if self.options.activation == "silu" else None
-        return convolve(
-            inputs, ("value", "key", "query"), self.conv.weight, self.conv.bias,
-            activation=activation, state=state, return_state=return_state,
-        )  # fmt: skip
+        names = ("value", "key", "query")
+        return self.conv(
+            inputs, names, activation=activation, state=state, return_state=return_state
+        )
 
     def _scan(
         self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False

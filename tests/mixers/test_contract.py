@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import accelerate
 import pytest
 import torch
 
@@ -180,6 +181,27 @@ def row_alone(inputs, kept):
     cut = {name: getattr(inputs, name)[:1][:, kept] for name in names}
     angles = rotary(torch.arange(len(kept))[kept][None], inputs.query.shape[-1])
     return dataclasses.replace(inputs, **cut, rotary=angles)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_offloading_changes_nothing(mixer, shape, place, tmp_path):
+    """Then a parameter is there in its own module's forward alone, and elsewhere on no device."""
+    inputs = make_inputs(shape, tokens=30)
+
+    def outputs():
+        first, state = mixer(part(inputs, 0, 29), return_state=True)
+        return first, mixer(part(inputs, 29, 30), state)[0], mixer(inputs)[0]
+
+    expected, device = outputs(), torch.device("cpu")
+    model = torch.nn.ModuleList([mixer, torch.nn.Linear(1, 1)])  # softmax has nothing to offload
+    if place == "memory":
+        accelerate.cpu_offload(model, device)
+    else:
+        accelerate.disk_offload(model, tmp_path, device)
+    assert all(x.is_meta for x in mixer.parameters())
+    for ours, theirs in zip(outputs(), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_packed_documents_are_separate(mixer, shape):
