@@ -1,5 +1,6 @@
 """The cache of a converted model: one layer class, whatever the mixer keeps as its state."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -101,19 +102,20 @@ class MixerLayer(CacheLayerMixin):
         self.end_recording()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.map_state(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.map_state(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
+        self.map_state(lambda x: x[indices])
 
     def detach(self) -> None:
         """No gradient goes back beyond the tokens to come."""
-        self._map(Tensor.detach)
+        self.map_state(Tensor.detach)
 
-    def _map(self, function: Any) -> None:
+    def map_state(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put what `function` makes of each tensor of the state in its place."""
         if self._calls:
             raise UserError("rows of a cache that records its past cannot change: crop it first")
         if self.state is not None:
@@ -123,6 +125,19 @@ class MixerLayer(CacheLayerMixin):
 def new_cache(layers: int) -> Cache:
     """An empty cache for a converted model of that many layers."""
     return Cache(layers=[MixerLayer() for _ in range(layers)])
+
+
+def check_rows(cache: Cache, batch: int) -> None:
+    """Raise UserError where a converted model's cache is of another number of rows than its input
+    of `batch` rows."""
+    states = (layer.state for layer in cache.layers if layer.state is not None)
+    rows = next((len(x) for state in states for x in state if x is not None), batch)
+    if rows == batch:
+        return
+    way_out = "pass the rows that were read before, in the same order"
+    if batch % rows == 0:  # as num_beams and num_return_sequences make of a prompt's
+        way_out = f"pass fork_state(past_key_values, copies={batch // rows}) of supra.states"
+    raise UserError(f"past_key_values hold {rows} rows and the input has {batch}: {way_out}")
 
 
 def adopt_cache(cache: Cache, layers: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 
 import supra.adapters  # noqa: F401 (tells peft of converted models)
 from supra.attention import attention_modules, insert_mixer
-from supra.cache import adopt_cache, new_cache
+from supra.cache import adopt_cache, check_rows, new_cache
 from supra.card import carry_card
 from supra.configuration import config_class
 from supra.errors import UserError
@@ -152,6 +153,7 @@ class SupraModel(_SupraPreTrained):
             past_key_values = new_cache(self.config.num_hidden_layers)
         elif past_key_values is not None:
             adopt_cache(past_key_values, self.config.num_hidden_layers)
+            check_rows(past_key_values, batch)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         padding = padding_mask(attention_mask, batch, tokens, past)
         return super().forward(
@@ -181,6 +183,7 @@ class SupraForCausalLM(_SupraPreTrained):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
             adopt_cache(cache, self.config.num_hidden_layers)
+            refuse_covered_prompt(cache, generation_config, model_kwargs)
             if generation_config.is_assistant:  # what was activated is gone with the old layers
                 cache.activate_past_recording()
 
@@ -191,6 +194,25 @@ class SupraForCausalLM(_SupraPreTrained):
         finally:  # it switches recording on, and leaves it so
             for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
                 layer.end_recording()
+
+
+def refuse_covered_prompt(
+    cache: Cache, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Raise where generate() has no token to read after those in the cache: it would read the
+    prompt again, or a piece of it, as if it came after itself."""
+    embeddings, mask = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
+    if embeddings is not None:
+        prompt = embeddings.shape[1]
+    elif mask is not None:  # of the conversation, also where input_ids are its new tokens alone
+        prompt = mask.shape[1]
+    else:  # where generate() keeps the length of a mask of ones, which it drops
+        prompt = generation_config._mask_length
+    if 0 < prompt <= (held := cache.get_seq_length()):
+        raise UserError(
+            f"past_key_values hold {held} tokens and the prompt has {prompt}: pass the whole "
+            "conversation, at least one token more than the cache holds"
+        )
 
 
 def refuse_context_parallel() -> None:

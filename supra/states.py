@@ -9,12 +9,12 @@
 `longer` are the prompt's tokens and at least one more; only the new ones are computed.
 """
 
-import copy
 import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -28,6 +28,9 @@ FORMAT = "supra_state"
 def fork_state(cache: Cache, copies: int = 1) -> Cache:
     """A cache that goes on from the same state without changing it.
 
+    A state that was read with gradients keeps them, so that continuations train what made it; read
+    a prompt under torch.no_grad() where nothing trains.
+
     copies: rows of the new cache for each row of the old, for several continuations in one batch.
     """
     if copies < 1:
@@ -35,8 +38,8 @@ def fork_state(cache: Cache, copies: int = 1) -> Cache:
     _check(cache)
     fork = new_cache(len(cache.layers))
     for new, old in zip(fork.layers, cache.layers, strict=True):
-        new.state = copy.deepcopy(old.state)
-        new.length, new.is_initialized = old.length, old.is_initialized
+        new.state, new.length, new.is_initialized = old.state, old.length, old.is_initialized
+        new.map_state(Tensor.clone)
     if copies > 1:
         fork.batch_repeat_interleave(copies)
     return fork

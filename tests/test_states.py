@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from supra.convert import convert
 from supra.errors import UserError
+from supra.mixers import MIXERS, PRESETS
 from supra.states import fork_state, load_state, save_state
-from supra.testing import tiny_checkpoint
+from supra.testing import tiny_checkpoint, tiny_config, untrained_model
 
 CASES = {
     "pure": ("llama", {}),
@@ -129,6 +130,113 @@ def test_a_fork_in_several_rows_is_a_batch(model, tokens):
     for row, ending in zip(together, endings, strict=True):
         alone = model(ending[None], past_key_values=fork_state(prompt)).logits[0]
         torch.testing.assert_close(row, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_fork_trains_what_made_it(model, tokens, copies):
+    """As if the prompt had been read for each continuation."""
+    endings = torch.randint(1, 300, (copies, 4))
+    prompt = model(tokens[:, :30], use_cache=True).past_key_values
+    forked = model(endings, past_key_values=fork_state(prompt, copies)).logits
+    rows = torch.cat([tokens[:, :30].expand(copies, -1), endings], dim=1)
+    whole = model(rows, use_cache=False).logits[:, 30:]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found, expected = (
+        torch.autograd.grad(x.square().mean(), parameters, materialize_grads=True)
+        for x in (forked, whole)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mixer", [*MIXERS, *PRESETS])
+def test_a_state_read_with_gradients_is_forked(mixer, tokens):
+    model = untrained_model(tiny_config("llama"), mixer).eval()
+    prompt = model(tokens[:, :30], use_cache=True).past_key_values
+    assert prompt.layers[0].state[0].requires_grad
+    found = generate(model, tokens, past_key_values=fork_state(prompt), max_new_tokens=3)
+    assert torch.equal(found, generate(model, tokens, max_new_tokens=3))
+    assert prompt.get_seq_length() == 30
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("rows", "batch", "way_out"),
+    [(1, 3, r"fork_state\(past_key_values, copies=3\)"), (2, 4, "copies=2"), (3, 1, "the rows"),
+     (2, 3, "the rows that were read before")],
+)  # fmt: skip
+def test_a_cache_of_other_rows_is_refused(model, tokens, rows, batch, way_out):
+    cache = model(tokens.expand(rows, -1), use_cache=True).past_key_values
+    message = f"past_key_values hold {rows} rows and the input has {batch}: pass .*{way_out}"
+    for read in (1, 5):
+        with pytest.raises(UserError, match=message):
+            model(tokens[:, :read].expand(batch, -1), past_key_values=cache)
+    longer = torch.cat([tokens, tokens[:, :3]], dim=1).expand(batch, -1)
+    with pytest.raises(UserError, match=message):
+        model.generate(longer, past_key_values=cache, max_new_tokens=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3}])
+def test_a_prompt_in_several_rows_needs_a_fork(model, tokens, options):
+    options = {"do_sample": "num_beams" not in options, "max_new_tokens": 4, **options}
+    prompt = model(tokens[:, :30], use_cache=True).past_key_values
+    with pytest.raises(UserError, match=r"hold 1 rows and the input has 3: pass fork_state.*=3"):
+        model.generate(tokens, past_key_values=fork_state(prompt), **options)
+    texts = []
+    for cache in (None, fork_state(prompt, copies=3)):
+        torch.manual_seed(3)
+        texts.append(model.generate(tokens, past_key_values=cache, **options))
+    assert torch.equal(*texts)
+    after = model.generate(
+        tokens, past_key_values=cache.__class__(layers=[]), return_dict_in_generate=True, **options
+    ).past_key_values
+    with pytest.raises(UserError, match="hold 3 rows and the input has 1"):
+        model(tokens[:, :1], past_key_values=after)
+
+
+COVERED = {
+    "the same tokens": lambda model, x: {"inputs": x[:, :30]},
+    "fewer": lambda model, x: {"inputs": x[:, :29]},
+    "one new token alone": lambda model, x: {"inputs": x[:, :1]},
+    "embeddings": lambda model, x: {"inputs_embeds": model.get_input_embeddings()(x[:, :30])},
+    "padded": lambda model, x: {"inputs": x[:, :30], "attention_mask": (x[:, :30] > 20).long()},
+    "beams": lambda model, x: {"inputs": x[:, :30], "num_beams": 2},
+    "lookup": lambda model, x: {"inputs": x[:, :30], "prompt_lookup_num_tokens": 3},
+    "pieces": lambda model, x: {"inputs": x[:, :30], "prefill_chunk_size": 4},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", COVERED)
+def test_a_prompt_that_the_cache_covers_is_refused(model, tokens, case):
+    arguments = COVERED[case](model, tokens)
+    prompt = next(iter(arguments.values())).shape[1]
+    cache = model(tokens[:, :30], use_cache=True).past_key_values
+    message = rf"hold 30 tokens and the prompt has {prompt}: pass the whole conversation, at least"
+    with pytest.raises(UserError, match=message):
+        model.generate(**arguments, past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == 30
+
+
+@torch.no_grad()
+def test_new_tokens_alone_go_with_the_whole_mask(model, tokens):
+    expected = generate(model, tokens)
+    cache = model(tokens[:, :30], use_cache=True).past_key_values
+    mask = torch.ones_like(tokens)
+    text = generate(model, tokens[:, 30:], past_key_values=cache, attention_mask=mask)
+    assert torch.equal(text, expected[:, 30:])
+
+
+@torch.no_grad()
+def test_embeddings_go_on_from_a_cache(model, tokens):
+    expected = generate(model, tokens)[:, tokens.shape[1] :]
+    cache = model(tokens[:, :30], use_cache=True).past_key_values
+    embeddings = model.get_input_embeddings()(tokens)
+    text = model.generate(
+        inputs_embeds=embeddings, past_key_values=cache, do_sample=False, max_new_tokens=20
+    )
+    assert torch.equal(text, expected)
 
 
 @torch.no_grad()
