@@ -1,4 +1,4 @@
-"""accelerate launch recipes/uptrain.py --config recipes/configs/supra.yaml data.path=foo.jsonl"""
+"""accelerate launch recipes/uptrain.py --config supra data.path=foo.jsonl"""
 
 from supra.errors import command
 from supra.uptrain import main

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from supra import __version__
 from supra.arguments import parse_integers, parse_names
 from supra.bench.command import add_bench
 from supra.errors import UserError, check_choice, command
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="supra", description="Transformers into recurrent nets.")
+    parser.add_argument("--version", action="version", version=f"supra {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     add = commands.add_parser("convert", help="turn a transformer into a recurrent network")

@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from supra.errors import UserError
 
@@ -86,6 +85,9 @@ def converted_config(
     base: PreTrainedConfig, layers: list[str], options: dict[str, dict[str, Any]]
 ) -> PreTrainedConfig:
     """The config of `base` converted with these mixers: one name a layer, options by name."""
+    # this module runs in the middle of the import of that one, see supra.registration
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     fields = base.to_dict()
     fields["base_model_type"] = fields.pop("model_type")
     fields["supra"] = {"format_version": FORMAT_VERSION, "layers": layers, "options": options}

@@ -2,8 +2,6 @@
 
 import sys
 
-from supra import modeling
-from supra.checkpoints import find_checkpoint
 from supra.errors import UserError
 
 
@@ -15,6 +13,9 @@ def serve(arguments: list[str]) -> None:
     """
     if not arguments or arguments[0].startswith("-"):
         raise UserError("supra serve needs a model first: supra serve DIR --port 8000")
+    from supra import modeling
+    from supra.checkpoints import find_checkpoint
+
     try:
         from transformers.cli.serving import model_manager
         from transformers.cli.transformers import main

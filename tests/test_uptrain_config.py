@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from supra.errors import UserError
-from supra.uptrain import tree
+from supra.uptrain import shipped, tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.stages import plan
 
@@ -192,6 +192,42 @@ def test_required_keys(tmp_path, missing):
     name = "data.path" if missing == "data" else missing
     with pytest.raises(UserError, match=f"{name} is missing"):
         load(tmp_path, values=values)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_go_by_their_names(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped.find_recipe(path.stem) == path
+
+
+def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert shipped.find_recipe("demo") == RECIPES / "configs" / "demo.yaml"
+    (tmp_path / "smoke").write_text("student: mine")
+    assert shipped.find_recipe("smoke") == Path("smoke")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("supr", r"unknown recipe 'supr': did you mean 'supra'\? \(known: demo, .*, t2r\)"),
+        ("", "unknown recipe '.*': .*known: demo"),
+        (
+            "supra.yaml",
+            "no such config file: supra.yaml; the recipe of that name .* --config supra",
+        ),
+        ("none.yaml", "no such config file: none.yaml$"),
+        ("./supra", "no such config file: supra; the recipe of that name"),
+        ("folder/none", "no such config file: folder/none$"),
+        ("folder/inner", "'folder/inner' is a folder: name a YAML file in it"),
+    ],
+)
+def test_no_such_recipe(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    with pytest.raises(UserError, match=message):
+        shipped.find_recipe(name)
 
 
 def test_no_such_config_file(tmp_path):

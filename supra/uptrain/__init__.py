@@ -1,7 +1,7 @@
 """Uptraining: train a converted model back to quality.
 
-    supra uptrain --config recipes/configs/supra.yaml data.path=foo.jsonl distill.optimizer.lr=3e-4
-    accelerate launch recipes/uptrain.py --config …
+    supra uptrain --config supra data.path=foo.jsonl distill.optimizer.lr=3e-4
+    accelerate launch -m supra.uptrain --config …
 
 `train(config)` is the same from Python. A run is calibration and up to five stages:
 `orient` and `align` train every layer by itself (align.py), `distill`, `tune` and `extend` the
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
 
-from supra.uptrain import tree
+from supra.uptrain import shipped, tree
 from supra.uptrain.config import UptrainConfig
 
 STOPPED = 130  # exit code of a run that was stopped before its end, as shells have it
@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="supra uptrain",
         description="Train a converted checkpoint on text, with or without its teacher.",
-        epilog="Settings and their defaults:\n" + _defaults(),
+        epilog=f"{_shipped()}\n\nSettings and their defaults:\n{_defaults()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file, see recipes/configs/")
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a recipe below")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="replace one of its values")
     arguments = parser.parse_intermixed_args(argv)
     if not train(load_config(arguments.config, arguments.overrides)):
@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
-    """The settings of a YAML file, with `a.b=c` in place of its own. Raises UserError."""
-    return tree.load(UptrainConfig, str(path), overrides)
+    """The settings of a YAML file, or of the recipe of that name that comes with supra, with
+    `a.b=c` in place of its own. Raises UserError."""
+    return tree.load(UptrainConfig, shipped.find_recipe(path), overrides)
 
 
 def train(config: UptrainConfig) -> bool:
@@ -47,6 +48,14 @@ def train(config: UptrainConfig) -> bool:
     from supra.uptrain.loop import train
 
     return train(config)
+
+
+def _shipped() -> str:
+    return (
+        f"Recipes that come with supra, and files for accelerate launch --config_file:\n"
+        f"  {', '.join(shipped.names())}\n"
+        f"  {shipped.LAUNCH}/{{{','.join(x.stem for x in sorted(shipped.LAUNCH.iterdir()))}}}.yaml"
+    )
 
 
 def _defaults() -> str:
