@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from supra.errors import UserError, check_choice
-from supra.weights import check_complete
+from supra.untrusted import check_opened
+from supra.weights import check_complete, check_safetensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
@@ -42,8 +43,12 @@ class Checkpoint:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of every `from_pretrained` that opens it."""
-        arguments = {"pretrained_model_name_or_path": str(self.folder)}
+        """Arguments of every `from_pretrained` that opens it. No code of a checkpoint runs, and
+        nobody is asked whether it may."""
+        arguments = {
+            "pretrained_model_name_or_path": str(self.folder),
+            "trust_remote_code": False,
+        }
         if self.gguf_file is not None:
             arguments["gguf_file"] = self.gguf_file
         return arguments
@@ -81,10 +86,14 @@ class Checkpoint:
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked.
 
-        Raises UserError when a tensor is missing, unexpected or of another shape.
+        Raises UserError when a tensor is missing, unexpected or of another shape, and for weights
+        that are no safetensors.
         """
         self.fetch_weights()
         arguments = self.arguments
+        if self.gguf_file is None:
+            check_safetensors(self.folder)
+            arguments["use_safetensors"] = True
         if dtype is not None:
             arguments["dtype"] = dtype
         if self.gguf_file is not None:
@@ -142,10 +151,27 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
     try:
+        check_opened(checkpoint.folder, gguf=checkpoint.gguf_file is not None)
         return opener(**arguments)
     except UserError:
         raise
     except Exception as error:  # transformers raises a dozen kinds for a broken checkpoint
         logging.getLogger(__name__).debug("opening %s failed", checkpoint.name, exc_info=True)
+        if "trust_remote_code" in str(error):
+            raise UserError(_without_code(checkpoint, opener)) from error
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model {checkpoint.name!r} does not load: {reason}") from error
+
+
+def _without_code(checkpoint: Checkpoint, opener: Any) -> str:
+    """What to do where transformers would run code of the checkpoint."""
+    if opener == AutoTokenizer.from_pretrained:
+        return (
+            f"the tokenizer of {checkpoint.name!r} is code of the checkpoint, which supra does not "
+            "run: in a copy of the folder, take auto_map and tokenizer_class out of "
+            "tokenizer_config.json, and have a tokenizer.json there"
+        )
+    return (
+        f"model {checkpoint.name!r} is code of the checkpoint, which supra does not run: take one "
+        "of a family that transformers has itself (docs/families.md)"
+    )

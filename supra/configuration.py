@@ -15,8 +15,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra.errors import UserError
+from supra.untrusted import without_code
 
 FORMAT_VERSION = 1
+# what `trust_remote_code=True` loads, out of the module that supra/remote_code.py writes
+AUTO_MAP = {
+    "AutoConfig": "modeling_supra.SupraConfig",
+    "AutoModel": "modeling_supra.SupraModel",
+    "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
+}
 
 
 class SupraConfig(PreTrainedConfig):
@@ -60,7 +67,8 @@ class _ConvertedConfig:
 
         register_family(cls)
         fields = {key: value for key, value in config_dict.items() if key != "model_type"}
-        return super().from_dict(fields, **kwargs)
+        # whoever made the checkpoint may have named code of his own there
+        return super().from_dict(without_code(fields) | {"auto_map": dict(AUTO_MAP)}, **kwargs)
 
 
 @functools.cache
@@ -93,11 +101,6 @@ def converted_config(
     fields["supra"] = {"format_version": FORMAT_VERSION, "layers": layers, "options": options}
     language_model = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[fields["base_model_type"]]
     fields["architectures"] = [f"Supra{language_model}"]
-    fields["auto_map"] = {
-        "AutoConfig": "modeling_supra.SupraConfig",
-        "AutoModel": "modeling_supra.SupraModel",
-        "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
-    }
     return config_class(fields["base_model_type"]).from_dict(fields)
 
 

@@ -8,7 +8,6 @@ Tensors pass one at a time from the old checkpoint to the new; the folder appear
 import copy
 import os
 import shlex
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +30,8 @@ from supra.layer_choice import dearest, evenly_spaced, layer_costs, read_blocks,
 from supra.mixers import NEW_PARAMETERS, MixerInputs, float32_at_least, resolve_mixer
 from supra.remote_code import write_shim
 from supra.report import ConversionReport, TensorFate
+from supra.untrusted import LICENSE_FILES, TOKENIZER_FILES, copy_data, drop_code
 from supra.weights import FolderReader, ModuleReader, ShardWriter, TensorSpec, tied_names
-
-COPIED_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 def convert(
@@ -107,6 +102,7 @@ def convert(
         tensors=plan.fates,
     )
     with staged_folder(out) as staging:
+        copy_tokenizer(checkpoint, staging)  # first: what is wrong with it shows at once
         writer = ShardWriter(staging, shard_bytes)
         for name, tensor in converted_tensors(plan, seed, "convert" if progress else None):
             writer.add(name, tensor)
@@ -202,7 +198,7 @@ def command_line(
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The language model without memory: names and shapes of its tensors."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderReader | ModuleReader:
@@ -345,8 +341,7 @@ def carried_bytes(student: PreTrainedModel, dtype: torch.dtype) -> tuple[int, in
 def write_small_files(
     folder: Path, checkpoint: Checkpoint, plan: Plan, report: ConversionReport
 ) -> None:
-    """All but the tensors."""
-    copy_tokenizer(checkpoint, folder)
+    """All but the tensors and the tokenizer."""
     write_shim(folder)
     report.write(folder)
     write_card(
@@ -360,14 +355,14 @@ def write_small_files(
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """The tokenizer, chat template, generation config and licence, as they are."""
+    """The tokenizer, chat templates, generation config and licence, without code."""
     if checkpoint.gguf_file is not None:
         checkpoint.tokenizer().save_pretrained(folder)
+        drop_code(folder)
         return
-    for pattern in COPIED_FILES:
-        for file in checkpoint.folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    copied = (*TOKENIZER_FILES, "generation_config.json", *LICENSE_FILES)
+    for line in copy_data(checkpoint.folder, folder, copied):
+        tqdm.write(line)
     if not any(folder.glob("tokenizer*")):
         tqdm.write(f"{checkpoint.name} has no tokenizer: the converted model has none either")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from supra.errors import UserError
 from supra.files import disk_errors, fsync
+from supra.untrusted import check_opened, own_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -108,14 +109,20 @@ def check_complete(loading_info: Mapping[str, Collection], prefix: str = "") -> 
             )
 
 
+def check_safetensors(folder: Path) -> None:
+    """Raise UserError unless the folder holds weights as safetensors, and names no others."""
+    _files_by_tensor(folder)
+
+
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    check_opened(folder)
     if (folder / INDEX).is_file():
         try:
             weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{INDEX} is damaged ({error}): download the model again") from error
-        names = sorted(weight_map, key=lambda name: (weight_map[name], name))
-        return {name: folder / weight_map[name] for name in names}
+        files = {name: own_file(folder, weight_map[name], INDEX) for name in weight_map}
+        return dict(sorted(files.items(), key=lambda item: (item[1], item[0])))
     if (folder / SINGLE).is_file():
         with _damage(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)

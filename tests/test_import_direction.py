@@ -19,7 +19,10 @@ LAYERS = {
     "supra/mixers": {"torch", "supra.kernels", "supra.mixers", "supra.parallel", "supra.errors"},
     "supra/parallel": {"torch", "supra.kernels", "supra.parallel", "supra.errors"},
     "supra/cache.py": {"torch", "transformers", "supra.mixers", "supra.errors"},
-    "supra/configuration.py": {"torch", "transformers", "supra.errors", "supra.modeling"},
+    "supra/untrusted.py": {"supra.errors"},
+    "supra/configuration.py": {
+        *("torch", "transformers", "supra.errors", "supra.untrusted", "supra.modeling")
+    },
     "supra": MODEL,
     "supra/bench": {"torch", "triton", "supra.bench", "supra.kernels", "supra.errors"},
     "supra/bench/command.py": {"supra.arguments", "supra.bench", "supra.checkpoints"},

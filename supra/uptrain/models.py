@@ -1,13 +1,14 @@
 """The student: loading it, and writing the result."""
 
-import shutil
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.checkpoints import find_checkpoint
 from supra.report import REPORT
+from supra.untrusted import LICENSE_FILES, copy_data, drop_code
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.lora import add_lora
 
@@ -52,7 +53,6 @@ def export(
             parameter.data = parameter.data.to(dtype)
     model.save_pretrained(to)
     tokenizer.save_pretrained(to)
-    for pattern in (REPORT, "LICENSE*", "NOTICE*"):
-        for file in student.folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, to / file.name)
+    drop_code(to)
+    for line in copy_data(student.folder, to, (REPORT, *LICENSE_FILES)):
+        tqdm.write(line)

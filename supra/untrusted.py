@@ -1,0 +1,158 @@
+"""What of a checkpoint is opened and copied: files that lie in its folder, and data alone.
+
+Whoever made a checkpoint wrote its names, links and JSON. Nothing of that leads out of the folder
+or makes a program of it run.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from supra.errors import UserError
+
+TEMPLATES = "additional_chat_templates"
+TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer*.model*", "special_tokens_map.json", "added_tokens.json",
+    "vocab*.json", "vocab*.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+    "chat_template*.json", "chat_template*.jinja", f"{TEMPLATES}/*.jinja",
+)  # fmt: skip
+LICENSE_FILES = ("LICENSE*", "NOTICE*")
+# what transformers may open in a checkpoint's folder, and in the folder of a GGUF file
+OPENED = ("*.json", "*.safetensors", "*.jinja", *TOKENIZER_FILES)
+OPENED_BESIDE_GGUF = ("*config.json", "adapter_model*", *TOKENIZER_FILES)
+# keys by which a config names code: of its own repository or of another one
+CODE_KEYS = ("auto_map", "custom_pipelines")
+KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+
+
+def belongs(file: Path, folder: Path) -> bool:
+    """Whether a file lies in a checkpoint's folder, after all links.
+
+    A hub cache keeps `snapshots/<commit>/<name>` as a link into `blobs`, of the model or of all
+    models, so what lies there belongs too. The folder itself may be a link.
+    """
+    target, home = (Path(os.path.realpath(path)) for path in (file, folder))
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes += [place / "blobs" for place in home.parents[1:3]]
+    return any(target.is_relative_to(place) for place in homes)
+
+
+def own_file(folder: Path, name: str, where: str) -> Path:
+    """The file that `name` stands for in `where`, a file of the folder.
+
+    Raises UserError for what lies elsewhere, by name or by link.
+    """
+    if not isinstance(name, str) or os.path.isabs(name) or not belongs(folder / name, folder):
+        raise UserError(
+            f"{where} of {folder.name} names {name!r}, which is no file of that folder, and "
+            "nothing else is read: download the model again, or put a copy of the file there"
+        )
+    return folder / name
+
+
+def check_opened(folder: Path, gguf: bool = False) -> None:
+    """Raise UserError where transformers would leave the folder, open a pickle or run code.
+
+    gguf: the folder is only where a GGUF file lies.
+    """
+    for file in _matching(folder, OPENED_BESIDE_GGUF if gguf else OPENED):
+        if not belongs(file, folder):
+            raise UserError(
+                f"{file.name} in {folder.name} is a link that leads out of the folder, and nothing "
+                "outside it is read: put a copy of the file in the link's place"
+            )
+        if not file.exists():
+            raise UserError(
+                f"{file.name} in {folder.name} is a link to a file that is not there: download the "
+                "model again, or remove the link"
+            )
+    config = _fields(folder / "config.json")
+    if "transformers_weights" in config:
+        raise UserError(
+            f"config.json of {folder.name} names a file of weights (transformers_weights): call it "
+            "model.safetensors and take the name out"
+        )
+    for name, value in _fields_within(config):
+        if name.removeprefix("_") in KERNEL_KEYS and "/" in str(value):
+            raise UserError(
+                f"config.json of {folder.name} asks for the kernel {value!r} ({name}), a program "
+                "from the hub, which is not run: take the line out"
+            )
+    for name in _fields(folder / "tokenizer_config.json").get("fast_tokenizer_files") or ():
+        own_file(folder, name, "tokenizer_config.json")
+    if (folder / "adapter_model.bin").exists():
+        raise UserError(
+            f"{folder.name} holds an adapter as pickled weights (adapter_model.bin), which are not "
+            "opened: save it as safetensors first"
+        )
+
+
+def copy_data(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Copy files of a checkpoint into `folder`, without what names code in its configs.
+
+    Returns a line for everything that is left out: code, and files that lie elsewhere.
+    """
+    left_out = []
+    for file in _matching(source, patterns):
+        name = file.relative_to(source)
+        if not belongs(file, source):
+            left_out.append(f"{name} is a link that leads out of {source.name}: not copied")
+        elif file.is_file() and file.suffix != ".py":
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
+    return left_out + drop_code(folder)
+
+
+def drop_code(folder: Path) -> list[str]:
+    """Take what names code out of the configs in `folder`, but for the model's own, which
+    `SupraConfig` writes. Returns a line for each config that named some."""
+    lines = []
+    for file in sorted(folder.glob("*_config.json")):
+        fields = _fields(file)
+        if fields != (kept := without_code(fields)):
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            lines.append(f"{file.name} named code to run, which the copy does not")
+    return lines
+
+
+def without_code(fields: Any) -> Any:
+    """Fields of a config, and of those inside it, without the keys that name code."""
+    if isinstance(fields, list):
+        return [without_code(x) for x in fields]
+    if not isinstance(fields, dict):
+        return fields
+    return {name: without_code(x) for name, x in fields.items() if name not in CODE_KEYS}
+
+
+def _fields_within(config: Any) -> Iterator[tuple[str, Any]]:
+    """All fields of a config and of those inside it."""
+    if isinstance(config, dict):
+        yield from config.items()
+    inner = config.values() if isinstance(config, dict) else config
+    for value in inner if isinstance(config, dict | list) else ():
+        yield from _fields_within(value)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Files of the folder that fit one of the patterns, broken links too, sorted."""
+    found = set()
+    for pattern in patterns:
+        place = folder / Path(pattern).parent
+        if place != folder and not belongs(place, folder):
+            found.add(place)
+        elif place.is_dir():
+            found |= {x for x in place.iterdir() if x.match(pattern)}
+    return sorted(found)
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """The fields of a JSON file; none where it is not there, or where whoever opens it says so."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
