@@ -2,15 +2,23 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from tqdm import tqdm
 from transformers.utils import cached_file
 
 from supra.report import ConversionReport, describe_layers
+from supra.untrusted import belongs
 
 CARD = "README.md"
+CARD_BYTES = 2**20  # cards with the most results in them have a third of that
 TAGS = ["supra", "recurrent", "linear-attention"]
+TEXTS = ("license", "license_name", "license_link", "library_name", "pipeline_tag")
+LISTS = ("language", "tags", "datasets", "base_model", "metrics")  # of texts; one may stand alone
 # what the first lines of these licences say -> the hub's name for them
 LICENSES = {
     r"apache license\s+version 2\.0": "apache-2.0",
@@ -104,9 +112,9 @@ def update_card(
         dataset: the hub's name of the training text; None for text that is not on the hub.
     """
     path = Path(folder) / CARD
-    if not path.is_file():
+    card = read_card(path)
+    if card is None:
         return
-    card = ModelCard.load(path, ignore_metadata_errors=True)
     if dataset is not None:
         card.data.datasets = [dataset]
     text = card.text.split(UPTRAINING)[0].rstrip("\n") + f"\n{UPTRAINING}\n"
@@ -128,41 +136,96 @@ def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True
     The placeholder that transformers writes when it uploads gives way, but for its tags; a card
     that supra wrote, and the user may have gone on writing, stays.
     """
-    target, tags = Path(folder) / CARD, []
-    if target.is_file():
-        tags = ModelCard.load(target, ignore_metadata_errors=True).data.tags or []
-        if "supra" in tags:
-            return
-    found = source and cached_file(
-        source,
-        CARD,
-        local_files_only=local_files_only,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if found:
-        card = ModelCard.load(Path(found), ignore_metadata_errors=True)
+    target = Path(folder) / CARD
+    placeholder = read_card(target)
+    tags = (placeholder.data.tags or []) if placeholder else []
+    if "supra" in tags:
+        return
+    found = None
+    with suppress(OSError):  # what is neither a folder nor a name on the hub has no card
+        found = source and cached_file(
+            source,
+            CARD,
+            local_files_only=local_files_only,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    card = read_card(Path(found)) if found else None
+    if card is not None:
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
         card.save(target)
+
+
+def read_card(path: Path) -> ModelCard | None:
+    """The card in a file; None where there is none, or none that can be read.
+
+    No card may stop a model: what is not as the hub has it is left out, and a line says so.
+    """
+    if not path.exists():
+        return None
+    try:
+        text = _card_text(path)
+    except (OSError, ValueError) as error:  # invalid UTF-8 is a ValueError
+        tqdm.write(f"{path.name} is left out: {_one_line(error)}")
+        return None
+    match = REGEX_YAML_BLOCK.search(text)
+    body = text[match.end() :] if match else text
+    try:
+        fields = (yaml.safe_load(match[2]) if match else None) or {}
+        kept = {name: x for name, x in fields.items() if _fits(name, x)}
+        if lost := [str(name) for name in fields if name not in kept]:
+            tqdm.write(f"{path.name} is taken without its {', '.join(lost)}: not what the hub has")
+            text = f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n{body}"
+        card = ModelCard(text, ignore_metadata_errors=True)
+        card.data.to_yaml()  # what is read must be written again
+        return card
+    except Exception as error:  # PyYAML and the hub's library raise a dozen kinds
+        tqdm.write(f"{path.name} is taken without its front matter: {_one_line(error)}")
+        return _card(ModelCardData(), body)
 
 
 def teacher_metadata(folder: Path) -> dict[str, str | list[str]]:
     """Licence and languages, for the front matter: out of a card, or out of a licence's text."""
     found = {}
-    if (folder / CARD).is_file():
-        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
+    if card := read_card(folder / CARD):
         names = ("license", "license_name", "license_link", "language")
-        found = {name: data.get(name) for name in names if data.get(name)}
-    files = sorted(path for path in folder.glob("LICENSE*") if path.is_file())
-    if "license" in found or not files:
+        found = {name: card.data.get(name) for name in names if card.data.get(name)}
+    files = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
+    if "license" in found or not files or not belongs(files[0], folder):
         return found
-    head = files[0].read_text(encoding="utf-8", errors="replace")[:500].strip()
+    with files[0].open("rb") as file:
+        head = file.read(500).decode(errors="replace").strip()
     for pattern, name in LICENSES.items():
         if re.search(pattern, head, re.IGNORECASE):
             return found | {"license": name}
     name = re.sub(r"[^a-z0-9.]+", "-", head.split("\n")[0].lower()).strip("-")
     return found | {"license": "other", "license_name": name, "license_link": files[0].name}
+
+
+def _card_text(path: Path) -> str:
+    if not belongs(path, path.parent):
+        raise ValueError("it is a link that leads out of the folder")
+    if not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        data = file.read(CARD_BYTES + 1)
+    if len(data) > CARD_BYTES:
+        raise ValueError(f"it has more than {CARD_BYTES:,} bytes")
+    return data.decode("utf-8")
+
+
+def _fits(name: object, value: object) -> bool:
+    """Whether a field of the front matter has the type that the hub asks for."""
+    if name in LISTS and isinstance(value, list):
+        return all(isinstance(x, str) for x in value)
+    if name in (*TEXTS, *LISTS):
+        return value is None or isinstance(value, str)
+    return isinstance(name, str)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _card(data: ModelCardData, text: str) -> ModelCard:

@@ -11,7 +11,14 @@ from transformers.utils import hub
 
 import supra.convert
 from supra import cli
-from supra.card import CARD, update_card
+from supra.card import (
+    CARD,
+    CARD_BYTES,
+    carry_card,
+    read_card,
+    teacher_metadata,
+    update_card,
+)
 from supra.checkpoints import Checkpoint
 from supra.convert import convert
 from supra.evaluate import state_bytes
@@ -196,3 +203,102 @@ def test_an_upload_is_complete(way, converted, tmp_path, monkeypatch):
     assert card.text == ModelCard.load(converted / CARD).text
     assert card.data.tags == ["supra", "recurrent", "linear-attention", "tiny"]
     assert card.data.license_name == "valley"
+
+
+def front(*lines):
+    return "\n".join(("---", *lines, "---", "# The teacher", "")).encode()
+
+
+# what stands in the file -> what of it arrives, and what a line says
+STRANGE_CARDS = {
+    "no mapping closed": (front("license: [a"), {}, "without its front matter"),
+    "a tab": (front("license:\tmit", "\t- x"), {}, "without its front matter"),
+    "a list": (front("- license", "- mit"), {}, "without its front matter"),
+    "a text": (front("license"), {}, "without its front matter"),
+    "a number": (front("5"), {}, "without its front matter"),
+    "null": (front("null"), {}, None),
+    "nothing": (front(), {}, None),
+    "no end": (b"---\nlicense: mit\n", {}, None),
+    "two documents": (front("license: mit", "--- {}"), {}, "without its front matter"),
+    "a program": (front("license: !!python/object/apply:os.getcwd []"), {}, "without its front"),
+    "deep": (front("a: " + "[" * 400 + "]" * 400), {}, "without its front matter"),
+    "our argument's name": (front("self: 1"), {}, "without its front matter"),
+    "a date": (front("license: 2024-01-01", "language: en"), {"language": "en"}, "its license:"),
+    "a mapping": (front("license: {a: b}", "language: en"), {"language": "en"}, "its license:"),
+    "a license of many": (front("license: [mit, gpl]"), {}, "its license:"),
+    "numbers": (front("language: 3", "tags: 5"), {}, "its language, tags:"),
+    "mixed lists": (front("language: [en, 3]", "license: mit"), {"license": "mit"}, "language:"),
+    "Norwegian": (front("language: no", "license: mit"), {"license": "mit"}, "language:"),
+    "a key that is no text": (front("1: 2", "license: mit"), {"license": "mit"}, "its 1:"),
+    "nulls": (front("language:", "license: mit"), {"license": "mit"}, None),
+    "an unknown license": (front("license: valley-9"), {"license": "valley-9"}, None),
+    "broken results": (front("license: mit", "model-index: 5"), {"license": "mit"}, None),
+    "broken results in a list": (
+        front("license: mit", "model-index: [{name: a, results: [{}]}]"), {"license": "mit"}, None,
+    ),
+    "binary": (bytes(range(256)), {}, "README.md is left out: "),
+    "UTF-16": ("---\nlicense: mit\n---\n".encode("utf-16"), {}, "README.md is left out: "),
+    "huge": (front("license: mit") + b"x" * CARD_BYTES, {}, "it has more than 1,048,576 bytes"),
+    "empty": (b"", {}, None),
+}  # fmt: skip
+
+
+def teacher_with(base, where, content):
+    for file in base.iterdir():
+        if file.name != CARD:
+            (where / file.name).write_bytes(file.read_bytes())
+    if content is None:
+        (where / CARD).mkdir()
+    else:
+        (where / CARD).write_bytes(content)
+    return where
+
+
+@pytest.mark.parametrize("name", [*STRANGE_CARDS, "a folder"])
+def test_no_card_stops_a_model(base, tmp_path, capsys, name):
+    """A teacher's, at conversion; a student's, at saving and after uptraining."""
+    content, kept, line = STRANGE_CARDS.get(
+        name, (None, {}, "README.md is left out: it is no file")
+    )
+    (tmp_path / "base").mkdir()
+    teacher = teacher_with(base, tmp_path / "base", content)
+    written = teacher_metadata(teacher)
+    assert written == kept
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == (line is not None) and (line or "") in printed
+    carry_card(str(teacher), tmp_path / "saved")
+    update_card(tmp_path / "saved", tokens=7, results={"teacher": {"perplexity": 9.0}})
+    saved = read_card(tmp_path / "saved" / CARD)
+    if "left out" in printed:
+        assert saved is None
+    else:
+        assert "Trained on 7 tokens" in saved.text and kept.items() <= saved.data.to_dict().items()
+
+
+def test_a_model_is_made_whatever_its_card(base, tmp_path):
+    (tmp_path / "base").mkdir()
+    teacher = teacher_with(base, tmp_path / "base", front("license: [a"))
+    convert(teacher, tmp_path / "rnn")
+    assert "# base as a recurrent network" in (tmp_path / "rnn" / CARD).read_text()
+    (tmp_path / "rnn" / CARD).write_bytes(b"\xff\xfe")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"x" * 10**6, b""])
+def test_a_licence_without_words(base, tmp_path, content):
+    teacher = teacher_with(base, tmp_path, b"# No front matter\n")
+    (teacher / "LICENSE").write_bytes(content)
+    assert teacher_metadata(teacher)["license"] == "other"
+
+
+def test_a_card_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / CARD).write_text("---\nlicense: mit\n---\n")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert teacher_metadata(tmp_path) == {}
+    assert "README.md is left out: [Errno 13] Permission denied" in capsys.readouterr().out

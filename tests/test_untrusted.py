@@ -294,7 +294,7 @@ def test_nothing_outside_the_folder_is_read(folder, tmp_path, change):
     assert not (tmp_path / "rnn").exists()
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE.md"])
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE.md", "README.md"])
 def test_what_goes_along_is_left_out_where_it_lies_elsewhere(folder, tmp_path, capsys, name):
     """A licence or card is not worth a model; nor may it bring another file."""
     (tmp_path / "outside").write_text(SECRET)
