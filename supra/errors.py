@@ -2,8 +2,11 @@
 
 import difflib
 import functools
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -38,21 +41,54 @@ def check_whole(name: str, value: int, least: int, most: int | None = None) -> N
         raise UserError(f"{name} (={value!r}) must be a whole number {rule}")
 
 
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP, as an exception: what is half written is cleaned up on its way."""
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """Raise Terminated in here where SIGTERM or SIGHUP would end the process; a second one does."""
+    previous = {}
+
+    def handle(number, frame):
+        restore()
+        raise Terminated(128 + number)
+
+    def restore():
+        while previous:
+            signal.signal(*previous.popitem())
+
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            # nohup ignores SIGHUP, and what ignores or handles one has its reason
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                previous[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def command(run: Callable[..., None]) -> Callable[..., None]:
     """Run a command; a user's mistake or a full disk becomes one line on stderr and exit code 2.
 
-    Ctrl-C is no mistake: exit code 130, as shells have it.
+    Ctrl-C, SIGTERM and SIGHUP are no mistakes: exit codes 130, 143 and 129, as shells have them.
     """
 
     @functools.wraps(run)
     def wrapped(*args, **kwargs) -> None:
         try:
-            run(*args, **kwargs)
+            with termination():
+                run(*args, **kwargs)
         except (UserError, OSError) as error:
             print(f"supra: error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("supra: interrupted", file=sys.stderr)
             sys.exit(130)
+        except Terminated:
+            print("supra: terminated", file=sys.stderr)
+            raise
 
     return wrapped

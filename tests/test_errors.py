@@ -1,0 +1,91 @@
+"""What ends a command: one line, an exit code, and nothing left behind."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from supra.cli import main
+from supra.errors import Terminated, command, termination
+from supra.testing import tiny_checkpoint
+from supra.weights import ShardWriter
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors") / "base"
+    tiny_checkpoint(folder)
+    (folder / "text.txt").write_text("the river runs to the sea. " * 50)
+    return folder
+
+
+CONVERT = "convert --model {base} --out {out}"
+DIAGNOSE = "diagnose {rnn} --text {base}/text.txt --to 64 --trained-length 16 --out {out}"
+
+
+@pytest.fixture(scope="module")
+def rnn(base):
+    main(["convert", "--model", str(base), "--out", str(base.parent / "rnn")])
+    return base.parent / "rnn"
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "code", "line"),
+    [
+        (CONVERT, signal.SIGTERM, 143, "supra: terminated"),
+        (CONVERT, signal.SIGHUP, 129, "supra: terminated"),
+        (CONVERT, signal.SIGINT, 130, "supra: interrupted"),
+        (DIAGNOSE, signal.SIGTERM, 143, "supra: terminated"),
+    ],
+)
+def test_a_signal_leaves_nothing(
+    base, rnn, tmp_path, monkeypatch, capsys, words, number, code, line
+):
+    """In the middle of what is written: the staging folder goes, and handlers are as before."""
+    if words == DIAGNOSE:
+        pytest.importorskip("matplotlib", reason="--out draws")
+
+    def kill(*_):
+        assert len(list(tmp_path.iterdir())) == 1  # what is staged
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ShardWriter, "add", kill)
+    monkeypatch.setattr("supra.long_context.diagnosis.draw_states", kill)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        main(words.format(base=base, rnn=rnn, out=tmp_path / "out").split())
+    assert end.value.code == code
+    assert capsys.readouterr().err.strip().splitlines()[-1] == line
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
+
+
+def test_what_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with termination():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_one_ends_the_process():
+    """Should cleaning up hang."""
+    with pytest.raises(Terminated), termination():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_command_runs_in_another_thread():
+    """Where Python lets nobody handle signals."""
+    done = []
+    thread = threading.Thread(target=command(done.append), args=(1,))
+    thread.start()
+    thread.join()
+    assert done == [1]
