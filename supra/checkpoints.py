@@ -1,8 +1,8 @@
 """Where a checkpoint lies and how it is opened: a local folder, a GGUF file, or a hub id."""
 
-import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from transformers import (
 )
 
 from supra.errors import UserError, check_choice
-from supra.untrusted import check_opened
+from supra.files import fingerprint
+from supra.untrusted import TOKENIZER_FILES, check_opened
 from supra.weights import check_complete, check_safetensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
 # copies of the same weights in other layouts, which some repositories keep beside the shards
 OTHER_FILES = ["consolidated*", "*/*"]
-SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,20 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Of config and weights, wherever they lie: sizes, and samples of all weight files; of the
         hub the commit, so that nothing is fetched.
-
-        Reading 64 KB at 16 places of a file takes no time, and training changes every place.
         """
         if self.hub_id is not None:
             return f"{self.hub_id}@{self.folder.name}"  # a snapshot's folder has the commit's name
         names = [self.gguf_file] if self.gguf_file else ["config.json", "*.safetensors"]
-        digest = hashlib.sha256()
-        for path in sorted(file for name in names for file in self.folder.glob(name)):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
-            with path.open("rb") as file:
-                for place in range(SAMPLES):
-                    file.seek(place * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-                    digest.update(file.read(SAMPLE_BYTES))
-        return digest.hexdigest()
+        return fingerprint(self._files(names))
+
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer's files, in the same way; of a GGUF file it is the whole's."""
+        if self.hub_id is not None or self.gguf_file is not None:
+            return self.fingerprint()
+        return fingerprint(self._files(TOKENIZER_FILES))
+
+    def _files(self, patterns: Iterable[str]) -> list[Path]:
+        return sorted({file for name in patterns for file in self.folder.glob(name)})
 
     def fetch_weights(self) -> None:
         """Download what find_checkpoint left on the hub."""

@@ -346,7 +346,8 @@ def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, monkeypatch):
         patch.setattr(EndToEnd, "add_gradients", poisoned)
         with pytest.raises(
             UserError,
-            match=r"step 4: the loss is nan .* Lower distill.optimizer.lr .* a new out folder",
+            match=r"step 4: the loss is nan .* Lower distill.optimizer.lr .* "
+            "--accept-changed goes on from step-00000003",
         ):
             loop.train(config(files, out, checkpoint={"every": 1}))
     assert RunFolder(out).last_checkpoint().name == "step-00000003"

@@ -30,9 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of a recipe below")
+    parser.add_argument(
+        "--accept-changed",
+        action="store_true",
+        help="go on with a run though its config, student, teacher or text is another one now",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="replace one of its values")
     arguments = parser.parse_intermixed_args(argv)
-    if not train(load_config(arguments.config, arguments.overrides)):
+    config = load_config(arguments.config, arguments.overrides)
+    if not train(config, arguments.accept_changed):
         sys.exit(STOPPED)
 
 
@@ -42,12 +48,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfi
     return tree.load(UptrainConfig, shipped.find_recipe(path), overrides)
 
 
-def train(config: UptrainConfig) -> bool:
+def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
     """Train as `config` says; the result is config.out/final. See `supra.uptrain.loop`."""
     # a wrong config is reported before the seconds that torch and transformers take
     from supra.uptrain.loop import train
 
-    return train(config)
+    return train(config, accept_changed)
 
 
 def _shipped() -> str:

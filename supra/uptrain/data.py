@@ -46,12 +46,18 @@ class BlockStream:
         return {"epoch": self.epoch, "documents": self.documents, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go there; where the text has no such place, since it is another one, to the next document
+        or epoch that it has, and `found` is false."""
+        segments, self.segments = self.segments, None  # offsets are those of whole documents
         self.epoch = state["epoch"]
         self._open(skip=max(0, state["documents"] - 1))
         if state["documents"]:
             self._next_document()
-        self.offset = state["offset"]
-        self.cut(self.segments)
+        there = self.epoch == state["epoch"] and self.documents == state["documents"]
+        self.found = there and state["offset"] <= len(self.tokens)
+        if there:
+            self.offset = min(state["offset"], len(self.tokens))
+        self.cut(segments)
 
     @property
     def block_tokens(self) -> int:

@@ -1,11 +1,13 @@
 """The training loop, for one process or many (accelerate), with exact resume."""
 
 import json
+import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -18,7 +20,7 @@ from supra.card import update_card
 from supra.checkpoints import find_checkpoint
 from supra.errors import Diverged, UserError, check_choice
 from supra.evaluate.perplexity import perplexity
-from supra.files import staged_folder
+from supra.files import disk_errors, staged_folder
 from supra.head import ScoredModel, language_model
 from supra.original import original
 from supra.packing import check_tokenizer, collate
@@ -32,20 +34,26 @@ from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.initial_state import InitialState, check_extends
 from supra.uptrain.launch import check_launch, fsdp_plugin
 from supra.uptrain.log import Log
+from supra.uptrain.manifest import listed_files, write_manifest
 from supra.uptrain.memory import keep_freed_memory
+from supra.uptrain.origin import ORIGIN, origin
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.stages import Stage, plan, tokens_read
 from supra.uptrain.stop import stop_signals
 from supra.uptrain.teacher import Teacher
 
+T = TypeVar("T")
 
-def train(config: UptrainConfig) -> bool:
+
+def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
     """Train as `config` says; the result is config.out/final.
 
     SIGTERM and SIGINT end the run after the step that is under way, with a checkpoint from which
     the same command goes on to the same weights as a run without interruption. Returns False then.
+    With `accept_changed` a run goes on though its config, student, teacher or text is another one.
+    Raises UserError, and keeps the last checkpoint, for what a user can mend; Diverged is one.
     """
-    run = Run(config)
+    run = Run(config, accept_changed)
     try:
         with stop_signals() as stop_requested:
             return run.train(stop_requested)
@@ -56,15 +64,19 @@ def train(config: UptrainConfig) -> bool:
 class Run:
     """All that a run holds: models, optimizer, data, and the step it is at."""
 
-    def __init__(self, config: UptrainConfig):
-        self.config = config
+    def __init__(self, config: UptrainConfig, accept_changed: bool = False):
+        self.config, self.accept_changed = config, accept_changed
         self.folder = RunFolder(config.out)
         self.accelerator = _accelerator(config, self.folder.path)
-        self.folder.check(config)
         _check_layerwise(config, self.accelerator)
-        self.accelerator.wait_for_everyone()  # all have checked before one writes
-        if self.accelerator.is_main_process:
-            self.folder.write_config(config)
+        with ExitStack() as held:
+            self._on_main(lambda: held.enter_context(self.folder.locked()))
+            self._open()
+            self._held = held.pop_all()
+
+    def _open(self) -> None:
+        config, folder, accept = self.config, self.folder, self.accept_changed
+        checkpoint, changed = self._on_main(lambda: folder.find_checkpoint(config, accept))
         set_seed(config.seed)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -73,18 +85,23 @@ class Run:
         for stage in self.stages:
             optim.check_warmup(stage.name, stage.steps, stage.config.schedule)
         self.steps = self.stages[-1].end
-        checkpoint = self.folder.last_checkpoint()
         self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
         # the last one when all steps are done, and only the export is missing
         stage = next((x for x in self.stages if self.step < x.end), self.stages[-1])
         self._open_data(stage)
+        self.origin = self._on_main(lambda: origin(config, self.documents.dataset))
+        if checkpoint:
+            changed += self._on_main(lambda: folder.check_origin(checkpoint, self.origin, accept))
         self._open_log()
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
-            self._resume(checkpoint)
+            self._resume(checkpoint, changed)
         self._begin(stage)
         if self.initial_state and self.step > stage.start:
             self.initial_state.load_state_dict(load_file(self._states_file(checkpoint)))
+        if self.accelerator.is_main_process:
+            folder.write_config(config)
+            folder.prune(config.checkpoint.keep)
 
     def train(self, stop_requested: Callable[[], bool]) -> bool:
         """False when it was stopped before the end."""
@@ -128,11 +145,9 @@ class Run:
         values = self.objective.add_gradients(batches)
         loss, norm = values["loss"], values["grad_norm"]
         if not math.isfinite(loss + norm):
-            raise Diverged(
+            raise self._diverged(
                 f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; this step "
-                f"changed no weights. Lower {stage.name}.optimizer.lr "
-                f"(={stage.config.optimizer.lr}) or lengthen {stage.name}.schedule.warmup "
-                f"(={stage.config.schedule.warmup}), and start in a new out folder"
+                "changed no weights"
             )
         factor = optim.schedule_factor(self.step - stage.start, stage.steps, stage.config.schedule)
         optim.set_rates(self.optimizer, factor)
@@ -154,14 +169,25 @@ class Run:
         which states its rows begin."""
         target, accelerator = self.folder.checkpoint(self.step), self.accelerator
         main = accelerator.is_main_process
-        with staged_folder(target) if main else nullcontext() as staging:
-            (staging,) = broadcast_object_list([staging])
-            accelerator.save_state(str(staging))
-            position = json.dumps(self.stream.state_dict())
-            self._position_file(staging).write_text(position, encoding="utf-8")
-            if self.initial_state:
-                save_file(self.initial_state.state_dict(), self._states_file(staging))
-            accelerator.wait_for_everyone()
+        try:
+            with staged_folder(target) if main else disk_errors() as staging:
+                (staging,) = broadcast_object_list([staging])
+                accelerator.save_state(str(staging))
+                position = json.dumps(self.stream.state_dict())
+                self._position_file(staging).write_text(position, encoding="utf-8")
+                if self.initial_state:
+                    save_file(self.initial_state.state_dict(), self._states_file(staging))
+                accelerator.wait_for_everyone()
+                if main:
+                    facts = {"step": self.step, **self.origin}
+                    (staging / ORIGIN).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+                    write_manifest(staging)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint of step {self.step} cannot be written: {error}. Those before it "
+                f"stay: make room on the disk of out (={self.folder.path}), and the same command "
+                "goes on"
+            ) from error
         if main:
             self.folder.prune(self.config.checkpoint.keep)
         accelerator.wait_for_everyone()
@@ -182,9 +208,35 @@ class Run:
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()
 
+    def _diverged(self, what: str) -> Diverged:
+        stage = self.stage.config
+        checkpoint = self.folder.last_checkpoint()
+        goes_on = "the same command begins anew"
+        if checkpoint:
+            goes_on = f"--accept-changed goes on from {checkpoint.name} with the new rate"
+        return Diverged(
+            f"{what}. Lower {self.stage.name}.optimizer.lr (={stage.optimizer.lr}) or lengthen "
+            f"{self.stage.name}.schedule.warmup (={stage.schedule.warmup}): {goes_on}"
+        )
+
     def close(self) -> None:
         self.log.close()
         self.accelerator.end_training()
+        self._held.close()
+
+    def _on_main(self, act: Callable[[], T]) -> T:
+        """Done by the main process alone; what it returns, or finds that the user has to mend, is
+        everyone's."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = act()
+            except (UserError, OSError) as error:
+                outcome[1] = error
+        result, error = broadcast_object_list(outcome)
+        if error is not None:
+            raise error
+        return result
 
     def _open_data(self, stage: Stage) -> None:
         config = self.config
@@ -212,14 +264,20 @@ class Run:
 
     def _open_log(self) -> None:
         self.accelerator.init_trackers("supra", _tracker_config(self.config))
+        logged = self.step
         if self.accelerator.is_main_process:
-            self.folder.truncate_log(self.step)
+            logged = self.folder.truncate_log(self.step)
         self.log = Log(
             self.accelerator,
             self.folder,
             tokens=tokens_read(self.stages, self.steps),
             tokens_done=tokens_read(self.stages, self.step),
         )
+        if logged < self.step:
+            self.log.say(
+                f"{self.folder.log} has lost lines: it has {logged} of {self.step} steps; the run "
+                "goes on, since training does not read them"
+            )
 
     def _load_models(self, fresh: bool) -> None:
         config, accelerator = self.config, self.accelerator
@@ -304,7 +362,7 @@ class Run:
         stages = self.config.stages
         return {x: stage for x, stage in stages.items() if x not in LAYERWISE} or stages
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path, changed: list[str]) -> None:
         """Load the training state, and go to the place in the data."""
         accelerator = self.accelerator
         written_by = len(list(checkpoint.glob("data-*.json")))
@@ -313,9 +371,43 @@ class Run:
                 f"{checkpoint} was written by {written_by} processes and there are "
                 f"{accelerator.num_processes} now: each has its own place in the data"
             )
-        position = self._position_file(checkpoint).read_text(encoding="utf-8")
-        self.stream.load_state_dict(json.loads(position))
-        accelerator.load_state(str(checkpoint))
+        if not listed_files(checkpoint):
+            self.log.say(
+                f"{checkpoint.name} was written by an earlier version: without checksums of its "
+                "files, and fingerprints of student, teacher and text"
+            )
+        if changed:
+            self.log.say(f"going on from {checkpoint.name} with changes: {'; '.join(changed)}")
+        try:
+            position = self._position_file(checkpoint).read_text(encoding="utf-8")
+            self.stream.load_state_dict(json.loads(position))
+            accelerator.load_state(str(checkpoint))
+        except UserError:
+            raise
+        except Exception as error:  # torch and accelerate raise a dozen kinds
+            logging.getLogger(__name__).debug("loading %s failed", checkpoint, exc_info=True)
+            reason = " ".join(str(error).split())[:300]
+            if changed:
+                raise UserError(
+                    f"{checkpoint} does not go with what changed ({'; '.join(changed)}): {reason}; "
+                    "go back to what was there, or choose another out folder"
+                ) from error
+            raise self.folder.damaged(checkpoint, f"it does not load ({reason})") from error
+        if not self.stream.found:
+            self._lost_place(checkpoint)
+
+    def _lost_place(self, checkpoint: Path) -> None:
+        where = self.stream.state_dict()
+        if not self.accept_changed:
+            raise UserError(
+                f"the text ends before the place in it that {checkpoint} names: put back the text "
+                "that was there, choose another out folder, or give --accept-changed to go on in "
+                "this one"
+            )
+        self.log.say(
+            f"the text ends before the place where training was: it goes on in epoch "
+            f"{where['epoch'] + 1} after {where['documents']} documents"
+        )
 
     def _report_perplexity(self, stage: str, named: dict[str, torch.nn.Module]) -> None:
         values = {}

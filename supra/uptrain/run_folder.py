@@ -1,18 +1,25 @@
 """A run's folder: config.yaml, log.jsonl, checkpoints/step-…/ and, when it is done, final/."""
 
 import json
+import math
+import re
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from supra.errors import UserError
-from supra.files import fsync
+from supra.files import fsync, locked
 from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
+from supra.uptrain.manifest import damage
+from supra.uptrain.origin import ORIGIN
 
 # what may change when a run goes on: none of it touches the weights
 FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache")
+CHECKPOINT = re.compile(r"step-\d{8,}")
 
 
 class RunFolder:
@@ -21,52 +28,129 @@ class RunFolder:
         self.config, self.log = self.path / "config.yaml", self.path / "log.jsonl"
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the folder, which is made: no other run writes to it. Raises UserError."""
+        return locked(self.path)
+
+    def all_checkpoints(self) -> list[Path]:
+        """Those that are complete, the oldest first."""
+        found = (x for x in self.checkpoints.glob("step-*") if CHECKPOINT.fullmatch(x.name))
+        return sorted(found, key=self.step_of)
+
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return max(self.checkpoints.glob("step-*"), default=None)
+        return max(self.all_checkpoints(), key=self.step_of, default=None)
+
+    def find_checkpoint(
+        self, config: UptrainConfig, accept_changed: bool
+    ) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, whole, or None; and how this config differs from its own,
+        where that is accepted. Raises UserError."""
+        self.check(config)
+        checkpoint = self.last_checkpoint()
+        if checkpoint is None:
+            return None, []
+        changed = self.changes(config)
+        if changed and not accept_changed:
+            raise UserError(
+                f"{self._another_config(changed)}, go back to that config, or "
+                f"{_accept(checkpoint)} with this one"
+            )
+        self.check_whole(checkpoint)
+        return checkpoint, changed
 
     def check(self, config: UptrainConfig) -> None:
-        """Refuse to write over a run that is finished, another one, or not to go on."""
+        """Refuse to write over a run that is finished, not to go on, or that somebody has been
+        at."""
         if self.final.exists():
             raise UserError(f"out (={self.path}) holds a finished run: choose another folder")
-        if self.last_checkpoint() is None:
-            return
-        if not config.resume:
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise UserError(f"{self.checkpoints} is no folder: move it away, or choose another out")
+        for path in self.checkpoints.glob("step-*"):
+            if not CHECKPOINT.fullmatch(path.name) or not path.is_dir():
+                raise UserError(f"{path} is no checkpoint of a run: move it away")
+        if self.last_checkpoint() is not None and not config.resume:
             raise UserError(
                 f"out (={self.path}) holds a run that was begun: "
                 "choose another folder, or resume=true to continue it"
             )
-        self.check_same(config)
+
+    def check_whole(self, checkpoint: Path) -> None:
+        """Refuse to go on from a checkpoint with a file that is not as it was written."""
+        if found := damage(checkpoint):
+            raise self.damaged(checkpoint, found)
+        origin = self.origin_of(checkpoint)
+        if origin and origin["step"] != self.step_of(checkpoint):
+            raise self.damaged(checkpoint, f"it is of step {origin['step']}, under another name")
+
+    def damaged(self, checkpoint: Path, what: str) -> UserError:
+        others = [path.name for path in self.all_checkpoints() if path != checkpoint]
+        goes_on = f"goes on from {others[-1]}" if others else "begins anew"
+        return UserError(
+            f"{checkpoint} is damaged: {what}. Delete that folder, and the same command {goes_on}"
+        )
+
+    def check_origin(
+        self, checkpoint: Path, origin: dict[str, str], accept_changed: bool
+    ) -> list[str]:
+        """Which of the things that a run reads are others than those of the checkpoint, where that
+        is accepted. Raises UserError."""
+        before = self.origin_of(checkpoint)
+        changed = [name for name, now in origin.items() if before.get(name, now) != now]
+        if changed and not accept_changed:
+            raise UserError(
+                f"{' and '.join(changed)} changed since {checkpoint} was written: put back what "
+                f"was there, choose another out folder, or {_accept(checkpoint)} with what is "
+                "there now"
+            )
+        return [f"another {name}" for name in changed]
+
+    def origin_of(self, checkpoint: Path) -> dict[str, Any]:
+        """The step of a checkpoint, and fingerprints of what its run reads; {} in those of earlier
+        versions."""
+        file = checkpoint / ORIGIN
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def check_same(self, config: UptrainConfig) -> None:
         """Refuse another config than the run's own, where that matters to the weights."""
-        old = tree.flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        if changed := self.changes(config):
+            raise UserError(f"{self._another_config(changed)}, or go back to that config")
+
+    def _another_config(self, changed: list[str]) -> str:
+        return (
+            f"out (={self.path}) holds a run with another config ({'; '.join(changed)}): "
+            "choose another folder"
+        )
+
+    def changes(self, config: UptrainConfig) -> list[str]:
+        """What differs from the run's own config, where that matters to the weights."""
+        try:
+            old = tree.flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+            return ["its config.yaml is missing or damaged"]
         new = tree.flatten(tree.to_dict(config))
-        changed = [
+        return [
             f"{key}: {old.get(key)} there, {new.get(key)} here"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not key.startswith(FREE)
         ]
-        if changed:
-            raise UserError(
-                f"out (={self.path}) holds a run with another config "
-                f"({'; '.join(changed)}): choose another folder, or go back to that config"
-            )
 
     def write_config(self, config: UptrainConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(tree.to_dict(config), sort_keys=False)
         _write(self.config, text)
 
-    def truncate_log(self, step: int) -> None:
-        """Drop what an interrupted run logged after the checkpoint of `step`.
+    def truncate_log(self, step: int) -> int:
+        """Drop what an interrupted run logged after the checkpoint of `step`, and what is no line
+        of a log; returns how many of the steps up to there have one.
 
         At step 0 it had none, and all that it logged happens again.
         """
-        if self.log.exists():
-            lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = (line for line in lines if step > 0 and _step(line) <= step)
-            _write(self.log, "".join(kept))
+        if not self.log.exists():
+            return 0
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if step > 0 and _step(line) <= step]
+        _write(self.log, "".join(f"{line}\n" for line in kept))
+        return len({_step(line) for line in kept if "loss" in json.loads(line)})
 
     def perplexities(self) -> dict[str, dict[str, float]]:
         """The last held-out perplexity of every model in the log, as the model card has it."""
@@ -74,8 +158,8 @@ class RunFolder:
         found = {}
         for line in self.log.read_text(encoding="utf-8").splitlines():
             for key, value in json.loads(line).items():
-                if key.endswith("_perplexity"):
-                    name = names[key.removesuffix("_perplexity")]
+                name = names.get(key.removesuffix("_perplexity"))
+                if name and key.endswith("_perplexity"):
                     found[name] = {"held-out perplexity": value}
         return found
 
@@ -86,8 +170,13 @@ class RunFolder:
         return values[-1] if values else None
 
     def prune(self, keep: int) -> None:
-        for folder in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+        """Keep the last so many checkpoints; what a killed process left beside them goes too."""
+        for folder in self.checkpoints.glob(".step-*.partial"):
             shutil.rmtree(folder)
+        for folder in self.all_checkpoints()[:-keep]:
+            # a kill in the midst of this leaves no half of a checkpoint under its name
+            hidden = folder.rename(folder.with_name(f".{folder.name}.partial"))
+            shutil.rmtree(hidden)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
@@ -97,12 +186,18 @@ class RunFolder:
         return int(checkpoint.name.removeprefix("step-"))
 
 
+def _accept(checkpoint: Path) -> str:
+    return f"give --accept-changed to go on from {checkpoint.name}"
+
+
 def _step(line: str) -> float:
-    """The step of a log line; infinity for the line that a killed process left half written."""
+    """The step of a log line; infinity for one that is none, as a killed process leaves half a
+    line."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,83 @@
+"""The list of a checkpoint's files, with their sizes and checksums: what is damaged has a name."""
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+from supra.uptrain.origin import ORIGIN
+
+MANIFEST = "manifest.json"
+CHUNK = 2**22  # bytes read at a time
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of a checkpoint; the last that is written of it."""
+    files = {
+        path.relative_to(folder).as_posix(): _facts(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def listed_files(folder: Path) -> bool:
+    """Whether a checkpoint has this list; those of earlier versions have not."""
+    return (folder / MANIFEST).exists() or (folder / ORIGIN).exists()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, in words; None where they are as written."""
+    if not listed_files(folder):
+        return _damage_unlisted(folder)
+    if not (folder / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = {name: (facts["bytes"], facts["crc32"]) for name, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, _) in listed.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        # hidden files are of the system's, as .DS_Store
+        if path.is_file() and name not in {*listed, MANIFEST} and not path.name.startswith("."):
+            return f"{name} is not of this checkpoint"
+    for name, (_, crc32) in listed.items():
+        if _crc32(folder / name) != crc32:
+            return f"{name} is not what was written: its checksum differs"
+    return None
+
+
+def _damage_unlisted(folder: Path) -> str | None:
+    """Of a checkpoint that an earlier version wrote, without a list: what can be seen."""
+    ranks = [path.stem.removeprefix("data-") for path in folder.glob("data-*.json")]
+    for name in (f"random_states_{rank}.pkl" for rank in ranks or ["0"]):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    for path in (*folder.glob("*.pkl"), *folder.glob("*.bin")):
+        try:  # torch's files are archives, with a checksum of each part
+            with zipfile.ZipFile(path) as archive:
+                whole = archive.testzip() is None
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
+            whole = False
+        if not whole:
+            return f"{path.name} is cut or damaged"
+    return None
+
+
+def _facts(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+
+
+def _crc32(path: Path) -> int:
+    """Finds what disks and copies do to a file, at 4 GB/s; no defence against a forger."""
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
