@@ -310,6 +310,62 @@ def test_changes_that_a_checkpoint_does_not_go_with(files, run):
     assert_same_weights(run, files / "whole")
 
 
+# --- weights that are no numbers
+
+
+def poison(monkeypatch, step, what):
+    """After `step`, a weight or a moment of one is no number."""
+    train_step = loop.Run.train_step
+
+    def poisoned(run):
+        train_step(run)
+        if run.step == step:
+            weight = next(run.model.parameters())
+            bad = weight if what == "weight" else run.optimizer.state[weight]["exp_avg_sq"]
+            bad.data.view(-1)[-1] = torch.nan if what == "weight" else torch.inf
+
+    monkeypatch.setattr(loop.Run, "train_step", poisoned)
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (4, {"checkpoint": {"keep": 1}}),
+        (6, {"checkpoint": {"keep": 1}}),
+        (3, {"data": {"eval_documents": 3}, "eval": {"every": 3, "tokens": 16}}),
+    ],
+    ids=["checkpoint", "end", "evaluation"],
+)
+def test_weights_are_numbers_when_they_are_saved(files, tmp_path, monkeypatch, step, changes, what):
+    poison(monkeypatch, step, what)
+    message = (
+        f"after step {step} (exp_avg_sq of )?model.* overflowed: nothing is saved. Lower "
+        r"distill.optimizer.lr \(=0.001\) .* --accept-changed goes on from step-0000000[24]"
+    )
+    out = tmp_path / "run"
+    with pytest.raises(Diverged, match=message):
+        loop.train(config(files, out, **changes))
+    assert RunFolder(out).last_checkpoint().name == f"step-0000000{(step - 1) // 2 * 2}"
+    assert not RunFolder(out).final.exists() and "NaN" not in (out / "log.jsonl").read_text()
+
+
+def test_a_rate_that_is_far_too_high(files, run, tmp_path):
+    """Nothing is exported; a checkpoint of good weights, and a lower rate, lead out of it."""
+    optimizer = {"optimizer": {"lr": 1e38}, "schedule": {"warmup": 0}}
+    fresh = tmp_path / "fresh"
+    with pytest.raises(Diverged, match="the same command begins anew"):
+        loop.train(config(files, fresh, distill=optimizer))
+    assert not RunFolder(fresh).final.exists() and RunFolder(fresh).last_checkpoint() is None
+    loop.train(config(files, fresh))
+    assert_same_weights(fresh, files / "whole")
+    high = config(files, run, distill=optimizer, checkpoint={"keep": 1, "every": 1})
+    with pytest.raises(Diverged, match=f"--accept-changed goes on from {LAST} with the new rate"):
+        loop.train(high, accept_changed=True)
+    loop.train(config(files, run), accept_changed=True)
+    assert_same_weights(run, files / "whole")
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_step_with_bad_gradients_changes_nothing(files, tmp_path, monkeypatch, bad):
     settings = config(files, tmp_path / "run")

@@ -23,7 +23,7 @@ from supra.evaluate.perplexity import perplexity
 from supra.files import disk_errors, staged_folder
 from supra.head import ScoredModel, language_model
 from supra.original import original
-from supra.packing import check_tokenizer, collate
+from supra.packing import Block, check_tokenizer, collate
 from supra.positions import check_positions
 from supra.text import hub_name
 from supra.uptrain import models, optim, tree
@@ -31,6 +31,7 @@ from supra.uptrain.align import LayerByLayer
 from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
 from supra.uptrain.end_to_end import EndToEnd
+from supra.uptrain.finite import first_not_finite, predicts
 from supra.uptrain.initial_state import InitialState, check_extends
 from supra.uptrain.launch import check_launch, fsdp_plugin
 from supra.uptrain.log import Log
@@ -96,6 +97,7 @@ class Run:
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
             self._resume(checkpoint, changed)
+        self.row: Block | None = None  # of the last step
         self._begin(stage)
         if self.initial_state and self.step > stage.start:
             self.initial_state.load_state_dict(load_file(self._states_file(checkpoint)))
@@ -114,6 +116,7 @@ class Run:
             self.train_step()
             ended = self.step == self.stage.end
             if _due(self.step, config.eval.every) or ended:
+                self._check_finite()
                 self.evaluate(self.stage.name)
             if ended:
                 before = self._logged(self.stage.start, "eval_perplexity")
@@ -142,6 +145,7 @@ class Run:
             collate(islice(self.stream, config.batch.size))
             for _ in range(config.batch.accumulation)
         ]
+        self.row = {name: x[:1] for name, x in batches[0].items()}
         values = self.objective.add_gradients(batches)
         loss, norm = values["loss"], values["grad_norm"]
         if not math.isfinite(loss + norm):
@@ -167,6 +171,7 @@ class Run:
     def save(self) -> None:
         """Write the training state: accelerate's, where each process is in its data, and from
         which states its rows begin."""
+        self._check_finite()
         target, accelerator = self.folder.checkpoint(self.step), self.accelerator
         main = accelerator.is_main_process
         try:
@@ -194,6 +199,7 @@ class Run:
 
     def export(self) -> None:
         """Write the result to out/final."""
+        self._check_finite()
         state = self.accelerator.get_state_dict(self.model)
         state = {name.removeprefix("model."): x for name, x in state.items()}
         if self.accelerator.is_main_process:
@@ -207,6 +213,16 @@ class Run:
                 )
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()
+
+    def _check_finite(self) -> None:
+        """Raises Diverged, in every process, before what is no number is saved."""
+        found = first_not_finite(self.model, self.optimizer)
+        if found is None and self.row is not None:
+            with self._autocast():
+                if not predicts(self.model, self.row, self.accelerator.device):
+                    found = "what the model predicts"
+        if found:
+            raise self._diverged(f"after step {self.step} {found} overflowed: nothing is saved")
 
     def _diverged(self, what: str) -> Diverged:
         stage = self.stage.config
