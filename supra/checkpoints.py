@@ -2,8 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
 
 from supra.errors import UserError, check_choice
 from supra.files import fingerprint
+from supra.gguf_file import GgufFile
 from supra.untrusted import TOKENIZER_FILES, check_opened
 from supra.weights import check_complete, check_safetensors
 
@@ -77,10 +80,10 @@ class Checkpoint:
             _download(self.hub_id, self.revision, ["*.safetensors"])
 
     def config(self) -> PreTrainedConfig:
-        return _opened(self, AutoConfig.from_pretrained, **self.arguments)
+        return self._small(AutoConfig.from_pretrained)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return _opened(self, AutoTokenizer.from_pretrained, **self.arguments)
+        return self._small(AutoTokenizer.from_pretrained)
 
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked.
@@ -100,11 +103,23 @@ class Checkpoint:
 
             # packed blocks cannot be saved or trained
             arguments["quantization_config"] = GgufConfig(dequantize=True)
+            arguments["config"] = self.config()
         model, info = _opened(
             self, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **arguments
         )
+        if self.gguf_file is not None:
+            self._gguf.forget()
         check_complete(info)
         return model
+
+    @cached_property
+    def _gguf(self) -> GgufFile:
+        return GgufFile(self.folder / self.gguf_file)
+
+    def _small(self, opener: Callable[..., Any]) -> Any:
+        """What `opener` makes of the checkpoint without its weights."""
+        read = partial(_opened, self, opener, **self.arguments)
+        return read() if self.gguf_file is None else self._gguf.kept(opener, read)
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -151,7 +166,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
     try:
         check_opened(checkpoint.folder, gguf=checkpoint.gguf_file is not None)
-        return opener(**arguments)
+        with nullcontext() if checkpoint.gguf_file is None else checkpoint._gguf.parsed():
+            return opener(**arguments)
     except UserError:
         raise
     except Exception as error:  # transformers raises a dozen kinds for a broken checkpoint
@@ -159,7 +175,8 @@ def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
         if "trust_remote_code" in str(error):
             raise UserError(_without_code(checkpoint, opener)) from error
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model {checkpoint.name!r} does not load: {reason}") from error
+        what = "the tokenizer of " if opener == AutoTokenizer.from_pretrained else ""
+        raise UserError(f"{what}model {checkpoint.name!r} does not load: {reason}") from error
 
 
 def _without_code(checkpoint: Checkpoint, opener: Any) -> str:

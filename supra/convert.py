@@ -83,7 +83,8 @@ def convert(
     if share is not None:
         keep_attention = () if ranked else evenly_spaced(count, share)
     layers = plan_layers(count, mixer, keep_attention)
-    blocks = read_blocks(checkpoint.tokenizer(), text, text_field) if ranked else []
+    tokenizer = checkpoint.tokenizer() if ranked or has_tokenizer(checkpoint) else None
+    blocks = read_blocks(tokenizer, text, text_field) if ranked else []
     reader = open_weights(checkpoint, base)
     plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
     check_space(out, sum(fate.nbytes for fate in plan.fates))
@@ -354,6 +355,10 @@ def write_small_files(
     plan.config.save_pretrained(folder)  # last: a folder without it does not load
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    return checkpoint.gguf_file is not None or any(checkpoint.folder.glob("tokenizer*"))
+
+
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """The tokenizer, chat templates, generation config and licence, without code."""
     if checkpoint.gguf_file is not None:
@@ -363,7 +368,7 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     copied = (*TOKENIZER_FILES, "generation_config.json", *LICENSE_FILES)
     for line in copy_data(checkpoint.folder, folder, copied):
         tqdm.write(line)
-    if not any(folder.glob("tokenizer*")):
+    if not has_tokenizer(checkpoint):
         tqdm.write(f"{checkpoint.name} has no tokenizer: the converted model has none either")
 
 
