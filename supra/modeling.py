@@ -1,16 +1,22 @@
 """The converted model: the base family's own classes, with a mixer in every attention module."""
 
 import functools
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
@@ -20,6 +26,9 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
@@ -32,11 +41,11 @@ from supra.errors import UserError
 from supra.families import FAMILIES
 from supra.mixers import Mixer, float32_at_least
 from supra.remote_code import write_shim
-from supra.weights import check_complete
+from supra.weights import KINDS, check_complete
 
 
 class _SupraPreTrained:
-    """What the headless model and the language model share."""
+    """What the headless model and those with a head share."""
 
     _supports_context_parallel = False
     # what is set as attention implementation would stand in the mixers' place
@@ -69,8 +78,13 @@ class _SupraPreTrained:
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As transformers', but a missing, unexpected or mis-shaped tensor is an error."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        check_complete(info, f"{cls.base_model_prefix}." if issubclass(cls, SupraModel) else "")
+        check_complete(info, f"{cls.base_model_prefix}.", cls._below_prefix(model.config))
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
+        """What of `check_complete` counts in the headless model only, not in a head."""
+        return ()
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
         """As transformers', which would leave out the module that `auto_map` names and the
@@ -95,6 +109,10 @@ class _SupraPreTrained:
 
 class SupraModel(_SupraPreTrained):
     """Mixed into the family's headless model."""
+
+    @classmethod
+    def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
+        return ("unexpected_keys",)  # a head is of no use here
 
     def post_init(self) -> None:
         plan = self.config.supra
@@ -167,17 +185,21 @@ class SupraModel(_SupraPreTrained):
         )
 
 
-class SupraForCausalLM(_SupraPreTrained):
-    """Mixed into the family's language model."""
+class _SupraHead(_SupraPreTrained):
+    """Mixed into what puts a head on the family's headless model."""
 
     def post_init(self) -> None:
         base = getattr(self, self.base_model_prefix)
         if not isinstance(base, SupraModel):
-            family = model_class(type(base), self.config.base_model_type)
+            family = model_class(type(base), self.config.base_model_type, SupraModel)
             setattr(self, self.base_model_prefix, family(self.config))
             if base.is_activation_checkpointing:  # from the config, where it is found only once
                 self.activation_checkpointing_enable()
         super().post_init()
+
+
+class SupraForCausalLM(_SupraHead):
+    """Mixed into the family's language model."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -194,6 +216,65 @@ class SupraForCausalLM(_SupraPreTrained):
         finally:  # it switches recording on, and leaves it so
             for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
                 layer.end_recording()
+
+
+class SupraForRows(_SupraHead):
+    """Mixed into the family's other heads, which read whole rows.
+
+    A row counts its positions from its first token. With padding on its left it would be another
+    row to features that are made of what is rotated, as hedgehog's are.
+    """
+
+    @classmethod
+    def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
+        """On a checkpoint of another class this head is new, of which transformers warns; in one of
+        its own it may be of another size, if the caller says so."""
+        own = cls.__name__ in (config.architectures or ())
+        return ("mismatched_keys",) if own else KINDS
+
+    def prepare_rows(self, inputs: dict[str, Any]) -> None:
+        """Complete the arguments of `forward`, in place."""
+        mask, given = inputs.get("attention_mask"), ("position_ids", "past_key_values")
+        if mask is not None and all(inputs.get(name) is None for name in given):
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class SupraForSequences(SupraForRows):
+    """Mixed into the family's sequence classifier and reward model, which read the last token of a
+    row that is not config.pad_token_id."""
+
+    def prepare_rows(self, inputs: dict[str, Any]) -> None:
+        """Raises UserError for rows of which no last token is to be found."""
+        super().prepare_rows(inputs)
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+        rows = next((x for x in given if x is not None), ())  # without any the model raises
+        if len(rows) > 1 and self.config.get_text_config().pad_token_id is None:
+            raise UserError(
+                f"pad_token_id (=None) in the config must be set for {len(rows)} rows, whose ends "
+                "it marks: model.config.pad_token_id = tokenizer.pad_token_id"
+            )
+        packed = inputs.get("cu_seq_lens_q") is not None
+        if mask is None and positions is not None and not packed:
+            packed = document_boundaries(positions, len(rows)) is not None
+        if packed:
+            raise UserError(
+                "position_ids (or cu_seq_lens_q) pack several texts into a row, of which a "
+                "sequence classifier reads the last token alone: pass one text a row, padded"
+            )
+
+
+def _over_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a head over rows, under the signature that Trainer looks at."""
+    names = tuple(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def over_rows(self, *args, **kwargs):
+        kwargs |= zip(names, args, strict=False)
+        self.prepare_rows(kwargs)
+        return forward(self, **kwargs)
+
+    return over_rows
 
 
 def refuse_covered_prompt(
@@ -278,17 +359,23 @@ def document_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
 
 
 @functools.cache
-def model_class(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
-    """The converted class of a family's headless model or language model."""
-    mixin = SupraForCausalLM if issubclass(base, GenerationMixin) else SupraModel
+def model_class(
+    base: type[PreTrainedModel], model_type: str, mixin: type[_SupraPreTrained]
+) -> type[PreTrainedModel]:
+    """The converted class of a family's headless model, or of one with a head."""
+    headless = getattr(transformers, MODEL_MAPPING_NAMES[model_type])
     fields = {
         "config_class": config_class(model_type),
+        # some heads for questions have another than the language model, whose weights they load
+        "base_model_prefix": headless.base_model_prefix,
         "_keep_in_fp32_modules_strict": {"mixer", *(base._keep_in_fp32_modules_strict or ())},
         # quantisation leaves these alone, and takes a pattern from the start of a module's name
         "_keep_in_fp32_modules": {r".*\.mixer", *(base._keep_in_fp32_modules or ())},
         "__module__": __name__,
         "__doc__": f"{base.__name__} with a mixer in place of softmax attention in every layer.",
     }
+    if issubclass(mixin, SupraForRows):
+        fields["forward"] = _over_rows(base.forward)
     return type(_class_name(base, model_type), (mixin, base), fields)
 
 
@@ -297,30 +384,42 @@ def _class_name(base: type[PreTrainedModel], model_type: str) -> str:
     family = CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
     if base.config_class is CONFIG_MAPPING[model_type]:
         return f"Supra{base.__name__}"
-    return f"Supra{family}{'ForCausalLM' if issubclass(base, GenerationMixin) else 'Model'}"
+    return f"Supra{family}" + re.search(r"(For[A-Z]\w*|Model)$", base.__name__)[0]
 
 
-def family_classes(model_type: str) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
-    """The converted headless model and language model of one family."""
-    import transformers
+# Of every auto class: what the families call the model of that kind, and what is mixed into it
+_KINDS = {
+    AutoModel: (MODEL_MAPPING_NAMES, SupraModel),
+    AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SupraForCausalLM),
+    AutoModelForSequenceClassification: (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        SupraForSequences,
+    ),
+    AutoModelForTokenClassification: (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, SupraForRows),
+    AutoModelForQuestionAnswering: (MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, SupraForRows),
+}
 
-    names = MODEL_MAPPING_NAMES[model_type], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    headless, language = (model_class(getattr(transformers, name), model_type) for name in names)
-    return headless, language
+
+def family_classes(model_type: str) -> dict[type, type[PreTrainedModel]]:
+    """The converted classes of one family, by auto class: those that it has."""
+    return {
+        auto: model_class(getattr(transformers, names[model_type]), model_type, mixin)
+        for auto, (names, mixin) in _KINDS.items()
+        if model_type in names
+    }
 
 
 def register_family(config: type[PreTrainedConfig]) -> None:
-    """Make AutoModel and AutoModelForCausalLM know the converted classes of one family."""
-    headless, language = family_classes(config.base_model_type)
-    AutoModel.register(config, headless, exist_ok=True)
-    AutoModelForCausalLM.register(config, language, exist_ok=True)
+    """Make the auto classes know the converted classes of one family."""
+    for auto, model in family_classes(config.base_model_type).items():
+        auto.register(config, model, exist_ok=True)
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
     """`supra.modeling.SupraLlamaForCausalLM` and its like, for pickle and for imports by name."""
     if name.startswith("Supra"):
         for model_type in FAMILIES:
-            for found in family_classes(model_type):
+            for found in family_classes(model_type).values():
                 if found.__name__ == name:
                     return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

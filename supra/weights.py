@@ -16,6 +16,8 @@ from supra.errors import UserError
 from supra.files import disk_errors, fsync
 from supra.untrusted import check_opened, own_file
 
+# what can be wrong with the tensors of a checkpoint, as `from_pretrained` lists them
+KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {
@@ -93,14 +95,17 @@ def tied_names(model: nn.Module) -> Mapping[str, str]:
     return model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
 
 
-def check_complete(loading_info: Mapping[str, Collection], prefix: str = "") -> None:
+def check_complete(
+    loading_info: Mapping[str, Collection], prefix: str = "", below: Collection[str] = ()
+) -> None:
     """Raise UserError unless `from_pretrained` found each tensor, each once, in its shape.
 
-    Unexpected names count below `prefix` only: a headless model has no use for the head.
+    Of the kinds in `below`, only names that begin with `prefix` count.
     """
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in loading_info[kind])
-        if kind == "unexpected_keys":
+    for kind in KINDS:
+        # a mismatched one comes with its shapes
+        names = sorted(x if isinstance(x, str) else x[0] for x in loading_info[kind])
+        if kind in below:
             names = [name for name in names if name.startswith(prefix)]
         if names:
             raise UserError(
