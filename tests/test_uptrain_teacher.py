@@ -6,9 +6,10 @@ import os
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from supra import testing
+from supra.errors import UserError
 from supra.packing import collate
 from supra.uptrain import loop, teacher, tree
 from supra.uptrain.config import UptrainConfig
@@ -99,7 +100,7 @@ def test_without_a_cache_they_are_the_same(files, tmp_path, loaded):
 
 def test_all_tokens_are_the_whole_distribution(files, tmp_path):
     loop.train(config(files, tmp_path / "whole"))
-    loop.train(config(files, tmp_path / "top", top_k=1000))
+    loop.train(config(files, tmp_path / "top", top_k=testing.VOCABULARY))
     whole, top = log(tmp_path / "whole"), log(tmp_path / "top")
     assert list(top.values()) == pytest.approx(list(whole.values()), rel=1e-3)  # of float16
 
@@ -140,3 +141,48 @@ def test_a_missing_block_is_computed(files, tmp_path, loaded):
     assert len(loaded) == 2
     assert torch.equal(found[0].tokens, found[1].tokens)
     assert torch.equal(found[0].log_probabilities, found[1].log_probabilities)
+
+
+def test_more_likely_tokens_than_there_are(files, tmp_path):
+    message = r"distill.top_k \(=301\) is more than the 300 tokens of the vocabulary"
+    with pytest.raises(UserError, match=message):
+        loop.train(config(files, tmp_path / "run", top_k=301))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def kept(tokens=(16, 8), log_probabilities=(16, 8)):
+    return {
+        "tokens": torch.zeros(tokens, dtype=torch.int32),
+        "log_probabilities": torch.zeros(log_probabilities, dtype=torch.float16),
+    }
+
+
+DAMAGES = {
+    "empty": b"",
+    "cut": save(kept())[:-9],
+    "header": b"\xff" * 99,
+    "text": b"mine",
+    "other names": save({"x": torch.zeros(2)}),
+    "shorter": save(kept((15, 8), (15, 8))),
+    "fewer tokens": save(kept((16, 7), (16, 7))),
+    "two shapes": save(kept((16, 8), (16, 7))),
+    "beyond the vocabulary": save(kept() | {"tokens": torch.full((16, 8), 300)}),
+    "negative": save(kept() | {"tokens": torch.full((16, 8), -1)}),
+    "no numbers": save(kept() | {"log_probabilities": torch.full((16, 8), torch.nan).half()}),
+    "another dtype": save(kept() | {"log_probabilities": torch.zeros(16, 8)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_block_is_computed(files, tmp_path, loaded, capsys, damage):
+    settings = config(files, tmp_path, top_k=8, cache=str(tmp_path / "cache"))
+    batch = blocks(settings)
+    before = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+    file = sorted((tmp_path / "cache").rglob("*.safetensors"))[0]
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGES[damage])
+    now = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+    assert f"supra: {file} is damaged: the teacher is asked again" in capsys.readouterr().err
+    assert len(loaded) == 2 and file.read_bytes() == whole
+    assert torch.equal(before.tokens, now.tokens)
+    assert torch.equal(before.log_probabilities, now.log_probabilities)

@@ -2,13 +2,16 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from supra.checkpoints import find_checkpoint
@@ -33,10 +36,17 @@ class Teacher:
             find_checkpoint(name).config().get_text_config().vocab_size
             for name in (config.student, config.teacher)
         )
+        self.vocabulary = own
         if own != other:
             raise UserError(
                 f"teacher (={config.teacher}) has another vocabulary than the student: "
                 f"vocab_size {other}, not {own}"
+            )
+        top_k = config.distill.top_k
+        if top_k is not None and top_k > own:
+            raise UserError(
+                f"distill.top_k (={top_k}) is more than the {own} tokens of the vocabulary: lower "
+                "it, or leave it out for all of them"
             )
 
     @cached_property
@@ -65,16 +75,41 @@ class Teacher:
         if self.settings.cache is None:
             return self._computed_top_k(batch)
         files = list(map(self._file, batch["input_ids"], batch["position_ids"]))
-        if not all(file.exists() for file in files):
+        kept = [self._read(file, batch["input_ids"].shape[1]) for file in files]
+        if None in kept:
             found = self._computed_top_k(batch)
             length = batch["input_ids"].shape[1]
             for index, file in enumerate(files):
-                if not file.exists():
-                    _write(file, found.rows(slice(index * length, (index + 1) * length)))
-        kept = [load_file(file, device=str(self.device)) for file in files]
+                if kept[index] is None:
+                    kept[index] = found.rows(slice(index * length, (index + 1) * length))
+                    _write(file, kept[index])
         return TopK(
-            torch.cat([block["tokens"] for block in kept]).long(),
-            torch.cat([block["log_probabilities"] for block in kept]),
+            torch.cat([block.tokens for block in kept]),
+            torch.cat([block.log_probabilities for block in kept]),
+        )
+
+    def _read(self, file: Path, length: int) -> TopK | None:
+        """A row of so many tokens; None where it is not kept, or not as it was written."""
+        if not file.exists():
+            return None
+        try:
+            tensors = load_file(file, device=str(self.device))
+            block = TopK(tensors["tokens"].long(), tensors["log_probabilities"])
+            valid = self._is_valid(block, length)
+        except (SafetensorError, OSError, KeyError):
+            valid = False
+        if not valid:
+            tqdm.write(f"supra: {file} is damaged: the teacher is asked again", file=sys.stderr)
+        return block if valid else None
+
+    def _is_valid(self, block: TopK, length: int) -> bool:
+        tokens, log_p = block.tokens, block.log_probabilities
+        shape = (length, self.settings.top_k)
+        return (
+            tokens.shape == log_p.shape == shape
+            and log_p.dtype == torch.float16
+            and bool(((tokens >= 0) & (tokens < self.vocabulary)).all())
+            and bool((log_p <= 0).all())  # false for what is no number
         )
 
     def _computed_top_k(self, batch: Block) -> TopK:
