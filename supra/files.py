@@ -71,22 +71,29 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, written: Path | None = None) -> Iterator[None]:
-    """Make a folder, if it is not there, and hold it: to the next one who wants to hold it, another
-    process is writing to `written`, a UserError.
+    """Make a folder, if it is not there, and hold it, see `held`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, written or folder):
+        yield
 
-    The lock is the system's, on the folder itself: it leaves no file, and it ends with its process
+
+@contextmanager
+def held(path: Path, written: Path) -> Iterator[None]:
+    """Hold a file or a folder: to the next one who wants to hold it, another process is writing to
+    `written`, a UserError.
+
+    The lock is the system's, on the path itself: it leaves no file, and it ends with its process
     however that ends. Where there are no such locks (Windows, some network disks) nothing is held.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
     try:
-        handle = _lock(folder)
+        handle = _lock(path)
     except (BlockingIOError, FileNotFoundError):
         raise UserError(
-            f"another process is writing to {written or folder}: wait until it is done, or name "
-            "another folder"
+            f"another process is writing to {written}: wait until it is done, or name another "
+            "folder"
         ) from None
     try:
         yield
@@ -94,19 +101,19 @@ def locked(folder: Path, written: Path | None = None) -> Iterator[None]:
         os.close(handle)
 
 
-def _lock(folder: Path) -> int:
+def _lock(path: Path) -> int:
     """An open descriptor with the lock. Raises BlockingIOError where another one has it, and
-    FileNotFoundError where the folder is another one by now."""
-    handle = os.open(folder, os.O_RDONLY)
+    FileNotFoundError where the path is another one by now."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:
-            logging.getLogger(__name__).debug("%s cannot be locked: %s", folder, error)
-        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
-            raise FileNotFoundError(folder)
+            logging.getLogger(__name__).debug("%s cannot be locked: %s", path, error)
+        if not os.path.samestat(os.fstat(handle), os.stat(path)):
+            raise FileNotFoundError(path)
     except BaseException:
         os.close(handle)
         raise

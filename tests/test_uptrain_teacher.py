@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save
 
 from supra import testing
 from supra.errors import UserError
+from supra.files import held
 from supra.packing import collate
 from supra.uptrain import loop, teacher, tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream, training_documents
 from supra.uptrain.teacher import Teacher
+from tests.test_files import another_process
 from tests.test_uptrain_loop import assert_same_weights, log, merged
 
 
@@ -186,3 +188,25 @@ def test_a_damaged_block_is_computed(files, tmp_path, loaded, capsys, damage):
     assert len(loaded) == 2 and file.read_bytes() == whole
     assert torch.equal(before.tokens, now.tokens)
     assert torch.equal(before.log_probabilities, now.log_probabilities)
+
+
+def test_what_a_killed_process_left_of_a_block_goes(files, tmp_path):
+    settings = config(files, tmp_path, top_k=8, cache=str(tmp_path / "cache"))
+    Teacher(settings, torch.device("cpu")).targets(blocks(settings))
+    kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    for file in kept:
+        file.rename(file.with_name(f".{file.name}.partial"))
+    Teacher(settings, torch.device("cpu")).targets(blocks(settings))
+    assert sorted(x for x in (tmp_path / "cache").rglob("*") if x.is_file()) == kept
+
+
+def test_a_block_that_another_process_writes_is_left_to_it(files, tmp_path):
+    settings = config(files, tmp_path, top_k=8, cache=str(tmp_path / "cache"))
+    batch = blocks(settings)
+    before = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+    file, other = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    partial = file.rename(file.with_name(f".{file.name}.partial"))
+    with another_process(partial, lambda path: held(path, path)):
+        now = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+    assert torch.equal(before.tokens, now.tokens)
+    assert partial.exists() and other.exists() and not file.exists()

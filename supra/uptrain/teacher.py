@@ -1,9 +1,9 @@
 """The teacher: what it says of a batch, run anew or read from where an earlier run kept it."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from supra.checkpoints import find_checkpoint
 from supra.errors import UserError
-from supra.files import disk_errors
+from supra.files import disk_errors, held
 from supra.head import chunks, hidden_states, logits_of
 from supra.losses import TopK
 from supra.packing import Block
@@ -136,13 +136,15 @@ class Teacher:
 
 
 def _write(file: Path, block: TopK) -> None:
-    """Whole or not at all, whoever else writes it."""
+    """Whole or not at all; a block that another process is writing is left to that one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.partial")
     tensors = {
         "tokens": block.tokens.int().contiguous(),
         "log_probabilities": block.log_probabilities.contiguous(),
     }
-    with disk_errors():
-        save_file(tensors, partial)
-    partial.replace(file)
+    partial.touch()
+    with suppress(UserError), held(partial, file):
+        with disk_errors():
+            save_file(tensors, partial)
+        partial.replace(file)
