@@ -1,5 +1,6 @@
 # make demo   the main job on a real model, 12 minutes on 2 cores
 # make test   linter and tests, under 15 minutes on 2 cores
+# make test-kill   200 kills of convert and uptrain: ten minutes
 # make test-long   fuzz, and every kernel compiled: an hour
 # make format write the code the way the linter wants it; make lint only says so
 # make clean  remove .venv and runs/, unfinished trainings too
@@ -8,7 +9,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint format clean
+KILLS ?= 100
+SEED ?= 0
+
+.PHONY: demo test test-kill test-long lint format clean
 
 demo: $(VENV)/demo
 	HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(BIN)/python recipes/demo.py
@@ -18,6 +22,9 @@ test: lint
 
 test-long: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long -o faulthandler_timeout=0
+
+test-kill: $(VENV)/dev
+	$(BIN)/python -m tests.kills --kills $(KILLS) --seed $(SEED)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,0 +1,290 @@
+"""Kill `supra convert` and `supra uptrain` at random moments, and look at what the next run makes.
+
+    python -m tests.kills --kills 100 --seed 0     # of each command; make test-kill
+
+After the next run of the same command the result is equal to an undisturbed one, bit by bit, and
+nothing is left over: no staging folder, no half a file, no more checkpoints than checkpoint.keep.
+What was killed has printed no traceback. One start in twelve is a cold one, of a new Python; the
+others are forks of a process that has imported everything, so that a kill costs no imports.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import datasets
+import torch
+import yaml
+from tqdm import tqdm
+
+from supra import cli, testing
+from supra.convert import convert
+from supra.uptrain import loop  # noqa: F401 forks have it
+
+ROOT = Path(__file__).parents[1]
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+COLD = 12  # one start in so many
+AGAIN = 1 / 3  # of the kills hit the run after a kill
+PATIENCE = 120  # seconds for a run to end
+# exit codes of a command that was told to end: by the signal, as shells have it, or done before
+ENDS = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (-15, 143, 130, 0), signal.SIGINT: (-2, 130, 0)}
+DONE = ("holds a finished run", "holds something already")  # says the command of what is made
+KEEP = 2
+
+
+def convert_words(files: Path, trial: Path) -> list[str]:
+    words = ["convert", "--model", str(files / "teacher"), "--out", str(trial / "out")]
+    return [*words, "--mixer", "gated", "--shard-size", "0.0001"]
+
+
+def uptrain_words(files: Path, trial: Path) -> list[str]:
+    """Calibration, layers, the teacher through a cache; evaluations and checkpoints between."""
+    settings = {
+        "student": str(files / "student"),
+        "teacher": str(files / "teacher"),
+        "out": str(trial / "out"),
+        "data": {
+            "path": str(files / "text.jsonl"),
+            "sequence_length": 16,
+            "eval_documents": 3,
+        },
+        "calibrate": {"tokens": 64},
+        "align": {"tokens": 4 * 32},
+        "distill": {"tokens": 10 * 32, "top_k": 8, "cache": str(trial / "cache")},
+        "batch": {"size": 2},
+        "precision": "fp32",
+        "eval": {"every": 4, "tokens": 64},
+        "checkpoint": {"every": 2, "keep": KEEP},
+    }
+    config = trial / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return ["uptrain", "--config", str(config)]
+
+
+def make_files(files: Path) -> None:
+    testing.tiny_checkpoint(files / "teacher")
+    convert(str(files / "teacher"), files / "student", mixer="gated")
+    with open(files / "text.jsonl", "w") as file:
+        for number in range(40):
+            text = f"The river rises {number} times. " * (9 - number % 7)
+            print(json.dumps({"text": text}), file=file)
+
+
+class Process:
+    """A command that runs, forked or cold; what it says goes to `said`."""
+
+    def __init__(self, words: list[str], trial: Path, cold: bool):
+        self.said, self.cache = trial / "said.txt", trial / "datasets"
+        self.popen = self.pid = None
+        if cold:
+            environment = os.environ | {"HF_DATASETS_CACHE": str(self.cache)}
+            with open(self.said, "wb") as said:
+                self.popen = subprocess.Popen(
+                    [sys.executable, "-m", "supra.cli", *words],
+                    cwd=ROOT, env=environment, stdout=said, stderr=said,
+                )  # fmt: skip
+            self.pid = self.popen.pid
+        else:
+            self.pid = os.fork() or self._run(words)
+
+    def _run(self, words: list[str]) -> None:
+        """In the child, which ends here."""
+        code = 1
+        try:
+            said = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            datasets.config.HF_DATASETS_CACHE = self.cache
+            cli.main(words)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, negative of a signal; None where it still runs."""
+        end = time.monotonic() + seconds
+        while True:
+            if self.popen is not None:
+                code = self.popen.poll()
+            else:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if pid else None
+            if code is not None or time.monotonic() > end:
+                return code
+            time.sleep(0.002)
+
+    def kill(self, number: signal.Signals) -> int | None:
+        os.kill(self.pid, number)
+        code = self.wait(PATIENCE)
+        if code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(PATIENCE)
+        return code
+
+
+@dataclass
+class Command:
+    name: str
+    words: callable
+    files: Path
+    seconds: dict[bool, float] = field(default_factory=dict)  # of an undisturbed run, by `cold`
+    made: dict[str, bytes] = field(default_factory=dict)
+    rows: dict[str, Counter] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def undisturbed(self, trial: Path) -> None:
+        for cold in (True, False):
+            shutil.rmtree(trial, ignore_errors=True)
+            trial.mkdir()
+            started = time.monotonic()
+            process = Process(self.words(self.files, trial), trial, cold)
+            if process.wait(PATIENCE) != 0:
+                sys.exit(f"{self.name} does not run:\n{process.said.read_text()}")
+            self.seconds[cold] = time.monotonic() - started
+            self.made = contents(trial)
+
+    def trial(self, trial: Path, chance: random.Random, kills: int) -> int:
+        """Kill until luck has it that a run may end, `kills` times at most; returns how often."""
+        trial.mkdir()
+        words, done = self.words(self.files, trial), 0
+        while True:
+            number, cold = chance.choice(SIGNALS), chance.randrange(COLD) == 0
+            self.kill(words, trial, number, cold, chance.random())
+            done += 1
+            if done == kills or chance.random() > AGAIN:
+                break
+        process = Process(words, trial, cold=False)
+        code = process.wait(PATIENCE)
+        said = process.said.read_text(errors="replace")
+        row = self.rows[number.name]
+        if code is None:
+            process.kill(signal.SIGKILL)
+        if code != 0 and not (code == 2 and any(words in said for words in DONE)):
+            self.fault(row, trial, "does not go on", f"exit code {code}: {said[-500:]}")
+        now = contents(trial)
+        for name in sorted(self.made.keys() - now.keys()):
+            self.fault(row, trial, "other result", f"no {name}")
+        for name in sorted(now.keys() - self.made.keys()):
+            self.fault(row, trial, "left over", name)
+        for name in sorted(now.keys() & self.made.keys()):
+            if now[name] != self.made[name]:
+                self.fault(row, trial, "other result", name)
+        if not any(fault.startswith(f"{trial} ") for fault in self.faults):
+            shutil.rmtree(trial)
+        return done
+
+    def kill(
+        self, words: list[str], trial: Path, number: signal.Signals, cold: bool, moment: float
+    ) -> None:
+        row = self.rows.setdefault(number.name, Counter())
+        process = Process(words, trial, cold)
+        code = process.wait(moment * self.seconds[cold])
+        row["kills"] += 1
+        row["cold"] += cold
+        if code is not None:
+            row["done before"] += 1
+            return
+        code = process.kill(number)
+        said = process.said.read_text(errors="replace")
+        if code not in ENDS[number]:
+            self.fault(row, trial, "exit code", f"{number.name}: {code}: {said[-500:]}")
+        if "Traceback" in said:
+            self.fault(row, trial, "traceback", f"{number.name}: {said[-2000:]}")
+
+    def fault(self, row: Counter, trial: Path, kind: str, what: str) -> None:
+        row[kind] += 1
+        self.faults.append(f"{trial} {self.name}, {kind}: {what}")
+
+
+def contents(trial: Path) -> dict[str, bytes]:
+    """Every file and empty folder of a trial; of the log without what a clock says."""
+    found = {}
+    for path in trial.rglob("*"):
+        name = path.relative_to(trial).as_posix()
+        if name.startswith("datasets") or name in ("said.txt", "config.yaml", "out/config.yaml"):
+            continue
+        if path.is_dir():
+            if not any(path.iterdir()):
+                found[name] = b""
+        elif name == "out/log.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line in lines:
+                line.pop("tokens_per_second", None)
+            found[name] = json.dumps(lines).encode()
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+COLUMNS = (
+    "kills", "cold", "done before", "other result", "left over", "does not go on", "exit code",
+    "traceback",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill commands at random moments.")
+    parser.add_argument("--kills", type=int, default=100, help="of each command")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("convert", "uptrain"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # a thread, which forks would not have
+    folder = Path(tempfile.mkdtemp(prefix="supra-kills-"))
+    files = folder / "files"
+    if os.fork() == 0:  # torch computes in forks alone
+        make_files(files)
+        os._exit(0)
+    os.wait()
+    makers = {"convert": convert_words, "uptrain": uptrain_words}
+    commands = [
+        Command(name, words, files)
+        for name, words in makers.items()
+        if arguments.only in (None, name)
+    ]
+    chance = random.Random(arguments.seed)
+    for command in commands:
+        command.undisturbed(folder / f"{command.name}-undisturbed")
+        done = 0
+        with tqdm(total=arguments.kills, desc=command.name, unit="kill") as bar:
+            while done < arguments.kills:
+                trial = folder / f"{command.name}-{done}"
+                now = command.trial(trial, chance, arguments.kills - done)
+                done += now
+                bar.update(now)
+    report(commands)
+    if any(command.faults for command in commands):
+        sys.exit(f"what went wrong is in {folder}")
+    shutil.rmtree(folder)
+
+
+def report(commands: list[Command]) -> None:
+    for command in commands:
+        print("\n".join(command.faults))
+    print("".join(f"{name:>16}" for name in ("", "", *COLUMNS)))
+    for command in commands:
+        for name, row in sorted(command.rows.items()):
+            print("".join(f"{x:>16}" for x in (command.name, name, *(row[x] for x in COLUMNS))))
+
+
+if __name__ == "__main__":
+    main()
