@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the share whose conversion costs most on --text: auto:0.25",
     )  # fmt: skip
     add.add_argument("--text", help="what auto measures costs on: .txt, .jsonl, .parquet")
-    add.add_argument("--text-field", default="text", help="field of the text in a record")
+    add.add_argument("--text-field", help="field of the text in a record; default text")
     add.add_argument("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add.add_argument("--revision", help="of a hub id")
     add.add_argument("--seed", type=int, default=0, help="of random starting values")
@@ -172,6 +172,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
     from supra.checkpoints import parse_dtype
     from supra.convert import convert
 
+    if arguments.text_field is not None and arguments.text is None:
+        raise UserError(f"--text-field (={arguments.text_field}) is of --text: give both")
     report = convert(
         arguments.model,
         arguments.out,
@@ -179,7 +181,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         options=parse_options(arguments.mixer_option),
         keep_attention=parse_layers(arguments.keep_attention),
         text=arguments.text,
-        text_field=arguments.text_field,
+        text_field=arguments.text_field or "text",
         dtype=parse_dtype(arguments.dtype),
         seed=arguments.seed,
         shard_bytes=arguments.shard_size * 1e9,
