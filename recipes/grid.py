@@ -28,7 +28,7 @@ from supra.evaluate.command import evaluate_text, load_model, position_edges
 from supra.evaluate.floors import find_mixers, measure_floors
 from supra.evaluate.perplexity import blocks_from_text
 from supra.files import replace_between
-from supra.text import Documents, open_dataset
+from supra.text import open_documents
 from supra.uptrain import load_config, train
 from supra.uptrain.run_folder import RunFolder
 
@@ -287,7 +287,7 @@ def floors_of(final: Path, text: str) -> list[dict[str, Any]]:
     model = load_model(checkpoint, torch.bfloat16)
     if not any(mixer.branches for mixer in find_mixers(model)):
         return []
-    documents = Documents(open_dataset(text), "text").epoch(0)
+    documents = open_documents(text, "text").epoch(0)
     blocks = blocks_from_text(checkpoint.tokenizer(), documents, CONTEXT, FLOORS_TOKENS)
     floors = measure_floors(model, blocks, position_edges(CONTEXT), batch_size=4)
     return [asdict(variant) for variant in floors.variants]

@@ -81,9 +81,9 @@ def dearest(costs: Sequence[float], share: float) -> list[int]:
 
 def read_blocks(tokenizer: PreTrainedTokenizerBase, text: str, text_field: str) -> list[Block]:
     """Packed rows for calibration and as many for measuring; of a short text what there is."""
-    from supra.text import Documents, open_dataset  # loads datasets, which takes a second
+    from supra.text import open_documents  # loads datasets, which takes a second
 
-    documents = Documents(open_dataset(text), text_field).epoch(0)
+    documents = open_documents(text, text_field).epoch(0)
     blocks = blocks_from_text(tokenizer, documents, SEQUENCE_LENGTH, 2 * TOKENS)
     if len(blocks) < 2:
         raise UserError(

@@ -1,21 +1,26 @@
 """Documents out of files or data sets on the hub, in an order that a seed decides."""
 
 import glob
+import gzip
+import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from reprlib import repr as shortened
 
 import datasets
+import pyarrow.parquet
 import torch
 from datasets.exceptions import DatasetsError
 
 from supra.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".jsonl.gz": "json", ".txt": "text", ".parquet": "parquet"}
+TEXT_TYPES = ("string", "large_string", "null")  # of a column; null: none has a text
 # what the readers raise for files that are empty, cut short, or not what their names say
 UNREADABLE = (OSError, EOFError, ValueError, StopIteration, zlib.error, DatasetsError)
 
@@ -28,6 +33,12 @@ class Documents:
     text_field: str
     seed: int | None = None  # None: the data set's own order
     buffer: int = 10_000  # documents of the shuffle buffer of streamed data
+    source: str | None = None  # what the data set was opened from, for messages
+
+    def __post_init__(self):
+        feature = (self.dataset.features or {}).get(self.text_field)
+        if feature is not None and getattr(feature, "dtype", None) not in TEXT_TYPES:
+            self._refuse(str(feature))
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[str]:
         """Every `world`-th text from `rank` on, without the first `skip` of those.
@@ -38,15 +49,18 @@ class Documents:
             rows = self.dataset
             if self.seed is not None:
                 rows = rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
-            with _reading("the data cannot be read"):
-                yield from map(self._text, islice(rows, rank + skip * world, None, world))
+            rows = islice(rows, rank + skip * world, None, world)
         else:
             order = torch.arange(len(self.dataset))
             if self.seed is not None:
                 generator = torch.Generator().manual_seed(self.seed + epoch)
                 order = torch.randperm(len(self.dataset), generator=generator)
-            for index in order[rank::world][skip:].tolist():
-                yield self._text(self.dataset[index])
+            rows = (self.dataset[index] for index in order[rank::world][skip:].tolist())
+        with _reading(f"{self.source or 'the data'} cannot be read", self._files()):
+            yield from map(self._text, rows)
+
+    def _files(self) -> list[str]:
+        return [] if self.source is None else local_files(self.source)
 
     def _text(self, row: dict) -> str:
         if self.text_field not in row:
@@ -56,14 +70,29 @@ class Documents:
             )
         text = row[self.text_field]
         if text is not None and not isinstance(text, str):
-            raise UserError(f"text field {self.text_field!r} holds {type(text).__name__}, not text")
+            self._refuse(type(text).__name__)
         return text or ""
+
+    def _refuse(self, kind: str) -> None:
+        """Raise UserError for a text of another kind, at its place where that is found."""
+        found = (_fault(file, self.text_field) for file in self._files())
+        what = f"text field {self.text_field!r} holds {kind}, not text"
+        raise UserError(next(filter(None, found), what))
+
+
+def open_documents(path: str, text_field: str) -> Documents:
+    """The texts of local files or of a data set on the hub, in their own order."""
+    return Documents(open_dataset(path), text_field, source=path)
 
 
 def open_dataset(
     path: str, name: str | None = None, split: str = "train", streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Local files (one .txt file is one document), or else a data set on the hub."""
+    """Local files (one .txt file is one document), or else a data set on the hub.
+
+    Raises UserError that names file and line for text that is broken: now, or of streamed text
+    when it is reached.
+    """
     files = local_files(path)
     if files:
         if split != "train":
@@ -82,8 +111,14 @@ def open_dataset(
     else:
         source = {"path": path, "name": name, "split": split}
     trouble = "cannot be read" if files else "is no local file and no data set on the hub"
-    with _reading(f"{path} {trouble}"):
-        return datasets.load_dataset(**source, streaming=streaming)
+    with _reading(f"{path} {trouble}", files):
+        for file in files:
+            _check_lines(file, most=1 if streaming else None)
+        dataset = datasets.load_dataset(**source, streaming=streaming)
+        if files and not streaming:
+            for batch in dataset.data.to_batches():
+                batch.validate(full=True)  # parquet may hold text that is not UTF-8
+        return dataset
 
 
 def hub_name(path: str) -> str | None:
@@ -113,8 +148,9 @@ def local_files(path: str) -> list[str]:
 
 
 @contextmanager
-def _reading(trouble: str) -> Iterator[None]:
-    """Turn what the readers raise into a UserError that begins with `trouble`."""
+def _reading(trouble: str, files: Iterable[str]) -> Iterator[None]:
+    """Turn what the readers raise into a UserError that begins with `trouble`, and names the file
+    and the line where there is one."""
     try:
         yield
     except UserError:
@@ -122,7 +158,62 @@ def _reading(trouble: str) -> Iterator[None]:
     except UNREADABLE as error:
         cause = error.__cause__ or error
         reason = "it is empty" if isinstance(cause, StopIteration) else cause
-        raise UserError(f"{trouble}: {reason}") from error
+        found = next(filter(None, map(_fault, files)), None)
+        raise UserError(f"{trouble}: {found or ' '.join(str(reason).split())}") from error
+
+
+def _check_lines(file: str, most: int | None) -> None:
+    """Raise ValueError for a line, of so many, that Arrow takes without a word: one that is not
+    UTF-8, or one of JSON that is null, on which it crashes where a block of its own begins."""
+    kind = BUILDERS[_suffix(file)]
+    if kind == "parquet":
+        return
+    with _opened(file) as lines:
+        for line in islice(lines, most):
+            line.decode()
+            if kind == "json" and line.strip() == b"null":
+                raise ValueError("null is no JSON object")
+
+
+def _fault(file: str, text_field: str | None = None) -> str | None:
+    """The first thing that is wrong with a local file, and where; None where that is not found."""
+    kind, number = BUILDERS[_suffix(file)], 0
+    try:
+        if kind == "parquet":
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+                batch.validate(full=True)
+            return None
+        with _opened(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if kind == "json" and number == 1 and text.startswith("["):
+                    json.loads(text + lines.read().decode())  # one list of all rows
+                elif kind == "json" and text.strip():
+                    _check_row(text.strip(), text_field)
+        return None if number else f"{file}: it is empty"
+    except json.JSONDecodeError as error:
+        place, reason = number + error.lineno - 1, f"JSON parse error: {error.msg}"
+        return f"{file}, line {place}, column {error.colno}: {reason}"
+    except (*UNREADABLE, RecursionError) as error:
+        where = f", line {number}" if isinstance(error, ValueError) and number else ""
+        where = f", after line {number}" if isinstance(error, EOFError | zlib.error) else where
+        return f"{file}{where}: {error}"
+
+
+def _check_row(line: str, text_field: str | None) -> None:
+    """Raise ValueError for a line that is no JSON object, or holds something else as its text."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"{shortened(line)} is no JSON object")
+    json.dumps(row, ensure_ascii=False).encode()  # escapes may stand for half a character
+    text = row.get(text_field)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text field {text_field!r} holds {type(text).__name__}, not text")
+
+
+def _opened(file: str):
+    """A file of lines, as bytes."""
+    return gzip.open(file) if file.endswith(".gz") else open(file, "rb")
 
 
 def _suffix(path: str) -> str | None:

@@ -10,7 +10,7 @@ from supra.checkpoints import Checkpoint
 from supra.errors import UserError
 from supra.evaluate.perplexity import blocks_from_text, perplexity
 from supra.positions import check_positions
-from supra.text import Documents, open_dataset
+from supra.text import open_documents
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def evaluate_text(
     Every model sees the same windows. `tokens` bounds how many are read.
     """
     check_sizes(sequence_length, batch, tokens)
-    documents = Documents(open_dataset(text), text_field).epoch(0)
+    documents = open_documents(text, text_field).epoch(0)
     blocks = blocks_from_text(checkpoint.tokenizer(), documents, sequence_length, tokens)
     model = load_model(checkpoint, dtype)
     check_positions(model, "--sequence-length", sequence_length)

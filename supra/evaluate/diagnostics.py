@@ -21,7 +21,7 @@ from supra.evaluate.recall import LENGTHS, measure_recall
 from supra.evaluate.samples import generate_samples
 from supra.packing import Block, start_tokens, text_tokens
 from supra.positions import check_positions
-from supra.text import Documents, open_dataset
+from supra.text import open_documents
 
 TOKENS = 8192  # of the text, unless a user says otherwise: some minutes for 135M on two cores
 COMPARED = ("floors", "layers", "lookback")  # parts that read the teacher
@@ -138,7 +138,7 @@ def diagnose(
     if teacher is not None and not set(COMPARED) & set(parts or PARTS):
         raise UserError(f"--teacher is for {', '.join(COMPARED)}: leave it out")
     tokenizer, documents = checkpoint.tokenizer(), []
-    read = _kept(Documents(open_dataset(text), text_field).epoch(0), documents)
+    read = _kept(open_documents(text, text_field).epoch(0), documents)
     blocks = blocks_from_text(tokenizer, read, sequence_length, tokens)
     model = load_model(checkpoint, dtype)
     check_positions(model, "--sequence-length", sequence_length)

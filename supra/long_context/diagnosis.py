@@ -24,7 +24,7 @@ from supra.long_context.statistics import RecurrentLayers
 from supra.long_context.stream import TokenStream, begun
 from supra.mixers.policy import StatePolicy
 from supra.positions import check_positions
-from supra.text import Documents, open_dataset
+from supra.text import open_documents
 
 TO = 65536
 FIX_LENGTHS = 8  # trained lengths that cures are tried on
@@ -72,8 +72,10 @@ def diagnose(
         need_matplotlib("--out")
         check_vacant(out)
     tokenizer = checkpoint.tokenizer()
-    stream = TokenStream(tokenizer, _documents(text, text_field))
-    other = None if fix_text is None else TokenStream(tokenizer, _documents(fix_text, text_field))
+    stream = TokenStream(tokenizer, open_documents(text, text_field))
+    other = None
+    if fix_text is not None:
+        other = TokenStream(tokenizer, open_documents(fix_text, text_field))
     model = load_model(checkpoint, dtype).eval()
     layers = RecurrentLayers.of(model)
     check_positions(model, "--to", to)
@@ -101,7 +103,7 @@ def diagnose(
             tokens = other.take(fix_to)
             which = fix_text + (", read more than once" if other.restarts else "")
         else:
-            again = TokenStream(tokenizer, _documents(text, text_field))
+            again = TokenStream(tokenizer, open_documents(text, text_field))
             tokens, which = _what_follows(stream, again, fix_to, text)
         tokens = begun(tokens, stream.start)
         cures = _fix(model, checkpoint, result, tokens, which, chunk, progress)
@@ -147,10 +149,6 @@ def _check_fix(
             f"--fix-to (={to}) must be at least twice the trained length (={trained}): cures act "
             "beyond that"
         )
-
-
-def _documents(text: str, field: str) -> Documents:
-    return Documents(open_dataset(text), field)
 
 
 def _what_follows(

@@ -150,7 +150,8 @@ def training_documents(config: UptrainConfig) -> Documents:
             )
         else:
             dataset = dataset.select(range(data.eval_documents, len(dataset)))
-    return Documents(dataset, data.text_field, data.shuffle_seed, data.shuffle_buffer)
+    order = {"seed": data.shuffle_seed, "buffer": data.shuffle_buffer}
+    return Documents(dataset, data.text_field, source=data.path, **order)
 
 
 def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Block]:
@@ -158,6 +159,7 @@ def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -
     data = config.data
     if not (data.eval_path or data.eval_split or data.eval_documents):
         return []
+    source = data.eval_path or data.path
     if data.eval_path:
         dataset = open_dataset(data.eval_path, streaming=data.streaming)
     else:
@@ -165,5 +167,5 @@ def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -
         dataset = open_dataset(data.path, data.name, split, data.streaming)
     if data.eval_documents:
         dataset = dataset.take(data.eval_documents)
-    documents = Documents(dataset, data.text_field).epoch(0)
+    documents = Documents(dataset, data.text_field, source=source).epoch(0)
     return blocks_from_text(tokenizer, documents, data.sequence_length, config.eval.tokens)
