@@ -24,7 +24,7 @@ from supra.card import write_card
 from supra.checkpoints import Checkpoint, find_checkpoint
 from supra.configuration import converted_config
 from supra.errors import UserError
-from supra.families import FAMILIES, REFUSED
+from supra.families import FAMILIES, refusal
 from supra.files import check_space, check_vacant, staged_folder
 from supra.layer_choice import dearest, evenly_spaced, layer_costs, read_blocks, read_share
 from supra.mixers import NEW_PARAMETERS, MixerInputs, float32_at_least, resolve_mixer
@@ -141,11 +141,7 @@ def check_family(config: PreTrainedConfig) -> None:
     if config.model_type == "supra":
         raise UserError("the model is a converted one already: convert its teacher instead")
     if config.model_type not in FAMILIES:
-        reason = REFUSED.get(config.model_type, "no test has shown that it loses nothing")
-        raise UserError(
-            f"model_type {config.model_type!r} does not convert: {reason} "
-            f"({len(FAMILIES)} families do: docs/families.md)"
-        )
+        raise UserError(refusal(config.model_type))
     if getattr(config, "quantization_config", None) is not None and not is_gguf(config):
         raise UserError("quantised checkpoints do not convert: take the original weights")
 
@@ -272,8 +268,8 @@ def plan_tensors(
     missing = [name for name in wanted if name not in known and NEW_PARAMETERS not in name]
     if missing:
         raise UserError(
-            f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]}: "
-            "download the model again"
+            f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]}: the "
+            "download is not whole, or weights and config do not belong together"
         )
     for name, shape in wanted.items():
         if NEW_PARAMETERS in name:

@@ -17,6 +17,15 @@ class Diverged(UserError):
     """Training left the finite numbers."""
 
 
+def not_finite(what: str, dtype: object) -> UserError:
+    """The error for numbers that overflowed in `dtype`, or were no numbers in the weights."""
+    name = str(dtype).removeprefix("torch.")
+    way_out = "convert with dtype bfloat16 or float32"
+    if name != "float16":  # the others hold whatever a whole model computes
+        way_out = "its weights are damaged, download or convert the model again"
+    return UserError(f"{what} is not finite in {name}: {way_out}")
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise UserError when `value` is not one of `choices`, naming the nearest and all of them."""
     choices = sorted(choices)

@@ -77,6 +77,27 @@ _REASONS = {
 REFUSED = {family: reason for reason, families in _REASONS.items() for family in families}
 
 
+def refusal(family: str) -> str:
+    """Why a family does not convert, in one line."""
+    reason = REFUSED.get(family, "no test has shown that it loses nothing")
+    return (
+        f"model_type {family!r} does not convert: {reason} ({len(FAMILIES)} families do: "
+        "docs/families.md)"
+    )
+
+
+def no_mixer(family: str) -> str:
+    """What to do with a model of `family`, its model_type, that has no recurrent mixer."""
+    if family == "supra":
+        return (
+            "all layers of the model keep softmax attention: convert its teacher again, with "
+            "another mixer in some of them"
+        )
+    if family in FAMILIES:
+        return "the model has no mixers: run `supra convert` on it first"
+    return f"the model has no mixers, and {refusal(family)}"
+
+
 def table() -> str:
     """docs/families.md"""
     lines = [

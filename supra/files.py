@@ -24,7 +24,9 @@ _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
 def check_vacant(folder: Path, argument: str = "out") -> None:
     """Raise UserError unless the folder is missing or empty."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file():
+        raise UserError(f"{argument} (={folder}) is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{argument} (={folder}) holds something already: name a new folder, or empty this one"
         )

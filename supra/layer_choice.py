@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.attention import attention_modules
 from supra.calibrate import calibrate
-from supra.errors import UserError
+from supra.errors import UserError, not_finite
 from supra.evaluate.perplexity import blocks_from_text
 from supra.losses import token_losses
 from supra.mixers import build_mixer
@@ -109,10 +109,7 @@ def layer_costs(
     calibrate(model, *(batch[name].to(model.device) for name in ("input_ids", "position_ids")))
     costs = divergences(model, blocks[half:], progress)
     if not all(map(math.isfinite, costs)):
-        raise UserError(
-            f"the model overflows in {model.dtype}, so its layers cannot be compared: "
-            "convert with dtype bfloat16 or float32"
-        )
+        raise not_finite("what a layer costs", model.dtype)
     return costs
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from supra.attention import attention_modules
 from supra.errors import UserError
+from supra.families import no_mixer
 from supra.mixers import build_mixer
 
 
@@ -30,7 +31,7 @@ def original(
     attentions = attention_modules(base)
     mixing = [x for x in attentions if hasattr(x, "mixer") and x.mixer.name != "softmax"]
     if not mixing:
-        raise UserError("the student has no mixer: run `supra convert` on it first")
+        raise UserError(no_mixer(model.config.model_type))
     copied = {id(x) for module in mixing for x in module.parameters()} if own_attention else set()
     tensors = (*base.parameters(), *base.buffers())
     memo = {id(x): x for x in tensors if id(x) not in copied}

@@ -124,7 +124,7 @@ def test_the_paper_form_has_nothing_to_choose(batch):
 
 def test_a_model_that_was_not_converted_is_refused(batch):
     teacher, _ = converted("supra", layers=1)
-    with pytest.raises(UserError, match="the student has no mixer"):
+    with pytest.raises(UserError, match="the model has no mixers: run"):
         calibrate(teacher, *batch)
 
 

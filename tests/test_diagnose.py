@@ -485,7 +485,7 @@ def test_mistakes_are_named(folders, options, message):
 
 def test_a_model_without_states_is_refused(folders, tmp_path):
     convert(str(folders / "teacher"), tmp_path / "softmax", mixer="softmax")
-    with pytest.raises(UserError, match="there is no state to diagnose"):
+    with pytest.raises(UserError, match="all layers of the model keep softmax attention: convert"):
         diagnose(
             find_checkpoint(str(tmp_path / "softmax")),
             str(folders / "text.jsonl"),

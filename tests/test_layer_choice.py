@@ -202,7 +202,7 @@ def test_a_layer_that_says_nothing_costs_nothing(dtype, blocks):
 
 
 def test_overflow_is_not_ranked(blocks):
-    with pytest.raises(UserError, match=r"not finite in torch.float32: convert with"):
+    with pytest.raises(UserError, match="not finite in float32: its weights are damaged"):
         layer_costs(scaled(1, 1, float("inf"), 1), blocks)
 
 

@@ -196,5 +196,5 @@ def test_zeros_have_an_error_of_one():
 
 def test_a_model_without_mixers_is_refused():
     teacher, _ = converted("supra", layers=1)
-    with pytest.raises(UserError, match="the student has no mixer: run `supra convert`"):
+    with pytest.raises(UserError, match="the model has no mixers: run `supra convert`"):
         original(teacher)

@@ -139,7 +139,7 @@ def _check_fix(
                 raise UserError(f"--{name} is for --fix auto: give both")
         return
     check_choice("fix", fix, ("auto",))
-    if checkpoint.hub_id is not None or checkpoint.gguf_file is not None:
+    if checkpoint.hub_id is not None:
         raise UserError(
             f"--fix writes into the config.json of the model, and {checkpoint.name} is no folder "
             "here: save it into one first"

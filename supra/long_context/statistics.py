@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from supra.attention import attention_modules
 from supra.errors import UserError
+from supra.families import no_mixer
 from supra.head import logits_of
 from supra.long_context.stream import Reader
 from supra.mixers import Mixer
@@ -70,11 +71,9 @@ class RecurrentLayers:
     @classmethod
     def of(cls, model: nn.Module) -> "RecurrentLayers":
         found = {x.layer_idx: x for x in attention_modules(model) if hasattr(x, "mixer")}
-        if not found:
-            raise UserError("the model has no mixers: run `supra convert` on it first")
         mixers = {i: x.mixer for i, x in sorted(found.items()) if x.mixer.recurrent}
         if not mixers:
-            raise UserError("all layers kept softmax attention: there is no state to diagnose")
+            raise UserError(no_mixer(model.config.model_type))
         return cls(mixers, sorted(found.keys() - mixers.keys()))
 
     def states(self, reader: Reader) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from supra.errors import UserError
+from supra.errors import UserError, not_finite
 from supra.mixers.policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
 
 LEAST_POWER = 1e-5  # of a head's output, in divisions
@@ -245,10 +245,8 @@ class Mixer(nn.Module, ABC):
             best_error = torch.where(better, error, best_error)
             best_scale[better], best[better] = scale[better], candidate
         if not best_error.isfinite().all():
-            raise UserError(
-                f"calibration of {self.name}: what the teacher's attention reads or returns is not "
-                f"finite in {inputs.query.dtype}: convert with dtype bfloat16 or float32"
-            )
+            what = f"calibration of {self.name}: what the teacher's attention reads or returns"
+            raise not_finite(what, inputs.query.dtype)
         assign(best)
         if scaled:
             self.set_scale(best_scale)

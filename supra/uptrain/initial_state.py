@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from supra.attention import attention_modules
 from supra.cache import new_cache
 from supra.errors import UserError
+from supra.families import no_mixer
 from supra.mixers import Mixer
 from supra.positions import learned_positions
 from supra.uptrain.config import UptrainConfig
@@ -116,7 +117,7 @@ def mixers_of(model: nn.Module) -> list[Mixer]:
     """By layer. Raises UserError for a model that is not converted."""
     attentions = sorted(attention_modules(model), key=lambda x: x.layer_idx)
     if not attentions or not all(hasattr(x, "mixer") for x in attentions):
-        raise UserError("the student has no mixer: run `supra convert` on it first")
+        raise UserError(no_mixer(model.config.model_type))
     return [attention.mixer for attention in attentions]
 
 
