@@ -79,6 +79,12 @@ class Checkpoint:
         if self.hub_id is not None:
             _download(self.hub_id, self.revision, ["*.safetensors"])
 
+    def check_weights(self) -> None:
+        """Raise UserError unless they are safetensors, or a GGUF file."""
+        self.fetch_weights()
+        if self.gguf_file is None:
+            check_safetensors(self.folder)
+
     def config(self) -> PreTrainedConfig:
         return self._small(AutoConfig.from_pretrained)
 
@@ -91,10 +97,9 @@ class Checkpoint:
         Raises UserError when a tensor is missing, unexpected or of another shape, and for weights
         that are no safetensors.
         """
-        self.fetch_weights()
+        self.check_weights()
         arguments = self.arguments
         if self.gguf_file is None:
-            check_safetensors(self.folder)
             arguments["use_safetensors"] = True
         if dtype is not None:
             arguments["dtype"] = dtype

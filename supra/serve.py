@@ -21,7 +21,9 @@ def serve(arguments: list[str]) -> None:
         from transformers.cli.transformers import main
     except ImportError as error:
         raise UserError(f"supra serve: {error}: pip install 'transformers[serving]'") from error
-    for name in find_checkpoint(arguments[0]).config().architectures:
+    checkpoint = find_checkpoint(arguments[0])
+    checkpoint.check_weights()  # transformers would fall back to pickled ones
+    for name in checkpoint.config().architectures:
         if name.startswith("Supra"):
             # its own reference: sys.modules may hold another copy of transformers by now
             setattr(model_manager.transformers, name, getattr(modeling, name))

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import accelerate.utils
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from supra.cli import main
 from supra.configuration import AUTO_MAP
 from supra.convert import convert
 from supra.errors import UserError
+from supra.serve import serve
 from supra.testing import tiny_checkpoint
 from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
@@ -367,6 +369,21 @@ def test_no_command_opens_a_pickle(base, folder, tmp_path, capsys, command, chan
     torch.save(load_file(base / "model.safetensors"), file)
     names = {"model": folder, "text": text(tmp_path), "out": tmp_path / "out"}
     assert message in fails(command, capsys, **names)
+
+
+def test_a_server_opens_none_either(folder, tmp_path):
+    pytest.importorskip("transformers.cli.serving.model_manager", reason="the extra serve")
+    _, message = pickled(folder, tmp_path / "ran")
+    with pytest.raises(UserError, match=message):
+        serve([str(folder)])
+
+
+def test_the_states_of_a_run_are_loaded_without_objects(tmp_path):
+    """By accelerate, in one process."""
+    torch.save({"random_state": Bomb(tmp_path / "ran")}, tmp_path / "random_states_0.pkl")
+    with pytest.raises(pickle.UnpicklingError):
+        accelerate.utils.load(tmp_path / "random_states_0.pkl")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_of_a_folder_with_both_the_safetensors_are_taken(folder, tmp_path):
