@@ -4,12 +4,14 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
@@ -134,6 +136,33 @@ def test_a_launch_file_trains_as_one_process_does(files, one_process, tmp_path, 
     arguments = settings(files, tmp_path / "run", PER_STEP // 2 // ranks)
     assert run_ranks(arguments, environment, ranks) == [0] * ranks
     check_same(tmp_path / "run", one_process)
+
+
+@pytest.mark.long  # five launches
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])
+def test_ranks_agree_on_what_is_saved_and_gone_on_from(files, tmp_path, name):
+    """Weights that overflow are not saved, in nobody's shards; a checkpoint goes on with all of its
+    files alone. Where one rank alone ended, the other would wait for it."""
+    environment = launched(LAUNCH / name, "--num_processes=2")
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    arguments = [*settings(files, run, PER_STEP // 4), "checkpoint={every: 1, keep: 2}"]
+    far = ["tune.optimizer.lr=1e38", "tune.schedule.warmup=0"]
+    assert run_ranks([*arguments, *far], environment) == [1, 1]
+    assert list(run.glob("checkpoints/*")) == list(run.glob("final")) == []
+    assert run_ranks(arguments, environment) == [0, 0]
+    whole = load_file(run / "final" / "model.safetensors")
+    shutil.rmtree(run / "final")
+    shutil.rmtree(checkpoints / "step-00000003")
+    assert run_ranks([*arguments, *far, "--accept-changed"], environment) == [1, 1]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    file = max(checkpoints.rglob("*"), key=lambda path: path.stat().st_size)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert run_ranks([*arguments, "--accept-changed"], environment) == [1, 1]
+    file.write_bytes(content)
+    assert run_ranks([*arguments, "--accept-changed"], environment) == [0, 0]
+    now = load_file(run / "final" / "model.safetensors")
+    assert all(torch.equal(now[key], value) for key, value in whole.items())
 
 
 @pytest.mark.long  # ten seconds each, most of them imports

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import signal
 
 import datasets
 import pytest
 import torch
 import yaml
 
-from supra import testing, uptrain
+from supra import cli, testing, uptrain
 from supra.errors import Diverged, UserError
 from supra.uptrain import loop, tree
 from supra.uptrain.config import UptrainConfig
@@ -186,7 +187,7 @@ SOMEBODY_WAS_HERE = {
         "its config.yaml is missing or damaged",
     ),
     "config too deep": (
-        lambda at: (at.parent / "config.yaml").write_text("[" * 2000),
+        lambda at: (at.parent / "config.yaml").write_text("[" * 600),
         "its config.yaml is missing or damaged",
     ),
     "something is final": (lambda at: (at.parent / "final").mkdir(), "a finished run"),
@@ -433,3 +434,31 @@ def test_what_kills_left_goes_when_a_run_goes_on(files, run, monkeypatch):
     assert os.listdir(checkpoints) == ["step-00000006"]
     assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "final", "log.jsonl"]
     assert_same_weights(run, files / "whole")
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "code"),
+    [
+        (signal.SIGTERM, "_open_data", 143),
+        (signal.SIGTERM, "_load_models", 143),
+        (signal.SIGINT, "_load_models", 130),
+        (signal.SIGTERM, "evaluate", 130),
+    ],
+)
+def test_signals_before_the_first_step(files, tmp_path, monkeypatch, capsys, number, where, code):
+    """While models and text are loaded they end the run at once, later after the step; the same
+    command comes to the same end."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree.to_dict(config(files, tmp_path / "run"))))
+    act = getattr(loop.Run, where)
+
+    def signalled(*inputs, **options):
+        os.kill(os.getpid(), number)
+        return act(*inputs, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(loop.Run, where, signalled)
+        cli.main(["uptrain", "--config", str(file)])
+    assert end.value.code == code and "Traceback" not in capsys.readouterr().err
+    cli.main(["uptrain", "--config", str(file)])
+    assert_same_weights(tmp_path / "run", files / "whole")

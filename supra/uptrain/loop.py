@@ -3,8 +3,8 @@
 import json
 import logging
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from safetensors.torch import load_file, save_file
 
 from supra.calibrate import calibrate
@@ -100,7 +105,8 @@ class Run:
         self.row: Block | None = None  # of the last step
         self._begin(stage)
         if self.initial_state and self.step > stage.start:
-            self.initial_state.load_state_dict(load_file(self._states_file(checkpoint)))
+            with self._loading(checkpoint, changed):
+                self.initial_state.load_state_dict(load_file(self._states_file(checkpoint)))
         if self.accelerator.is_main_process:
             folder.write_config(config)
             folder.prune(config.checkpoint.keep)
@@ -380,12 +386,12 @@ class Run:
 
     def _resume(self, checkpoint: Path, changed: list[str]) -> None:
         """Load the training state, and go to the place in the data."""
-        accelerator = self.accelerator
+        processes = self.accelerator.num_processes
         written_by = len(list(checkpoint.glob("data-*.json")))
-        if written_by != accelerator.num_processes:
+        if written_by != processes:
             raise UserError(
-                f"{checkpoint} was written by {written_by} processes and there are "
-                f"{accelerator.num_processes} now: each has its own place in the data"
+                f"{checkpoint} was written by {written_by} processes and there are {processes} "
+                "now: each has its own place in the data"
             )
         if not listed_files(checkpoint):
             self.log.say(
@@ -394,13 +400,21 @@ class Run:
             )
         if changed:
             self.log.say(f"going on from {checkpoint.name} with changes: {'; '.join(changed)}")
-        try:
+        with self._loading(checkpoint, changed):
             position = self._position_file(checkpoint).read_text(encoding="utf-8")
             self.stream.load_state_dict(json.loads(position))
-            accelerator.load_state(str(checkpoint))
+            self.accelerator.load_state(str(checkpoint))
+        if not all(gather_object([self.stream.found])):
+            self._lost_place(checkpoint)
+
+    @contextmanager
+    def _loading(self, checkpoint: Path, changed: list[str]) -> Iterator[None]:
+        """Whatever torch and accelerate raise where a checkpoint does not load is a UserError."""
+        try:
+            yield
         except UserError:
             raise
-        except Exception as error:  # torch and accelerate raise a dozen kinds
+        except Exception as error:
             logging.getLogger(__name__).debug("loading %s failed", checkpoint, exc_info=True)
             reason = " ".join(str(error).split())[:300]
             if changed:
@@ -409,8 +423,6 @@ class Run:
                     "go back to what was there, or choose another out folder"
                 ) from error
             raise self.folder.damaged(checkpoint, f"it does not load ({reason})") from error
-        if not self.stream.found:
-            self._lost_place(checkpoint)
 
     def _lost_place(self, checkpoint: Path) -> None:
         where = self.stream.state_dict()
