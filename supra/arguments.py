@@ -1,6 +1,7 @@
 """Values of command line arguments, out of their text."""
 
-from supra.errors import UserError
+from supra.errors import UserError, shown
+from supra.limits import check_options
 
 
 def parse_names(text: str) -> list[str]:
@@ -11,9 +12,14 @@ def parse_names(text: str) -> list[str]:
 def parse_integers(argument: str, text: str) -> list[int]:
     """`"3,7"` as a list; empty text is none."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"--{argument} {text!r} must be integers with commas, as 3,7") from None
+        raise UserError(
+            f"--{argument} {shown(text)} must be integers with commas, as 3,7"
+        ) from None
+    if values:
+        check_options({argument.replace("-", "_"): max(values)})
+    return values
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -13,7 +13,8 @@ from typing import Any
 from supra import __version__
 from supra.arguments import parse_integers, parse_names
 from supra.bench.command import add_bench
-from supra.errors import UserError, check_choice, command
+from supra.errors import UserError, check_choice, command, shown
+from supra.limits import check_options
 
 
 @command
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         serve(arguments[1:])
         return
     parsed = build_parser().parse_args(arguments)
+    check_options(vars(parsed))
     parsed.run(parsed)
 
 
@@ -317,17 +319,16 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """`["decay=fixed", "scale=false"]` as a dict; values are read as YAML."""
-    import yaml
+    from supra.uptrain.tree import parse_yaml
 
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--mixer-option {pair!r} must be NAME=VALUE")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--mixer-option {pair!r}: {value!r} is no value in YAML") from None
+            raise UserError(f"--mixer-option {shown(pair)} must be NAME=VALUE")
+        if name in options:
+            raise UserError(f"--mixer-option {name} is given twice: keep one")
+        options[name] = parse_yaml(value, f"--mixer-option {shown(pair)}")
     return options
 
 

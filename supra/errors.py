@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import reprlib
 import signal
 import sys
 import threading
@@ -17,6 +18,22 @@ class Diverged(UserError):
     """Training left the finite numbers."""
 
 
+class _Short(reprlib.Repr):
+    """Of a list that holds itself, a number of 5000 digits, or aliases of aliases in YAML."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else f"about 2**{x.bit_length() - 1}"
+
+
+LARGEST = 2**31 - 1  # of sizes; shapes of tensors overflow soon after
+shown = _Short().repr  # a value in a message: as repr has it, but never long
+
+
 def not_finite(what: str, dtype: object) -> UserError:
     """The error for numbers that overflowed in `dtype`, or were no numbers in the weights."""
     name = str(dtype).removeprefix("torch.")
@@ -30,24 +47,26 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise UserError when `value` is not one of `choices`, naming the nearest and all of them."""
     choices = sorted(choices)
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(shown(value).strip("'"), choices, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown {name} {value!r}: {hint}(known: {', '.join(choices)})")
+        raise UserError(f"unknown {name} {shown(value)}: {hint}(known: {', '.join(choices)})")
 
 
 def check_flags(options: object, *names: str) -> None:
     """Raise UserError for an attribute of `options` that is neither true nor false."""
     for name in names:
         if not isinstance(value := getattr(options, name), bool):
-            raise UserError(f"{name} (={value!r}) must be true or false")
+            raise UserError(f"{name} (={shown(value)}) must be true or false")
 
 
 def check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    """Raise UserError when `value` is no whole number from `least` to `most`; None for no end."""
+    """Raise UserError when `value` is no whole number from `least` to `most`; None for LARGEST."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        rule = f">= {least}" if most is None else f"from {least} to {most}"
-        raise UserError(f"{name} (={value!r}) must be a whole number {rule}")
+    too_large = whole and value > (LARGEST if most is None else most)
+    if not whole or value < least or too_large:
+        rule = f"from {least} to {LARGEST if most is None else most}"
+        rule = f">= {least}" if most is None and not too_large else rule
+        raise UserError(f"{name} (={shown(value)}) must be a whole number {rule}")
 
 
 class Terminated(SystemExit):

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from supra.cli import main
+from supra.cli import build_parser, main
 from supra.convert import convert
 from supra.evaluate.state import cache_bytes, state_bytes
+from supra.limits import OPTIONS
 from supra.testing import tiny_checkpoint
 
 
@@ -31,6 +32,98 @@ def fails(capsys, *arguments):
     errors = [line for line in lines if line.startswith("supra: error: ")]
     assert len(errors) == 1 and "Traceback" not in "".join(lines)
     return errors[0]
+
+
+REQUIRED = {
+    "convert": ["--model", "none", "--out", "none"],
+    "eval": ["--model", "none", "--text", "none"],
+    "diagnose": ["none", "--text", "none"],
+    "generate": ["--model", "none", "--prompt", "none"],
+    "bench": [],
+}
+
+
+def whole_numbers():
+    """(command, option) of every option that takes a whole number."""
+    parsers = [([], build_parser())]
+    for words, parser in parsers:
+        for action in parser._actions:
+            if isinstance(action.choices, dict):
+                parsers += [([*words, name], inner) for name, inner in action.choices.items()]
+            elif action.type is int:
+                yield words, action.option_strings[0]
+
+
+@pytest.mark.parametrize(("words", "option"), whole_numbers(), ids=str)
+def test_every_whole_number_has_a_bound(words, option, capsys):
+    arguments = [*words, *REQUIRED[words[0]], option, 10**30]
+    name = option.removeprefix("--").replace("-", "_")
+    assert f"{option} (={10**30}) must be at most {OPTIONS[name]}" in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "inspect {rnn} --context 7,1000000000000000000",
+            "--context (=1000000000000000000) must be",
+        ),
+        ("inspect {rnn} --context 1{zeros}", "must be integers with commas"),
+        (
+            "eval --model {rnn} --text t --ablate recall --recall-lengths 1000000000",
+            "must be at most",
+        ),
+        ("eval --model {rnn} --task induction --lengths 1000000000000", "must be at most 4194304"),
+        ("eval --model {rnn} --task mqar --pairs 1000000000000", "must be at most 65536"),
+        ("bench kernels --lengths 1000000000000", "--lengths (=1000000000000) must be at most"),
+        (
+            "bench compile --head-sizes 1000000000000",
+            "--head-sizes (=1000000000000) must be at most",
+        ),
+        ("bench parallel --widths 1000000000000", "--widths (=1000000000000) must be at most"),
+        (
+            "convert --model {base} --out no --mixer-option decay=2024-13-01",
+            "month must be in 1..12",
+        ),
+        (
+            "convert --model {base} --out no --mixer-option decay=2024-01-01",
+            "unknown decay datetime",
+        ),
+        (
+            "convert --model {base} --out no --mixer-option decay=[decay,{deep}]",
+            "unknown decay ['dec",
+        ),
+        ("convert --model {base} --out no --mixer-option expansion=1{zeros}", "Exceeds the limit"),
+        *(
+            (
+                f"convert --model {{base}} --out no --mixer {mixer} --mixer-option {name}={10**30}",
+                f"{name} (={10**30}) must be a whole number from",
+            )
+            for mixer, name in [
+                ("supra", "expansion"),
+                ("gated", "expansion"),
+                ("window", "expansion"),
+                ("window", "size"),
+                ("window", "sinks"),
+                ("h3", "head_size"),
+                ("h3", "d_state"),
+                ("rwkv", "rank"),
+                ("mamba2", "conv_size"),
+                ("nonlinear_gated", "sweeps"),
+            ]
+        ),
+        (
+            "convert --model {base} --out no --mixer-option decay=none --mixer-option decay=fixed",
+            "--mixer-option decay is given twice: keep one",
+        ),
+    ],
+)
+def test_values_that_are_too_much(folders, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    values = {"rnn": folders / "rnn", "base": folders / "base", "zeros": 5000 * "0"}
+    line = fails(capsys, *arguments.format(**values, deep=99 * "[" + 99 * "]").split())
+    assert message in line and len(line) < 700
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convert(folders, tmp_path, capsys):
@@ -168,7 +261,7 @@ def test_unknown_mixer_option_dtype_and_layer(folders, tmp_path, capsys):
     assert "did you mean 'supra'" in convert_fails("--mixer", "supar")
     assert "did you mean 'feature_map'" in convert_fails("--mixer-option", "feature_mp=identity")
     assert "must be NAME=VALUE" in convert_fails("--mixer-option", "identity")
-    assert "is no value in YAML" in convert_fails("--mixer-option", "decay=[1")
+    assert "is not valid YAML" in convert_fails("--mixer-option", "decay=[1")
     assert "must be true or false" in convert_fails("--mixer-option", "scale=maybe")
     assert "shard_bytes" in convert_fails("--shard-size", "-1")
     assert "seed" in convert_fails("--seed", "-1")

@@ -139,3 +139,24 @@ def test_version(capsys):
     assert exit.value.code == 0 and capsys.readouterr().out == f"supra {__version__}\n"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["version"] == __version__
+
+
+@pytest.mark.parametrize("module", ["yaml", "torch"])
+def test_ctrl_c_during_imports_is_one_line(module, tmp_path):
+    """They take seconds, and an interrupt in their middle is no traceback."""
+    code = f"""
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+runpy.run_module("supra", run_name="__main__")
+"""
+    command = ["uptrain", "--config", "smoke", "student=s", "data.path=p", f"out={tmp_path}/run"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (result.returncode, result.stderr) == (130, "supra: interrupted\n")

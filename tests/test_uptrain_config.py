@@ -123,6 +123,29 @@ def test_share_of_the_teachers_tokens():
         ("eval.every=10", "needs held-out text"),
         ("data={path: p, eval_path: a, eval_split: b}", "has one source"),
         ("seed", "not of the form a.b=c"),
+        ("student=2024-13-01", "'student=2024-13-01' is not valid YAML: month must be in 1..12"),
+        ("seed=1" + 5000 * "0", "is not valid YAML: Exceeds the limit"),
+        ("batch={size: 1, size: 2}", "'size' stands in lines 1 and 1"),
+        ("batch.size=1e15", r"batch.size \(=1000000000000000\) must be <= 4194304"),
+        ("batch.size=10000", r"batch.size \(=10000\) x data.sequence_length \(=2048\) is 20480000"),
+        ("batch.accumulation=1e15", r"batch.accumulation \(=1000000000000000\) must be <= "),
+        ("batch.accumulation=10000", r"batch.accumulation \(=10000\) x batch.size \(=8\) x data"),
+        ("data.sequence_length=1e12", r"data.sequence_length \(=1000000000000\) must be <= "),
+        ("data.shuffle_buffer=1e30", r"data.shuffle_buffer \(=10+\d+\) must be <= "),
+        ("data.min_document_tokens=1e30", "data.min_document_tokens .* must be <= "),
+        ("data.eval_documents=1e30", "data.eval_documents .* must be <= "),
+        ("calibrate.tokens=1e12", "calibrate.tokens .* must be <= "),
+        ("budget.tokens=1e30", "budget.tokens .* must be <= "),
+        ("budget={share: 1.0e+300, teacher_tokens: 10}", "budget.share .* must be <= "),
+        ("budget={share: 0.1, teacher_tokens: 1e30}", "budget.teacher_tokens .* must be <= "),
+        ("tune.tokens=1e30", "tune.tokens .* must be <= "),
+        ("tune.schedule.warmup=1e300", "tune.schedule.warmup .* must be <= "),
+        ("eval.tokens=1e30", "eval.tokens .* must be <= "),
+        ("eval.every=1e30", "eval.every .* must be <= "),
+        ("checkpoint.keep=1e30", "checkpoint.keep .* must be <= "),
+        ("checkpoint.every=1e30", "checkpoint.every .* must be <= "),
+        ("lora.rank=1e12", "lora.rank .* must be <= "),
+        ("extend={state_passing: 1e12}", "extend.state_passing .* must be <= "),
         ("seed=[", "not valid YAML"),
     ],
 )
@@ -192,6 +215,81 @@ def test_required_keys(tmp_path, missing):
     name = "data.path" if missing == "data" else missing
     with pytest.raises(UserError, match=f"{name} is missing"):
         load(tmp_path, values=values)
+
+
+REST = "student: s\nout: o\ndata: {path: p}\ntune: {tokens: 9}\n"
+BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nout: o\nseed: 2", "not valid YAML: 'seed' stands in lines 1 and 3: keep one"),
+        ("tune:\n  tokens: 1\n  tokens: 2", "'tokens' stands in lines 2 and 3"),
+        ("tune: {share: 1, share: 1}", "'share' stands in lines 1 and 1"),
+        ("student: 2024-13-01", "not valid YAML: month must be in 1..12"),
+        (
+            "student: 2024-01-01",
+            r"student \(=datetime.date\(2024, 1, 1\)\) must be a string; in quo",
+        ),
+        ("student: 12", r"student \(=12\) must be a string; in quotes"),
+        ("student: !!binary aGk=", r"student \(=b'hi'\) must be a string"),
+        ("student: !!set {a}", r"student \(=\{'a'\}\) must be a string"),
+        ("student: !!python/object:os.system a", "not valid YAML: could not determine a construc"),
+        ("seed: 1" + 5000 * "0", "not valid YAML: Exceeds the limit"),
+        (
+            REST + "seed: 0x1" + 5000 * "0",
+            r"seed \(=about 2\*\*20000\) must be >= 0 and < 4294967296",
+        ),
+        (
+            REST + "batch: {size: [0x1" + 5000 * "0" + "]}",
+            r"size \(=\[about 2\*\*20000\]\) must be a whole",
+        ),
+        (
+            REST + "lora: {alpha: 1" + 400 * "0" + "}",
+            r"lora.alpha \(=about 2.*\) must be a finite number",
+        ),
+        ("seed: " + 3000 * "[" + 3000 * "]", "not valid YAML here: lists in lists, too deep"),
+        (
+            REST + "seed: " + 50 * "[" + 50 * "]",
+            r"seed \(=\[\[\[\[\.\.\.\]\]\]\]\) must be a whole number",
+        ),
+        (BILLION, "unknown key a"),
+        (BILLION + "student: *j", "unknown key a"),
+        (BILLION.replace("j:", "student:").replace("a: &a", "trackers: &a"), "unknown key b"),
+        ("student: &s [*s]", r"student \(=\[\[\[\[\.\.\.\]\]\]\]\) must be a string"),
+        ("tune: &t {optimizer: *t}", "unknown key tune.optimizer.optimizer"),
+        ("\tseed: 1", "not valid YAML: .*cannot start any token"),
+        ("seed: 1\n---\nseed: 2", "not valid YAML: .*expected a single document"),
+        ("seed: !!int ''", "not valid YAML: string index out of range"),
+        ("resume: !!bool maybe", "not valid YAML: 'maybe'"),
+        ("[1]: 2", "not valid YAML: .*unhashable key"),
+        ("2024-01-01: 2", "unknown key 2024-01-01"),
+        ("null: 2", "unknown key None"),
+        ("<<: 3", "not valid YAML: .*expected a mapping"),
+        ("seed", "is not a mapping of settings"),
+        ("- seed", "is not a mapping of settings"),
+        ("", "student is missing"),
+        ("# nothing", "student is missing"),
+        ("k" * 900 + ": 1", "unknown key kkkk"),
+        ("#" * 2_000_000, "is 2000000 bytes long, and settings take 1000000 at most"),
+    ],
+    ids=lambda x: x[:30] if isinstance(x, str) else None,
+)
+def test_every_kind_of_yaml_is_read_or_refused_in_a_short_line(tmp_path, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        tree.load(UptrainConfig, file)
+    assert len(str(error.value)) < 1500
+
+
+def test_a_merged_key_may_be_replaced(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("a: &a {lr: 1.0, clip: 2.0}\nb: {<<: *a, lr: 3.0}")
+    assert tree.parse_yaml(file.read_bytes(), "b")["b"] == {"lr": 3.0, "clip": 2.0}
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda p: p.stem)

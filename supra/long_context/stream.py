@@ -165,5 +165,9 @@ def mean_loss(buckets: Sequence[Bucket], start: int = 0, end: float = float("inf
 def cuts(length: int, chunk: int, marks: Iterable[int] = ()) -> Iterator[tuple[int, int]]:
     """Where to cut a text of `length` tokens so that no piece is longer than `chunk`, and one ends
     at every mark: (start, end) of each."""
-    inside = (mark for mark in marks if 0 < mark < length)
-    return pairwise(sorted({*range(0, length, chunk), *inside, length}))
+    start = 0
+    for mark in sorted({*(x for x in marks if 0 < x < length), length}):
+        while start < mark:
+            end = min(mark, (start // chunk + 1) * chunk)
+            yield start, end
+            start = end

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from supra.errors import UserError
+from supra.errors import UserError, shown
+from supra.limits import PASS, STEP, TEXT, VOCABULARY, WIDTH
 
 if TYPE_CHECKING:
     from supra.uptrain.config import BudgetConfig, UptrainConfig
@@ -39,6 +40,26 @@ AT_LEAST = {
     "budget.tokens": 1,
     "budget.teacher_tokens": 1,
 }
+# supra.limits says why
+AT_MOST = {
+    "batch.size": PASS,
+    "batch.accumulation": STEP,
+    "data.sequence_length": PASS,
+    "data.shuffle_buffer": TEXT,
+    "data.min_document_tokens": TEXT,
+    "data.eval_documents": TEXT,
+    "calibrate.tokens": PASS,  # one batch
+    "budget.tokens": TEXT,
+    "budget.teacher_tokens": TEXT,
+    "budget.share": 1000,  # a thousand times as many as the teacher's
+    "eval.tokens": TEXT,
+    "eval.every": TEXT,
+    "checkpoint.every": TEXT,
+    "checkpoint.keep": TEXT,
+    "extend.state_passing": PASS,
+    "distill.top_k": VOCABULARY,
+    "lora.rank": WIDTH,
+}
 END_TO_END = {"distill", "tune", "extend"}  # stages
 PROJECTION_ROWS = 4  # of calibration: three to fit, one to choose by
 ABOVE_ZERO = ("distill.temperature", "lora.alpha", "budget.share")
@@ -53,6 +74,7 @@ def check(config: UptrainConfig) -> None:
             "there is no stage: give orient, align, distill, tune or extend, tune={} say"
         )
     _check_ranges(config)
+    _check_batch(config)
     for name in config.stages:
         _check_trains(config, name)
     _check_teacher(config)
@@ -73,7 +95,14 @@ def _check_ranges(config: UptrainConfig) -> None:
     for key, least in (AT_LEAST | of_stages).items():
         for value in _values(config, key):
             if not value >= least:
-                raise UserError(f"{key} (={value}) must be >= {least}")
+                raise UserError(f"{key} (={shown(value)}) must be >= {least}")
+    of_stages = {
+        f"{name}.{key}": TEXT for name in config.stages for key in ("tokens", "schedule.warmup")
+    }
+    for key, most in (AT_MOST | of_stages).items():
+        for value in _values(config, key):
+            if value > most:
+                raise UserError(f"{key} (={shown(value)}) must be <= {most}")
     for key in above_zero:
         for value in _values(config, key):
             if not value > 0:
@@ -81,11 +110,28 @@ def _check_ranges(config: UptrainConfig) -> None:
     for key, bound in below.items():
         for value in _values(config, key):
             if not 0 <= value < bound:
-                raise UserError(f"{key} (={value}) must be >= 0 and < {bound}")
+                raise UserError(f"{key} (={shown(value)}) must be >= 0 and < {bound}")
     for name, stage in config.stages.items():
         if not stage.schedule.min_ratio <= 1:
             ratio = stage.schedule.min_ratio
             raise UserError(f"{name}.schedule.min_ratio (={ratio}) must be <= 1")
+
+
+def _check_batch(config: UptrainConfig) -> None:
+    size, length = config.batch.size, config.data.sequence_length
+    tokens = size * length
+    if tokens > PASS:
+        raise UserError(
+            f"batch.size (={size}) x data.sequence_length (={length}) is {tokens} tokens of one "
+            f"forward pass, and they may be {PASS}: lower batch.size, and raise batch.accumulation"
+        )
+    accumulation = config.batch.accumulation
+    if tokens * accumulation > STEP:
+        raise UserError(
+            f"batch.accumulation (={accumulation}) x batch.size (={size}) x data.sequence_length "
+            f"(={length}) is {tokens * accumulation} tokens of a step, and they may be {STEP}: "
+            "lower one of them"
+        )
 
 
 def _values(config: UptrainConfig, key: str) -> tuple[float, ...]:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from supra.errors import UserError, check_choice
+from supra.errors import UserError, check_choice, shown
+
+MOST_BYTES = 1_000_000  # of a file of settings; a text given by mistake would be parsed for minutes
 
 
 def load(cls: type, path: str | Path, overrides: Iterable[str] = ()):
@@ -22,15 +24,17 @@ def load(cls: type, path: str | Path, overrides: Iterable[str] = ()):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such config file: {path}")
-    values = _parse(path.read_bytes(), str(path))
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise UserError(f"{path} is {size} bytes long, and settings take {MOST_BYTES} at most")
+    values = parse_yaml(path.read_bytes(), str(path))
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping of settings")
     values = values or {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{override!r} is not of the form a.b=c")
-        _set(values, key, _parse(text, override))
+            raise UserError(f"{shown(override)} is not of the form a.b=c")
+        _set(values, key, parse_yaml(text, shown(override)))
     return build(cls, values)
 
 
@@ -72,11 +76,30 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _parse(text: str | bytes, where: str):
+def parse_yaml(text: str | bytes, where: str):
+    """The value that YAML says; `where` names it in errors. Raises UserError.
+
+    A key that stands twice in a mapping is one: PyYAML would take the last.
+    """
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {error}") from error
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{where} is not valid YAML here: lists in lists, too deep") from None
+    except Exception as error:  # PyYAML also raises whatever month 13 or `!!int ''` runs into
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                lines.setdefault(key.value, []).append(key.start_mark.line + 1)
+        for key, places in lines.items():
+            if len(places) > 1:
+                where = " and ".join(map(str, places))
+                raise ValueError(f"{shown(key)} stands in lines {where}: keep one")
+        return super().construct_mapping(node, deep)
 
 
 def _set(values: dict, dotted: str, value) -> None:
@@ -92,7 +115,7 @@ def _set(values: dict, dotted: str, value) -> None:
 def _check_keys(cls: type, values: dict, prefix: str, known: Iterable[str]) -> None:
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
+        dotted = f"{prefix}{key}"[:200]
         if key not in hints:
             raise UserError(f"unknown key {dotted}{_nearest(dotted, known, hints)}")
         inner = _dataclass_of(hints[key])
@@ -125,7 +148,7 @@ def _section(kind, cls: type, value, dotted: str):
         return None
     value = {} if value is None else value  # `schedule:` with nothing below it
     if not isinstance(value, dict):
-        raise UserError(f"{dotted} (={value!r}) must be a mapping of settings")
+        raise UserError(f"{dotted} (={shown(value)}) must be a mapping of settings")
     return _build(cls, value, f"{dotted}.")
 
 
@@ -158,21 +181,23 @@ def _convert(kind, value, dotted: str):
     if typing.get_origin(kind) is tuple:
         return _convert_tuple(kind, value, dotted)
     if kind in (int, float):
-        number = _number(value)
+        number = _number(kind, value)
         if number is not None and (number % 1 == 0 if kind is int else math.isfinite(number)):
             return kind(number)
     elif isinstance(value, kind):
         return value
-    raise UserError(f"{dotted} (={value!r}) must be {_NAMES[kind]}")
+    raise UserError(f"{dotted} (={shown(value)}) must be {_NAMES[kind]}")
 
 
-def _number(value) -> int | float | None:
+def _number(kind, value) -> int | float | None:
     """A number from YAML 1.1, which reads 1e-4 as a string and true as what Python calls an int."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if kind is int and isinstance(value, int):
         return value
     try:
-        return float(value) if isinstance(value, float | str) else None
-    except ValueError:
+        return float(value)
+    except (ValueError, OverflowError):
         return None
 
 
@@ -181,8 +206,15 @@ def _convert_tuple(kind, value, dotted: str) -> tuple:
     kinds = typing.get_args(kind)
     if not isinstance(items, list | tuple) or (kinds[-1] is not ... and len(items) != len(kinds)):
         size = "" if kinds[-1] is ... else f"{len(kinds)} "
-        raise UserError(f"{dotted} (={value!r}) must be a list of {size}{kinds[0].__name__} values")
+        raise UserError(
+            f"{dotted} (={shown(value)}) must be a list of {size}{kinds[0].__name__} values"
+        )
     return tuple(_convert(kinds[0], item, f"{dotted}[{i}]") for i, item in enumerate(items))
 
 
-_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}
+_NAMES = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string; in quotes, if it looks like a number or a date",
+}

@@ -1,0 +1,44 @@
+"""The largest sizes that settings and options take: beyond them a slip of the keyboard would end in
+hours without an answer, or where memory does.
+
+They stand above what any machine does, so that they are in nobody's way.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from supra.errors import UserError, shown
+
+TEXT = 10**15  # tokens of a text or of a run; the largest models were trained on less than 10**14
+STREAM = 2**30  # tokens read one after the other; days on the fastest machine
+PASS = 2**22  # tokens of one forward pass: a hidden state of 1024 channels is 16 GB then
+STEP = 2**26  # tokens that one process reads before a step; the largest runs have them in all
+COUNT = 10**6  # rows, measurements, new tokens
+WIDTH = 2**16  # channels, ranks, heads
+VOCABULARY = 2**24  # the largest public ones have 2**18 tokens
+BEAMS = 2**10  # and processes
+SEED = 2**32 - 1  # numpy's
+
+OPTIONS = {
+    "tokens": TEXT, "context": TEXT, "to": STREAM, "fix_to": STREAM, "every": STREAM,
+    "sequence_length": PASS, "trained_length": PASS, "chunk": PASS, "lengths": PASS,
+    "recall_lengths": PASS,
+    "batch": COUNT, "samples": COUNT, "max_new_tokens": COUNT, "repeats": COUNT,
+    "pairs": WIDTH, "depths": WIDTH, "keys": WIDTH, "heads": WIDTH, "head_size": WIDTH,
+    "head_sizes": WIDTH, "widths": WIDTH,
+    "vocabulary": VOCABULARY, "beams": BEAMS, "jobs": BEAMS, "seed": SEED,
+}  # fmt: skip
+"""Of a command line, by name; of a list of numbers, each."""
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise UserError for an option of a command that is larger than it may be."""
+    for name, value in given.items():
+        if name in OPTIONS and isinstance(value, int):
+            check_option(name, value)
+
+
+def check_option(name: str, value: int) -> None:
+    if value > OPTIONS[name]:
+        option = name.replace("_", "-")
+        raise UserError(f"--{option} (={shown(value)}) must be at most {OPTIONS[name]}")
