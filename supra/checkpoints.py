@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from supra.config_rules import CONFIG, check_config, check_fields, padding_errors, read_fields
 from supra.errors import UserError, check_choice
 from supra.files import fingerprint
 from supra.gguf_file import GgufFile
@@ -86,6 +87,7 @@ class Checkpoint:
             check_safetensors(self.folder)
 
     def config(self) -> PreTrainedConfig:
+        """Raises UserError for values that make no sense: see supra/config_rules.py."""
         return self._small(AutoConfig.from_pretrained)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -98,7 +100,10 @@ class Checkpoint:
         that are no safetensors.
         """
         self.check_weights()
-        arguments = self.arguments
+        arguments = self.arguments | {
+            "config": self.config(),
+            "ignore_mismatched_sizes": True,  # they are in the loading info then, by name
+        }
         if self.gguf_file is None:
             arguments["use_safetensors"] = True
         if dtype is not None:
@@ -108,7 +113,6 @@ class Checkpoint:
 
             # packed blocks cannot be saved or trained
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-            arguments["config"] = self.config()
         model, info = _opened(
             self, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **arguments
         )
@@ -171,10 +175,16 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
     try:
         check_opened(checkpoint.folder, gguf=checkpoint.gguf_file is not None)
-        with nullcontext() if checkpoint.gguf_file is None else checkpoint._gguf.parsed():
-            return opener(**arguments)
-    except UserError:
-        raise
+        if checkpoint.gguf_file is None:
+            check_fields(read_fields(checkpoint.folder / CONFIG))
+        parsed = nullcontext() if checkpoint.gguf_file is None else checkpoint._gguf.parsed()
+        with parsed, padding_errors(arguments.get("config")):
+            found = opener(**arguments)
+        if isinstance(found, PreTrainedConfig):
+            check_config(found)
+        return found
+    except UserError as error:
+        raise UserError(f"model {checkpoint.name!r}: {error}") from error
     except Exception as error:  # transformers raises a dozen kinds for a broken checkpoint
         logging.getLogger(__name__).debug("opening %s failed", checkpoint.name, exc_info=True)
         if "trust_remote_code" in str(error):

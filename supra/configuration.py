@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from supra.errors import UserError
+from supra.errors import UserError, foreign_errors
 from supra.untrusted import without_code
 
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ class SupraConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        if "base_model_type" not in config_dict:
+        if not isinstance(config_dict.get("base_model_type"), str):
             raise UserError(
                 "config.json has model_type 'supra' but no base_model_type: "
                 "convert the model again with `supra convert`"
@@ -56,19 +56,20 @@ class _ConvertedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        plan = config_dict.get("supra") or {}
-        version = plan.get("format_version")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"this checkpoint has supra format_version {version!r}, "
-                f"this version of supra reads {FORMAT_VERSION}: update supra, or convert again"
-            )
-        from supra.modeling import register_family  # the models need the config, not the reverse
+        # these need the config, not the reverse
+        from supra.config_rules import check_config, check_fields, check_plan
+        from supra.modeling import register_family
 
+        check_fields(config_dict)
+        check_plan(config_dict, FORMAT_VERSION)
         register_family(cls)
         fields = {key: value for key, value in config_dict.items() if key != "model_type"}
         # whoever made the checkpoint may have named code of his own there
-        return super().from_dict(without_code(fields) | {"auto_map": dict(AUTO_MAP)}, **kwargs)
+        fields = without_code(fields) | {"auto_map": dict(AUTO_MAP)}
+        with foreign_errors("config.json makes no config"):
+            found = super().from_dict(fields, **kwargs)
+        check_config(found[0] if isinstance(found, tuple) else found)
+        return found
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from supra.attention import attention_modules
 from supra.card import write_card
 from supra.checkpoints import Checkpoint, find_checkpoint
+from supra.config_rules import making_model
 from supra.configuration import converted_config
 from supra.errors import UserError
 from supra.families import FAMILIES, refusal
@@ -194,7 +195,7 @@ def command_line(
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The language model without memory: names and shapes of its tensors."""
-    with torch.device("meta"):
+    with torch.device("meta"), making_model(config):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 

@@ -98,6 +98,18 @@ def termination() -> Iterator[None]:
         restore()
 
 
+@contextmanager
+def foreign_errors(trouble: str) -> Iterator[None]:
+    """What code of others raises, of any kind, becomes a UserError that begins with `trouble`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{trouble}: {type(error).__name__}: {reason}") from error
+
+
 def command(run: Callable[..., None]) -> Callable[..., None]:
     """Run a command; a user's mistake or a full disk becomes one line on stderr and exit code 2.
 

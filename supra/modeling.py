@@ -36,6 +36,7 @@ import supra.adapters  # noqa: F401 (tells peft of converted models)
 from supra.attention import attention_modules, insert_mixer
 from supra.cache import adopt_cache, check_rows, new_cache
 from supra.card import carry_card
+from supra.config_rules import making_model
 from supra.configuration import config_class
 from supra.errors import UserError
 from supra.families import FAMILIES
@@ -52,6 +53,10 @@ class _SupraPreTrained:
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
     _supports_attention_backend = False
     _is_stateful = False  # the cache can go back, see supra/cache.py
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        with making_model(config):
+            super().__init__(config, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         return "supra"
@@ -77,6 +82,7 @@ class _SupraPreTrained:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As transformers', but a missing, unexpected or mis-shaped tensor is an error."""
+        kwargs["ignore_mismatched_sizes"] = True  # they are in the info then, by name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_complete(info, f"{cls.base_model_prefix}.", cls._below_prefix(model.config))
         return (model, info) if output_loading_info else model

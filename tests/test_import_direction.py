@@ -20,8 +20,10 @@ LAYERS = {
     "supra/parallel": {"torch", "supra.kernels", "supra.parallel", "supra.errors"},
     "supra/cache.py": {"torch", "transformers", "supra.mixers", "supra.errors"},
     "supra/untrusted.py": {"supra.errors"},
+    "supra/config_rules.py": {"torch", "transformers", "supra.errors", "supra.mixers"},
     "supra/configuration.py": {
-        *("torch", "transformers", "supra.errors", "supra.untrusted", "supra.modeling")
+        *("torch", "transformers", "supra.errors", "supra.untrusted", "supra.modeling"),
+        "supra.config_rules",
     },
     "supra": MODEL,
     "supra/bench": {"torch", "triton", "supra.bench", "supra.kernels", "supra.errors"},
@@ -40,6 +42,7 @@ LEVELS = [
     ["supra.evaluate"],
     ["supra.checkpoints", "supra.packing", "supra.losses", "supra.text", "supra.calibrate"],
     ["supra.modeling", "supra.configuration", "supra.cache"],
+    ["supra.config_rules"],
     ["supra.mixers"],
     ["supra.parallel"],
     ["supra.kernels"],

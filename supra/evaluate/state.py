@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from supra.config_rules import making_model
+
 
 def state_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype | None = None) -> int:
     """Bytes of the cache of one sequence after `context` tokens, for any causal language model.
@@ -16,7 +18,7 @@ def state_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype | Non
     default); key-value caches take it over, recurrent states are float32 whatever it is.
     """
     config = copy.deepcopy(config)
-    with torch.device("meta"):
+    with torch.device("meta"), making_model(config):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype, experts_implementation="batched_mm"
         ).eval()

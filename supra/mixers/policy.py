@@ -50,7 +50,7 @@ class StatePolicy:
                 raise UserError(f"{name} (={value!r}) must be > 0 and <= 1")
         check_whole("norm_every", self.norm_every, 1)
         if self.window is not None:
-            check_whole("window", self.window, 1)
+            check_whole("window", self.window, 1, 2**31 - 1)
         if isinstance(self.norm, Sequence) and not isinstance(self.norm, str):
             layers = tuple(tuple(x) if isinstance(x, Sequence) else (x,) for x in self.norm)
             object.__setattr__(self, "norm", layers)
@@ -68,6 +68,8 @@ class StatePolicy:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "StatePolicy":
         """Of `state_policy` in a config. Raises UserError for a name that is none."""
+        if not isinstance(fields, dict):
+            raise UserError(f"state_policy (={fields!r}) must be a mapping, or null for none")
         known = [*cls.__dataclass_fields__]
         for name in fields:
             if name not in known:

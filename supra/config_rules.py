@@ -1,0 +1,213 @@
+"""What a config.json must fulfil before a model is made of it; a mistake is one line with the field.
+
+transformers looks at the types of fields. What else is wrong comes out of a family's own code, as
+an error of any kind, or makes a model that computes nonsense.
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from supra.errors import UserError, check_choice, check_whole, foreign_errors
+from supra.mixers import resolve_mixer
+
+CONFIG = "config.json"
+MOST = 2**31 - 1
+LAYERS = 4096  # each is made as modules of its own, in milliseconds; trained ones had 1,000
+# under the names that all families understand
+COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# endings of fields' names
+SIZES = ("_size", "_dim", "_rank", "_heads", "_experts", "_window")
+DIVISORS = ("_softcapping", "query_pre_attn_scalar")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+
+
+def read_fields(file: Path) -> dict[str, Any]:
+    """The fields of a config.json. Raises UserError for a file that has none."""
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"there is no {file.name}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file.name} is damaged ({error}): download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{file.name} is no JSON object but {type(found).__name__}: download it again"
+        )
+    return found
+
+
+def check_fields(given: dict[str, Any]) -> None:
+    """Raise UserError for what transformers would not understand."""
+    kind = given.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"{CONFIG}: model_type (={kind!r}) must be a string, as 'llama'")
+    for name in ("dtype", "torch_dtype"):
+        _check_dtype(name, given.get(name))
+    if not isinstance(given.get("quantization_config"), dict | None):
+        raise UserError(f"{CONFIG}: quantization_config must be a mapping, or be left out")
+    kind = given.get("base_model_type", kind)
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        _check_values(given, CONFIG_MAPPING[kind])
+
+
+def check_plan(given: dict[str, Any], format_version: int) -> None:
+    """Raise UserError for a plan of conversion in another format than mixers of layers and their
+    options, and for a family that has no language model."""
+    plan = given.get("supra")
+    again = "convert the model again"
+    if plan is not None and not isinstance(plan, dict):
+        raise UserError(f"config.json: supra (={plan!r}) must be a mapping: {again}")
+    version = (plan or {}).get("format_version")
+    if version != format_version or isinstance(version, bool):
+        raise UserError(
+            f"this checkpoint has supra format_version {version!r}, "
+            f"this version of supra reads {format_version}: update supra, or convert again"
+        )
+    family = given.get("base_model_type")
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"config.json: base_model_type (={family!r}) has no language model: {again}"
+        )
+    layers, options = plan.get("layers"), plan.get("options")
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise UserError(
+            f"config.json: supra.layers (={layers!r}) must name the mixer of every layer: {again}"
+        )
+    if not isinstance(options, dict) or not all(isinstance(x, dict) for x in options.values()):
+        raise UserError(
+            f"config.json: supra.options (={options!r}) must have options by mixer: {again}"
+        )
+    for name in dict.fromkeys(layers):
+        _, resolved = resolve_mixer(name, options.get(name))
+        if resolved and name not in options:
+            raise UserError(f"config.json: supra.options has none of mixer {name!r}: {again}")
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise UserError for values that make no sense, in the part that reads text.
+
+    Those of a file have been looked at then, since a config's own code may stumble over them. This
+    finds what comes from a GGUF file, under older names, or with defaults.
+    """
+    config = config.get_text_config(decoder=True)
+    _check_values(config.to_dict(), type(config))
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    """Of weights; a mapping has one for every part of a composite model."""
+    if value is None or isinstance(value, dict):
+        return
+    found = getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"{CONFIG}: {name} (={value!r}) must be float32, bfloat16 or float16")
+
+
+def _check_values(given: dict[str, Any], family: type[PreTrainedConfig]) -> None:
+    """Lists have a value for each layer and null follows from other fields: they pass."""
+
+    def field(name: str) -> tuple[str, Any]:
+        """A field as the family calls it, and its value."""
+        name = family.attribute_map.get(name, name)
+        return f"{CONFIG}: {name}", given.get(name)
+
+    for name, most in [*((name, MOST) for name in COUNTS), ("num_hidden_layers", LAYERS)]:
+        name, value = field(name)
+        if isinstance(value, int):
+            check_whole(name, value, 1, most)
+    for name in ACTIVATIONS:
+        name, value = field(name)
+        if isinstance(value, str):
+            check_choice(name, value, ACT2FN)
+    _check_shares(field)
+    _check_numbers(given, {x.name for x in fields(family)})
+    window, kinds = given.get("sliding_window"), given.get("layer_types") or ()
+    if window == 0 and "sliding_attention" in kinds:
+        raise UserError(f"{CONFIG}: sliding_window (=0) must be at least 1 token")
+    for name in ("rope_parameters", "rope_scaling"):
+        _check_rope(given.get(name))
+
+
+def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
+    """Heads that share keys, and experts that share tokens."""
+    (name, heads), (of, key_heads) = field("num_attention_heads"), field("num_key_value_heads")
+    if _is_number(heads) and _is_number(key_heads) and heads % key_heads:
+        raise UserError(f"{name} (={heads}) must be a multiple of {of} (={key_heads})")
+    name, used = field("num_experts_per_tok")
+    for of, count in map(field, EXPERTS):
+        if _is_number(used) and _is_number(count) and not 0 < used <= count:
+            raise UserError(f"{name} (={used}) must be from 1 to {of} (={count})")
+
+
+def _check_numbers(given: dict[str, Any], known: Collection[str]) -> None:
+    """By what fields are called: sizes, where 0 leaves a part out, and constants, of which some
+    make NaN of everything."""
+    for name, value in given.items():
+        if name not in known or not _is_number(value):
+            continue
+        if name.endswith(SIZES):
+            check_whole(f"{CONFIG}: {name}", value, 0, MOST)
+        for endings, holds, rule in (
+            (("_eps", "_epsilon"), 0 <= value < math.inf, "0 or more"),
+            (("dropout", "_pdrop"), 0 <= value <= 1, "from 0 to 1"),
+            (DIVISORS, 0 < value < math.inf, "above 0"),
+        ):
+            if name.endswith(endings) and not holds:
+                raise UserError(f"{CONFIG}: {name} (={value}) must be {rule}")
+
+
+def _check_rope(rope: Any) -> None:
+    """Rotary positions, of all layers or one mapping for each kind of them."""
+    if not isinstance(rope, dict):
+        return
+    for value in rope.values():
+        _check_rope(value)
+    if "rope_type" in rope:
+        check_choice(f"{CONFIG}: rope_type", rope["rope_type"], ["default", *ROPE_INIT_FUNCTIONS])
+    for name in ("rope_theta", "factor"):
+        value = rope.get(name)
+        if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            raise UserError(f"{CONFIG}: {name} (={value!r}) must be a number above 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@contextmanager
+def making_model(config: PreTrainedConfig) -> Iterator[None]:
+    """What a family's code raises for a config becomes a UserError."""
+    with foreign_errors(f"{CONFIG} makes no model"), padding_errors(config):
+        yield
+
+
+@contextmanager
+def padding_errors(config: PreTrainedConfig | None) -> Iterator[None]:
+    """torch's embedding, which only some families give the token of padding, names no field."""
+    try:
+        yield
+    except AssertionError:
+        if config is None:
+            raise
+        config = config.get_text_config(decoder=True)
+        pad, count = config.pad_token_id, config.vocab_size
+        if pad is not None and not -count <= pad < count:
+            raise UserError(
+                f"{CONFIG}: pad_token_id (={pad}) must be below vocab_size (={count}), or null"
+            ) from None
+        raise
