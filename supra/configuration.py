@@ -25,6 +25,10 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
 }
 
+# No attention function has this name, so that the family's own classes, which would leave the
+# mixers out and only warn, raise an error in which it stands. Ours do not look at it.
+REFUSED_ELSEWHERE = "supra (import supra, then AutoModelForCausalLM)"
+
 
 class SupraConfig(PreTrainedConfig):
     """The door for AutoConfig: `from_dict` returns the config class of the base family."""
@@ -53,6 +57,9 @@ class _ConvertedConfig:
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:
         """Any other would stand in the mixers' place, and some tools write "eager" here."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"attn_implementation": REFUSED_ELSEWHERE}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -16,6 +17,10 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     LlamaModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 import supra.modeling
@@ -411,3 +416,19 @@ def test_a_new_model_has_every_mixers_starting_values(mixer):
         expected.reset_parameters()
         for key, value in expected.state_dict().items():
             assert torch.equal(attention.mixer.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma3_text", "deepseek_v3"])
+def test_the_familys_own_classes_refuse_it(family, tmp_path):
+    """They would leave the mixers out, and only warn."""
+    tiny_checkpoint(tmp_path / "base", family)
+    convert(tmp_path / "base", tmp_path / "rnn")
+    for auto, names in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (AutoModel, MODEL_MAPPING_NAMES),
+    ):
+        auto.from_pretrained(tmp_path / "rnn").save_pretrained(tmp_path / "saved")
+        for folder in ("rnn", "saved"):
+            with pytest.raises(ValueError, match="import supra, then AutoModelForCausalLM"):
+                getattr(transformers, names[family]).from_pretrained(tmp_path / folder)
+        assert auto.from_pretrained(tmp_path / "saved").config._attn_implementation == "supra"
