@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from supra.errors import UserError
@@ -59,6 +59,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             _empty(staging)
             with disk_errors():
                 yield staging
+            follow_umask(staging)
             for path in staging.rglob("*"):
                 fsync(path)
             fsync(staging)
@@ -159,6 +160,16 @@ def fingerprint(files: Iterable[str | Path]) -> str:
                 file.seek(place * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def follow_umask(path: Path) -> None:
+    """Let those read a file of tensors, or those in a folder, who may read what else is written:
+    safetensors lets the owner alone."""
+    mask = os.umask(0o077)  # there is no way to ask for it alone
+    os.umask(mask)
+    for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
+        with suppress(PermissionError):  # some disks have no modes
+            file.chmod(0o666 & ~mask)
 
 
 def fsync(path: Path) -> None:

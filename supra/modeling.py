@@ -40,6 +40,7 @@ from supra.config_rules import making_model
 from supra.configuration import config_class
 from supra.errors import UserError
 from supra.families import FAMILIES
+from supra.files import follow_umask
 from supra.mixers import Mixer, float32_at_least
 from supra.remote_code import write_shim
 from supra.weights import KINDS, check_complete
@@ -96,6 +97,8 @@ class _SupraPreTrained:
         """As transformers', which would leave out the module that `auto_map` names and the
         model card."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        for file in Path(save_directory).glob("*.safetensors"):
+            follow_umask(file)
         write_shim(Path(save_directory))
         carry_card(self.name_or_path, save_directory)
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from supra.attention import attention_modules
 from supra.cache import MixerLayer, new_cache
 from supra.errors import UserError
+from supra.files import follow_umask
 
 FORMAT = "supra_state"
 
@@ -55,6 +56,7 @@ def save_state(cache: Cache, file: str | Path) -> None:
         tensors |= {f"{i}.{name}": x.detach().contiguous() for name, x in present.items()}
         layers.append({"length": layer.length, "state": type(layer.state).__name__})
     save_file(tensors, file, {"format": FORMAT, "layers": json.dumps(layers)})
+    follow_umask(Path(file))
 
 
 def load_state(file: str | Path, model: PreTrainedModel) -> Cache:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from supra.checkpoints import find_checkpoint
 from supra.errors import UserError
-from supra.files import disk_errors, held
+from supra.files import disk_errors, follow_umask, held
 from supra.head import chunks, hidden_states, logits_of
 from supra.losses import TopK
 from supra.packing import Block
@@ -147,4 +147,5 @@ def _write(file: Path, block: TopK) -> None:
     with suppress(UserError), held(partial, file):
         with disk_errors():
             save_file(tensors, partial)
+            follow_umask(partial)
         partial.replace(file)
