@@ -90,8 +90,8 @@ class Checkpoint:
         """Raises UserError for values that make no sense: see supra/config_rules.py."""
         return self._small(AutoConfig.from_pretrained)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._small(AutoTokenizer.from_pretrained)
+    def tokenizer(self, **given: Any) -> PreTrainedTokenizerBase:
+        return self._small(AutoTokenizer.from_pretrained, **given)
 
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked.
@@ -125,9 +125,9 @@ class Checkpoint:
     def _gguf(self) -> GgufFile:
         return GgufFile(self.folder / self.gguf_file)
 
-    def _small(self, opener: Callable[..., Any]) -> Any:
+    def _small(self, opener: Callable[..., Any], **given: Any) -> Any:
         """What `opener` makes of the checkpoint without its weights."""
-        read = partial(_opened, self, opener, **self.arguments)
+        read = partial(_opened, self, opener, **self.arguments, **given)
         return read() if self.gguf_file is None else self._gguf.kept(opener, read)
 
 
@@ -137,15 +137,25 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model {name!r}: there is no such file")
+        _check_no_revision(name, revision)
         return Checkpoint(name, path.parent, path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model {name!r}: the folder has no config.json, it is no checkpoint")
+        _check_no_revision(name, revision)
         return Checkpoint(name, path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: there is no such folder")
     folder = _download(name, revision, SMALL_FILES)
     return Checkpoint(name, folder, hub_id=name, revision=revision)
+
+
+def _check_no_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UserError(
+            f"revision (={revision!r}) is of a model on the hub, and {name!r} lies here: leave it "
+            "out"
+        )
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -5,8 +5,8 @@ A user's mistake is one line on stderr and exit code 2. Imports stand inside the
 """
 
 import argparse
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from supra.arguments import parse_integers, parse_names
 from supra.bench.command import add_bench
 from supra.errors import UserError, check_choice, command, shown
 from supra.limits import check_options
+from supra.strict_json import to_json
 
 
 @command
@@ -69,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("inspect", help="layers, parameters and state size of a model")
     add.add_argument("model", help="hub id, folder or GGUF file, converted or not")
     add.add_argument("--context", default="2048,32768", help="lengths at which to size the state")
+    add.add_argument(
+        "--verify", action="store_true", help="read all tensors and compare their checksums"
+    )
     add.add_argument("--json", action="store_true", help="print JSON")
     add.set_defaults(run=run_inspect)
 
@@ -199,8 +203,16 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     from supra.inspection import inspect_model
 
     lengths = parse_integers("context", arguments.context)
-    found = inspect_model(find_checkpoint(arguments.model).config(), lengths)
-    print(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
+    checkpoint = find_checkpoint(arguments.model)
+    found = inspect_model(checkpoint.config(), lengths)
+    if arguments.verify:
+        from supra.checksums import verify
+
+        if checkpoint.gguf_file is not None:
+            raise UserError("--verify is for folders that supra wrote, and a GGUF file is none")
+        checkpoint.fetch_weights()
+        found = replace(found, verified=verify(checkpoint.folder))
+    print_result(found, arguments.json)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -281,7 +293,7 @@ def check_eval(arguments: argparse.Namespace) -> None:
 
 
 def print_result(result: Any, as_json: bool) -> None:
-    print(json.dumps(result.as_dict(), indent=1) if as_json else "\n".join(result.lines()))
+    print(to_json(result.as_dict(), indent=1) if as_json else "\n".join(result.lines()))
 
 
 def run_diagnose(arguments: argparse.Namespace) -> None:

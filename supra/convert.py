@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from supra.attention import attention_modules
 from supra.card import write_card
 from supra.checkpoints import Checkpoint, find_checkpoint
+from supra.checksums import checksum
 from supra.config_rules import making_model
 from supra.configuration import converted_config
 from supra.errors import UserError
@@ -84,7 +85,8 @@ def convert(
     if share is not None:
         keep_attention = () if ranked else evenly_spaced(count, share)
     layers = plan_layers(count, mixer, keep_attention)
-    tokenizer = checkpoint.tokenizer() if ranked or has_tokenizer(checkpoint) else None
+    if ranked or checkpoint.gguf_file is not None:
+        tokenizer = checkpoint.tokenizer()  # of a GGUF file before the weights: it is let go then
     blocks = read_blocks(tokenizer, text, text_field) if ranked else []
     reader = open_weights(checkpoint, base)
     plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
@@ -104,9 +106,10 @@ def convert(
         tensors=plan.fates,
     )
     with staged_folder(out) as staging:
-        copy_tokenizer(checkpoint, staging)  # first: what is wrong with it shows at once
+        copy_tokenizer(checkpoint, base, staging)  # first: what is wrong with it shows at once
         writer = ShardWriter(staging, shard_bytes)
         for name, tensor in converted_tensors(plan, seed, "convert" if progress else None):
+            report.checksums[name] = checksum(tensor)
             writer.add(name, tensor)
         writer.finish()
         write_small_files(staging, checkpoint, plan, report)
@@ -237,6 +240,7 @@ def plan_tensors(
     Raises UserError when one is missing or has another shape than its config says.
     """
     wanted = {name: tuple(x.shape) for name, x in student.state_dict().items()}
+    floating = {name for name, x in student.state_dict().items() if x.is_floating_point()}
     tied = tied_names(student)
     float32 = student._keep_in_fp32_modules_strict  # parts of names, such as a router's bias
     fates = {}
@@ -255,6 +259,11 @@ def plan_tensors(
             raise UserError(
                 f"tensor {name} has shape {list(spec.shape)}, its config says "
                 f"{list(wanted[name])}: weights and config do not belong together"
+            )
+        elif (name in floating) != spec.dtype.is_floating_point:
+            raise UserError(
+                f"tensor {name} is stored as {_short(spec.dtype)}, which the model's is not: "
+                "quantised checkpoints do not convert, take the original"
             )
         elif (
             dtype not in (None, spec.dtype)
@@ -282,8 +291,23 @@ def converted_tensors(plan: Plan, seed: int, bar: str | None) -> Iterator[tuple[
     """The tensors of the converted model, one at a time; `bar` is the progress bar's name."""
     inherited = [x for x in plan.fates if x.fate in ("copied", "transformed")]
     for fate in tqdm(inherited, desc=bar, unit="tensor", disable=bar is None):
-        yield fate.name, plan.reader.load(fate.name).to(getattr(torch, fate.dtype))
+        yield fate.name, _finite(fate, plan.reader.load(fate.name))
     yield from new_tensors(plan.student, seed)
+
+
+def _finite(fate: TensorFate, tensor: Tensor) -> Tensor:
+    """The tensor in its new dtype. Raises UserError where it holds NaN or infinity."""
+    cast = tensor.to(getattr(torch, fate.dtype))
+    if not cast.isfinite().all():
+        if tensor.isfinite().all():
+            raise UserError(
+                f"tensor {fate.name} overflows in dtype {fate.dtype}: take bfloat16 or float32"
+            )
+        raise UserError(
+            f"tensor {fate.name} holds NaN or infinity: the model gives no numbers with it, take "
+            "another copy of its weights"
+        )
+    return cast
 
 
 def load_converted(plan: Plan, seed: int, progress: bool) -> PreTrainedModel:
@@ -352,11 +376,7 @@ def write_small_files(
     plan.config.save_pretrained(folder)  # last: a folder without it does not load
 
 
-def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    return checkpoint.gguf_file is not None or any(checkpoint.folder.glob("tokenizer*"))
-
-
-def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_tokenizer(checkpoint: Checkpoint, base: PreTrainedConfig, folder: Path) -> None:
     """The tokenizer, chat templates, generation config and licence, without code."""
     if checkpoint.gguf_file is not None:
         checkpoint.tokenizer().save_pretrained(folder)
@@ -365,7 +385,9 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     copied = (*TOKENIZER_FILES, "generation_config.json", *LICENSE_FILES)
     for line in copy_data(checkpoint.folder, folder, copied):
         tqdm.write(line)
-    if not has_tokenizer(checkpoint):
+    if any(folder.glob("tokenizer*")):
+        Checkpoint(checkpoint.name, folder).tokenizer(config=base)  # raises if it does not load
+    else:
         tqdm.write(f"{checkpoint.name} has no tokenizer: the converted model has none either")
 
 

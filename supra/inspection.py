@@ -22,6 +22,7 @@ class Inspection:
     parameters: int
     new_parameters: int
     state_bytes: dict[int, int]
+    verified: int | None = None  # tensors that are as they were written
 
     def as_dict(self) -> dict[str, Any]:
         return vars(self)
@@ -38,6 +39,8 @@ class Inspection:
                 lines.append(f"{name + ':':<11} {listed}")
         for context, size in self.state_bytes.items():
             lines.append(f"state:      {size:,} bytes a sequence at {context:,} tokens")
+        if self.verified is not None:
+            lines.append(f"verified:   {self.verified:,} tensors are as they were written")
         return lines
 
 

@@ -41,6 +41,7 @@ class ConversionReport:
     # nats a token that converting the layer alone costs; empty where the choice was not `auto`
     layer_costs: list[float] = field(default_factory=list)
     tensors: list[TensorFate] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)  # of what was written, by name
 
     def write(self, folder: Path) -> None:
         (folder / REPORT).write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -115,8 +115,17 @@ def check_complete(
 
 
 def check_safetensors(folder: Path) -> None:
-    """Raise UserError unless the folder holds weights as safetensors, and names no others."""
-    _files_by_tensor(folder)
+    """Raise UserError unless the folder holds weights as safetensors that open, and names no
+    others."""
+    for file in set(_files_by_tensor(folder).values()):
+        with _damage(file), safe_open(file, framework="pt"):
+            pass
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of a tensor that holds NaN or infinity."""
+    tensors = model.state_dict().items()
+    return next((name for name, x in tensors if not x.isfinite().all()), None)
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
@@ -142,6 +151,11 @@ def _damage(shard: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
+        if shard.exists():  # what safetensors says of a file that it may not read
+            raise UserError(
+                f"shard {shard.name} may not be read: permission denied; ask its owner for the "
+                "right to read it"
+            ) from None
         raise UserError(f"shard {shard.name} is missing: download the model again") from None
     except SafetensorError as error:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import supra.convert
 import supra.files
+import supra.weights
+from supra.checkpoints import find_checkpoint
 from supra.convert import convert
 from supra.errors import UserError
 from supra.mixers.supra import lightning_slopes
+from supra.states import save_state
 from supra.testing import MAIN_FAMILIES, tiny_checkpoint
 from supra.weights import ShardWriter
 
@@ -351,6 +355,7 @@ def slow(self, name, tensor):
     print("writing", flush=True)
     time.sleep(60)
 ShardWriter.add = slow
+from supra.checkpoints import find_checkpoint
 from supra.convert import convert
 convert({str(base)!r}, {str(tmp_path / "rnn")!r}, shard_bytes=1)
 """
@@ -377,3 +382,68 @@ def test_only_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
     convert(str(tmp_path / "base"), tmp_path / "rnn", mixer="softmax")
     assert order == ["read", "write"] * (len(order) // 2)
     assert len(order) > 40
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int32, torch.int64])
+def test_weights_that_are_no_floats(base, broken, tmp_path, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    for file in broken.glob("*.safetensors"):
+        if name in (tensors := load_file(file)):
+            save_file(tensors | {name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    stored = str(dtype).removeprefix("torch.")
+    fails(f"{name} is stored as {stored}, which the model's is not", broken, tmp_path / "rnn")
+
+
+def test_a_revision_is_of_the_hub(base, tmp_path):
+    fails("is of a model on the hub", base, tmp_path / "rnn", revision="main")
+    (tmp_path / "x.gguf").touch()
+    fails("is of a model on the hub", tmp_path / "x.gguf", tmp_path / "rnn", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"\xff\xfe\x00"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b'{"model": null}'),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"\xff"),
+    ],
+)
+def test_tokenizers_that_do_not_load(base, tmp_path, name, content):
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(content)
+    fails("tokenizer of .* does not load", tmp_path / "model", tmp_path / "rnn")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_follow_the_umask(base, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        convert(base, tmp_path / "rnn", shard_bytes=40_000)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")
+        model.save_pretrained(tmp_path / "saved")
+        output = model(torch.arange(4)[None], use_cache=True)
+        save_state(output.past_key_values, tmp_path / "state.safetensors")
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "rnn").iterdir(), *(tmp_path / "saved").iterdir()]
+    files += [tmp_path / "state.safetensors"]
+    assert sum(file.suffix == ".safetensors" for file in files) > 3
+    assert {file.name: file.stat().st_mode & 0o777 for file in files} == {
+        file.name: 0o666 & ~umask for file in files
+    }
+
+
+def test_a_shard_that_may_not_be_read(base, tmp_path, monkeypatch):
+    """safetensors says of such a file that there is none."""
+
+    def forbidden(file, framework):
+        raise FileNotFoundError(f"No such file or directory: {file}")
+
+    monkeypatch.setattr(supra.weights, "safe_open", forbidden)
+    fails("model.safetensors may not be read: permission denied", base, tmp_path / "rnn")
+    with pytest.raises(UserError, match="may not be read"):
+        find_checkpoint(str(base)).model()

@@ -26,9 +26,13 @@ LAYERS = {
         "supra.config_rules",
     },
     "supra": MODEL,
-    "supra/bench": {"torch", "triton", "supra.bench", "supra.kernels", "supra.errors"},
+    "supra/bench": {
+        *("torch", "triton", "supra.bench", "supra.kernels", "supra.errors", "supra.strict_json")
+    },
     "supra/bench/command.py": {"supra.arguments", "supra.bench", "supra.checkpoints"},
-    "supra/bench/parallel.py": {"torch", "supra.bench", "supra.parallel", "supra.errors"},
+    "supra/bench/parallel.py": {
+        *("torch", "supra.bench", "supra.parallel", "supra.errors", "supra.strict_json")
+    },
     "supra/bench/rivals.py": {"torch", "transformers", "supra.kernels"},
     "supra/uptrain": MODEL | {"accelerate", "peft", "datasets"},
     "supra/text.py": {"torch", "datasets", "supra.errors"},

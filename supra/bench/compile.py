@@ -6,7 +6,6 @@ gate: no stack, every product of tiles on tensor cores, 90 % of the bytes of a k
 accesses of 128 bits, 64 KiB of shared memory for the target "small".
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from supra.bench.traffic import TOKENS, Traffic
 from supra.bench.workers import run_parallel
 from supra.errors import UserError, check_choice
 from supra.kernels.launch import TARGETS
+from supra.strict_json import to_json
 
 PARTS = ("forward", "backward", "recurrent")
 PREFACE = f"""\
@@ -94,7 +94,7 @@ def report(
             "kernels": [asdict(x) | {"failures": x.failures()} for x in kernels],
             "traffic": [asdict(x) for x in moved],
         }
-        text = json.dumps(rows, indent=1)
+        text = to_json(rows, indent=1)
     else:
         text = "\n".join(lines(kernels, moved, options))
     if out:

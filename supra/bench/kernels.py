@@ -4,7 +4,6 @@ With one length: times, and ratios to every rival that is installed. With severa
 and peak memory grow, each in a process of its own; rivals then decode only.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from supra.bench.compile import table
 from supra.bench.rivals import OPERATIONS, Contender, Setting
 from supra.bench.workers import run_parallel
 from supra.errors import UserError, check_choice
+from supra.strict_json import to_json
 
 FORWARD, TRAINING, DECODING = DIRECTIONS = ("forward", "forward+backward", "decode step")
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention")
@@ -118,7 +118,7 @@ def report(
         rows = [grow(job, repeats) for x in chosen for job in growth_jobs(*x, settings)]
         header = GROWTH_HEADER
     if as_json:
-        print(json.dumps({**machine(device), "rows": [asdict(row) for row in rows]}, indent=1))
+        print(to_json({**machine(device), "rows": [asdict(row) for row in rows]}, indent=1))
         return
     lines = [f"{name}: {value}" for name, value in machine(device).items()]
     print("\n".join([*lines, "", *table(header, [row.cells() for row in rows])]))

@@ -5,7 +5,6 @@ the tokens, and the error. The exponent is Lyapunov's: the mean log of how much 
 the state grows a token, from the Jacobians along the solution; below 0 it dies out.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from supra.parallel import (
     solve,
 )
 from supra.parallel.solve import on_all_tokens
+from supra.strict_json import to_json
 
 SWEEPS = 300  # at most; a method that needs more is not the right one
 DENSE_NUMBERS = 2**25  # of Jacobians, beyond which dense methods are left out
@@ -130,7 +130,7 @@ def report(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if as_json:
         machine = {"machine": timing.processor(device), "torch": torch.__version__}
-        print(json.dumps(machine | {"runs": [asdict(run) for run in runs]}, indent=1))
+        print(to_json(machine | {"runs": [asdict(run) for run in runs]}, indent=1))
         return
     print(f"{timing.processor(device)}, torch {torch.__version__}, batch {batch}\n")
     print("\n".join(table((*COLUMNS, "loop's time / its"), [run.cells() for run in runs])))

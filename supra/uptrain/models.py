@@ -7,6 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.checkpoints import find_checkpoint
+from supra.checksums import record_checksums
 from supra.report import REPORT
 from supra.untrusted import LICENSE_FILES, copy_data, drop_code
 from supra.uptrain.config import UptrainConfig
@@ -56,3 +57,4 @@ def export(
     drop_code(to)
     for line in copy_data(student.folder, to, (REPORT, *LICENSE_FILES)):
         tqdm.write(line)
+    record_checksums(to)

@@ -1,0 +1,60 @@
+"""A checksum of every tensor that was written, in conversion.json: `supra inspect --verify`."""
+
+import json
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from supra.errors import UserError
+from supra.report import REPORT
+from supra.weights import FolderReader
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of dtype, shape and bytes: it finds flipped bits, and is no proof against a forger."""
+    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return f"{zlib.crc32(data, start):08x}"
+
+
+def record_checksums(folder: Path) -> None:
+    """Put those of the tensors that lie in `folder` into its conversion.json, if it has one: those
+    of the folder that the file was copied from are another model's."""
+    if (folder / REPORT).is_file():
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report["checksums"] = _of_folder(folder)
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path) -> int:
+    """How many tensors lie in `folder`, each as it was written.
+
+    Raises UserError for the first that does not, and where no checksums were written.
+    """
+    try:
+        expected = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("checksums")
+    except FileNotFoundError:
+        expected = None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{REPORT} of {folder.name} is damaged ({error}): copy it again") from error
+    if not isinstance(expected, dict) or not expected:
+        raise UserError(
+            f"--verify: {folder.name} has no checksums in {REPORT}, which `supra convert` and "
+            "`supra uptrain` write today: convert the model again to have them"
+        )
+    found = _of_folder(folder)
+    changed = sorted(name for name in expected if found.get(name) != expected[name])
+    changed += sorted(found.keys() - expected.keys())
+    if changed:
+        raise UserError(
+            f"{len(changed)} of {len(expected)} tensors of {folder.name} are not what was written, "
+            f"first {changed[0]}: copy or convert the model again"
+        )
+    return len(expected)
+
+
+def _of_folder(folder: Path) -> dict[str, str]:
+    reader = FolderReader(folder)
+    return {name: checksum(reader.load(name)) for name in reader.specs}

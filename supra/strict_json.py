@@ -1,0 +1,20 @@
+"""JSON that every program reads: it has no NaN and no infinity."""
+
+import json
+import math
+from typing import Any
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, with null for a number that is not finite, as a perplexity beyond 1e308."""
+    return json.dumps(_strict(value), indent=indent, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
