@@ -7,6 +7,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, s
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError
+from supra.evaluate.command import load_model
 from supra.packing import start_tokens, text_tokens
 
 
@@ -26,9 +27,7 @@ def stream_text(
     _check(max_new_tokens, temperature, top_p, beams, seed)
     tokenizer = checkpoint.tokenizer()
     encoded = _encode(tokenizer, checkpoint.name, prompt, chat)
-    model = checkpoint.model(dtype).eval()
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model = load_model(checkpoint, dtype).eval()
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

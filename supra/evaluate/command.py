@@ -1,9 +1,11 @@
 """`supra eval`: perplexity of one model on one text."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from supra.checkpoints import Checkpoint
@@ -11,6 +13,7 @@ from supra.errors import UserError
 from supra.evaluate.perplexity import blocks_from_text, perplexity
 from supra.positions import check_positions
 from supra.text import open_documents
+from supra.weights import first_not_finite
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,37 @@ def check_sizes(sequence_length: int, batch: int, tokens: int | None) -> None:
             raise UserError(f"--{name} (={value}) must be at least {least}")
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
-    """On the GPU where there is one."""
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, may_overflow: bool = False
+) -> PreTrainedModel:
+    """On the GPU where there is one.
+
+    Raises UserError for weights that are not finite. Later, unless it `may_overflow`, a call whose
+    logits are not does.
+    """
     model = checkpoint.model(dtype)
+    if name := first_not_finite(model):
+        raise UserError(
+            f"model {checkpoint.name!r} gives no numbers: its tensor {name} holds NaN or infinity; "
+            "take another copy or checkpoint of it"
+        )
+    if not may_overflow:
+        model.get_output_embeddings().register_forward_hook(partial(_check_logits, model))
     return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def _check_logits(model: PreTrainedModel, module: nn.Module, args: tuple, logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        raise overflow(model)
+
+
+def overflow(model: PreTrainedModel) -> UserError:
+    """Of a model whose weights are finite."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return UserError(
+        f"model {model.name_or_path!r} gives no numbers: its outputs overflow in {dtype}, though "
+        "its weights are finite; give --dtype float32, or take an earlier checkpoint"
+    )
 
 
 def position_edges(sequence_length: int) -> list[int]:

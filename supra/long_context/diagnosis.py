@@ -1,7 +1,7 @@
 """`supra diagnose`: reads one long text and says what becomes of loss and states beyond the length
 that a model was trained on, and what cures it."""
 
-import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from supra.checkpoints import Checkpoint
 from supra.errors import UserError, check_choice
-from supra.evaluate.command import load_model
+from supra.evaluate.command import load_model, overflow
 from supra.evaluate.heat_map import need_matplotlib
 from supra.files import check_vacant, staged_folder
 from supra.long_context.cures import CONFIGURED, Fix, trials_of, try_cures, write_policy
@@ -24,6 +24,7 @@ from supra.long_context.statistics import RecurrentLayers
 from supra.long_context.stream import TokenStream, begun
 from supra.mixers.policy import StatePolicy
 from supra.positions import check_positions
+from supra.strict_json import to_json
 from supra.text import open_documents
 
 TO = 65536
@@ -76,7 +77,7 @@ def diagnose(
     other = None
     if fix_text is not None:
         other = TokenStream(tokenizer, open_documents(fix_text, text_field))
-    model = load_model(checkpoint, dtype).eval()
+    model = load_model(checkpoint, dtype, may_overflow=True).eval()  # late in a text: a finding
     layers = RecurrentLayers.of(model)
     check_positions(model, "--to", to)
     if fix is not None:
@@ -85,6 +86,9 @@ def diagnose(
     with tqdm(total=plan.steps, unit="token", unit_scale=True, disable=not progress) as bar:
         found = Examination(model, layers, plan, bar)
         found.read(stream)
+    losses = found.losses()
+    if not math.isfinite(losses.inside):
+        raise overflow(model)
     result = Diagnosis(
         model=checkpoint.name,
         text=text,
@@ -93,7 +97,7 @@ def diagnose(
         trained_length=trained,
         policy=model.config.state_policy,
         kept_attention=layers.kept,
-        losses=found.losses(),
+        losses=losses,
         probes=plan.probes,
         heads=found.heads(),
         remembrance=found.remembrance,
@@ -194,7 +198,7 @@ def _fix(
 
 def _write(found: Diagnosis, out: Path) -> None:
     with staged_folder(out) as folder:
-        text = json.dumps(found.as_dict(), indent=1) + "\n"
+        text = to_json(found.as_dict(), indent=1) + "\n"
         (folder / "diagnosis.json").write_text(text, encoding="utf-8")
         draw_loss(found, folder / "loss.png")
         draw_states(found, folder / "states.png")
