@@ -8,6 +8,18 @@ from torch import Tensor, nn
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import AttentionShape, OutputGate
 
+LARGEST_EXPONENT = 20.0
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x), and exp(20) for what is larger: products and squares of it stay finite.
+
+    Beyond 20 the gradient is that at 20. A clamp has none there, and a parameter that ran away
+    would never come back.
+    """
+    at_bound = LARGEST_EXPONENT + (x - x.detach())
+    return torch.where(x > LARGEST_EXPONENT, at_bound, x).exp()
+
 
 class HeadLogits(nn.Module):
     """Wx + b, W zero at the start. In float32 also under autocast: bf16 rounds decays near 1."""

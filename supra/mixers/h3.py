@@ -21,6 +21,7 @@ from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
 from supra.mixers.bounded import Row, Tensors, bounded, padding_last
+from supra.mixers.gates import bounded_exp
 from supra.mixers.padding import rows_and_padding
 from supra.mixers.policy import PolicyRun
 from supra.mixers.short_conv import ShortConv
@@ -115,8 +116,8 @@ class DiagonalModel(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         """Ā = (1 + z) / (1 − z) and B̄ = dt / (1 − z) with z = dt A / 2, as the operation takes
         them: log |Ā| and arg Ā, and C B̄."""
-        dt = self.log_dt.exp()[:, None]
-        x, y = -dt * self.log_A_real.exp() / 2, dt * self.A_imag / 2
+        dt = bounded_exp(self.log_dt)[:, None]
+        x, y = -dt * bounded_exp(self.log_A_real) / 2, dt * self.A_imag / 2
         below = (1 - x).square() + y.square()  # |1 − z|²
         real, imaginary = dt * (1 - x) / below, dt * y / below
         c_real, c_imaginary = self.C.unbind(-1)

@@ -21,7 +21,7 @@ from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.gates import HeadLogits, SiLUGate
+from supra.mixers.gates import HeadLogits, SiLUGate, bounded_exp
 from supra.mixers.scan import LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import ShortConv, convolved_identity
 
@@ -116,7 +116,7 @@ class Mamba2(Mixer):
         step = F.softplus(self.dt(inputs.hidden_states))
         output, end = scan(
             LINEAR_ATTENTION, inputs, query, key, (step[..., None] * value).to(value.dtype),
-            log_decay=-self.A_log.exp() * step,
+            log_decay=-bounded_exp(self.A_log) * step,
             state=None if memory is None else LinearAttentionState(memory, None),
             return_state=return_state,
             scale=inputs.scaling,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.gates import DecayGate, fill_heads
+from supra.mixers.gates import DecayGate, bounded_exp, fill_heads
 from supra.mixers.scan import LINEAR_ATTENTION, NONLINEAR_GATED, scan
 from supra.parallel import METHODS, NonlinearGated, solve
 
@@ -156,13 +156,13 @@ class NonlinearGatedMixer(Mixer):
         groups = self.shape.query_heads // self.shape.key_heads
         key, value = (x.to(wide).repeat_interleave(groups, dim=2) for x in (key, inputs.value))
         log_decay = self.decay_gate(inputs.hidden_states).to(wide)
-        return query.to(wide), key, value * self.log_gain.exp()[:, None], log_decay
+        return query.to(wide), key, value * bounded_exp(self.log_gain)[:, None], log_decay
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T], of the linear part: what the tanh does is left out."""
         query, key, _, log_decay = self._tensors(inputs)
         batch, tokens, heads, _ = query.shape
-        written = -torch.expm1(log_decay) * self.log_gain.exp()
+        written = -torch.expm1(log_decay) * bounded_exp(self.log_gain)
         identity = torch.eye(tokens, dtype=query.dtype, device=query.device)
         output, _ = scan(
             LINEAR_ATTENTION, inputs, query, key * written[..., None],

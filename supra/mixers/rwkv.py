@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import AttentionShape, Mixer, MixerInputs
-from supra.mixers.gates import fill_heads, slope_of_half_life
+from supra.mixers.gates import bounded_exp, fill_heads, slope_of_half_life
 from supra.mixers.scan import GATED_LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve, convolved_identity
 
@@ -88,7 +88,7 @@ class ChannelDecay(nn.Module):
         """[B, T, D] to [B, T, Hq, K]."""
         with without_autocast(x.device):
             moved = (x.to(self.A.dtype) @ self.A).tanh() @ self.B
-            return -(self.w0 + moved.unflatten(-1, self.sizes)).exp()
+            return -bounded_exp(self.w0 + moved.unflatten(-1, self.sizes))
 
 
 class Rwkv(Mixer):

@@ -22,7 +22,7 @@ from supra.mixers.feature_maps import (
     choose_sharpness,
     map_features,
 )
-from supra.mixers.gates import DecayGate, slope_of_half_life
+from supra.mixers.gates import DecayGate, bounded_exp, slope_of_half_life
 from supra.mixers.scan import LINEAR_ATTENTION, scan
 
 NORM_EPS = 1e-5
@@ -127,7 +127,7 @@ class Supra(Mixer):
             return None
         if self.options.decay == "gated":
             return self.decay_gate(inputs.hidden_states)
-        return -self.log_slope.float().exp()
+        return -bounded_exp(self.log_slope.float())
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from supra.errors import UserError
 from supra.mixers import MIXERS, PRESETS, AttentionShape, Rotary, build_mixer
 from supra.mixers import resolve_mixer as resolve
+from supra.mixers.gates import bounded_exp
 from supra.testing import mixer_inputs
 
 NAMES = [*MIXERS, *PRESETS]
@@ -30,6 +31,7 @@ SHAPES = [
     AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48),
     AttentionShape(query_heads=3, key_heads=3, head_size=10, value_size=7, hidden_size=30),
 ]
+EXPONENTS = ("log_slope", "A_log", "w0", "log_dt", "log_A_real", "log_gain")
 BATCH, TOKENS = 2, 70  # 70: one chunk of 64 and an odd rest
 
 
@@ -53,6 +55,16 @@ def rotary(positions, size):
 def make_inputs(shape, seed=0, tokens=TOKENS):
     angles = rotary(torch.arange(tokens)[None], shape.head_size)
     return mixer_inputs(shape, tokens, seed=seed, rotary=angles)
+
+
+def in_float32(inputs):
+    cos, sin = (x.float() for x in (inputs.rotary.cos, inputs.rotary.sin))
+    names = ("hidden_states", "query", "key", "value")
+    return dataclasses.replace(
+        inputs,
+        **{name: getattr(inputs, name).float() for name in names},
+        rotary=dataclasses.replace(inputs.rotary, cos=cos, sin=sin),
+    )
 
 
 def part(inputs, start, end, rows=slice(None), positions=None):
@@ -127,14 +139,9 @@ def test_the_last_segment_needs_no_state_after_it(mixer, shape):
 
 @torch.no_grad()
 def test_two_segments_are_one_run_in_float32(mixer, shape):
-    mixer, inputs = mixer.float(), make_inputs(shape)
-    cos, sin = (x.float() for x in (inputs.rotary.cos, inputs.rotary.sin))
+    mixer, inputs = mixer.float(), in_float32(make_inputs(shape))
     names = ("hidden_states", "query", "key", "value")
-    inputs = dataclasses.replace(
-        inputs,
-        **{name: getattr(inputs, name).float() for name in names},
-        rotary=dataclasses.replace(inputs.rotary, cos=cos, sin=sin),
-    )
+    cos, sin = inputs.rotary.cos, inputs.rotary.sin
     expected, _ = mixer(inputs)
     first, state = mixer(inputs.first(33), return_state=True)
     rest = dataclasses.replace(
@@ -181,6 +188,57 @@ def row_alone(inputs, kept):
     cut = {name: getattr(inputs, name)[:1][:, kept] for name in names}
     angles = rotary(torch.arange(len(kept))[kept][None], inputs.query.shape[-1])
     return dataclasses.replace(inputs, **cut, rotary=angles)
+
+
+@pytest.mark.parametrize("value", [-1e4, -100.0, 50.0, 100.0, 1e4])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_parameter_that_ran_away_leaves_all_numbers_finite(name, options, value):
+    mixer = build_mixer(name, SHAPES[0], options)
+    mixer.reset_parameters()
+    inputs = in_float32(make_inputs(SHAPES[0], tokens=12))
+    loud = dataclasses.replace(inputs, hidden_states=1e4 * inputs.hidden_states)
+    tensors = [(n, x) for n, x in mixer.named_parameters()]
+    tensors += [(n, x) for n, x in mixer.named_buffers() if n == "log_slope"]
+    for changed, tensor in tensors:
+        start = tensor.data.clone()
+        tensor.data.fill_(value)
+        for given in (inputs, loud):
+            output, state = mixer(given, return_state=True)
+            assert all(x is None or x.isfinite().all() for x in (output, *state)), changed
+            leaves = list(mixer.parameters())
+            gradients = torch.autograd.grad(output.mean(), leaves, materialize_grads=True)
+            assert all(x.isfinite().all() for x in gradients), changed
+        tensor.data.copy_(start)
+
+
+def test_bounded_exponents_are_exponents_within_the_bound():
+    x = torch.cat([torch.linspace(-200, 20, 5001), torch.tensor([20.1, 50.0, 1e4, 1e30])])
+    x.requires_grad_()
+    found = bounded_exp(x)
+    expected = x.clamp(max=20).exp()
+    assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert torch.equal(gradient, expected), "beyond the bound, that at the bound"
+
+
+@pytest.mark.parametrize("size", [-30.0, -3.0, 1.0, 19.9])
+@pytest.mark.parametrize("name", ["supra", "mamba2", "rwkv", "h3", "nonlinear_gated"])
+def test_values_within_the_bound_are_as_without_it(name, size, monkeypatch):
+    mixer = build_mixer(name, SHAPES[0], {})
+    mixer.reset_parameters()
+    exponents = [p for n, p in mixer.named_parameters() if n.split(".")[-1] in EXPONENTS]
+    for parameter in exponents:
+        parameter.data.fill_(size)
+    inputs = in_float32(make_inputs(SHAPES[0], tokens=12))
+
+    def numbers():
+        output, _ = mixer(inputs)
+        leaves = list(mixer.parameters())
+        return output, *torch.autograd.grad(output.sum(), leaves, materialize_grads=True)
+
+    found = numbers()
+    monkeypatch.setattr(f"supra.mixers.{name}.bounded_exp", torch.exp)
+    assert exponents and all(map(torch.equal, found, numbers()))
 
 
 @torch.no_grad()
