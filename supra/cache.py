@@ -1,10 +1,11 @@
 """The cache of a converted model: one layer class, whatever the mixer keeps as its state."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from supra.errors import UserError
@@ -37,8 +38,12 @@ class MixerLayer(CacheLayerMixin):
         super().__init__()
         self.state: NamedTuple | None = None
         self.length = 0
+        self.model: weakref.ref | None = None  # whose tokens these are
         self.record_past = False
         self._calls: list[_Call] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}  # a weak reference cannot be pickled
 
     def mix(self, mixer: Mixer, inputs: MixerInputs) -> Tensor:
         """Run the mixer on the tokens of one call and keep the state after them."""
@@ -138,6 +143,14 @@ def check_rows(cache: Cache, batch: int) -> None:
     if batch % rows == 0:  # as num_beams and num_return_sequences make of a prompt's
         way_out = f"pass fork_state(past_key_values, copies={batch // rows}) of supra.states"
     raise UserError(f"past_key_values hold {rows} rows and the input has {batch}: {way_out}")
+
+
+def belong_to(cache: Cache, model: nn.Module) -> None:
+    """Note whose tokens a cache holds: of what is saved, a file says with which weights it was
+    read. It keeps no model alive."""
+    if not torch.compiler.is_compiling():
+        for layer in cache.layers:
+            layer.model = weakref.ref(model)
 
 
 def adopt_cache(cache: Cache, layers: int) -> None:

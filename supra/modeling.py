@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 
 import supra.adapters  # noqa: F401 (tells peft of converted models)
 from supra.attention import attention_modules, insert_mixer
-from supra.cache import adopt_cache, check_rows, new_cache
+from supra.cache import adopt_cache, belong_to, check_rows, new_cache
 from supra.card import carry_card
 from supra.config_rules import making_model
 from supra.configuration import config_class
@@ -181,6 +181,8 @@ class SupraModel(_SupraPreTrained):
         elif past_key_values is not None:
             adopt_cache(past_key_values, self.config.num_hidden_layers)
             check_rows(past_key_values, batch)
+        if past_key_values is not None:
+            belong_to(past_key_values, self)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         padding = padding_mask(attention_mask, batch, tokens, past)
         return super().forward(
