@@ -139,7 +139,7 @@ def disk_errors() -> Iterator[None]:
     except (OSError, UserError):
         raise
     except BaseException as error:  # torch.distributed.checkpoint's own is no Exception
-        if number := re.search(r"os error (\d+)", str(error)):
+        if number := re.search(r"(?:os error|\[Errno) (\d+)", str(error)):
             code, reason = int(number[1]), os.strerror(int(number[1]))
         elif any(name in str(error) for name in _TORCH_WRITER):
             code, reason = errno.EIO, "a file cannot be written whole: the disk may be full"

@@ -1,10 +1,8 @@
 """The training loop, for one process or many (accelerate), with exact resume."""
 
-import json
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,20 +10,14 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
-from safetensors.torch import load_file, save_file
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
 
 from supra.calibrate import calibrate
 from supra.card import update_card
 from supra.checkpoints import find_checkpoint
 from supra.errors import Diverged, UserError, check_choice
 from supra.evaluate.perplexity import perplexity
-from supra.files import disk_errors, staged_folder
+from supra.files import staged_folder
 from supra.head import ScoredModel, language_model
 from supra.original import original
 from supra.packing import Block, check_tokenizer, collate
@@ -40,10 +32,11 @@ from supra.uptrain.finite import first_not_finite, predicts
 from supra.uptrain.initial_state import InitialState, check_extends
 from supra.uptrain.launch import check_launch, fsdp_plugin
 from supra.uptrain.log import Log
-from supra.uptrain.manifest import listed_files, write_manifest
+from supra.uptrain.manifest import listed_files
 from supra.uptrain.memory import keep_freed_memory
-from supra.uptrain.origin import ORIGIN, origin
+from supra.uptrain.origin import origin
 from supra.uptrain.run_folder import RunFolder
+from supra.uptrain.saved_state import SavedState
 from supra.uptrain.stages import Stage, plan, tokens_read
 from supra.uptrain.stop import stop_signals
 from supra.uptrain.teacher import Teacher
@@ -95,18 +88,18 @@ class Run:
         # the last one when all steps are done, and only the export is missing
         stage = next((x for x in self.stages if self.step < x.end), self.stages[-1])
         self._open_data(stage)
-        self.origin = self._on_main(lambda: origin(config, self.documents.dataset))
+        now = self._on_main(lambda: origin(config, self.documents.dataset))
         if checkpoint:
-            changed += self._on_main(lambda: folder.check_origin(checkpoint, self.origin, accept))
+            changed += self._on_main(lambda: folder.check_origin(checkpoint, now, accept))
+        self.saved = SavedState(self.accelerator, folder, now, changed)
         self._open_log()
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
-            self._resume(checkpoint, changed)
+            self._resume(checkpoint)
         self.row: Block | None = None  # of the last step
         self._begin(stage)
         if self.initial_state and self.step > stage.start:
-            with self._loading(checkpoint, changed):
-                self.initial_state.load_state_dict(load_file(self._states_file(checkpoint)))
+            self.saved.read_rows(checkpoint, self.initial_state)
         if self.accelerator.is_main_process:
             folder.write_config(config)
             folder.prune(config.checkpoint.keep)
@@ -175,33 +168,12 @@ class Run:
         self._report_perplexity(stage, {"eval": self.model})
 
     def save(self) -> None:
-        """Write the training state: accelerate's, where each process is in its data, and from
-        which states its rows begin."""
+        """Write a checkpoint, of weights that are numbers."""
         self._check_finite()
-        target, accelerator = self.folder.checkpoint(self.step), self.accelerator
-        main = accelerator.is_main_process
-        try:
-            with staged_folder(target) if main else disk_errors() as staging:
-                (staging,) = broadcast_object_list([staging])
-                accelerator.save_state(str(staging))
-                position = json.dumps(self.stream.state_dict())
-                self._position_file(staging).write_text(position, encoding="utf-8")
-                if self.initial_state:
-                    save_file(self.initial_state.state_dict(), self._states_file(staging))
-                accelerator.wait_for_everyone()
-                if main:
-                    facts = {"step": self.step, **self.origin}
-                    (staging / ORIGIN).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-                    write_manifest(staging)
-        except OSError as error:
-            raise UserError(
-                f"the checkpoint of step {self.step} cannot be written: {error}. Those before it "
-                f"stay: make room on the disk of out (={self.folder.path}), and the same command "
-                "goes on"
-            ) from error
-        if main:
+        self.saved.write(self.step, self.stream, self.initial_state)
+        if self.accelerator.is_main_process:
             self.folder.prune(self.config.checkpoint.keep)
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def export(self) -> None:
         """Write the result to out/final."""
@@ -384,54 +356,25 @@ class Run:
         stages = self.config.stages
         return {x: stage for x, stage in stages.items() if x not in LAYERWISE} or stages
 
-    def _resume(self, checkpoint: Path, changed: list[str]) -> None:
+    def _resume(self, checkpoint: Path) -> None:
         """Load the training state, and go to the place in the data."""
-        processes = self.accelerator.num_processes
-        written_by = len(list(checkpoint.glob("data-*.json")))
-        if written_by != processes:
-            raise UserError(
-                f"{checkpoint} was written by {written_by} processes and there are {processes} "
-                "now: each has its own place in the data"
-            )
         if not listed_files(checkpoint):
             self.log.say(
                 f"{checkpoint.name} was written by an earlier version: without checksums of its "
                 "files, and fingerprints of student, teacher and text"
             )
-        if changed:
-            self.log.say(f"going on from {checkpoint.name} with changes: {'; '.join(changed)}")
-        with self._loading(checkpoint, changed):
-            position = self._position_file(checkpoint).read_text(encoding="utf-8")
-            self.stream.load_state_dict(json.loads(position))
-            self.accelerator.load_state(str(checkpoint))
-        if not all(gather_object([self.stream.found])):
-            self._lost_place(checkpoint)
-
-    @contextmanager
-    def _loading(self, checkpoint: Path, changed: list[str]) -> Iterator[None]:
-        """Whatever torch and accelerate raise where a checkpoint does not load is a UserError."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            logging.getLogger(__name__).debug("loading %s failed", checkpoint, exc_info=True)
-            reason = " ".join(str(error).split())[:300]
-            if changed:
-                raise UserError(
-                    f"{checkpoint} does not go with what changed ({'; '.join(changed)}): {reason}; "
-                    "go back to what was there, or choose another out folder"
-                ) from error
-            raise self.folder.damaged(checkpoint, f"it does not load ({reason})") from error
-
-    def _lost_place(self, checkpoint: Path) -> None:
-        where = self.stream.state_dict()
+        if self.saved.changed:
+            changed = "; ".join(self.saved.changed)
+            self.log.say(f"going on from {checkpoint.name} with changes: {changed}")
+        if self.saved.read(checkpoint, self.stream):
+            return
         if not self.accept_changed:
             raise UserError(
                 f"the text ends before the place in it that {checkpoint} names: put back the text "
                 "that was there, choose another out folder, or give --accept-changed to go on in "
                 "this one"
             )
+        where = self.stream.state_dict()
         self.log.say(
             f"the text ends before the place where training was: it goes on in epoch "
             f"{where['epoch'] + 1} after {where['documents']} documents"
@@ -456,12 +399,6 @@ class Run:
 
     def _logged(self, step: int, key: str) -> float | None:
         return self.folder.logged(step, key) if self.accelerator.is_main_process else None
-
-    def _position_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"data-{self.accelerator.process_index}.json"
-
-    def _states_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"states-{self.accelerator.process_index}.safetensors"
 
     def _autocast(self) -> torch.autocast:
         # not accelerate's: that one turns the logits into float32, all of them at once

@@ -1,0 +1,99 @@
+"""The training state in a checkpoint: what accelerate holds, where each process is in its data, and
+from which states its rows begin."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+
+from supra.errors import UserError
+from supra.files import disk_errors, staged_folder
+from supra.uptrain.data import BlockStream
+from supra.uptrain.initial_state import InitialState
+from supra.uptrain.manifest import write_manifest
+from supra.uptrain.origin import ORIGIN
+from supra.uptrain.run_folder import RunFolder
+
+
+@dataclass
+class SavedState:
+    """Every process writes its own part, and the main one the lists of what is there."""
+
+    accelerator: Accelerator
+    folder: RunFolder
+    origin: dict[str, str]
+    changed: list[str]  # what is another one than the last checkpoint's, and accepted
+
+    def write(self, step: int, stream: BlockStream, initial_state: InitialState | None) -> None:
+        """Whole or not at all. Raises UserError for a disk that is full."""
+        main = self.accelerator.is_main_process
+        target = self.folder.checkpoint(step)
+        try:
+            with staged_folder(target) if main else disk_errors() as staging:
+                (staging,) = broadcast_object_list([staging])
+                self.accelerator.save_state(str(staging))
+                position = json.dumps(stream.state_dict())
+                self._position_file(staging).write_text(position, encoding="utf-8")
+                if initial_state:
+                    save_file(initial_state.state_dict(), self._rows_file(staging))
+                self.accelerator.wait_for_everyone()
+                if main:
+                    facts = json.dumps({"step": step, **self.origin}, indent=1)
+                    (staging / ORIGIN).write_text(facts, encoding="utf-8")
+                    write_manifest(staging)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written: {error}. Those before it stay: "
+                f"make room on the disk of out (={self.folder.path}), and the same command goes on"
+            ) from error
+
+    def read(self, checkpoint: Path, stream: BlockStream) -> bool:
+        """Load it, and go to the place in the data; whether every process's text has that place.
+        Raises UserError where it does not load."""
+        processes = self.accelerator.num_processes
+        written_by = len(list(checkpoint.glob("data-*.json")))
+        if written_by != processes:
+            raise UserError(
+                f"{checkpoint} was written by {written_by} processes and there are {processes} "
+                "now: each has its own place in the data"
+            )
+        with self._loading(checkpoint):
+            position = self._position_file(checkpoint).read_text(encoding="utf-8")
+            stream.load_state_dict(json.loads(position))
+            self.accelerator.load_state(str(checkpoint))
+        return all(gather_object([stream.found]))
+
+    def read_rows(self, checkpoint: Path, initial_state: InitialState) -> None:
+        """The states that rows begin from, when the stage that has them is under way."""
+        with self._loading(checkpoint):
+            initial_state.load_state_dict(load_file(self._rows_file(checkpoint)))
+
+    @contextmanager
+    def _loading(self, checkpoint: Path) -> Iterator[None]:
+        """Whatever torch and accelerate raise becomes a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (Exception, CheckpointException) as error:  # the latter, of FSDP, is none
+            logging.getLogger(__name__).debug("loading %s failed", checkpoint, exc_info=True)
+            reason = " ".join(str(error).split())[:300]
+            if self.changed:
+                raise UserError(
+                    f"{checkpoint} does not go with what changed ({'; '.join(self.changed)}): "
+                    f"{reason}; go back to what was there, or choose another out folder"
+                ) from error
+            raise self.folder.damaged(checkpoint, f"it does not load ({reason})") from error
+
+    def _position_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"data-{self.accelerator.process_index}.json"
+
+    def _rows_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"states-{self.accelerator.process_index}.safetensors"
