@@ -77,9 +77,9 @@ def _plain(value):
 
 
 def parse_yaml(text: str | bytes, where: str):
-    """The value that YAML says; `where` names it in errors. Raises UserError.
+    """The value that YAML says; `where` names it in errors.
 
-    A key that stands twice in a mapping is one: PyYAML would take the last.
+    Raises UserError, for a key that stands twice in a mapping too: PyYAML would take the last.
     """
     try:
         return yaml.load(text, _Loader)
@@ -115,7 +115,7 @@ def _set(values: dict, dotted: str, value) -> None:
 def _check_keys(cls: type, values: dict, prefix: str, known: Iterable[str]) -> None:
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        dotted = f"{prefix}{key}"[:200]
+        dotted = f"{prefix}{key}"[:200]  # for a message of one line
         if key not in hints:
             raise UserError(f"unknown key {dotted}{_nearest(dotted, known, hints)}")
         inner = _dataclass_of(hints[key])
