@@ -13,7 +13,7 @@ learn that documents begin in the middle of a sentence.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import islice, repeat
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +30,8 @@ labels[t + 1]. Start tokens have the label -100, and so has the first token of a
 that of a document after start tokens.
 """
 
-# something that a tokenizer has tokens for, so that what it adds can be told apart
-PROBES = ("a", "A", "1", ".")
+# texts that most tokenizers have tokens for, and how many of its own tokens are tried where not
+PROBES, OWN_PROBES = ("a", "A", "1", "."), 100
 
 
 def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -45,7 +45,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     Found from what it does: `bos_token` and `add_bos_token` often say otherwise. Raises UserError
     where it cannot be told.
     """
-    for probe in PROBES:
+    for probe in _probes(tokenizer):
         plain, whole = plain_tokens(tokenizer, probe), tokenizer(probe)["input_ids"]
         for start in range(len(whole) - len(plain) + 1) if plain else ():
             end = start + len(plain)
@@ -55,6 +55,13 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
         "the tokenizer gives other tokens where it adds special ones, so that they cannot be told "
         f"apart (tried with {', '.join(map(repr, PROBES))}): give a tokenizer that only adds them"
     )
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    yield from PROBES
+    special = set(tokenizer.all_special_ids)
+    ids = (id for id in range(len(tokenizer)) if id not in special)
+    yield from (tokenizer.decode([id]) for id in islice(ids, OWN_PROBES))
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

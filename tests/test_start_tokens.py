@@ -6,6 +6,8 @@ from itertools import pairwise
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from supra import testing
@@ -63,13 +65,26 @@ def test_a_document_has_what_the_tokenizer_puts_around_it(tokenizers, kind):
     assert encode(tokenizer, written) == plain + end, "a text that brings its start has it once"
 
 
-def test_a_tokenizer_whose_tokens_change_is_refused(tokenizers):
-    class Changing:
-        def __call__(self, text, add_special_tokens=True, **options):
-            return {"input_ids": [7, 8] if add_special_tokens else [9]}
+def test_a_tokenizer_whose_tokens_change_is_refused(tokenizers, monkeypatch):
+    tokenizer = tokenizers["start"]
 
+    def changing(text, add_special_tokens=True, **options):
+        return {"input_ids": [7, 8] if add_special_tokens else [9]}
+
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *args, **x: changing(*args, **x))
     with pytest.raises(UserError, match="gives other tokens where it adds special ones"):
-        start_tokens(Changing())
+        start_tokens(tokenizer)
+
+
+def test_a_tokenizer_of_few_letters():
+    """None of the usual texts has a token in it."""
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "r": 2, "i": 3}, []))
+    names = [("<s>", 0), ("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=names)
+    letters = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    assert start_tokens(letters) == [0] and encode(letters, "river") == [2, 3, 2, 1]
 
 
 N = IGNORE
@@ -232,7 +247,7 @@ def test_remembrance_reads_after_the_start():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def folder(tmp_path_factory):
     """A teacher and a converted model for each of two kinds, and text."""
     folder = tmp_path_factory.mktemp("models")
     for kind in ("start", "a start of two"):
@@ -299,16 +314,16 @@ extend: {tokens: 192, state_passing: 2}
 """
 
 
-def run(models, kind, name, out):
-    places = {x: models / kind / x for x in ("teacher", "student")}
-    places |= {"text": models / "text.jsonl", "config": models / "config.yaml", "out": out}
+def run(folder, kind, name, out):
+    places = {x: folder / kind / x for x in ("teacher", "student")}
+    places |= {"text": folder / "text.jsonl", "config": folder / "config.yaml", "out": out}
     main([word.format(**places) for word in COMMANDS[name].split()])
 
 
 @pytest.mark.parametrize("kind", ["start", "a start of two"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_reading_begins_with_the_start(models, tmp_path, beginnings, name, kind):
-    run(models, kind, name, tmp_path / "out")
+def test_every_reading_begins_with_the_start(folder, tmp_path, beginnings, name, kind):
+    run(folder, kind, name, tmp_path / "out")
     start = KINDS[kind][1]
     assert len(beginnings) > 0
     for ids in beginnings:
@@ -316,12 +331,12 @@ def test_every_reading_begins_with_the_start(models, tmp_path, beginnings, name,
         assert ids[len(start) :][:1] != start[-1:], "doubled"
 
 
-def test_an_interrupted_run_is_unbroken(models, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_unbroken(folder, tmp_path, monkeypatch):
     kind = "a start of two"
-    run(models, kind, "uptrain", tmp_path / "whole")
+    run(folder, kind, "uptrain", tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         with pytest.raises(SystemExit):
-            run(models, kind, "uptrain", tmp_path / "broken")
-    run(models, kind, "uptrain", tmp_path / "broken")
+            run(folder, kind, "uptrain", tmp_path / "broken")
+    run(folder, kind, "uptrain", tmp_path / "broken")
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
