@@ -185,7 +185,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
     try:
         check_opened(checkpoint.folder, gguf=checkpoint.gguf_file is not None)
-        if checkpoint.gguf_file is None:
+        # a config that is given is checked; the folder, which is being made, may have none yet
+        if checkpoint.gguf_file is None and "config" not in arguments:
             check_fields(read_fields(checkpoint.folder / CONFIG))
         parsed = nullcontext() if checkpoint.gguf_file is None else checkpoint._gguf.parsed()
         with parsed, padding_errors(arguments.get("config")):
