@@ -282,7 +282,7 @@ def test_another_models_config(broken, tmp_path):
 
 def test_damaged_config(broken, tmp_path):
     (broken / "config.json").write_text("{")
-    fails("does not load", broken, tmp_path / "rnn")
+    fails("config.json is damaged", broken, tmp_path / "rnn")
 
 
 def test_pickled_weights_are_not_opened(base, tmp_path):
