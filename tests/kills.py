@@ -248,13 +248,15 @@ def main() -> None:
     parser.add_argument("--only", choices=("convert", "uptrain"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a job in the background ignored
     tqdm.monitor_interval = 0  # a thread, which forks would not have
     folder = Path(tempfile.mkdtemp(prefix="supra-kills-"))
     files = folder / "files"
     if os.fork() == 0:  # torch computes in forks alone
         make_files(files)
         os._exit(0)
-    os.wait()
+    if os.wait()[1] != 0:
+        sys.exit("no files to try it on")
     makers = {"convert": convert_words, "uptrain": uptrain_words}
     commands = [
         Command(name, words, files)
