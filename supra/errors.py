@@ -74,26 +74,33 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def termination() -> Iterator[None]:
-    """Raise Terminated in here where SIGTERM or SIGHUP would end the process; a second one does."""
-    previous = {}
+def termination() -> Iterator[list[int]]:
+    """Raise Terminated in here where SIGTERM or SIGHUP would end the process, and KeyboardInterrupt
+    for Ctrl-C; a second one does what it would without us.
+
+    The signal that came is in the list, too: in the middle of an import, numpy and transformers
+    make other errors of what is raised.
+    """
+    previous, received = {}, []
 
     def handle(number, frame):
         restore()
-        raise Terminated(128 + number)
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
 
     def restore():
         while previous:
             signal.signal(*previous.popitem())
 
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        for name in ("SIGTERM", "SIGHUP", "SIGINT"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             # nohup ignores SIGHUP, and what ignores or handles one has its reason
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            unhandled = (signal.SIG_DFL, signal.default_int_handler)
+            if number is not None and signal.getsignal(number) in unhandled:
                 previous[number] = signal.signal(number, handle)
     try:
-        yield
+        yield received
     finally:
         restore()
 
@@ -118,17 +125,19 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(run)
     def wrapped(*args, **kwargs) -> None:
+        received = []
         try:
-            with termination():
+            with termination() as received:
                 run(*args, **kwargs)
-        except (UserError, OSError) as error:
+        except BaseException as error:
+            number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
+            if number := next(iter(received), number):
+                word = "interrupted" if number == signal.SIGINT else "terminated"
+                print(f"supra: {word}", file=sys.stderr)
+                sys.exit(128 + number)
+            if not isinstance(error, UserError | OSError):
+                raise
             print(f"supra: error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print("supra: interrupted", file=sys.stderr)
-            sys.exit(130)
-        except Terminated:
-            print("supra: terminated", file=sys.stderr)
-            raise
 
     return wrapped

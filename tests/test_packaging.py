@@ -141,16 +141,23 @@ def test_version(capsys):
     assert project["project"]["version"] == __version__
 
 
-@pytest.mark.parametrize("module", ["yaml", "torch"])
-def test_ctrl_c_during_imports_is_one_line(module, tmp_path):
-    """They take seconds, and an interrupt in their middle is no traceback."""
-    code = f"""
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "made another error"])
+@pytest.mark.parametrize(("signal", "code", "word"), [
+    ("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"),
+])  # fmt: skip
+def test_a_signal_during_imports_is_one_line(signal, code, word, turned, tmp_path):
+    """They take seconds; numpy and transformers make errors of their own of an interrupt there."""
+    script = f"""
 import os, runpy, signal, sys
 
 class Interrupt:
     def find_spec(name, path, target=None):
-        if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
+        if name != "torch":
+            return
+        try:
+            os.kill(os.getpid(), signal.{signal})
+        except BaseException as error:
+            raise RecursionError("of numpy") if {turned} else error
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.meta_path.insert(0, Interrupt)
@@ -158,6 +165,6 @@ runpy.run_module("supra", run_name="__main__")
 """
     command = ["uptrain", "--config", "smoke", "student=s", "data.path=p", f"out={tmp_path}/run"]
     result = subprocess.run(
-        [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", script, *command], capture_output=True, text=True, cwd=ROOT
     )
-    assert (result.returncode, result.stderr) == (130, "supra: interrupted\n")
+    assert (result.returncode, result.stderr) == (code, f"supra: {word}\n")
