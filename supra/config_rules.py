@@ -1,4 +1,4 @@
-"""What a config.json must fulfil before a model is made of it; a mistake is one line with the field.
+"""What a config.json must fulfil before a model is made of it; a mistake is a line with the field.
 
 transformers looks at the types of fields. What else is wrong comes out of a family's own code, as
 an error of any kind, or makes a model that computes nonsense.
