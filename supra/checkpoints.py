@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from supra.config_rules import CONFIG, check_config, check_fields, padding_errors, read_fields
+from supra.config_rules import (
+    CONFIG,
+    check_config,
+    check_fields,
+    check_generation_config,
+    padding_errors,
+    read_fields,
+)
 from supra.errors import UserError, check_choice
 from supra.files import fingerprint
 from supra.gguf_file import GgufFile
@@ -100,6 +107,8 @@ class Checkpoint:
         that are no safetensors.
         """
         self.check_weights()
+        with self.named():
+            check_generation_config(self.folder)
         arguments = self.arguments | {
             "config": self.config(),
             "ignore_mismatched_sizes": True,  # they are in the loading info then, by name
@@ -118,8 +127,17 @@ class Checkpoint:
         )
         if self.gguf_file is not None:
             self._gguf.forget()
-        check_complete(info)
+        with self.named():
+            check_complete(info)
         return model
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors within say which checkpoint they are of."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"model {self.name!r}: {error}") from error
 
     @cached_property
     def _gguf(self) -> GgufFile:
@@ -184,18 +202,10 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
     try:
-        check_opened(checkpoint.folder, gguf=checkpoint.gguf_file is not None)
-        # a config that is given is checked; the folder, which is being made, may have none yet
-        if checkpoint.gguf_file is None and "config" not in arguments:
-            check_fields(read_fields(checkpoint.folder / CONFIG))
-        parsed = nullcontext() if checkpoint.gguf_file is None else checkpoint._gguf.parsed()
-        with parsed, padding_errors(arguments.get("config")):
-            found = opener(**arguments)
-        if isinstance(found, PreTrainedConfig):
-            check_config(found)
-        return found
-    except UserError as error:
-        raise UserError(f"model {checkpoint.name!r}: {error}") from error
+        with checkpoint.named():
+            return _opened_whole(checkpoint, opener, **arguments)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises a dozen kinds for a broken checkpoint
         logging.getLogger(__name__).debug("opening %s failed", checkpoint.name, exc_info=True)
         if "trust_remote_code" in str(error):
@@ -203,6 +213,21 @@ def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
         reason = " ".join(str(error).split())[:300]
         what = "the tokenizer of " if opener == AutoTokenizer.from_pretrained else ""
         raise UserError(f"{what}model {checkpoint.name!r} does not load: {reason}") from error
+
+
+def _opened_whole(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
+    """What the opener returns; what it would not say of a config is said here."""
+    gguf = checkpoint.gguf_file is not None
+    check_opened(checkpoint.folder, gguf=gguf)
+    # a config that is given is checked; the folder, which is being made, may have none yet
+    if not gguf and "config" not in arguments:
+        check_fields(read_fields(checkpoint.folder / CONFIG))
+    parsed = checkpoint._gguf.parsed() if gguf else nullcontext()
+    with parsed, padding_errors(arguments.get("config")):
+        found = opener(**arguments)
+    if isinstance(found, PreTrainedConfig):
+        check_config(found)
+    return found
 
 
 def _without_code(checkpoint: Checkpoint, opener: Any) -> str:

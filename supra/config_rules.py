@@ -33,7 +33,9 @@ COUNTS = (
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # endings of fields' names
 SIZES = ("_size", "_dim", "_rank", "_heads", "_experts", "_window")
-DIVISORS = ("_softcapping", "query_pre_attn_scalar")
+DIVISORS = (
+    "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "_sparse_step",
+)  # fmt: skip
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
@@ -99,6 +101,17 @@ def check_plan(given: dict[str, Any], format_version: int) -> None:
             raise UserError(f"config.json: supra.options has none of mixer {name!r}: {again}")
 
 
+def check_generation_config(folder: Path) -> None:
+    """Raise UserError where generation_config.json is none, or ends texts with what is no token."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    for name, value in read_fields(file).items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and not all(isinstance(x, int | None) for x in ids):
+            raise UserError(f"{file.name}: {name} (={value!r}) must be a whole number, or a list")
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Raise UserError for values that make no sense, in the part that reads text.
 
@@ -128,7 +141,7 @@ def _check_values(given: dict[str, Any], family: type[PreTrainedConfig]) -> None
 
     for name, most in [*((name, MOST) for name in COUNTS), ("num_hidden_layers", LAYERS)]:
         name, value = field(name)
-        if isinstance(value, int):
+        if not isinstance(value, list | dict | None):
             check_whole(name, value, 1, most)
     for name in ACTIVATIONS:
         name, value = field(name)
@@ -150,6 +163,8 @@ def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
         raise UserError(f"{name} (={heads}) must be a multiple of {of} (={key_heads})")
     name, used = field("num_experts_per_tok")
     for of, count in map(field, EXPERTS):
+        if not isinstance(count, list | dict | None):
+            check_whole(of, count, 0, MOST)
         if _is_number(used) and _is_number(count) and not 0 < used <= count:
             raise UserError(f"{name} (={used}) must be from 1 to {of} (={count})")
 

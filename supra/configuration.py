@@ -75,7 +75,9 @@ class _ConvertedConfig:
         fields = without_code(fields) | {"auto_map": dict(AUTO_MAP)}
         with foreign_errors("config.json makes no config"):
             found = super().from_dict(fields, **kwargs)
-        check_config(found[0] if isinstance(found, tuple) else found)
+            config = found[0] if isinstance(found, tuple) else found
+            config.validate()  # transformers does it for its own classes alone
+        check_config(config)
         return found
 
 

@@ -23,7 +23,7 @@ from supra.attention import attention_modules
 from supra.card import write_card
 from supra.checkpoints import Checkpoint, find_checkpoint
 from supra.checksums import checksum
-from supra.config_rules import making_model
+from supra.config_rules import check_generation_config, making_model
 from supra.configuration import converted_config
 from supra.errors import UserError
 from supra.families import FAMILIES, refusal
@@ -80,6 +80,8 @@ def convert(
     share, ranked = read_share(keep_attention, text)
     checkpoint = find_checkpoint(str(model), revision)
     base = checkpoint.config()
+    with checkpoint.named():
+        check_generation_config(checkpoint.folder)
     check_family(base)
     count = base.num_hidden_layers
     if share is not None:
