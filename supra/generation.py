@@ -6,7 +6,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from supra.checkpoints import Checkpoint
-from supra.errors import UserError
+from supra.errors import UserError, foreign_errors
 from supra.evaluate.command import load_model
 from supra.packing import start_tokens, text_tokens
 
@@ -25,6 +25,7 @@ def stream_text(
 ) -> None:
     """Print the continuation as it comes; with beams, when it is done."""
     _check(max_new_tokens, temperature, top_p, beams, seed)
+    _check_prompt(prompt)
     tokenizer = checkpoint.tokenizer()
     encoded = _encode(tokenizer, checkpoint.name, prompt, chat)
     model = load_model(checkpoint, dtype).eval()
@@ -60,6 +61,16 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, beams: int, se
         )
 
 
+def _check_prompt(prompt: str) -> None:
+    """What is no UTF-8 on a command line comes in as halves of characters."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--prompt is not UTF-8 after {error.start} characters: give it in that encoding"
+        ) from None
+
+
 def _encode(
     tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: bool
 ) -> BatchEncoding:
@@ -69,9 +80,12 @@ def _encode(
         if not tokenizer.chat_template:
             raise UserError(f"--chat: the tokenizer of {name} has no chat template")
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with foreign_errors(f"--chat: the chat template of {name} does not work"):
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        if encoded["input_ids"].shape[1] == 0:
+            raise UserError(f"--chat: the chat template of {name} leaves nothing of the prompt")
     else:
         ids = torch.tensor([[*start_tokens(tokenizer), *text_tokens(tokenizer, prompt)]])
         encoded = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
