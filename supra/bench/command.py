@@ -81,7 +81,6 @@ def run_bench_compile(arguments: argparse.Namespace) -> None:
 
 def run_bench_parallel(arguments: argparse.Namespace) -> None:
     from supra.bench.parallel import report
-    from supra.checkpoints import parse_dtype
 
     report(
         cells=parse_names(arguments.cells),
@@ -89,7 +88,7 @@ def run_bench_parallel(arguments: argparse.Namespace) -> None:
         lengths=parse_integers("lengths", arguments.lengths),
         widths=parse_integers("widths", arguments.widths),
         batch=arguments.batch,
-        dtype=parse_dtype(arguments.dtype),
+        dtype=arguments.dtype,
         repeats=arguments.repeats,
         as_json=arguments.json,
     )

@@ -33,6 +33,7 @@ from supra.strict_json import to_json
 
 SWEEPS = 300  # at most; a method that needs more is not the right one
 DENSE_NUMBERS = 2**25  # of Jacobians, beyond which dense methods are left out
+DTYPES = {"float32": torch.float32, "float64": torch.float64}  # the solvers' own
 COLUMNS = ("cell", "numbers", "exponent", "tokens", "method", "sweeps", "resets", "error", "ms")
 
 
@@ -102,7 +103,7 @@ def report(
     lengths: Sequence[int] = (256, 2048, 8192),
     widths: Sequence[int] = (16,),
     batch: int = 1,
-    dtype: torch.dtype | None = None,
+    dtype: str = "float32",
     repeats: int = 3,
     as_json: bool = False,
 ) -> None:
@@ -111,7 +112,9 @@ def report(
         check_choice("cells", name, CELLS)
     for name in methods:
         check_choice("methods", name, ("auto", *METHODS))
-    for name, values in (("lengths", lengths), ("widths", widths), ("repeats", [repeats])):
+    check_choice("dtype", dtype, DTYPES)
+    numbers = {"lengths": lengths, "widths": widths, "batch": [batch], "repeats": [repeats]}
+    for name, values in numbers.items():
         if not values or min(values) < 1:
             raise UserError(f"--{name} (={values}) must be whole numbers >= 1")
     runs = [
@@ -123,7 +126,7 @@ def report(
             tokens,
             methods or ("auto", *METHODS),
             batch,
-            dtype or torch.float32,
+            DTYPES[dtype],
             repeats,
         )
     ]
