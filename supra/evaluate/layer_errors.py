@@ -64,6 +64,12 @@ def measure_layer_errors(
 ) -> LayerErrors:
     """Every converted attention module against the teacher's, over all tokens of packed blocks."""
     find_mixers(model)
+    family, other = model.config.base_model_type, teacher.config.model_type
+    if family != other:
+        raise UserError(
+            f"the teacher is of family {other} and the model of {family}, whose layers take other "
+            "inputs: give the checkpoint that the model was converted from"
+        )
     pairs = sorted(
         zip(attention_modules(model), attention_modules(teacher), strict=True),
         key=lambda pair: pair[0].layer_idx,
