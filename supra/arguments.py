@@ -1,7 +1,17 @@
 """Values of command line arguments, out of their text."""
 
+import argparse
+from pathlib import Path
+
 from supra.errors import UserError, shown
 from supra.limits import check_options
+
+
+def folder(text: str) -> Path:
+    """A folder to make; an empty name would be the folder that one is in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("names no folder")
+    return Path(text)
 
 
 def parse_names(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from supra import __version__
-from supra.arguments import parse_integers, parse_names
+from supra.arguments import folder, parse_integers, parse_names
 from supra.bench.command import add_bench
 from supra.errors import UserError, check_choice, command, shown
 from supra.limits import check_options
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("convert", help="turn a transformer into a recurrent network")
     add.add_argument("--model", required=True, help="hub id, folder or GGUF file")
-    add.add_argument("--out", required=True, type=Path, help="folder to make")
+    add.add_argument("--out", required=True, type=folder, help="folder to make")
     add.add_argument(
         "--mixer", default="supra", help="supra, gated, mamba2, window …: see the README"
     )
@@ -152,7 +152,7 @@ def add_diagnose(commands: Any) -> None:
         "--every", type=int, metavar="TOKENS",
         help="from one look at the states to the next; default 1024, or less for short texts",
     )  # fmt: skip
-    add.add_argument("--out", type=Path, help="folder to make: diagnosis.json and pictures")
+    add.add_argument("--out", type=folder, help="folder to make: diagnosis.json and pictures")
     add.add_argument("--json", action="store_true", help="print JSON")
     add.add_argument(
         "--fix", metavar="auto",

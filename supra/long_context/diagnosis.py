@@ -128,9 +128,15 @@ def recorded_length(checkpoint: Checkpoint) -> int:
             f"--trained-length is missing: {checkpoint.name} lies in no folder of `supra uptrain` "
             "that would say how long its rows were in training"
         )
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    extended = config.get("extend") or {}
-    return config["data"]["sequence_length"] * extended.get("state_passing", 1)
+    try:
+        config = yaml.safe_load(path.read_bytes())
+        extended = config.get("extend") or {}
+        return config["data"]["sequence_length"] * extended.get("state_passing", 1)
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not what `supra uptrain` wrote ({type(error).__name__}): give "
+            "--trained-length"
+        ) from error
 
 
 def _check_fix(
