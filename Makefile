@@ -1,6 +1,7 @@
 # make demo   the main job on a real model, 12 minutes on 2 cores
 # make demo-gemma  the same on Gemma 3 270M, whose tokenizer puts <bos> before a text
 # make test   linter and tests, under 15 minutes on 2 cores
+# make test-faults  a thousand bad inputs over all commands: three minutes
 # make test-kill   200 kills of convert and uptrain: ten minutes
 # make test-long   fuzz, and every kernel compiled: an hour
 # make format write the code the way the linter wants it; make lint only says so
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 KILLS ?= 100
 SEED ?= 0
 
-.PHONY: demo demo-gemma test test-kill test-long lint format clean
+.PHONY: demo demo-gemma test test-faults test-kill test-long lint format clean
 
 demo demo-gemma: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo demo-gemma: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
@@ -29,6 +30,9 @@ test: lint
 
 test-long: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long -o faulthandler_timeout=0
+
+test-faults: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults tests/faults
 
 test-kill: $(VENV)/dev
 	$(BIN)/python -m tests.kills --kills $(KILLS) --seed $(SEED)

@@ -16,17 +16,20 @@ class Case:
     """`command` has places in it: {base}, {rnn}, {text} … of the shared folder, see shared.py, and
     {here}, {model}, {file}, {out} of the case's own.
 
-    says: parts of the one line that a refusal prints. accepted: why the input is none of a fault.
+    says: parts of the one line that a refusal prints; of a tuple one of them. accepted: why the
+        input is no fault.
     """
 
     name: str
     command: str
     make: Make | None = None
-    says: tuple[str, ...] = ()
+    says: tuple[str | tuple[str, ...], ...] = ()
     accepted: str | None = None
 
 
-def refused(command: str, *says: str, make: Make | None = None, name: str | None = None) -> Case:
+def refused(
+    command: str, *says: str | tuple[str, ...], make: Make | None = None, name: str | None = None
+) -> Case:
     """Exit code 2, one line that has all of `says`, and nothing written."""
     assert says, f"{command}: what must the line name?"
     return Case(name or command, command, make, says=says)

@@ -33,6 +33,7 @@ from tests.faults.configs import (
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD = "model-00002-of-00004.safetensors"
 CARD, REPORT = "README.md", "conversion.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\n"
 ALL = (CONVERT, EVAL, GENERATE, TASK, TEACHER, DIAGNOSE)
 
 
@@ -118,7 +119,7 @@ WEIGHTS = [
     ("no weights", [without(SINGLE)], "safetensors"),
     ("weights are empty", [file(SINGLE, "")], SINGLE),
     ("weights are binary", [file(SINGLE, BINARY)], SINGLE),
-    ("weights are text", [file(SINGLE, "version https://git-lfs.github.com/spec/v1\n" * 3)], SINGLE),
+    ("weights are text", [file(SINGLE, POINTER * 3)], SINGLE),
     ("weights are cut in half", [cut(SINGLE)], SINGLE),
     ("weights lack the last bytes", [cut(SINGLE, 0.999)], SINGLE),
     ("a header beyond the file", [file(SINGLE, _header(2**62, "{}"))], SINGLE),
@@ -139,7 +140,8 @@ WEIGHTS = [
     ("a tensor has NaN", [_replace(NORM, lambda x: x * float("nan"))], NORM),
     ("a tensor has one inf", [_replace(NORM, lambda x: x.clone().index_fill_(
         0, x.argmax(), float("inf")))], NORM),
-    ("a folder in the place of weights", [without(SINGLE), lambda x: (x / SINGLE).mkdir()], SINGLE),
+    ("a folder in the place of weights", [without(SINGLE), lambda x: (x / SINGLE).mkdir()],
+     "safetensors"),
     ("pickled weights alone", [without(SINGLE), file("pytorch_model.bin", BINARY)], "safetensors"),
     ("weights link to nothing", [_linked(SINGLE, "none.safetensors")], "safetensors"),
     ("weights link out of the folder", [_linked(SINGLE, "/etc/passwd")], SINGLE),
@@ -166,7 +168,6 @@ WEIGHTS = [
     ("the index names an absolute file", [_split, _mapped("/etc/passwd")], "/etc/passwd"),
     ("the index names a file that is not there", [_split, _mapped("none.safetensors")], "none"),
     ("the index names a text", [_split, _mapped("config.json")], "config.json"),
-    ("the index names another shard", [_split, _mapped(SHARD)], HEAD),
     ("the index is cut", [_split, cut(INDEX)], INDEX),
 ]  # fmt: skip
 TOKENIZER, SETTINGS, GENERATION = (
@@ -198,8 +199,6 @@ TOKENIZERS = [
     ("tokenizer_config.json is a list", [file(SETTINGS, "[1]")], "tokenizer"),
     ("an end token of the wrong kind", [fields({"eos_token": 7}, SETTINGS)], "tokenizer"),
     ("an end token that is a list", [fields({"eos_token": ["a"]}, SETTINGS)], "tokenizer"),
-    ("an unknown class of tokenizer", [fields({"tokenizer_class": "MagicTokenizer"}, SETTINGS)],
-     "MagicTokenizer"),
     ("a class of tokenizer that is null", [fields({"tokenizer_class": 7}, SETTINGS)], "tokenizer"),
     ("a tokenizer that is code", [fields({"auto_map": {"AutoTokenizer": ["magic.Tokenizer", None]},
                                           "tokenizer_class": "MagicTokenizer"}, SETTINGS),
@@ -223,12 +222,15 @@ GENERATIONS = [
     ("is binary", BINARY),
     ("is null", "null"),
     ("is a list", "[]"),
+    ("has an end that is text", '{"eos_token_id": "end"}'),
+    ("has ends that are text", '{"eos_token_id": [0, "end"]}'),
+    ("has a cache of magic", '{"cache_implementation": "magic"}'),
+]
+OVERRULED = [
     ("has a temperature that is text", '{"temperature": "hot", "do_sample": true}'),
     ("has a negative temperature", '{"temperature": -1.0, "do_sample": true}'),
-    ("has an end that is text", '{"eos_token_id": "end"}'),
     ("has no beams", '{"num_beams": 0}'),
     ("names code on the hub", '{"custom_generate": "nobody/magic"}'),
-    ("has a cache of magic", '{"cache_implementation": "magic"}'),
 ]
 CARDS = [
     ("front matter that is no YAML", "---\nlicense: [a\n---\ntext\n"),
@@ -270,7 +272,7 @@ def _tokenizer_cases() -> list[Case]:
     found = []
     for name, changes, says in TOKENIZERS:
         found.append(refused(next(commands), says, make=copied("rnn", *changes), name=name))
-        if "no tokenizer" != name:
+        if name != "no tokenizer":
             found.append(refused(CONVERT, says, make=copied("base", *changes),
                                  name=f"convert: {name}"))  # fmt: skip
     for command in (EVAL, DIAGNOSE, STUDENT):
@@ -332,10 +334,9 @@ GGUFS = [
     ("has no fields", lambda x: x[:16] + struct.pack("<Q", 0) + x[24:]),
     ("has an unknown architecture", _swap(b"llama", b"magic")),
     ("names a tensor otherwise", _swap(b"output_norm.weight", b"output_nurm.weight")),
-    ("has no block count", _swap(b"llama.block_count", b"llama.block_caunt")),
-    ("has no tokens", _swap(b"tokenizer.ggml.tokens", b"tokenizer.ggml.takens")),
-    ("is the text of a pointer", lambda x: b"version https://git-lfs.github.com/spec/v1\n"),
+    ("is the text of a pointer", lambda x: POINTER.encode()),
 ]
+NO_TOKENS = _swap(b"tokenizer.ggml.tokens", b"tokenizer.ggml.takens")
 GGUF_COMMANDS = [
     command.replace("{model}", "{file}.gguf") for command in (CONVERT, INSPECT, EVAL, TASK)
 ]
@@ -356,9 +357,25 @@ CASES = [
     *_tokenizer_cases(),
     *_template_cases(),
     *_card_cases(),
-    *(refused(GENERATE, "generation_config", make=copied("rnn", file(GENERATION, content)),
+    *(refused(GENERATE, ("generation_config", "cache_implementation"),
+              make=copied("rnn", file(GENERATION, content)),
               name=f"generation_config.json {name}") for name, content in GENERATIONS),
     *_gguf_cases(),
+    refused(CONVERT, HEAD, name="convert: the index names another shard",
+            make=copied("base", _split, _mapped(SHARD))),
+    accepted(GENERATE, "all shards are read, and the tensor is found where it is",
+             make=copied("base", _split, _mapped(SHARD)),
+             name="generate: the index names another shard"),
+    accepted(EVAL, "tokenizer.json says all that its class would",
+             make=copied("rnn", fields({"tokenizer_class": "MagicTokenizer"}, SETTINGS)),
+             name="an unknown class of tokenizer"),
+    *(accepted(GENERATE, "temperature and beams are those of the command",
+               make=copied("rnn", file(GENERATION, content)),
+               name=f"generation_config.json {name}") for name, content in OVERRULED),
+    *(refused(command, "file.gguf", make=_gguf(NO_TOKENS), name=f"{command.split()[0]}: a GGUF "
+              "file that has no tokens") for command in (GGUF_COMMANDS[0], GGUF_COMMANDS[2])),
+    accepted(GGUF_COMMANDS[1], "its words are not read", make=_gguf(NO_TOKENS),
+             name="inspect: a GGUF file that has no tokens"),
     accepted(GGUF_COMMANDS[0], "it is in order", make=_gguf(), name="a GGUF file"),
     refused("inspect {here}/link", "link", make=lambda here, _: (here / "link").symlink_to("link"),
             name="a link to itself"),
@@ -383,7 +400,7 @@ CASES = [
              make=copied("rnn", file(REPORT, "null")), name="uptrain: conversion.json is null"),
     accepted(STUDENT, "what a conversion was is for people to read",
              make=copied("rnn", without(REPORT)), name="uptrain: no conversion.json"),
-    refused(EVAL, "auto_map", name="a converted model that names code",
+    refused(EVAL, "code of the checkpoint", name="a converted model that names code",
             make=copied("rnn", fields({"model_type": "magic", "auto_map":
                 {"AutoConfig": "magic.Config", "AutoModelForCausalLM": "magic.Model"}}),
                 file("magic.py", "raise SystemExit(0)\n"))),

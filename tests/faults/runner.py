@@ -12,10 +12,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 20  # no input may take longer
+SECONDS = 20  # of computing: no input may take longer, however busy the machine is
+WAITING = 60  # seconds, for what does not even compute
+TIMEOUTS = (signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM)
 BYTES = 2**34  # of address space: what a fault makes a command ask for must not fall on the machine
 
 
@@ -56,12 +59,10 @@ def run_forked(function: Callable[[], None], folder: Path, seconds: int) -> Outc
     if child == 0:
         _in_child(function, folder, log, seconds)
     _, status = os.waitpid(child, 0)
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # its own children, if it left any
-    except ProcessLookupError:
-        pass
     out, err = ((log / name).read_text(errors="replace") for name in ("out", "err"))
-    timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+    timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) in TIMEOUTS
     return Outcome(os.waitstatus_to_exitcode(status), out, err, timed_out)
 
 
@@ -70,14 +71,16 @@ def _in_child(function: Callable[[], None], folder: Path, log: Path, seconds: in
     try:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        # these end the process in whatever code it hangs
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds)  # ends the process in whatever code it hangs
+        signal.alarm(WAITING + seconds)
         for number, path in ((0, os.devnull), (1, log / "out"), (2, log / "err")):
             opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             os.dup2(opened, number)
-        sys.stdin = open(0, closefd=False)
-        sys.stdout = open(1, "w", closefd=False)
-        sys.stderr = open(2, "w", errors="backslashreplace", closefd=False, buffering=1)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 (as long as the process)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         os.chdir(folder)
         function()
         code = 0

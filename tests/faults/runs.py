@@ -114,26 +114,31 @@ REFUSED = [
     ("config.yaml is binary", [file("config.yaml", BINARY)], "config.yaml"),
     ("config.yaml is a list", [file("config.yaml", "- a\n")], "config.yaml"),
     ("config.yaml is deep", [file("config.yaml", DEEP)], "config.yaml"),
-    ("log.jsonl is binary", [file("log.jsonl", BINARY)], "log.jsonl"),
-    ("log.jsonl has a line that is no step", [file("log.jsonl", '{"loss": 1}\n')], "log.jsonl"),
-    ("log.jsonl has a line that is null", [file("log.jsonl", "null\n")], "log.jsonl"),
-    ("the cache is empty", [_cached(b"")], "cache"),
-    ("the cache is cut", [_cached(share=0.5)], "cache"),
-    ("the cache is binary", [_cached(BINARY)], "cache"),
+]  # fmt: skip
+# what a run goes on without
+LOGS = [
+    ("log.jsonl is binary", [file("log.jsonl", BINARY)]),
+    ("log.jsonl has a line that is no step", [file("log.jsonl", '{"loss": 1}\n')]),
+    ("log.jsonl has a line that is null", [file("log.jsonl", "null\n")]),
+]
+CACHES = [
+    ("the cache is empty", [_cached(b"")]),
+    ("the cache is cut", [_cached(share=0.5)]),
+    ("the cache is binary", [_cached(BINARY)]),
     ("the cache has no tokens", [_cached_tensors(
-        lambda x: {"log_probabilities": x["log_probabilities"]})], "cache"),
+        lambda x: {"log_probabilities": x["log_probabilities"]})]),
     ("the cache has fewer of them", [_cached_tensors(
-        lambda x: {k: v[:, :2].contiguous() for k, v in x.items()})], "cache"),
+        lambda x: {k: v[:, :2].contiguous() for k, v in x.items()})]),
     ("the cache has fewer rows", [_cached_tensors(
-        lambda x: {k: v[:2].contiguous() for k, v in x.items()})], "cache"),
+        lambda x: {k: v[:2].contiguous() for k, v in x.items()})]),
     ("the cache has tokens beyond all", [_cached_tensors(
-        lambda x: x | {"tokens": x["tokens"] + 10**6})], "cache"),
+        lambda x: x | {"tokens": x["tokens"] + 10**6})]),
     ("the cache has negative tokens", [_cached_tensors(
-        lambda x: x | {"tokens": x["tokens"] - 10**6})], "cache"),
+        lambda x: x | {"tokens": x["tokens"] - 10**6})]),
     ("the cache has NaN", [_cached_tensors(
-        lambda x: x | {"log_probabilities": x["log_probabilities"] * float("nan")})], "cache"),
+        lambda x: x | {"log_probabilities": x["log_probabilities"] * float("nan")})]),
     ("the cache has numbers of another kind", [_cached_tensors(
-        lambda x: x | {"tokens": x["tokens"].float()})], "cache"),
+        lambda x: x | {"tokens": x["tokens"].float()})]),
 ]  # fmt: skip
 CHANGED = [
     ("another seed", "seed=1", "seed"),
@@ -152,7 +157,8 @@ CASES: list[Case] = [
             name="resume: no config"),
     refused(RESUME, "finished", name="resume: a finished run",
             make=_run(lambda x: (x / "final").mkdir())),
-    refused(RESUME, "finished", name="resume: a result that is a file", make=_run(file("final", ""))),
+    refused(RESUME, "finished", name="resume: a result that is a file",
+            make=_run(file("final", ""))),
     refused("diagnose {run}/final --text {text} --to 64", "config.yaml",
             make=lambda here, common: [shutil.copytree(common / "rnn", here / "run/final"),
                                        put(here / "run/config.yaml", "data: 7\n")],
@@ -161,6 +167,10 @@ CASES: list[Case] = [
             make=lambda here, common: [shutil.copytree(common / "rnn", here / "run/final"),
                                        put(here / "run/config.yaml", BINARY)],
             name="diagnose: a run's config that is binary"),
+    *(accepted(RESUME, "the log is for people: what is no line of it is left out",
+               make=_run(*changes), name=f"resume: {name}") for name, changes in LOGS),
+    *(accepted(RESUME, "the teacher says it again", make=_run(*changes), name=f"resume: {name}")
+      for name, changes in CACHES),
     accepted(RESUME, "it goes on", make=_run(), name="resume: a run in order"),
     accepted(RESUME, "a killed process leaves half a line", make=_run(
         lambda x: put(x / "log.jsonl", (x / "log.jsonl").read_bytes() + b'{"step": 3, "lo')),

@@ -14,7 +14,7 @@ FILES = [
     ("a number", "7\n", "mapping"),
     ("a text", "student\n", "mapping"),
     ("binary", BINARY, "file"),
-    ("UTF-16", "student: a\n".encode("utf-16"), "student"),
+    ("UTF-16", "student: a\n".encode("utf-16"), "missing"),
     ("Latin-1", b"student: caf\xe9\n", "file"),
     ("tabs", "student: a\n\tout: b\n", "YAML"),
     ("unclosed", "student: [a\n", "YAML"),
@@ -160,7 +160,7 @@ VALUES = [
     ("distill.optimizer.betas=0.9", "betas"),
     ("distill.optimizer.betas=ab", "betas"),
     ("distill.optimizer.weight_decay=-0.1", "weight_decay"),
-    ("distill.optimizer.weight_decay=1e30", "weight_decay"),
+    ("distill.optimizer.weight_decay=1e30", ("weight_decay", "overflowed")),
     ("distill.optimizer.clip=-1", "clip"),
     ("distill.schedule.kind=linear", "schedule.kind"),
     ("distill.schedule.warmup=-1", "warmup"),
@@ -192,8 +192,6 @@ VALUES = [
     ("checkpoint.keep=0", "checkpoint.keep"),
     ("checkpoint.keep=1.5", "checkpoint.keep"),
     ("checkpoint=often", "checkpoint"),
-    ("student={gpt2}", "teacher"),
-    ("student={base}", "student"),
 ]  # fmt: skip
 
 
@@ -213,6 +211,8 @@ CASES: list[Case] = [
     *(refused(RUN, says, make=_added(text), name=f"YAML: {name}") for name, text, says in ADDED),
     *(refused(OVERRIDE + f"'{words}'" if " " not in words else OVERRIDE + words, says,
               name=f"uptrain {words}") for words, says in VALUES),
+    accepted(OVERRIDE + "student={gpt2}", "any student of the teacher's vocabulary"),
+    accepted(OVERRIDE + "student={base}", "a transformer may be trained as well"),
     accepted(OVERRIDE + "seed=0x10", "YAML has numbers to the base of 16"),
     accepted(OVERRIDE + "seed=7.0", "a whole number, however it is written"),
     accepted(OVERRIDE + "batch.size=2 batch.size=4", "the last of two overrides counts, as in a "

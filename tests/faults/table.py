@@ -1,0 +1,7 @@
+"""The table of bad inputs: every chapter of it, in one list."""
+
+from tests.faults import configs, files, options, runs, settings, texts
+
+CASES = [
+    case for chapter in (options, configs, files, texts, settings, runs) for case in chapter.CASES
+]
