@@ -23,7 +23,6 @@ from supra.errors import UserError, check_choice, check_whole, foreign_errors
 from supra.mixers import resolve_mixer
 
 CONFIG = "config.json"
-MOST = 2**31 - 1
 LAYERS = 4096  # each is made as modules of its own, in milliseconds; trained ones had 1,000
 # under the names that all families understand
 COUNTS = (
@@ -139,7 +138,7 @@ def _check_values(given: dict[str, Any], family: type[PreTrainedConfig]) -> None
         name = family.attribute_map.get(name, name)
         return f"{CONFIG}: {name}", given.get(name)
 
-    for name, most in [*((name, MOST) for name in COUNTS), ("num_hidden_layers", LAYERS)]:
+    for name, most in [*((name, None) for name in COUNTS), ("num_hidden_layers", LAYERS)]:
         name, value = field(name)
         if not isinstance(value, list | dict | None):
             check_whole(name, value, 1, most)
@@ -164,7 +163,7 @@ def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
     name, used = field("num_experts_per_tok")
     for of, count in map(field, EXPERTS):
         if not isinstance(count, list | dict | None):
-            check_whole(of, count, 0, MOST)
+            check_whole(of, count, 0)
         if _is_number(used) and _is_number(count) and not 0 < used <= count:
             raise UserError(f"{name} (={used}) must be from 1 to {of} (={count})")
 
@@ -176,7 +175,7 @@ def _check_numbers(given: dict[str, Any], known: Collection[str]) -> None:
         if name not in known or not _is_number(value):
             continue
         if name.endswith(SIZES):
-            check_whole(f"{CONFIG}: {name}", value, 0, MOST)
+            check_whole(f"{CONFIG}: {name}", value, 0)
         for endings, holds, rule in (
             (("_eps", "_epsilon"), 0 <= value < math.inf, "0 or more"),
             (("dropout", "_pdrop"), 0 <= value <= 1, "from 0 to 1"),

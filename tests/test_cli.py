@@ -54,7 +54,7 @@ def whole_numbers():
                 yield words, action.option_strings[0]
 
 
-@pytest.mark.parametrize(("words", "option"), whole_numbers(), ids=str)
+@pytest.mark.parametrize(("words", "option"), [*whole_numbers()], ids=str)
 def test_every_whole_number_has_a_bound(words, option, capsys):
     arguments = [*words, *REQUIRED[words[0]], option, 10**30]
     name = option.removeprefix("--").replace("-", "_")

@@ -50,7 +50,7 @@ class StatePolicy:
                 raise UserError(f"{name} (={value!r}) must be > 0 and <= 1")
         check_whole("norm_every", self.norm_every, 1)
         if self.window is not None:
-            check_whole("window", self.window, 1, 2**31 - 1)
+            check_whole("window", self.window, 1)
         if isinstance(self.norm, Sequence) and not isinstance(self.norm, str):
             layers = tuple(tuple(x) if isinstance(x, Sequence) else (x,) for x in self.norm)
             object.__setattr__(self, "norm", layers)
