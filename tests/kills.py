@@ -216,10 +216,15 @@ class Command:
 
 
 def contents(trial: Path) -> dict[str, bytes]:
-    """Every file and empty folder of a trial; of the log without what a clock says."""
+    """Every file and empty folder of a trial; of the log without what a clock says, and of the last
+    KEEP checkpoints the last alone: a run that was told to end has one of the step it was at."""
     found = {}
+    checkpoints = sorted(trial.glob("out/checkpoints/step-*"))
+    others = checkpoints[-KEEP:-1]
     for path in trial.rglob("*"):
         name = path.relative_to(trial).as_posix()
+        if any(other in (path, *path.parents) for other in others):
+            continue
         if name.startswith("datasets") or name in ("said.txt", "config.yaml", "out/config.yaml"):
             continue
         if path.is_dir():
