@@ -35,6 +35,8 @@ def choose(operation: str, backend: str, *tensors: Tensor, limit: str | None = N
     if backend == "auto":
         device = tensors[0].device.type
         backend = "triton" if device == "cuda" and not (_hindrance(tensors) or limit) else "torch"
+        if torch.compiler.is_exporting():  # for whatever runs it then
+            backend = "torch"
         if not torch.compiler.is_compiling():
             _announce(operation, device, backend)
     return backend

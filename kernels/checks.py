@@ -126,7 +126,7 @@ def own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -
     """A copy of the state, or zeros, for a kernel that writes into it."""
     if state is not None:
         return state.clone(memory_format=torch.contiguous_format)
-    wanted = (len(query), key.shape[2], key.shape[3], value.shape[3])
+    wanted = (query.shape[0], key.shape[2], key.shape[3], value.shape[3])
     return query.new_zeros(wanted, dtype=state_dtype(query, key, value))
 
 

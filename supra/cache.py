@@ -136,7 +136,7 @@ def check_rows(cache: Cache, batch: int) -> None:
     """Raise UserError where a converted model's cache is of another number of rows than its input
     of `batch` rows."""
     states = (layer.state for layer in cache.layers if layer.state is not None)
-    rows = next((len(x) for state in states for x in state if x is not None), batch)
+    rows = next((x.shape[0] for state in states for x in state if x is not None), batch)
     if rows == batch:
         return
     way_out = "pass the rows that were read before, in the same order"
@@ -158,6 +158,11 @@ def adopt_cache(cache: Cache, layers: int) -> None:
     own = all(isinstance(layer, MixerLayer) for layer in cache.layers)
     if own and len(cache.layers) == layers:
         return
+    if torch.compiler.is_exporting():
+        raise UserError(
+            f"past_key_values (={type(cache).__name__}) keeps keys and values in buffers, which a "
+            "recurrent model would leave empty: export supra.export.DecodingStep"
+        )
     if cache.get_seq_length() > 0:
         raise UserError(
             f"past_key_values (={type(cache).__name__}) holds another model's tokens: "

@@ -165,6 +165,7 @@ class SupraModel(_SupraPreTrained):
             given = kwargs.get("cu_seq_lens_q")  # collators that pack may know: no wait, one graph
             # with a cache it is only a mistake to find, not worth breaking a graph
             look = past_key_values is None or not torch.compiler.is_compiling()
+            look = look and not torch.compiler.is_exporting()  # what exports is one document a row
             if given is not None:
                 boundaries = given_boundaries(given, batch, tokens)
             elif position_ids is not None and tokens > 1 and look:

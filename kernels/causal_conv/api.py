@@ -14,6 +14,7 @@ a tensor in its own way. Channels are innermost, as in the input, so that a deco
 writes whole rows.
 """
 
+import torch
 from torch import Tensor
 
 from supra.kernels import checks
@@ -74,6 +75,8 @@ def causal_conv(
         with without_autocast(input.device):
             output, end = reference.recurrence(input, weight, bias, state, activation, bounds)
         output, end = output.to(input.dtype), end.to(input.dtype)
+    elif torch.compiler.is_exporting() and cu_seqlens is None:
+        output, end = torch_backend.plain(input, weight, bias, state, silu=activation == "silu")
     else:
         silu = activation == "silu"
         output, end = operator.forward(input, weight, bias, state, cu_seqlens, silu, backend)
@@ -109,7 +112,7 @@ def causal_conv_step(
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, D] or [B, 1, D]")
     if state is None:
         raise ValueError("state (=None) must be [B, W - 1, D]; give zeros before the first token")
-    _check_state("state", state, token, weight, len(token))
+    _check_state("state", state, token, weight, token.shape[0])
     if in_place:
         checks.check_in_place(input.dtype, (input, weight, bias), state=state)
     backend = choose(OPERATION, backend, *_present(token, weight, bias))

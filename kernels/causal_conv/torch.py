@@ -90,6 +90,20 @@ def backward(
     )
 
 
+def plain(
+    input: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, *, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """`forward` in operators that every runtime has, for export: of rows that are not packed."""
+    columns, bias = _parameters(input, weight, bias)
+    if state is None:
+        state = input.new_zeros(input.shape[0], len(columns) - 1, input.shape[2])
+    window = torch.cat((state, input), 1)
+    taps = columns.T[:, None]
+    output = F.conv1d(window.to(columns.dtype).mT, taps, bias, groups=len(taps)).mT
+    output = F.silu(output) if silu else output
+    return output.to(input.dtype), window[:, input.shape[1] :]
+
+
 def step(input: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> Tensor:
     """Output [B, D] for the next token [B, D]; state [B, W - 1, D] is overwritten."""
     columns, bias = _parameters(input, weight, bias)

@@ -109,7 +109,7 @@ def recurrent_gated_delta_rule(
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, beta, log_decay)
-    state = checks.check_state(initial_state, query, key, value, len(query))
+    state = checks.check_state(initial_state, query, key, value, query.shape[0])
     inputs = (query, key, value, beta, log_decay, state)
     if in_place:
         dtype = checks.state_dtype(query, key, value)

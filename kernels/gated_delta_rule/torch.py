@@ -33,7 +33,7 @@ def recurrent(
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of api.py, token by token. Shapes and results as there."""
-    state = _start(state, query, key, value, len(query))
+    state = _start(state, query, key, value, query.shape[0])
     dtype, output_dtype = state.dtype, value.dtype
     decay = None if log_decay is None else log_decay.to(dtype).exp()[..., None, None]
     query = query.to(dtype).unflatten(2, (key.shape[2], -1)) * scale

@@ -106,7 +106,7 @@ def recurrent_gated_linear_attention(
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, log_decay, bonus)
-    state = checks.check_state(initial_state, query, key, value, len(query))
+    state = checks.check_state(initial_state, query, key, value, query.shape[0])
     inputs = (query, key, value, log_decay, bonus)
     if in_place:
         dtype = checks.state_dtype(query, key, value)

@@ -40,7 +40,7 @@ def recurrent(
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of api.py, token by token. Shapes and results as there."""
-    memory = _start(state, key, value, len(query), checks.state_dtype(query, key, value))
+    memory = _start(state, key, value, query.shape[0], checks.state_dtype(query, key, value))
     dtype, kv_heads = memory.dtype, key.shape[2]
     output_dtype = value.dtype
     query = query.to(dtype).unflatten(2, (kv_heads, -1)) * scale

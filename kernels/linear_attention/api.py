@@ -131,7 +131,7 @@ def recurrent_linear_attention(
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, log_decay)
-    state = _check_state(initial_state, normalize, query, key, value, log_decay, len(query))
+    state = _check_state(initial_state, normalize, query, key, value, log_decay, query.shape[0])
     backend = choose(OPERATION, backend, query, key, value)
     if in_place:
         _check_in_place(initial_state, query, key, value, log_decay)
@@ -249,7 +249,7 @@ def _own_state(
         )
         return memory, normalizer
     heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
-    shape = (len(query), heads, key.shape[3], value.shape[3])
+    shape = (query.shape[0], heads, key.shape[3], value.shape[3])
     memory = query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))
     return memory, memory.new_zeros(shape[:3]) if normalize else None
 

@@ -27,7 +27,7 @@ def recurrent(
     multiply, insert, add = torch.mul, torch.addcmul, torch.add
     if in_place:
         multiply, insert, add = Tensor.mul_, Tensor.addcmul_, Tensor.add_
-    memory, normalizer = _start(*state, query, key, value, log_decay, normalized, len(query))
+    memory, normalizer = _start(*state, query, key, value, log_decay, normalized, query.shape[0])
     dtype, (heads, kv_heads) = memory.dtype, (memory.shape[1], key.shape[2])
     decay = None if log_decay is None else log_decay.to(dtype).exp()
     output_dtype = value.dtype

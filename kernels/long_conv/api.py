@@ -123,7 +123,7 @@ def recurrent_ssm_conv(
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     gates, model, dtype = _check(query, key, value, log_decay, frequency, weight, skip)
-    state = _check_state(initial_state, key, value, log_decay, len(value), dtype)
+    state = _check_state(initial_state, key, value, log_decay, value.shape[0], dtype)
     inputs = (*gates, value, *model)
     if in_place:
         checks.check_in_place(dtype, inputs, initial_state=initial_state)
@@ -137,7 +137,8 @@ def recurrent_ssm_conv(
     elif checks.needs_gradient(*inputs, state):
         output, end = operator.forward(*inputs, state, None, CHUNK, backend)
     else:
-        end = state if in_place else torch_backend.start(state, key, value, model[0], len(value))
+        rows = value.shape[0]
+        end = state if in_place else torch_backend.start(state, key, value, model[0], rows)
         output = operator.step(*inputs, end)
     return output, end if return_state else None
 

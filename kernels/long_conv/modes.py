@@ -94,9 +94,13 @@ def transition(model: Model, count: int | Tensor) -> Tensor:
     In float32 its error would grow with their number, to 3e-5 over 4,096 tokens of a mode that
     hardly decays.
     """
+    return torch.polar(*polar(model, count))
+
+
+def polar(model: Model, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes and angles of a^count, as `transition` makes numbers of."""
     logs = wide(model.log_decay).clamp(min=LOWEST_LOG_DECAY) * count
-    sizes = torch.where(logs > LOWEST, logs.exp(), 0)
-    return torch.polar(sizes, wide(model.frequency) * count)
+    return torch.where(logs > LOWEST, logs.exp(), 0), wide(model.frequency) * count
 
 
 def toeplitz(taps: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.long_conv.modes import Model, transition, wide
+from supra.kernels.long_conv.modes import Model, polar, wide
 from supra.kernels.long_conv.torch_blocks import Filters, lanes_of, split_groups, state_of
 
 
@@ -100,10 +100,11 @@ def recurrent(
     """The recurrence of api.py, token by token. Shapes and results as there."""
     dtype = log_decay.dtype
     if state is None:
-        state = start(None, key, value, log_decay, len(value))
-    power = transition(Model(log_decay, frequency, weight, skip), 1)
-    keep = power.real[..., None, None, None]
-    turn = torch.stack((-power.imag, power.imag), -1)[..., None, None]
+        state = start(None, key, value, log_decay, value.shape[0])
+    # in real numbers throughout, so that a step exports
+    sizes, angles = polar(Model(log_decay, frequency, weight, skip), 1)
+    keep, turn = sizes * angles.cos(), sizes * angles.sin()
+    keep, turn = keep[..., None, None, None], torch.stack((-turn, turn), -1)[..., None, None]
     read = 2 * torch.stack((weight[..., 0], -weight[..., 1]), -1).flatten(1)[:, None]
     outputs = []
     for t in range(value.shape[1]):

@@ -143,7 +143,7 @@ def recurrent_nonlinear_gated(
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
     _check_inputs(query, key, value, log_decay, weight)
-    state = checks.check_state(initial_state, query, key, value, len(query))
+    state = checks.check_state(initial_state, query, key, value, query.shape[0])
     inputs = (query, key, value, log_decay, weight)
     if in_place:
         dtype = checks.state_dtype(query, key, value)

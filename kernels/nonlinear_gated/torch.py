@@ -181,7 +181,7 @@ def recurrent(
     """Output and final state of the recurrence token by token."""
     dtype = checks.state_dtype(query, key, value)
     if state is None:
-        state = query.new_zeros(len(query), *weight.shape, dtype=dtype)
+        state = query.new_zeros(query.shape[0], *weight.shape, dtype=dtype)
     given, weight, outputs = state, weight.to(dtype), []
     q, k, v, g = (x.to(dtype).unbind(1) for x in (query, key, value, log_decay))
     for t in range(query.shape[1]):

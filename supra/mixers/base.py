@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from supra.errors import UserError, not_finite
+from supra.mixers.exported import step_by_step, takes_steps
 from supra.mixers.policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
 
 LEAST_POWER = 1e-5  # of a head's output, in divisions
@@ -144,6 +145,8 @@ class Mixer(nn.Module, ABC):
         Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None. Under a
         policy that has to remember more, the state has the fields of Past too.
         """
+        if self.recurrent and takes_steps(inputs):
+            return step_by_step(self, inputs, state)
         if self.watch is not None:
             inputs = replace(inputs, watch=self.watch)
         own, past = self._split(state)

@@ -19,4 +19,4 @@ def rows_and_padding(padding_mask: Tensor) -> Tensor:
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
     """Tokens `at` [B, N] of each row of x [B, T, …]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], at]
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], at]

@@ -78,7 +78,8 @@ def short_conv(
         output, _ = causal_conv(x.flatten(0, 1)[None], weight, bias, **settings)
         return output.view(x.shape), None
     if inputs.padding_mask is None:
-        if x.shape[1] > 1 or state is None or torch.is_grad_enabled():
+        traced = torch.is_grad_enabled() or torch.compiler.is_exporting()
+        if x.shape[1] > 1 or state is None or traced:
             return causal_conv(x, weight, bias, **settings)
         # into a copy, which a cache that goes back asks for: a quarter of causal_conv's time
         state = state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)

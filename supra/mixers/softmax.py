@@ -53,7 +53,7 @@ class Softmax(Mixer):
             output = F.scaled_dot_product_attention(
                 query, *heads_first,
                 attn_mask=mask,
-                is_causal=mask is None and tokens > 1,
+                is_causal=mask is None and bool(tokens > 1),
                 scale=inputs.scaling,
                 enable_gqa=query.shape[1] != key.shape[2],
             )  # fmt: skip

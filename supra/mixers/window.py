@@ -137,7 +137,7 @@ class Window(Mixer):
             recent_value=torch.zeros_like(value[:, :1]).expand(-1, options.size, -1, -1),
             sink_key=torch.zeros_like(key[:, :1]).expand(-1, options.sinks, -1, -1),
             sink_value=torch.zeros_like(value[:, :1]).expand(-1, options.sinks, -1, -1),
-            length=torch.zeros(len(key), dtype=torch.int64, device=key.device),
+            length=torch.zeros(key.shape[0], dtype=torch.int64, device=key.device),
         )
 
     def _places(
