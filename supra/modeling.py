@@ -260,15 +260,16 @@ class SupraForSequences(SupraForRows):
         super().prepare_rows(inputs)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
-        rows = next((x for x in given if x is not None), ())  # without any the model raises
-        if len(rows) > 1 and self.config.get_text_config().pad_token_id is None:
+        batch = next((x.shape[0] for x in given if x is not None), 1)  # of none the model raises
+        if batch > 1 and self.config.get_text_config().pad_token_id is None:
             raise UserError(
-                f"pad_token_id (=None) in the config must be set for {len(rows)} rows, whose ends "
+                f"pad_token_id (=None) in the config must be set for {batch} rows, whose ends "
                 "it marks: model.config.pad_token_id = tokenizer.pad_token_id"
             )
         packed = inputs.get("cu_seq_lens_q") is not None
-        if mask is None and positions is not None and not packed:
-            packed = document_boundaries(positions, len(rows)) is not None
+        look = mask is None and positions is not None and not torch.compiler.is_exporting()
+        if look and not packed:
+            packed = document_boundaries(positions, batch) is not None
         if packed:
             raise UserError(
                 "position_ids (or cu_seq_lens_q) pack several texts into a row, of which a "
