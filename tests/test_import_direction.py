@@ -19,6 +19,7 @@ LAYERS = {
     "supra/mixers": {"torch", "supra.kernels", "supra.mixers", "supra.parallel", "supra.errors"},
     "supra/parallel": {"torch", "supra.kernels", "supra.parallel", "supra.errors"},
     "supra/cache.py": {"torch", "transformers", "supra.mixers", "supra.errors"},
+    "supra/rows.py": {"torch", "supra.errors"},
     "supra/untrusted.py": {"supra.errors"},
     "supra/config_rules.py": {"torch", "transformers", "supra.errors", "supra.mixers"},
     "supra/configuration.py": {
@@ -46,7 +47,7 @@ LEVELS = [
     ["supra.evaluate"],
     ["supra.checkpoints", "supra.packing", "supra.losses", "supra.text", "supra.calibrate"],
     ["supra.modeling", "supra.configuration", "supra.cache"],
-    ["supra.config_rules"],
+    ["supra.config_rules", "supra.rows"],
     ["supra.mixers"],
     ["supra.parallel"],
     ["supra.kernels"],

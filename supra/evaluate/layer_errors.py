@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from supra.attention import attention_modules
 from supra.errors import UserError
 from supra.evaluate.floors import find_mixers
-from supra.modeling import document_boundaries
 from supra.packing import Block, collate
+from supra.rows import document_boundaries
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""The rows of a call: which of their tokens are padding, and where documents begin in them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supra.errors import UserError
+
+
+def refuse_context_parallel() -> None:
+    """Raise inside torch's `context_parallel`, which cuts rows along T: the pieces of a row would
+    each start from an empty state. It shows only in the attention function that it swaps."""
+    swapped = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
+    if not torch.compiler.is_compiling() and "context_parallel" in swapped:
+        raise UserError(
+            "context parallelism cuts a row into pieces that hand no state on: train a recurrent "
+            "model with cp_size=1, and with activation checkpointing where long rows do not fit"
+        )
+
+
+def padding_mask(
+    attention_mask: Tensor | None, batch: int, tokens: int, past: int
+) -> Tensor | None:
+    """Bool [B, 1, 1, T] from a mask [B, T] or [B, past + T]; None when all are kept."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        raise UserError(
+            "attention_mask must be [batch, tokens], 0 where padded: a recurrent model is causal "
+            "and takes no other mask"
+        )
+    rows, width = attention_mask.shape
+    if rows != batch or width not in (tokens, past + tokens):
+        raise UserError(
+            f"attention_mask (={rows} x {width}) must be {batch} x {past + tokens}, for the {past} "
+            f"tokens in past_key_values and the {tokens} of this call: pass the tokenizer's"
+        )
+    mask = attention_mask[:, -tokens:].bool()
+    if not torch.compiler.is_compiling() and mask.all():
+        return None
+    return mask[:, None, None]
+
+
+def given_boundaries(cu_seq_lens: Tensor, batch: int, tokens: int) -> Tensor:
+    """Int [1, 1, 1, N + 1] from a collator's bounds [N + 1] of N documents in one row."""
+    if batch != 1:
+        raise UserError(
+            f"cu_seq_lens_q with {batch} rows must be of one: flatten the batch into a single row, "
+            "or pass position_ids alone"
+        )
+    if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, last = cu_seq_lens[0].item(), cu_seq_lens[-1].item()
+        if (first, last) != (0, tokens):
+            raise UserError(
+                f"cu_seq_lens_q (={first} ... {last}) must go from 0 to the row's {tokens} tokens: "
+                "pass the bounds of all its documents"
+            )
+    return cu_seq_lens[None, None, None]
+
+
+def document_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Int [1, 1, 1, N + 1] where positions [B or 1, T] do not go up by one; None where all do."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    if not starts[:, 1:].any():
+        return None
+    starts = starts.expand(batch, -1).flatten()
+    ends = torch.tensor([starts.numel()], device=starts.device)
+    return torch.cat([starts.nonzero().flatten(), ends]).to(torch.int32)[None, None, None]
