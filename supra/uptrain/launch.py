@@ -1,11 +1,14 @@
 """What `accelerate launch` asks for, in environment variables: what cannot work is refused."""
 
 import os
+from pathlib import Path
 
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin
 
-from supra.errors import UserError
-from supra.uptrain.config import UptrainConfig
+from supra.errors import UserError, check_choice
+from supra.uptrain.config import LAYERWISE, UptrainConfig
 
 # in accelerate's parallelism_config -> why a run cannot have it
 UNSPLITTABLE = {
@@ -15,6 +18,30 @@ UNSPLITTABLE = {
     "sp_size": "sequence parallelism cuts sequences, and their parts would hand no state on",
 }
 INSTEAD = "spread the model by FSDP of version 2, as recipes/launch/fsdp.yaml does"
+
+
+def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
+    """accelerate's view of the processes, for a run in `folder`. Raises UserError for what its
+    stages cannot run under."""
+    check_launch(config)
+    available = get_available_trackers()
+    for name in config.trackers:
+        check_choice("installed tracker", name, [str(tracker) for tracker in available])
+    accelerator = Accelerator(
+        mixed_precision="no",  # see Run._autocast
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # see Run.train_step
+        log_with=list(config.trackers) or None,
+        project_dir=folder,
+        fsdp_plugin=fsdp_plugin(),
+    )
+    names = [name for name in config.stages if name in LAYERWISE]
+    if names and accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            f"{' and '.join(names)} cannot run under FSDP, where no process has a whole layer: run "
+            "them in a run of their own (one process, or recipes/launch/ddp.yaml), and this one "
+            "with the result as student"
+        )
+    return accelerator
 
 
 def check_launch(config: UptrainConfig) -> None:

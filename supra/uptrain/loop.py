@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
+from accelerate import DistributedType
+from accelerate.utils import broadcast_object_list, set_seed
 
 from supra.calibrate import calibrate
 from supra.card import update_card
 from supra.checkpoints import find_checkpoint
-from supra.errors import Diverged, UserError, check_choice
+from supra.errors import Diverged, UserError
 from supra.evaluate.perplexity import perplexity
 from supra.files import staged_folder
 from supra.head import ScoredModel, language_model
@@ -30,7 +29,7 @@ from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.finite import first_not_finite, predicts
 from supra.uptrain.initial_state import InitialState, check_extends
-from supra.uptrain.launch import check_launch, fsdp_plugin
+from supra.uptrain.launch import open_accelerator
 from supra.uptrain.log import Log
 from supra.uptrain.manifest import listed_files
 from supra.uptrain.memory import keep_freed_memory
@@ -66,8 +65,7 @@ class Run:
     def __init__(self, config: UptrainConfig, accept_changed: bool = False):
         self.config, self.accept_changed = config, accept_changed
         self.folder = RunFolder(config.out)
-        self.accelerator = _accelerator(config, self.folder.path)
-        _check_layerwise(config, self.accelerator)
+        self.accelerator = open_accelerator(config, self.folder.path)
         with ExitStack() as held:
             self._on_main(lambda: held.enter_context(self.folder.locked()))
             self._open()
@@ -404,30 +402,6 @@ class Run:
         # not accelerate's: that one turns the logits into float32, all of them at once
         enabled = self.config.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
-
-
-def _accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
-    check_launch(config)
-    available = get_available_trackers()
-    for name in config.trackers:
-        check_choice("installed tracker", name, [str(tracker) for tracker in available])
-    return Accelerator(
-        mixed_precision="no",  # see Run._autocast
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # see Run.train_step
-        log_with=list(config.trackers) or None,
-        project_dir=folder,
-        fsdp_plugin=fsdp_plugin(),
-    )
-
-
-def _check_layerwise(config: UptrainConfig, accelerator: Accelerator) -> None:
-    names = [name for name in config.stages if name in LAYERWISE]
-    if names and accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError(
-            f"{' and '.join(names)} cannot run under FSDP, where no process has a whole layer: run "
-            "them in a run of their own (one process, or recipes/launch/ddp.yaml), and this one "
-            "with the result as student"
-        )
 
 
 def _tracker_config(config: UptrainConfig) -> dict:
