@@ -24,7 +24,7 @@ OPTIONS = {
     "sequence_length": PASS, "trained_length": PASS, "chunk": PASS, "lengths": PASS,
     "recall_lengths": PASS,
     "batch": COUNT, "samples": COUNT, "max_new_tokens": COUNT, "repeats": COUNT,
-    "pairs": WIDTH, "depths": WIDTH, "keys": WIDTH, "heads": WIDTH, "head_size": WIDTH,
+    "keys": COUNT, "pairs": WIDTH, "depths": WIDTH, "heads": WIDTH, "head_size": WIDTH,
     "head_sizes": WIDTH, "widths": WIDTH,
     "vocabulary": VOCABULARY, "beams": BEAMS, "jobs": BEAMS, "seed": SEED,
 }  # fmt: skip

@@ -123,8 +123,8 @@ def check_safetensors(folder: Path) -> None:
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """The name of a tensor that holds NaN or infinity."""
-    tensors = model.state_dict().items()
+    """The name of a tensor that holds NaN or infinity, of those that are in memory."""
+    tensors = ((name, x) for name, x in model.state_dict().items() if not x.is_meta)
     return next((name for name, x in tensors if not x.isfinite().all()), None)
 
 

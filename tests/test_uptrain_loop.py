@@ -323,7 +323,10 @@ def test_a_converted_model(files, tmp_path, changes):
     assert new and {after[name].dtype for name in new} == {torch.float32}
     assert {after[name].dtype for name in after.keys() - new} == {torch.bfloat16}
     moved = max((after[name] - before[name]).abs().max().item() for name in new)
-    for name in ("conversion.json", "LICENSE", "generation_config.json", "modeling_supra.py"):
+    reports = [json.loads((x / "conversion.json").read_text()) for x in (out / "final", student)]
+    assert reports[0].pop("checksums") != reports[1].pop("checksums")
+    assert reports[0] == reports[1]
+    for name in ("LICENSE", "generation_config.json", "modeling_supra.py"):
         assert (out / "final" / name).read_text() == (student / name).read_text(), name
     assert moved == pytest.approx(1e-2 + 0.1 * 1e-2, rel=0.1)  # AdamW's first two steps
 
