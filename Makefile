@@ -1,5 +1,5 @@
 # make demo   the main job on a real model, 12 minutes on 2 cores
-# make demo-gemma  the same on Gemma 3 270M, whose tokenizer puts <bos> before a text
+# make demo-gemma  the same on Gemma 3 270M, whose tokenizer puts <bos> before every text
 # make test   linter and tests, under 15 minutes on 2 cores
 # make test-faults  a thousand bad inputs over all commands: three minutes
 # make test-kill   200 kills of convert and uptrain: ten minutes

