@@ -35,7 +35,7 @@ def choose(operation: str, backend: str, *tensors: Tensor, limit: str | None = N
     if backend == "auto":
         device = tensors[0].device.type
         backend = "triton" if device == "cuda" and not (_hindrance(tensors) or limit) else "torch"
-        if torch.compiler.is_exporting():  # for whatever runs it then
+        if torch.compiler.is_exporting():  # the program may run on another device
             backend = "torch"
         if not torch.compiler.is_compiling():
             _announce(operation, device, backend)

@@ -78,7 +78,7 @@ def main() -> None:
         print("\n".join(convert(teacher.name, student, mixer=MIXER, progress=True).lines()))
     say("4/6", "uptrain: layer by layer, then next-token loss and the teacher's distribution")
     if not (run / "final").exists() and not train(config):
-        raise UserError("interrupted in the middle of training: the same command goes on")
+        raise UserError("interrupted in the middle of training: the same command continues it")
     say("5/6", "reload the student from its folder, and measure all three")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     measured = {key: [x[key] for x in log if key in x] for entry in log for key in entry}

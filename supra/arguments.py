@@ -8,7 +8,7 @@ from supra.limits import check_options
 
 
 def folder(text: str) -> Path:
-    """A folder to make; an empty name would be the folder that one is in."""
+    """A folder to make; an empty name would mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("names no folder")
     return Path(text)

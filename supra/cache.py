@@ -38,7 +38,7 @@ class MixerLayer(CacheLayerMixin):
         super().__init__()
         self.state: NamedTuple | None = None
         self.length = 0
-        self.model: weakref.ref | None = None  # whose tokens these are
+        self.model: weakref.ref | None = None  # the model that read these tokens
         self.record_past = False
         self._calls: list[_Call] = []
 
@@ -120,7 +120,7 @@ class MixerLayer(CacheLayerMixin):
         self.map_state(Tensor.detach)
 
     def map_state(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Put what `function` makes of each tensor of the state in its place."""
+        """Replace each tensor of the state by what `function` returns for it."""
         if self._calls:
             raise UserError("rows of a cache that records its past cannot change: crop it first")
         if self.state is not None:
@@ -133,21 +133,23 @@ def new_cache(layers: int) -> Cache:
 
 
 def check_rows(cache: Cache, batch: int) -> None:
-    """Raise UserError where a converted model's cache is of another number of rows than its input
-    of `batch` rows."""
+    """Raise UserError when a converted model's cache has another number of rows than its input,
+    which has `batch`."""
     states = (layer.state for layer in cache.layers if layer.state is not None)
     rows = next((x.shape[0] for state in states for x in state if x is not None), batch)
     if rows == batch:
         return
     way_out = "pass the rows that were read before, in the same order"
-    if batch % rows == 0:  # as num_beams and num_return_sequences make of a prompt's
+    if batch % rows == 0:  # num_beams and num_return_sequences multiply the rows of a prompt
         way_out = f"pass fork_state(past_key_values, copies={batch // rows}) of supra.states"
     raise UserError(f"past_key_values hold {rows} rows and the input has {batch}: {way_out}")
 
 
 def belong_to(cache: Cache, model: nn.Module) -> None:
-    """Note whose tokens a cache holds: of what is saved, a file says with which weights it was
-    read. It keeps no model alive."""
+    """Note which model reads the tokens of a cache, so that a saved state can tell its weights.
+
+    The reference is weak: it does not keep the model alive.
+    """
     if not torch.compiler.is_compiling():
         for layer in cache.layers:
             layer.model = weakref.ref(model)

@@ -15,10 +15,10 @@ from supra.report import ConversionReport, describe_layers
 from supra.untrusted import belongs
 
 CARD = "README.md"
-CARD_BYTES = 2**20  # cards with the most results in them have a third of that
+CARD_BYTES = 2**20  # the largest cards on the hub have a third of that
 TAGS = ["supra", "recurrent", "linear-attention"]
 TEXTS = ("license", "license_name", "license_link", "library_name", "pipeline_tag")
-LISTS = ("language", "tags", "datasets", "base_model", "metrics")  # of texts; one may stand alone
+LISTS = ("language", "tags", "datasets", "base_model", "metrics")  # of strings; or a single one
 # what the first lines of these licences say -> the hub's name for them
 LICENSES = {
     r"apache license\s+version 2\.0": "apache-2.0",
@@ -142,7 +142,7 @@ def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True
     if "supra" in tags:
         return
     found = None
-    with suppress(OSError):  # what is neither a folder nor a name on the hub has no card
+    with suppress(OSError):  # `source` may be neither a folder nor a name on the hub
         found = source and cached_file(
             source,
             CARD,
@@ -158,9 +158,9 @@ def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True
 
 
 def read_card(path: Path) -> ModelCard | None:
-    """The card in a file; None where there is none, or none that can be read.
+    """The card in a file; None if there is none or it cannot be read.
 
-    No card may stop a model: what is not as the hub has it is left out, and a line says so.
+    A bad card must not stop a model: what the hub would not accept is left out with a message.
     """
     if not path.exists():
         return None
@@ -175,10 +175,10 @@ def read_card(path: Path) -> ModelCard | None:
         fields = (yaml.safe_load(match[2]) if match else None) or {}
         kept = {name: x for name, x in fields.items() if _fits(name, x)}
         if lost := [str(name) for name in fields if name not in kept]:
-            tqdm.write(f"{path.name} is taken without its {', '.join(lost)}: not what the hub has")
+            tqdm.write(f"{path.name} is taken without its {', '.join(lost)}: not valid on the hub")
             text = f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n{body}"
         card = ModelCard(text, ignore_metadata_errors=True)
-        card.data.to_yaml()  # what is read must be written again
+        card.data.to_yaml()  # raises here for what could not be written later
         return card
     except Exception as error:  # PyYAML and the hub's library raise a dozen kinds
         tqdm.write(f"{path.name} is taken without its front matter: {_one_line(error)}")
@@ -216,7 +216,7 @@ def _card_text(path: Path) -> str:
 
 
 def _fits(name: object, value: object) -> bool:
-    """Whether a field of the front matter has the type that the hub asks for."""
+    """Whether a field of the front matter has the type that the hub expects."""
     if name in LISTS and isinstance(value, list):
         return all(isinstance(x, str) for x in value)
     if name in (*TEXTS, *LISTS):

@@ -54,8 +54,8 @@ class Checkpoint:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of every `from_pretrained` that opens it. No code of a checkpoint runs, and
-        nobody is asked whether it may."""
+        """Arguments of every `from_pretrained` that opens it. Code of a checkpoint never runs, and
+        there is no prompt that offers to run it."""
         arguments = {
             "pretrained_model_name_or_path": str(self.folder),
             "trust_remote_code": False,
@@ -65,8 +65,8 @@ class Checkpoint:
         return arguments
 
     def fingerprint(self) -> str:
-        """Of config and weights, wherever they lie: sizes, and samples of all weight files; of the
-        hub the commit, so that nothing is fetched.
+        """A fingerprint of config and weights: for local files their sizes and samples, for the
+        hub the commit, so that nothing is downloaded.
         """
         if self.hub_id is not None:
             return f"{self.hub_id}@{self.folder.name}"  # a snapshot's folder has the commit's name
@@ -74,7 +74,7 @@ class Checkpoint:
         return fingerprint(self._files(names))
 
     def tokenizer_fingerprint(self) -> str:
-        """Of the tokenizer's files, in the same way; of a GGUF file it is the whole's."""
+        """The same of the tokenizer's files; for a GGUF file, that of the whole file."""
         if self.hub_id is not None or self.gguf_file is not None:
             return self.fingerprint()
         return fingerprint(self._files(TOKENIZER_FILES))
@@ -88,7 +88,7 @@ class Checkpoint:
             _download(self.hub_id, self.revision, ["*.safetensors"])
 
     def check_weights(self) -> None:
-        """Raise UserError unless they are safetensors, or a GGUF file."""
+        """Raise UserError unless the weights are safetensors or a GGUF file."""
         self.fetch_weights()
         if self.gguf_file is None:
             check_safetensors(self.folder)
@@ -103,15 +103,15 @@ class Checkpoint:
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked.
 
-        Raises UserError when a tensor is missing, unexpected or of another shape, and for weights
-        that are no safetensors.
+        Raises UserError when a tensor is missing, unexpected or of another shape, or when the
+        weights are not safetensors.
         """
         self.check_weights()
         with self.named():
             check_generation_config(self.folder)
         arguments = self.arguments | {
             "config": self.config(),
-            "ignore_mismatched_sizes": True,  # they are in the loading info then, by name
+            "ignore_mismatched_sizes": True,  # the loading info then lists them by name
         }
         if self.gguf_file is None:
             arguments["use_safetensors"] = True
@@ -133,7 +133,7 @@ class Checkpoint:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Errors within say which checkpoint they are of."""
+        """Errors raised inside name the checkpoint."""
         try:
             yield
         except UserError as error:
@@ -144,7 +144,7 @@ class Checkpoint:
         return GgufFile(self.folder / self.gguf_file)
 
     def _small(self, opener: Callable[..., Any], **given: Any) -> Any:
-        """What `opener` makes of the checkpoint without its weights."""
+        """What `opener` returns for the checkpoint: a config or a tokenizer, not weights."""
         read = partial(_opened, self, opener, **self.arguments, **given)
         return read() if self.gguf_file is None else self._gguf.kept(opener, read)
 
@@ -171,8 +171,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 def _check_no_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise UserError(
-            f"revision (={revision!r}) is of a model on the hub, and {name!r} lies here: leave it "
-            "out"
+            f"revision (={revision!r}) is only for models on the hub, and {name!r} is local: leave "
+            "it out"
         )
 
 
@@ -216,10 +216,10 @@ def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
 
 
 def _opened_whole(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
-    """What the opener returns; what it would not say of a config is said here."""
+    """What the opener returns, with the checks of a config that transformers leaves out."""
     gguf = checkpoint.gguf_file is not None
     check_opened(checkpoint.folder, gguf=gguf)
-    # a config that is given is checked; the folder, which is being made, may have none yet
+    # a config that is passed in was checked already; a folder in the making may have none yet
     if not gguf and "config" not in arguments:
         check_fields(read_fields(checkpoint.folder / CONFIG))
     parsed = checkpoint._gguf.parsed() if gguf else nullcontext()
@@ -231,14 +231,14 @@ def _opened_whole(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
 
 
 def _without_code(checkpoint: Checkpoint, opener: Any) -> str:
-    """What to do where transformers would run code of the checkpoint."""
+    """The message for a checkpoint that transformers can load only by running its code."""
     if opener == AutoTokenizer.from_pretrained:
         return (
             f"the tokenizer of {checkpoint.name!r} is code of the checkpoint, which supra does not "
-            "run: in a copy of the folder, take auto_map and tokenizer_class out of "
-            "tokenizer_config.json, and have a tokenizer.json there"
+            "run: in a copy of the folder with a tokenizer.json, take auto_map and tokenizer_class "
+            "out of tokenizer_config.json"
         )
     return (
         f"model {checkpoint.name!r} is code of the checkpoint, which supra does not run: take one "
-        "of a family that transformers has itself (docs/families.md)"
+        "of a family that is part of transformers (docs/families.md)"
     )

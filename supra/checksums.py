@@ -13,15 +13,15 @@ from supra.weights import FolderReader
 
 
 def checksum(tensor: Tensor) -> str:
-    """CRC-32 of dtype, shape and bytes: it finds flipped bits, and is no proof against a forger."""
+    """CRC-32 of dtype, shape and bytes: it finds damage, but does not stop deliberate changes."""
     start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
     data = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return f"{zlib.crc32(data, start):08x}"
 
 
 def record_checksums(folder: Path) -> None:
-    """Put those of the tensors that lie in `folder` into its conversion.json, if it has one: those
-    of the folder that the file was copied from are another model's."""
+    """Write the checksums of the tensors in `folder` into its conversion.json, if it has one. Any
+    checksums already in the file are those of the folder it was copied from."""
     if (folder / REPORT).is_file():
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         report["checksums"] = _of_folder(folder)
@@ -29,9 +29,9 @@ def record_checksums(folder: Path) -> None:
 
 
 def verify(folder: Path) -> int:
-    """How many tensors lie in `folder`, each as it was written.
+    """Compare every tensor in `folder` with its checksum, and return how many there are.
 
-    Raises UserError for the first that does not, and where no checksums were written.
+    Raises UserError if one differs, or if the folder has no checksums.
     """
     try:
         expected = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("checksums")

@@ -209,7 +209,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         from supra.checksums import verify
 
         if checkpoint.gguf_file is not None:
-            raise UserError("--verify is for folders that supra wrote, and a GGUF file is none")
+            raise UserError("--verify needs a folder that supra wrote, not a GGUF file")
         checkpoint.fetch_weights()
         found = replace(found, verified=verify(checkpoint.folder))
     print_result(found, arguments.json)

@@ -1,7 +1,7 @@
-"""What a config.json must fulfil before a model is made of it; a mistake is a line with the field.
+"""Checks of config.json before a model is built from it. Each error names the field.
 
-transformers looks at the types of fields. What else is wrong comes out of a family's own code, as
-an error of any kind, or makes a model that computes nonsense.
+transformers checks the types of fields. Other mistakes would surface as arbitrary errors in a
+family's own code, or give a model that computes nonsense.
 """
 
 import json
@@ -23,8 +23,8 @@ from supra.errors import UserError, check_choice, check_whole, foreign_errors
 from supra.mixers import resolve_mixer
 
 CONFIG = "config.json"
-LAYERS = 4096  # each is made as modules of its own, in milliseconds; trained ones had 1,000
-# under the names that all families understand
+LAYERS = 4096  # building a layer takes milliseconds; the deepest trained models had 1,000
+# by the names that all families understand
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -39,7 +39,7 @@ ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """The fields of a config.json. Raises UserError for a file that has none."""
+    """The fields of a JSON config. Raises UserError if the file is missing or not an object."""
     try:
         found = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def read_fields(file: Path) -> dict[str, Any]:
 
 
 def check_fields(given: dict[str, Any]) -> None:
-    """Raise UserError for what transformers would not understand."""
+    """Raise UserError for fields that transformers would not understand."""
     kind = given.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"{CONFIG}: model_type (={kind!r}) must be a string, as 'llama'")
@@ -68,8 +68,8 @@ def check_fields(given: dict[str, Any]) -> None:
 
 
 def check_plan(given: dict[str, Any], format_version: int) -> None:
-    """Raise UserError for a plan of conversion in another format than mixers of layers and their
-    options, and for a family that has no language model."""
+    """Raise UserError unless `supra` in a config names each layer's mixer and the mixers' options
+    in this format version, and the family has a language model."""
     plan = given.get("supra")
     again = "convert the model again"
     if plan is not None and not isinstance(plan, dict):
@@ -101,7 +101,8 @@ def check_plan(given: dict[str, Any], format_version: int) -> None:
 
 
 def check_generation_config(folder: Path) -> None:
-    """Raise UserError where generation_config.json is none, or ends texts with what is no token."""
+    """Raise UserError when generation_config.json is not a JSON object, or a token id in it is not
+    an integer."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return
@@ -112,17 +113,18 @@ def check_generation_config(folder: Path) -> None:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Raise UserError for values that make no sense, in the part that reads text.
+    """Raise UserError for values that make no sense, in the part of a model that reads text.
 
-    Those of a file have been looked at then, since a config's own code may stumble over them. This
-    finds what comes from a GGUF file, under older names, or with defaults.
+    check_fields has already checked those of a file, because the config's own code may fail on
+    them. This also covers values from a GGUF file, under older names, or from defaults.
     """
     config = config.get_text_config(decoder=True)
     _check_values(config.to_dict(), type(config))
 
 
 def _check_dtype(name: str, value: Any) -> None:
-    """Of weights; a mapping has one for every part of a composite model."""
+    """Raise UserError unless this is a dtype of weights; a composite model has a mapping of them,
+    which passes."""
     if value is None or isinstance(value, dict):
         return
     found = getattr(torch, str(value).removeprefix("torch."), None)
@@ -131,10 +133,11 @@ def _check_dtype(name: str, value: Any) -> None:
 
 
 def _check_values(given: dict[str, Any], family: type[PreTrainedConfig]) -> None:
-    """Lists have a value for each layer and null follows from other fields: they pass."""
+    """Check counts, activations and positions. Lists (a value per layer) and null (derived from
+    other fields) pass."""
 
     def field(name: str) -> tuple[str, Any]:
-        """A field as the family calls it, and its value."""
+        """The family's own name of a field, and its value."""
         name = family.attribute_map.get(name, name)
         return f"{CONFIG}: {name}", given.get(name)
 
@@ -156,7 +159,7 @@ def _check_values(given: dict[str, Any], family: type[PreTrainedConfig]) -> None
 
 
 def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
-    """Heads that share keys, and experts that share tokens."""
+    """Check the number of heads per key head and of experts per token."""
     (name, heads), (of, key_heads) = field("num_attention_heads"), field("num_key_value_heads")
     if _is_number(heads) and _is_number(key_heads) and heads % key_heads:
         raise UserError(f"{name} (={heads}) must be a multiple of {of} (={key_heads})")
@@ -169,8 +172,8 @@ def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
 
 
 def _check_numbers(given: dict[str, Any], known: Collection[str]) -> None:
-    """By what fields are called: sizes, where 0 leaves a part out, and constants, of which some
-    make NaN of everything."""
+    """Check numbers by the endings of their names: sizes, where 0 leaves a part out, and constants,
+    some of which would turn everything into NaN."""
     for name, value in given.items():
         if name not in known or not _is_number(value):
             continue
@@ -186,7 +189,7 @@ def _check_numbers(given: dict[str, Any], known: Collection[str]) -> None:
 
 
 def _check_rope(rope: Any) -> None:
-    """Rotary positions, of all layers or one mapping for each kind of them."""
+    """Rotary positions: one mapping for all layers, or one for each kind of layer."""
     if not isinstance(rope, dict):
         return
     for value in rope.values():
@@ -205,14 +208,15 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def making_model(config: PreTrainedConfig) -> Iterator[None]:
-    """What a family's code raises for a config becomes a UserError."""
+    """Turn what a family's code raises for a config into a UserError."""
     with foreign_errors(f"{CONFIG} makes no model"), padding_errors(config):
         yield
 
 
 @contextmanager
 def padding_errors(config: PreTrainedConfig | None) -> Iterator[None]:
-    """torch's embedding, which only some families give the token of padding, names no field."""
+    """Name the field when torch's embedding asserts that a padding token is out of range. Only some
+    families pass it there."""
     try:
         yield
     except AssertionError:

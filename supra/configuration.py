@@ -25,8 +25,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
 }
 
-# No attention function has this name, so that the family's own classes, which would leave the
-# mixers out and only warn, raise an error in which it stands. Ours do not look at it.
+# Not the name of an attention function, so the family's own classes, which would ignore the mixers
+# and only warn, raise an error that contains this text. Converted classes do not read it.
 REFUSED_ELSEWHERE = "supra (import supra, then AutoModelForCausalLM)"
 
 
@@ -71,12 +71,12 @@ class _ConvertedConfig:
         check_plan(config_dict, FORMAT_VERSION)
         register_family(cls)
         fields = {key: value for key, value in config_dict.items() if key != "model_type"}
-        # whoever made the checkpoint may have named code of his own there
+        # a checkpoint from elsewhere may name its own code there
         fields = without_code(fields) | {"auto_map": dict(AUTO_MAP)}
         with foreign_errors("config.json makes no config"):
             found = super().from_dict(fields, **kwargs)
             config = found[0] if isinstance(found, tuple) else found
-            config.validate()  # transformers does it for its own classes alone
+            config.validate()  # transformers does this only for its own classes
         check_config(config)
         return found
 
@@ -103,7 +103,7 @@ def converted_config(
     base: PreTrainedConfig, layers: list[str], options: dict[str, dict[str, Any]]
 ) -> PreTrainedConfig:
     """The config of `base` converted with these mixers: one name a layer, options by name."""
-    # this module runs in the middle of the import of that one, see supra.registration
+    # not at the top: this module is imported while that one is, see supra.registration
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     fields = base.to_dict()

@@ -88,7 +88,8 @@ def convert(
         keep_attention = () if ranked else evenly_spaced(count, share)
     layers = plan_layers(count, mixer, keep_attention)
     if ranked or checkpoint.gguf_file is not None:
-        tokenizer = checkpoint.tokenizer()  # of a GGUF file before the weights: it is let go then
+        # a GGUF file's tokenizer is read before the weights, which free the parsed file
+        tokenizer = checkpoint.tokenizer()
     blocks = read_blocks(tokenizer, text, text_field) if ranked else []
     reader = open_weights(checkpoint, base)
     plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
@@ -108,7 +109,7 @@ def convert(
         tensors=plan.fates,
     )
     with staged_folder(out) as staging:
-        copy_tokenizer(checkpoint, base, staging)  # first: what is wrong with it shows at once
+        copy_tokenizer(checkpoint, base, staging)  # first, so that a broken one is found at once
         writer = ShardWriter(staging, shard_bytes)
         for name, tensor in converted_tensors(plan, seed, "convert" if progress else None):
             report.checksums[name] = checksum(tensor)
@@ -281,7 +282,7 @@ def plan_tensors(
     if missing:
         raise UserError(
             f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]}: the "
-            "download is not whole, or weights and config do not belong together"
+            "download is incomplete, or weights and config do not belong together"
         )
     for name, shape in wanted.items():
         if NEW_PARAMETERS in name:
@@ -298,7 +299,7 @@ def converted_tensors(plan: Plan, seed: int, bar: str | None) -> Iterator[tuple[
 
 
 def _finite(fate: TensorFate, tensor: Tensor) -> Tensor:
-    """The tensor in its new dtype. Raises UserError where it holds NaN or infinity."""
+    """The tensor in its new dtype. Raises UserError if it holds NaN or infinity."""
     cast = tensor.to(getattr(torch, fate.dtype))
     if not cast.isfinite().all():
         if tensor.isfinite().all():
@@ -306,7 +307,7 @@ def _finite(fate: TensorFate, tensor: Tensor) -> Tensor:
                 f"tensor {fate.name} overflows in dtype {fate.dtype}: take bfloat16 or float32"
             )
         raise UserError(
-            f"tensor {fate.name} holds NaN or infinity: the model gives no numbers with it, take "
+            f"tensor {fate.name} holds NaN or infinity, so the model cannot predict anything: take "
             "another copy of its weights"
         )
     return cast

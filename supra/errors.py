@@ -15,11 +15,12 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """Training left the finite numbers."""
+    """Training gave numbers that are not finite."""
 
 
 class _Short(reprlib.Repr):
-    """Of a list that holds itself, a number of 5000 digits, or aliases of aliases in YAML."""
+    """Short even for a list that contains itself, a number of 5000 digits, or nested YAML
+    aliases."""
 
     def __init__(self):
         super().__init__()
@@ -31,14 +32,14 @@ class _Short(reprlib.Repr):
 
 
 LARGEST = 2**31 - 1  # of sizes; shapes of tensors overflow soon after
-shown = _Short().repr  # a value in a message: as repr has it, but never long
+shown = _Short().repr  # a value in a message: its repr, but never long
 
 
 def not_finite(what: str, dtype: object) -> UserError:
-    """The error for numbers that overflowed in `dtype`, or were no numbers in the weights."""
+    """The error for numbers that overflowed in `dtype`, or came from damaged weights."""
     name = str(dtype).removeprefix("torch.")
     way_out = "convert with dtype bfloat16 or float32"
-    if name != "float16":  # the others hold whatever a whole model computes
+    if name != "float16":  # the range of other dtypes suffices for every sound model
         way_out = "its weights are damaged, download or convert the model again"
     return UserError(f"{what} is not finite in {name}: {way_out}")
 
@@ -60,7 +61,7 @@ def check_flags(options: object, *names: str) -> None:
 
 
 def check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    """Raise UserError when `value` is no whole number from `least` to `most`; None for LARGEST."""
+    """Raise UserError unless `value` is a whole number from `least` to `most` (None: LARGEST)."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     too_large = whole and value > (LARGEST if most is None else most)
     if not whole or value < least or too_large:
@@ -70,16 +71,16 @@ def check_whole(name: str, value: int, least: int, most: int | None = None) -> N
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP, as an exception: what is half written is cleaned up on its way."""
+    """SIGTERM or SIGHUP as an exception, so that half-written files are cleaned up."""
 
 
 @contextmanager
 def termination() -> Iterator[list[int]]:
-    """Raise Terminated in here where SIGTERM or SIGHUP would end the process, and KeyboardInterrupt
-    for Ctrl-C; a second one does what it would without us.
+    """Inside, raise Terminated for SIGTERM and SIGHUP, and KeyboardInterrupt for Ctrl-C. A second
+    signal has its usual effect.
 
-    The signal that came is in the list, too: in the middle of an import, numpy and transformers
-    make other errors of what is raised.
+    The list also receives the signal: during an import, numpy and transformers turn what is raised
+    into other errors.
     """
     previous, received = {}, []
 
@@ -95,7 +96,7 @@ def termination() -> Iterator[list[int]]:
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
-            # nohup ignores SIGHUP, and what ignores or handles one has its reason
+            # leave signals alone that are ignored (nohup) or already have a handler
             unhandled = (signal.SIG_DFL, signal.default_int_handler)
             if number is not None and signal.getsignal(number) in unhandled:
                 previous[number] = signal.signal(number, handle)
@@ -107,7 +108,7 @@ def termination() -> Iterator[list[int]]:
 
 @contextmanager
 def foreign_errors(trouble: str) -> Iterator[None]:
-    """What code of others raises, of any kind, becomes a UserError that begins with `trouble`."""
+    """Turn any error of third-party code into a UserError that begins with `trouble`."""
     try:
         yield
     except UserError:
@@ -120,7 +121,7 @@ def foreign_errors(trouble: str) -> Iterator[None]:
 def command(run: Callable[..., None]) -> Callable[..., None]:
     """Run a command; a user's mistake or a full disk becomes one line on stderr and exit code 2.
 
-    Ctrl-C, SIGTERM and SIGHUP are no mistakes: exit codes 130, 143 and 129, as shells have them.
+    Ctrl-C, SIGTERM and SIGHUP give the exit codes that shells expect: 130, 143 and 129.
     """
 
     @functools.wraps(run)

@@ -1,11 +1,11 @@
-"""Decoding for other runtimes: states go in and come out as tensors, by torch's operators alone.
+"""Decoding for other runtimes: states are passed as tensors, with torch's own operators only.
 
     step = DecodingStep(model)
     program = torch.export.export(step, (tokens, positions, *step.start(batch)))
     logits, *states = program.module()(tokens, positions, *states)
 
-`torch.onnx.export(step, ..., dynamo=True)` takes the same. Where whole texts are read and no state
-is wanted, the model itself exports, with use_cache=False.
+`torch.onnx.export(step, ..., dynamo=True)` takes the same arguments. To read whole texts without
+states, export the model itself with use_cache=False.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from supra.cache import new_cache
 class DecodingStep(nn.Module):
     """A converted language model as a function of tokens and states, without a cache object.
 
-    It reads any number of tokens, so that it makes a prompt's states too. Layers that keep softmax
-    attention have states that grow with their second dimension, which an export leaves open.
+    It reads any number of tokens, so it also reads prompts. Layers that keep softmax attention have
+    states whose second dimension grows; leave it dynamic in an export.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -35,7 +35,7 @@ class DecodingStep(nn.Module):
 
     @property
     def state_names(self) -> list[str]:
-        """What the states are, as "0.memory", in the order of `forward`."""
+        """The names of the states, such as "0.memory", in the order of `forward`."""
         return [f"{layer}.{name}" for layer, name, _ in self._states()]
 
     def start(self, batch: int) -> tuple[Tensor, ...]:

@@ -87,7 +87,7 @@ def refusal(family: str) -> str:
 
 
 def no_mixer(family: str) -> str:
-    """What to do with a model of `family`, its model_type, that has no recurrent mixer."""
+    """The message for a model without a recurrent mixer; `family` is its model_type."""
     if family == "supra":
         return (
             "all layers of the model keep softmax attention: convert its teacher again, with "

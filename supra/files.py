@@ -1,4 +1,4 @@
-"""Folders that are complete or not there: write beside, fsync, rename; and of one writer."""
+"""Folders that are complete or not there: write beside, fsync, rename. One writer at a time."""
 
 import errno
 import hashlib
@@ -18,7 +18,7 @@ except ImportError:  # Windows
     fcntl = None
 
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # of a fingerprint
-# What torch's writer says of any file that does not grow; it keeps the system's reason to itself
+# In torch's message for any file that it cannot write; it does not pass on the system's reason
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
 
@@ -74,7 +74,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, written: Path | None = None) -> Iterator[None]:
-    """Make a folder, if it is not there, and hold it, see `held`."""
+    """Make the folder if necessary, and hold its lock: see `held`."""
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder, written or folder):
         yield
@@ -82,11 +82,11 @@ def locked(folder: Path, written: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def held(path: Path, written: Path) -> Iterator[None]:
-    """Hold a file or a folder: to the next one who wants to hold it, another process is writing to
-    `written`, a UserError.
+    """Hold the lock of a file or folder. While it is held, another process that asks for it gets a
+    UserError: another process is writing to `written`.
 
-    The lock is the system's, on the path itself: it leaves no file, and it ends with its process
-    however that ends. Where there are no such locks (Windows, some network disks) nothing is held.
+    It is the system's lock on the path itself: it leaves no file behind and ends with its process,
+    even if that is killed. Without such locks (Windows, some network disks) nothing is held.
     """
     if fcntl is None:
         yield
@@ -105,8 +105,8 @@ def held(path: Path, written: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """An open descriptor with the lock. Raises BlockingIOError where another one has it, and
-    FileNotFoundError where the path is another one by now."""
+    """An open descriptor with the lock. Raises BlockingIOError if another process has it, and
+    FileNotFoundError if the path was replaced meanwhile."""
     handle = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -133,12 +133,12 @@ def _empty(folder: Path) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What safetensors and torch raise for a full disk becomes an OSError."""
+    """Turn what safetensors and torch raise for a full disk into an OSError."""
     try:
         yield
     except (OSError, UserError):
         raise
-    except BaseException as error:  # torch.distributed.checkpoint's own is no Exception
+    except BaseException as error:  # torch.distributed.checkpoint's own is not an Exception
         if number := re.search(r"(?:os error|\[Errno) (\d+)", str(error)):
             code, reason = int(number[1]), os.strerror(int(number[1]))
         elif any(name in str(error) for name in _TORCH_WRITER):
@@ -149,8 +149,8 @@ def disk_errors() -> Iterator[None]:
 
 
 def fingerprint(files: Iterable[str | Path]) -> str:
-    """Of files by their names, sizes, and samples: 64 KB at 16 places, so that it takes no time;
-    what trains a model or makes a text anew changes every place."""
+    """A digest of files by name, size and samples (64 KB at 16 places), which takes no time.
+    Training a model or rewriting a text changes every sample."""
     digest = hashlib.sha256()
     for path in map(Path, files):
         size = path.stat().st_size
@@ -163,12 +163,12 @@ def fingerprint(files: Iterable[str | Path]) -> str:
 
 
 def follow_umask(path: Path) -> None:
-    """Let those read a file of tensors, or those in a folder, who may read what else is written:
-    safetensors lets the owner alone."""
-    mask = os.umask(0o077)  # there is no way to ask for it alone
+    """Give tensor files, one or all in a folder, the permissions of other new files: safetensors
+    makes them readable by the owner only."""
+    mask = os.umask(0o077)  # it cannot be read without setting it
     os.umask(mask)
     for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
-        with suppress(PermissionError):  # some disks have no modes
+        with suppress(PermissionError):  # some file systems have no modes
             file.chmod(0o666 & ~mask)
 
 

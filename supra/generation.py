@@ -62,7 +62,7 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, beams: int, se
 
 
 def _check_prompt(prompt: str) -> None:
-    """What is no UTF-8 on a command line comes in as halves of characters."""
+    """Invalid UTF-8 on a command line arrives as surrogates, which do not encode."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -74,8 +74,8 @@ def _check_prompt(prompt: str) -> None:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: bool
 ) -> BatchEncoding:
-    """The prompt's tokens after those that the tokenizer puts before a text, and without its end;
-    or the chat's with the prompt as the user's message, after what the template puts there."""
+    """The prompt's tokens after the tokenizer's start tokens, without its end tokens; or those of a
+    chat with the prompt as the user's message, as its template writes it."""
     if chat:
         if not tokenizer.chat_template:
             raise UserError(f"--chat: the tokenizer of {name} has no chat template")

@@ -1,4 +1,4 @@
-"""A GGUF file, parsed once for all that is read out of it."""
+"""A GGUF file, parsed once for its config, its tokenizer and its weights."""
 
 import copy
 import os
@@ -11,10 +11,10 @@ from supra.errors import UserError
 
 
 class GgufFile:
-    """What was read out of a file so far.
+    """Caches what was read from a file.
 
-    transformers makes a `gguf.GGUFReader` of it for the config, for the tokenizer and for the
-    weights, which takes as long as the vocabulary is large: 13 s and 700 MB for the 262,144 words
+    transformers makes a new `gguf.GGUFReader` for the config, for the tokenizer and for the
+    weights. Each takes time with the size of the vocabulary: 13 s and 700 MB for the 262,144 tokens
     of Gemma 3, whose weights are unpacked in 3 s.
     """
 
@@ -24,14 +24,14 @@ class GgufFile:
         self._kept: dict[Callable, Any] = {}
 
     def kept(self, key: Callable, read: Callable[[], Any]) -> Any:
-        """A copy of what `read` returned when this key was first asked for."""
+        """A copy of what `read` returned at the first call with this key."""
         if key not in self._kept:
             self._kept[key] = read()
         return copy.deepcopy(self._kept[key])
 
     @contextmanager
     def parsed(self) -> Iterator[None]:
-        """In here, whoever makes a `gguf.GGUFReader` of this file gets the one that is there."""
+        """Inside, `gguf.GGUFReader` of this file returns the one that was made before."""
         try:
             import gguf
         except ImportError:
@@ -54,5 +54,5 @@ class GgufFile:
             gguf.GGUFReader = make
 
     def forget(self) -> None:
-        """Free the parsed file; what is kept stays."""
+        """Free the parsed file; the copies in `kept` stay."""
         self._reader = None

@@ -22,7 +22,7 @@ class Inspection:
     parameters: int
     new_parameters: int
     state_bytes: dict[int, int]
-    verified: int | None = None  # tensors that are as they were written
+    verified: int | None = None  # tensors whose checksums match
 
     def as_dict(self) -> dict[str, Any]:
         return vars(self)

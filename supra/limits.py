@@ -1,7 +1,7 @@
-"""The largest sizes that settings and options take: beyond them a slip of the keyboard would end in
-hours without an answer, or where memory does.
+"""The largest sizes that settings and options take, so that a typo does not end in hours without an
+answer or out of memory.
 
-They stand above what any machine does, so that they are in nobody's way.
+They are above what any machine can do, so they stop no real use.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from supra.errors import UserError, shown
 
 TEXT = 10**15  # tokens of a text or of a run; the largest models were trained on less than 10**14
 STREAM = 2**30  # tokens read one after the other; days on the fastest machine
-PASS = 2**22  # tokens of one forward pass: a hidden state of 1024 channels is 16 GB then
-STEP = 2**26  # tokens that one process reads before a step; the largest runs have them in all
+PASS = 2**22  # tokens of one forward pass: hidden states of 1024 channels then take 16 GB
+STEP = 2**26  # tokens of a step in one process; the largest runs have as many in all processes
 COUNT = 10**6  # rows, measurements, new tokens
 WIDTH = 2**16  # channels, ranks, heads
 VOCABULARY = 2**24  # the largest public ones have 2**18 tokens
@@ -28,7 +28,7 @@ OPTIONS = {
     "head_sizes": WIDTH, "widths": WIDTH,
     "vocabulary": VOCABULARY, "beams": BEAMS, "jobs": BEAMS, "seed": SEED,
 }  # fmt: skip
-"""Of a command line, by name; of a list of numbers, each."""
+"""The limit of each command line option by name; for a list of numbers, of each number."""
 
 
 def check_options(given: Mapping[str, Any]) -> None:

@@ -88,14 +88,14 @@ class _SupraPreTrained:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As transformers', but a missing, unexpected or mis-shaped tensor is an error."""
-        kwargs["ignore_mismatched_sizes"] = True  # they are in the info then, by name
+        kwargs["ignore_mismatched_sizes"] = True  # the loading info then lists them by name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_complete(info, f"{cls.base_model_prefix}.", cls._below_prefix(model.config))
         return (model, info) if output_loading_info else model
 
     @classmethod
     def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
-        """What of `check_complete` counts in the headless model only, not in a head."""
+        """The kinds of mistakes that `check_complete` reports only in the headless model."""
         return ()
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
@@ -126,7 +126,7 @@ class SupraModel(_SupraPreTrained):
 
     @classmethod
     def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
-        return ("unexpected_keys",)  # a head is of no use here
+        return ("unexpected_keys",)  # a headless model ignores the head's tensors
 
     def post_init(self) -> None:
         plan = self.config.supra
@@ -170,7 +170,7 @@ class SupraModel(_SupraPreTrained):
             given = kwargs.get("cu_seq_lens_q")  # collators that pack may know: no wait, one graph
             # with a cache it is only a mistake to find, not worth breaking a graph
             look = past_key_values is None or not torch.compiler.is_compiling()
-            look = look and not torch.compiler.is_exporting()  # what exports is one document a row
+            look = look and not torch.compiler.is_exporting()  # exports have one document per row
             if given is not None:
                 boundaries = given_boundaries(given, batch, tokens)
             elif position_ids is not None and tokens > 1 and look:
@@ -203,7 +203,7 @@ class SupraModel(_SupraPreTrained):
 
 
 class _SupraHead(_SupraPreTrained):
-    """Mixed into what puts a head on the family's headless model."""
+    """Mixed into the family's models with a head."""
 
     def post_init(self) -> None:
         base = getattr(self, self.base_model_prefix)
@@ -238,14 +238,14 @@ class SupraForCausalLM(_SupraHead):
 class SupraForRows(_SupraHead):
     """Mixed into the family's other heads, which read whole rows.
 
-    A row counts its positions from its first token. With padding on its left it would be another
-    row to features that are made of what is rotated, as hedgehog's are.
+    Positions are counted from a row's first token. Otherwise left padding would change features of
+    rotated queries and keys, such as hedgehog's.
     """
 
     @classmethod
     def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
-        """On a checkpoint of another class this head is new, of which transformers warns; in one of
-        its own it may be of another size, if the caller says so."""
+        """In a checkpoint of another class this head is new, and transformers warns about it. In
+        one of this class it may have another size, if the caller says so."""
         own = cls.__name__ in (config.architectures or ())
         return ("mismatched_keys",) if own else KINDS
 
@@ -261,11 +261,11 @@ class SupraForSequences(SupraForRows):
     row that is not config.pad_token_id."""
 
     def prepare_rows(self, inputs: dict[str, Any]) -> None:
-        """Raises UserError for rows of which no last token is to be found."""
+        """Raises UserError for rows whose last token cannot be found."""
         super().prepare_rows(inputs)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
-        batch = next((x.shape[0] for x in given if x is not None), 1)  # of none the model raises
+        batch = next((x.shape[0] for x in given if x is not None), 1)  # for none the model raises
         if batch > 1 and self.config.get_text_config().pad_token_id is None:
             raise UserError(
                 f"pad_token_id (=None) in the config must be set for {batch} rows, whose ends "
@@ -277,13 +277,13 @@ class SupraForSequences(SupraForRows):
             packed = document_boundaries(positions, batch) is not None
         if packed:
             raise UserError(
-                "position_ids (or cu_seq_lens_q) pack several texts into a row, of which a "
-                "sequence classifier reads the last token alone: pass one text a row, padded"
+                "position_ids (or cu_seq_lens_q) pack several texts into a row, but a sequence "
+                "classifier reads the last token alone: pass one text a row, padded"
             )
 
 
 def _over_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a head over rows, under the signature that Trainer looks at."""
+    """`forward` of a head over rows, with the signature that Trainer looks at."""
     names = tuple(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
@@ -298,14 +298,14 @@ def _over_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_covered_prompt(
     cache: Cache, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
-    """Raise where generate() has no token to read after those in the cache: it would read the
-    prompt again, or a piece of it, as if it came after itself."""
+    """Raise when the cache already covers the prompt of generate(), which would then read all or
+    part of the prompt again, after itself."""
     embeddings, mask = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
     if embeddings is not None:
         prompt = embeddings.shape[1]
-    elif mask is not None:  # of the conversation, also where input_ids are its new tokens alone
+    elif mask is not None:  # of the whole conversation, even if input_ids are only its new tokens
         prompt = mask.shape[1]
-    else:  # where generate() keeps the length of a mask of ones, which it drops
+    else:  # generate() drops a mask of ones and keeps its length here
         prompt = generation_config._mask_length
     if 0 < prompt <= (held := cache.get_seq_length()):
         raise UserError(
@@ -322,7 +322,7 @@ def model_class(
     headless = getattr(transformers, MODEL_MAPPING_NAMES[model_type])
     fields = {
         "config_class": config_class(model_type),
-        # some heads for questions have another than the language model, whose weights they load
+        # some question-answering heads have another prefix than the language model's checkpoints
         "base_model_prefix": headless.base_model_prefix,
         "_keep_in_fp32_modules_strict": {"mixer", *(base._keep_in_fp32_modules_strict or ())},
         # quantisation leaves these alone, and takes a pattern from the start of a module's name
@@ -343,7 +343,7 @@ def _class_name(base: type[PreTrainedModel], model_type: str) -> str:
     return f"Supra{family}" + re.search(r"(For[A-Z]\w*|Model)$", base.__name__)[0]
 
 
-# Of every auto class: what the families call the model of that kind, and what is mixed into it
+# For every auto class: the families' classes of that kind, and what is mixed into them
 _KINDS = {
     AutoModel: (MODEL_MAPPING_NAMES, SupraModel),
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SupraForCausalLM),
@@ -357,7 +357,7 @@ _KINDS = {
 
 
 def family_classes(model_type: str) -> dict[type, type[PreTrainedModel]]:
-    """The converted classes of one family, by auto class: those that it has."""
+    """The converted classes that one family has, by auto class."""
     return {
         auto: model_class(getattr(transformers, names[model_type]), model_type, mixin)
         for auto, (names, mixin) in _KINDS.items()
@@ -366,7 +366,7 @@ def family_classes(model_type: str) -> dict[type, type[PreTrainedModel]]:
 
 
 def register_family(config: type[PreTrainedConfig]) -> None:
-    """Make the auto classes know the converted classes of one family."""
+    """Register the converted classes of one family with the auto classes."""
     for auto, model in family_classes(config.base_model_type).items():
         auto.register(config, model, exist_ok=True)
 

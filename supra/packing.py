@@ -3,12 +3,12 @@
 Document boundaries are where position_ids restart at 0, which is how transformers' models (and
 ours) recognise packed rows when there is neither an attention mask nor a cache.
 
-A document gets what its tokenizer puts around a text, and ends with end-of-sequence. Most add
-nothing. Where one adds start tokens, as `<bos>`, a model has hardly seen a text without them, so
-every piece that is read from an empty state begins with them: also one that goes on with a document
-in the next row, at the cost of so many tokens of that row. Nothing predicts a start token. The
-first token of a document is predicted from them, as the model has learned to. The first token of a
-piece that goes on is not: what it depends on was cut off, and a model that is trained on it would
+A document gets the special tokens that its tokenizer adds to a text, and ends with end-of-sequence.
+Most tokenizers add nothing. If one adds start tokens such as `<bos>`, the model has hardly seen a
+text without them, so every piece that is read from an empty state begins with them. This includes
+a piece that continues a document in the next row, which has that much less room. Start tokens
+are not predicted. The first token of a document is predicted from them, as in pretraining. The
+first token of a continued piece is not: its context was cut off, and a model trained on it would
 learn that documents begin in the middle of a sentence.
 """
 
@@ -26,24 +26,24 @@ Block = dict[str, torch.Tensor]
 """input_ids, position_ids, labels: [T] int64 each.
 
 Labels stand where their token stands, as transformers expects: position t is trained on
-labels[t + 1]. Start tokens have the label -100, and so has the first token of a piece unless it is
-that of a document after start tokens.
+labels[t + 1]. Start tokens have the label -100. So has the first token of a piece, unless it begins
+a document and follows start tokens.
 """
 
-# texts that most tokenizers have tokens for, and how many of its own tokens are tried where not
+# texts that most tokenizers have tokens for; if none works, this many of its own tokens are tried
 PROBES, OWN_PROBES = ("a", "A", "1", "."), 100
 
 
 def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Without special tokens."""
+    """The tokens of a text without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before a text and after it.
+    """The special tokens that the tokenizer puts before and after a text.
 
-    Found from what it does: `bos_token` and `add_bos_token` often say otherwise. Raises UserError
-    where it cannot be told.
+    They are found by trying, because `bos_token` and `add_bos_token` are often wrong. Raises
+    UserError if they cannot be found.
     """
     for probe in _probes(tokenizer):
         plain, whole = plain_tokens(tokenizer, probe), tokenizer(probe)["input_ids"]
@@ -70,24 +70,21 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Without special tokens at the ends, also where the text brings its start itself, as one that
-    a chat template wrote."""
+    """The tokens of a text without start and end tokens. Start tokens that are written in the text
+    itself, as by a chat template, are dropped too."""
     tokens, start = plain_tokens(tokenizer, text), start_tokens(tokenizer)
     return tokens[len(start) :] if tokens[: len(start)] == start else tokens
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The document's tokens without those of its start, with those of its end; [] for blank text.
-
-    The end is what the tokenizer adds there, and end-of-sequence, which is not doubled.
-    """
+    """The document's tokens with its end tokens, without start tokens; [] for blank text."""
     if not text or text.isspace():
         return []
     return [*text_tokens(tokenizer, text), *end_tokens(tokenizer)]
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Of a document: what the tokenizer adds, and end-of-sequence, once."""
+    """The end of a document: what the tokenizer adds, and end-of-sequence if that is not in it."""
     end = added_tokens(tokenizer)[1]
     return end if end[-1:] == [tokenizer.eos_token_id] else [*end, tokenizer.eos_token_id]
 
@@ -98,7 +95,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def block(pieces: Iterable[list[int]], unpredicted: Iterable[int] = repeat(1)) -> Block:
-    """One block from pieces of documents; of each, so many first tokens have no label."""
+    """One block from pieces of documents. `unpredicted` says how many first tokens of each piece
+    have no label."""
     ids, positions, labels = [], [], []
     for piece, count in zip(pieces, unpredicted, strict=False):
         ids += piece
@@ -109,7 +107,7 @@ def block(pieces: Iterable[list[int]], unpredicted: Iterable[int] = repeat(1)) -
 
 
 class Row:
-    """A block of `length` tokens that takes pieces of documents, each after the start tokens."""
+    """Collects pieces of documents, each after start tokens, into a block of `length` tokens."""
 
     def __init__(self, length: int, start: Sequence[int]):
         if length <= len(start):
@@ -121,9 +119,9 @@ class Row:
         self.pieces, self.unpredicted = [], []
 
     def add(self, tokens: list[int], offset: int) -> int:
-        """Take what fits of a document from `offset` on, and return how many tokens that is.
+        """Add what fits of a document from `offset` on, and return how many tokens that is.
 
-        None where the room ends with the start tokens, or within them.
+        It is 0 if the start tokens fill the rest of the row.
         """
         start = self.start[: self.room]
         taken = tokens[offset : offset + self.room - len(start)]
@@ -139,8 +137,8 @@ class Row:
 def pack(
     documents: Iterable[list[int]], sequence_length: int, start: Sequence[int] = ()
 ) -> Iterator[Block]:
-    """Cut the documents' tokens into blocks, each piece after the start tokens; what is left at the
-    end is dropped."""
+    """Cut the documents' tokens into blocks, each piece after the start tokens. An unfinished block
+    at the end is dropped."""
     row = Row(sequence_length, start)
     for tokens in documents:
         offset = 0

@@ -1,7 +1,7 @@
-"""Converted models made known to transformers' Auto classes, without importing them for it.
+"""Registers converted models with transformers' Auto classes without importing transformers.
 
-transformers brings torch along, which takes seconds that `supra --help` has no use for. So what has
-to be registered waits until somebody imports AutoConfig.
+transformers imports torch, which takes seconds that `supra --help` does not need. So registration
+waits until something imports AutoConfig.
 """
 
 import sys
@@ -14,7 +14,7 @@ AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register_with_transformers() -> None:
-    """Now where AutoConfig is imported already, else right after it is."""
+    """Register now if AutoConfig is already imported, otherwise right after its import."""
     if AUTO in sys.modules:
         import supra.configuration  # noqa: F401 (it registers itself)
     else:
@@ -22,7 +22,7 @@ def register_with_transformers() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the module AUTO as everybody would, and has it followed by supra.configuration."""
+    """Finds the module AUTO in the usual way, and imports supra.configuration right after it."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == AUTO else None

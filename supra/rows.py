@@ -1,4 +1,4 @@
-"""The rows of a call: which of their tokens are padding, and where documents begin in them."""
+"""The rows of a call: which tokens are padding, and where documents begin."""
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ def refuse_context_parallel() -> None:
     swapped = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
     if not torch.compiler.is_compiling() and "context_parallel" in swapped:
         raise UserError(
-            "context parallelism cuts a row into pieces that hand no state on: train a recurrent "
-            "model with cp_size=1, and with activation checkpointing where long rows do not fit"
+            "context parallelism cuts a row into pieces that do not pass a state on: train a "
+            "recurrent model with cp_size=1, and with activation checkpointing if rows do not fit"
         )
 
 
@@ -45,8 +45,8 @@ def given_boundaries(cu_seq_lens: Tensor, batch: int, tokens: int) -> Tensor:
     """Int [1, 1, 1, N + 1] from a collator's bounds [N + 1] of N documents in one row."""
     if batch != 1:
         raise UserError(
-            f"cu_seq_lens_q with {batch} rows must be of one: flatten the batch into a single row, "
-            "or pass position_ids alone"
+            f"cu_seq_lens_q describes one row, and there are {batch}: flatten the batch into a "
+            "single row, or pass only position_ids"
         )
     if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last = cu_seq_lens[0].item(), cu_seq_lens[-1].item()

@@ -22,7 +22,7 @@ def serve(arguments: list[str]) -> None:
     except ImportError as error:
         raise UserError(f"supra serve: {error}: pip install 'transformers[serving]'") from error
     checkpoint = find_checkpoint(arguments[0])
-    checkpoint.check_weights()  # transformers would fall back to pickled ones
+    checkpoint.check_weights()  # transformers would fall back to pickled weights
     for name in checkpoint.config().architectures:
         if name.startswith("Supra"):
             # its own reference: sys.modules may hold another copy of transformers by now

@@ -30,15 +30,15 @@ from supra.mixers.policy import Past
 from supra.modeling import SupraModel
 
 FORMAT = "supra_state"
-SAMPLES = 64  # numbers of a parameter by which it is told from another
+SAMPLES = 64  # numbers of a parameter that go into its checksum
 MOST_TOKENS = 2**53  # beyond it, positions are no longer exact in any of their dtypes
 
 
 def fork_state(cache: Cache, copies: int = 1) -> Cache:
     """A cache that goes on from the same state without changing it.
 
-    A state that was read with gradients keeps them, so that continuations train what made it; read
-    a prompt under torch.no_grad() where nothing trains.
+    A state that was read with gradients keeps them, so training on continuations reaches the
+    prompt. Read a prompt under torch.no_grad() if nothing trains.
 
     copies: rows of the new cache for each row of the old, for several continuations in one batch.
     """
@@ -56,8 +56,8 @@ def fork_state(cache: Cache, copies: int = 1) -> Cache:
 
 
 def save_state(cache: Cache, file: str | Path) -> None:
-    """Write the states of all layers into one safetensors file, and by which weights they were
-    made."""
+    """Write the states of all layers into one safetensors file, with checksums of the weights that
+    made them."""
     _check(cache)
     tensors, layers = {}, []
     for i, layer in enumerate(cache.layers):
@@ -76,9 +76,9 @@ def save_state(cache: Cache, file: str | Path) -> None:
 def load_state(file: str | Path, model: PreTrainedModel, *, other_weights: bool = False) -> Cache:
     """The states in `file` as a cache for `model`, on its device.
 
-    other_weights: whether a state is taken that other weights made, of a model of the same form.
+    other_weights: accept a state that a model of the same form made with other weights.
 
-    Raises UserError for a file that is damaged, and for the state of another model.
+    Raises UserError for a damaged file and for the state of another model.
     """
     header, tensors = _read(file)
     layers = _layers(header, file)
@@ -103,8 +103,8 @@ def load_state(file: str | Path, model: PreTrainedModel, *, other_weights: bool 
 
 
 def weights_of(model: nn.Module) -> dict[str, int | None]:
-    """A checksum of some numbers of every parameter, by name; None for what is not in memory as
-    plain numbers: offloaded, sharded or quantised."""
+    """A checksum of some numbers of every parameter, by name; None for parameters that are
+    offloaded, sharded or quantised."""
     found: dict[str, int | None] = dict.fromkeys(name for name, _ in model.named_parameters())
     for name, x in model.named_parameters():
         if type(x) is nn.Parameter and x.is_floating_point() and not x.is_meta:
@@ -147,7 +147,7 @@ def _json(header: dict[str, str], name: str, file: str | Path) -> Any:
 
 
 def _layers(header: dict[str, str], file: str | Path) -> list[dict[str, Any]]:
-    """Length and kind of state of every layer."""
+    """The length and the kind of state of every layer."""
     layers = _json(header, "layers", file)
     if not isinstance(layers, list) or not layers or not all(map(_is_layer, layers)):
         _damaged(file, "its header must list a length of 1 and more and a state for every layer")
@@ -166,8 +166,8 @@ def _is_layer(layer: Any) -> bool:
 def _check_tensors(
     tensors: dict[str, Tensor], model: SupraModel, length: int, file: str | Path
 ) -> None:
-    """Names, dtypes, shapes and numbers are such as `model` could have made."""
-    # key-value caches grow, up to a window: one more token than they hold shows where that ends
+    """Check that `model` could have made these names, dtypes, shapes and numbers."""
+    # key-value caches grow up to a window: a run of one token more than they hold shows its size
     growing = [i for i, module in enumerate(attention_modules(model)) if not module.mixer.recurrent]
     caches = [x for i in growing for name, x in tensors.items() if name.startswith(f"{i}.")]
     places = max((x.shape[1] for x in caches if x.dim() > 1), default=0)
@@ -179,7 +179,7 @@ def _check_tensors(
     for name, x in tensors.items():
         form = [rows, *expected[name].shape[1:]]
         if rows < 1 or [*x.shape] != form:
-            _damaged(file, f"{name} ({[*x.shape]}) must be {form}, with one row and more")
+            _damaged(file, f"{name} ({[*x.shape]}) must be {form}, with one row or more")
         if x.dtype != expected[name].dtype:
             raise UserError(
                 f"{file}: {name} is {x.dtype} and this model's is {expected[name].dtype}: load the "
@@ -193,7 +193,7 @@ def _check_tensors(
 
 @torch.no_grad()
 def _without_data(model: SupraModel, tokens: int) -> dict[str, Tensor]:
-    """What the states of one row of so many tokens would be, from a run on the meta device."""
+    """The states of one row of this many tokens, without data: from a run on the meta device."""
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         twin = AutoModel.from_config(
@@ -202,7 +202,7 @@ def _without_data(model: SupraModel, tokens: int) -> dict[str, Tensor]:
         modules = zip(attention_modules(model), attention_modules(twin), strict=True)
         policies = [module.mixer.policy for module in attention_modules(model)]
         for (_, module), policy in zip(modules, policies, strict=True):
-            # a norm is looked at after a number of tokens, which have to be there
+            # a norm is checked every few tokens, which needs data
             module.mixer.policy = None if policy and policy.norm is not None else policy
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         cache = twin(ids, use_cache=True).past_key_values
@@ -217,8 +217,8 @@ def _without_data(model: SupraModel, tokens: int) -> dict[str, Tensor]:
 
 
 def _check_weights(header: dict[str, str], model: SupraModel, file: str | Path) -> None:
-    """The weights that made the state are this model's, as far as both are known."""
-    if "weights" not in header:  # written before files said so, or of a model that was gone
+    """Check that this model's weights made the state, as far as the checksums of both are known."""
+    if "weights" not in header:  # an older file, or the model was gone when it was written
         return
     theirs, ours = _json(header, "weights", file), weights_of(model)
     if not isinstance(theirs, dict):

@@ -1,4 +1,4 @@
-"""JSON that every program reads: it has no NaN and no infinity."""
+"""Standard JSON, without NaN and infinity."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON, with null for a number that is not finite, as a perplexity beyond 1e308."""
+    """`value` as JSON, with null for numbers that are not finite."""
     return json.dumps(_strict(value), indent=indent, allow_nan=False)
 
 

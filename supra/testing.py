@@ -54,8 +54,8 @@ _TEXT = [
 def tiny_tokenizer(folder: str | Path, template: str = "$A") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most 300 tokens, for any text; saved in `folder`.
 
-    template: what it puts around a text, as "<bos> $A". Special tokens other than "<|endoftext|>",
-    which is bos, eos and pad, are made for it.
+    template: what it puts around a text, such as "<bos> $A". Special tokens in it are added to the
+    vocabulary; "<|endoftext|>" is always there, as bos, eos and pad.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

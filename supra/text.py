@@ -20,8 +20,8 @@ from datasets.exceptions import DatasetsError
 from supra.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".jsonl.gz": "json", ".txt": "text", ".parquet": "parquet"}
-TEXT_TYPES = ("string", "large_string", "null")  # of a column; null: none has a text
-# what the readers raise for files that are empty, cut short, or not what their names say
+TEXT_TYPES = ("string", "large_string", "null")  # of a column; null: no row has a text
+# what the readers raise for files that are empty, truncated or in another format
 UNREADABLE = (OSError, EOFError, ValueError, StopIteration, zlib.error, DatasetsError)
 
 
@@ -74,7 +74,7 @@ class Documents:
         return text or ""
 
     def _refuse(self, kind: str) -> None:
-        """Raise UserError for a text of another kind, at its place where that is found."""
+        """Raise UserError for a text field of another type, with file and line if found."""
         found = (_fault(file, self.text_field) for file in self._files())
         what = f"text field {self.text_field!r} holds {kind}, not text"
         raise UserError(next(filter(None, found), what))
@@ -90,8 +90,8 @@ def open_dataset(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Local files (one .txt file is one document), or else a data set on the hub.
 
-    Raises UserError that names file and line for text that is broken: now, or of streamed text
-    when it is reached.
+    Raises UserError with file and line for broken text: at once, or for streamed text when it is
+    reached.
     """
     files = local_files(path)
     if files:
@@ -110,7 +110,7 @@ def open_dataset(
         source = {"path": builder, "data_files": files, "split": split, **options}
     else:
         source = {"path": path, "name": name, "split": split}
-    trouble = "cannot be read" if files else "is no local file and no data set on the hub"
+    trouble = "cannot be read" if files else "is neither a local file nor a data set on the hub"
     with _reading(f"{path} {trouble}", files):
         for file in files:
             _check_lines(file, most=1 if streaming else None)
@@ -149,8 +149,8 @@ def local_files(path: str) -> list[str]:
 
 @contextmanager
 def _reading(trouble: str, files: Iterable[str]) -> Iterator[None]:
-    """Turn what the readers raise into a UserError that begins with `trouble`, and names the file
-    and the line where there is one."""
+    """Turn what the readers raise into a UserError that begins with `trouble` and names the file
+    and line if they are known."""
     try:
         yield
     except UserError:
@@ -163,8 +163,8 @@ def _reading(trouble: str, files: Iterable[str]) -> Iterator[None]:
 
 
 def _check_lines(file: str, most: int | None) -> None:
-    """Raise ValueError for a line, of so many, that Arrow takes without a word: one that is not
-    UTF-8, or one of JSON that is null, on which it crashes where a block of its own begins."""
+    """Raise ValueError for lines that Arrow mishandles, among the first `most`: it accepts invalid
+    UTF-8, and it crashes on JSON null at the start of one of its blocks."""
     kind = BUILDERS[_suffix(file)]
     if kind == "parquet":
         return
@@ -176,7 +176,7 @@ def _check_lines(file: str, most: int | None) -> None:
 
 
 def _fault(file: str, text_field: str | None = None) -> str | None:
-    """The first thing that is wrong with a local file, and where; None where that is not found."""
+    """The first fault of a local file, with its place; None if none is found."""
     kind, number = BUILDERS[_suffix(file)], 0
     try:
         if kind == "parquet":
@@ -201,11 +201,11 @@ def _fault(file: str, text_field: str | None = None) -> str | None:
 
 
 def _check_row(line: str, text_field: str | None) -> None:
-    """Raise ValueError for a line that is no JSON object, or holds something else as its text."""
+    """Raise ValueError for a line that is not a JSON object, or whose text is not a string."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"{shortened(line)} is no JSON object")
-    json.dumps(row, ensure_ascii=False).encode()  # escapes may stand for half a character
+    json.dumps(row, ensure_ascii=False).encode()  # raises for escapes of half a character
     text = row.get(text_field)
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text field {text_field!r} holds {type(text).__name__}, not text")

@@ -1,7 +1,7 @@
-"""What of a checkpoint is opened and copied: files that lie in its folder, and data alone.
+"""Opens and copies only data from a checkpoint, and only files that lie in its folder.
 
-Whoever made a checkpoint wrote its names, links and JSON. Nothing of that leads out of the folder
-or makes a program of it run.
+The author of a checkpoint chose its file names, links and JSON. None of these may lead out of the
+folder or make code run.
 """
 
 import json
@@ -23,16 +23,16 @@ LICENSE_FILES = ("LICENSE*", "NOTICE*")
 # what transformers may open in a checkpoint's folder, and in the folder of a GGUF file
 OPENED = ("*.json", "*.safetensors", "*.jinja", *TOKENIZER_FILES)
 OPENED_BESIDE_GGUF = ("*config.json", "adapter_model*", *TOKENIZER_FILES)
-# keys by which a config names code: of its own repository or of another one
+# keys by which a config names code, in its own repository or another
 CODE_KEYS = ("auto_map", "custom_pipelines")
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
 
 def belongs(file: Path, folder: Path) -> bool:
-    """Whether a file lies in a checkpoint's folder, after all links.
+    """Whether a file lies in a checkpoint's folder after all links are followed.
 
-    A hub cache keeps `snapshots/<commit>/<name>` as a link into `blobs`, of the model or of all
-    models, so what lies there belongs too. The folder itself may be a link.
+    In a hub cache `snapshots/<commit>/<name>` is a link into a folder `blobs`, of the model or of
+    all models, so files there belong too. The folder itself may be a link.
     """
     target, home = (Path(os.path.realpath(path)) for path in (file, folder))
     homes = [home]
@@ -42,9 +42,9 @@ def belongs(file: Path, folder: Path) -> bool:
 
 
 def own_file(folder: Path, name: str, where: str) -> Path:
-    """The file that `name` stands for in `where`, a file of the folder.
+    """The file that the file `where` of the folder calls `name`.
 
-    Raises UserError for what lies elsewhere, by name or by link.
+    Raises UserError if it lies elsewhere, by name or by link.
     """
     if not isinstance(name, str) or os.path.isabs(name) or not belongs(folder / name, folder):
         raise UserError(
@@ -55,9 +55,9 @@ def own_file(folder: Path, name: str, where: str) -> Path:
 
 
 def check_opened(folder: Path, gguf: bool = False) -> None:
-    """Raise UserError where transformers would leave the folder, open a pickle or run code.
+    """Raise UserError if transformers would leave the folder, open a pickle or run code.
 
-    gguf: the folder is only where a GGUF file lies.
+    gguf: the checkpoint is a GGUF file in the folder, not the folder itself.
     """
     for file in _matching(folder, OPENED_BESIDE_GGUF if gguf else OPENED):
         if not belongs(file, folder):
@@ -73,14 +73,14 @@ def check_opened(folder: Path, gguf: bool = False) -> None:
     config = _fields(folder / "config.json")
     if "transformers_weights" in config:
         raise UserError(
-            f"config.json of {folder.name} names a file of weights (transformers_weights): call it "
-            "model.safetensors and take the name out"
+            f"config.json of {folder.name} names a file of weights (transformers_weights): rename "
+            "it to model.safetensors and remove that field"
         )
     for name, value in _fields_within(config):
         if name.removeprefix("_") in KERNEL_KEYS and "/" in str(value):
             raise UserError(
                 f"config.json of {folder.name} asks for the kernel {value!r} ({name}), a program "
-                "from the hub, which is not run: take the line out"
+                "from the hub, which is not run: remove that line"
             )
     for name in _fields(folder / "tokenizer_config.json").get("fast_tokenizer_files") or ():
         own_file(folder, name, "tokenizer_config.json")
@@ -92,7 +92,7 @@ def check_opened(folder: Path, gguf: bool = False) -> None:
 
 
 def copy_data(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Copy files of a checkpoint into `folder`, without what names code in its configs.
+    """Copy files of a checkpoint into `folder`, and drop references to code from its configs.
 
     Returns a line for everything that is left out: code, and files that lie elsewhere.
     """
@@ -108,8 +108,8 @@ def copy_data(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def drop_code(folder: Path) -> list[str]:
-    """Take what names code out of the configs in `folder`, but for the model's own, which
-    `SupraConfig` writes. Returns a line for each config that named some."""
+    """Drop references to code from the configs in `folder`, except for config.json, which
+    `SupraConfig` writes. Returns a line for each config that had some."""
     lines = []
     for file in sorted(folder.glob("*_config.json")):
         fields = _fields(file)
@@ -120,7 +120,7 @@ def drop_code(folder: Path) -> list[str]:
 
 
 def without_code(fields: Any) -> Any:
-    """Fields of a config, and of those inside it, without the keys that name code."""
+    """The fields of a config and of configs inside it, without the keys that name code."""
     if isinstance(fields, list):
         return [without_code(x) for x in fields]
     if not isinstance(fields, dict):
@@ -129,7 +129,7 @@ def without_code(fields: Any) -> Any:
 
 
 def _fields_within(config: Any) -> Iterator[tuple[str, Any]]:
-    """All fields of a config and of those inside it."""
+    """All fields of a config and of configs inside it."""
     if isinstance(config, dict):
         yield from config.items()
     inner = config.values() if isinstance(config, dict) else config
@@ -138,7 +138,7 @@ def _fields_within(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """Files of the folder that fit one of the patterns, broken links too, sorted."""
+    """Files of the folder that match a pattern, sorted; includes broken links."""
     found = set()
     for pattern in patterns:
         place = folder / Path(pattern).parent
@@ -150,7 +150,7 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _fields(file: Path) -> dict[str, Any]:
-    """The fields of a JSON file; none where it is not there, or where whoever opens it says so."""
+    """The fields of a JSON file; {} if it is missing or broken, which its reader reports."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

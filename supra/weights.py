@@ -100,10 +100,10 @@ def check_complete(
 ) -> None:
     """Raise UserError unless `from_pretrained` found each tensor, each once, in its shape.
 
-    Of the kinds in `below`, only names that begin with `prefix` count.
+    For the kinds in `below`, only names that begin with `prefix` count.
     """
     for kind in KINDS:
-        # a mismatched one comes with its shapes
+        # mismatched names come in a tuple with their shapes
         names = sorted(x if isinstance(x, str) else x[0] for x in loading_info[kind])
         if kind in below:
             names = [name for name in names if name.startswith(prefix)]
@@ -115,15 +115,14 @@ def check_complete(
 
 
 def check_safetensors(folder: Path) -> None:
-    """Raise UserError unless the folder holds weights as safetensors that open, and names no
-    others."""
+    """Raise UserError unless all weights of the folder are safetensors files that open."""
     for file in set(_files_by_tensor(folder).values()):
         with _damage(file), safe_open(file, framework="pt"):
             pass
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """The name of a tensor that holds NaN or infinity, of those that are in memory."""
+    """The name of the first tensor in memory that holds NaN or infinity; None if there is none."""
     tensors = ((name, x) for name, x in model.state_dict().items() if not x.is_meta)
     return next((name for name, x in tensors if not x.isfinite().all()), None)
 
@@ -151,10 +150,10 @@ def _damage(shard: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        if shard.exists():  # what safetensors says of a file that it may not read
+        if shard.exists():  # safetensors raises this without permission to read, too
             raise UserError(
-                f"shard {shard.name} may not be read: permission denied; ask its owner for the "
-                "right to read it"
+                f"shard {shard.name} may not be read: permission denied; ask its owner for "
+                "permission to read it"
             ) from None
         raise UserError(f"shard {shard.name} is missing: download the model again") from None
     except SafetensorError as error:

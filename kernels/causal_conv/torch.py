@@ -93,7 +93,7 @@ def backward(
 def plain(
     input: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, *, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """`forward` in operators that every runtime has, for export: of rows that are not packed."""
+    """`forward` for export, in operators that every runtime has; rows must not be packed."""
     columns, bias = _parameters(input, weight, bias)
     if state is None:
         state = input.new_zeros(input.shape[0], len(columns) - 1, input.shape[2])

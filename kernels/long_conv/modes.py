@@ -98,7 +98,7 @@ def transition(model: Model, count: int | Tensor) -> Tensor:
 
 
 def polar(model: Model, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Sizes and angles of a^count, as `transition` makes numbers of."""
+    """Sizes and angles of the complex numbers a^count that `transition` returns."""
     logs = wide(model.log_decay).clamp(min=LOWEST_LOG_DECAY) * count
     return torch.where(logs > LOWEST, logs.exp(), 0), wide(model.frequency) * count
 

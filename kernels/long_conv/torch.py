@@ -101,7 +101,7 @@ def recurrent(
     dtype = log_decay.dtype
     if state is None:
         state = start(None, key, value, log_decay, value.shape[0])
-    # in real numbers throughout, so that a step exports
+    # in real numbers, which a step needs to be exported
     sizes, angles = polar(Model(log_decay, frequency, weight, skip), 1)
     keep, turn = sizes * angles.cos(), sizes * angles.sin()
     keep, turn = keep[..., None, None, None], torch.stack((-turn, turn), -1)[..., None, None]

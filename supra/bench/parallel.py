@@ -33,7 +33,7 @@ from supra.strict_json import to_json
 
 SWEEPS = 300  # at most; a method that needs more is not the right one
 DENSE_NUMBERS = 2**25  # of Jacobians, beyond which dense methods are left out
-DTYPES = {"float32": torch.float32, "float64": torch.float64}  # the solvers' own
+DTYPES = {"float32": torch.float32, "float64": torch.float64}  # what the solvers support
 COLUMNS = ("cell", "numbers", "exponent", "tokens", "method", "sweeps", "resets", "error", "ms")
 
 

@@ -84,8 +84,8 @@ def load_model(
 ) -> PreTrainedModel:
     """On the GPU where there is one.
 
-    Raises UserError for weights that are not finite. Later, unless it `may_overflow`, a call whose
-    logits are not does.
+    Raises UserError for weights that are not finite. Unless it `may_overflow`, so does any later
+    call whose logits are not finite.
     """
     model = checkpoint.model(dtype)
     if name := first_not_finite(model):
@@ -104,7 +104,7 @@ def _check_logits(model: PreTrainedModel, module: nn.Module, args: tuple, logits
 
 
 def overflow(model: PreTrainedModel) -> UserError:
-    """Of a model whose weights are finite."""
+    """The error for a model whose weights are finite but whose outputs are not."""
     dtype = str(model.dtype).removeprefix("torch.")
     return UserError(
         f"model {model.name_or_path!r} gives no numbers: its outputs overflow in {dtype}, though "

@@ -64,7 +64,7 @@ class Subject:
     seed: int
 
     def token_rows(self) -> list[list[int]]:
-        """The documents' tokens, without those of start and end."""
+        """The documents' tokens without start and end tokens."""
         return [text_tokens(self.tokenizer, x) for x in self.documents if not x.isspace()]
 
 

@@ -73,8 +73,8 @@ def perplexity(
     Args:
         blocks: from `blocks_from_text` or training's held-out text, all of one length.
         by_position: rising edges, e.g. (0, 512, 1024): the loss is also reported for tokens that
-            have that many tokens of their own document before them in the block, its start tokens
-            among them. Ranges without tokens are left out.
+            have that many tokens of their own document before them in the block, including start
+            tokens. Ranges without tokens are left out.
         batch_size: blocks of one forward pass; the numbers do not depend on it.
     """
     if not blocks:

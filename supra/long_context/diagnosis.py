@@ -77,7 +77,7 @@ def diagnose(
     other = None
     if fix_text is not None:
         other = TokenStream(tokenizer, open_documents(fix_text, text_field))
-    model = load_model(checkpoint, dtype, may_overflow=True).eval()  # late in a text: a finding
+    model = load_model(checkpoint, dtype, may_overflow=True).eval()  # overflow is a finding here
     layers = RecurrentLayers.of(model)
     check_positions(model, "--to", to)
     if fix is not None:
@@ -164,8 +164,8 @@ def _check_fix(
 def _what_follows(
     stream: TokenStream, again: TokenStream, count: int, text: str
 ) -> tuple[Tensor, str]:
-    """The next tokens of the stream with their labels [2, count], and what they are; where the text
-    ends, those of `again`, the same text from its beginning."""
+    """The next tokens of the stream with their labels [2, count], and what they are. If the text
+    ends, they come from `again`, the same text from its beginning."""
     before = stream.restarts
     tokens = stream.take(count)
     if stream.restarts == before:

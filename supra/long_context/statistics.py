@@ -144,7 +144,7 @@ def effective_remembrance(
 
     the total variation between predictions from all tokens [T] and from those from t on. The mean
     over the last `ends` tokens in the place of the T-th. `advance` hears how many tokens were read.
-    `start_tokens` stand in the place of the first that are read.
+    `start_tokens` replace the first tokens of each reading.
     """
     begin = tokens.new_tensor(start_tokens)
 

@@ -28,8 +28,8 @@ FINE = 256  # equal buckets
 
 
 class TokenStream:
-    """The tokens of documents one after the other, without an end: of each its start tokens, the
-    text and end-of-text.
+    """An endless stream of the tokens of documents: for each its start tokens, the text and
+    end-of-text.
 
     `restarts` counts how often the text began again. Blank documents are left out. Raises UserError
     when there is no text at all.
@@ -43,7 +43,7 @@ class TokenStream:
         self._tokens = self._endless()
 
     def take(self, count: int) -> Tensor:
-        """The next tokens and their labels, int64 [2, count]. Those of start tokens are IGNORE."""
+        """The next tokens and labels, int64 [2, count]. The label of a start token is IGNORE."""
         return torch.tensor(list(islice(self._tokens, count))).view(-1, 2).T
 
     def _endless(self) -> Iterator[tuple[int, int]]:
@@ -63,8 +63,8 @@ class TokenStream:
 
 
 def begun(text: Tensor, start: Sequence[int]) -> Tensor:
-    """Tokens and labels [2, n] for reading from an empty state: start tokens in the place of the
-    first, so that all others keep theirs."""
+    """Tokens and labels [2, n] for reading from an empty state: start tokens replace the first
+    tokens, so that all others keep their positions."""
     text, ids = text.clone(), torch.tensor(start[: text.shape[1]], dtype=text.dtype)
     text[0, : len(ids)], text[1, : len(ids)] = ids, IGNORE
     return text
@@ -104,8 +104,8 @@ class Reader:
     def read(self, ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Read tokens [n]; for each, how many stand before it in the text and its nats, float32.
 
-        [n] both, or fewer: nothing predicts the first token of the text, nor those whose label is
-        IGNORE.
+        Both are [n] or shorter: the first token of the text is not predicted, and labels that are
+        IGNORE are not scored.
         """
         last, positions = self._last, torch.arange(self.length, self.length + len(ids))
         hidden = self.advance(ids)[:-1]

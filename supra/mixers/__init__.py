@@ -63,8 +63,8 @@ def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str
 
 
 def build_mixer(name: str, shape: AttentionShape, options: dict[str, Any]) -> Mixer:
-    """The mixer of one layer, with its parameters not yet initialised: in float32, whatever the
-    dtype of the model that is being made around it."""
+    """The mixer of one layer, with its parameters not yet initialised. They are float32, whatever
+    the dtype of the model around it."""
     name, options = resolve_mixer(name, options)
     with float32_at_least():
         return MIXERS[name](shape, MIXERS[name].Options(**options))

@@ -263,8 +263,8 @@ class Mixer(nn.Module, ABC):
 
 @contextmanager
 def float32_at_least() -> Iterator[None]:
-    """New tensors are float32 where the default dtype is a shorter one, as it is while transformers
-    makes a bf16 model: bf16 would round decays and starting values."""
+    """Inside, new tensors are float32 even if the default dtype is shorter, as it is while
+    transformers builds a bf16 model: bf16 would round decays and initial values."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.promote_types(default, torch.float32))
     try:

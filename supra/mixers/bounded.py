@@ -113,7 +113,7 @@ def clamped(
         count = torch.zeros(batch, dtype=torch.int64, device=tensors[0].device)
     new = torch.full_like(count, tokens) if row.padding_mask is None else row.padding_mask.sum(1)
     run.past = Past(past_count=count + new)
-    # without data only the sizes of states are asked for
+    # on the meta device only the sizes of states matter
     counts, news = ([0], [tokens]) if count.is_meta else (count.tolist(), new.tolist())
     if len({*counts}) == 1 and {*news} == {tokens}:
         return _in_pieces(recurrence, run.policy, tensors, row.state, counts[0])

@@ -1,7 +1,7 @@
-"""A mixer as torch.export and ONNX take it: a step, and one operator that takes it for every token.
+"""A mixer for torch.export and ONNX: a step, and one operator that repeats it for every token.
 
-The kernels are operators of ours, which other runtimes do not know, and cut a length that they know
-into chunks. A step is made of torch's own operators, and how often it is taken may stay open.
+Other runtimes do not know the kernels, which are custom operators and need a known length to cut
+into chunks. A step consists of torch's own operators, and the number of steps may be dynamic.
 """
 
 from dataclasses import replace
@@ -19,24 +19,25 @@ PER_TOKEN = ("hidden_states", "query", "key", "value", "padding_mask")
 
 
 def takes_steps(inputs: "MixerInputs") -> bool:
-    """Whether a call is traced for export and is more than one step: several tokens, or padding."""
+    """Whether a call is traced for export and needs more than a plain step: it has several tokens
+    or padding."""
     if not torch.compiler.is_exporting():
         return False
     return inputs.padding_mask is not None or inputs.query.shape[1] != 1
 
 
 def step_by_step(mixer: "Mixer", inputs: "MixerInputs", state: Any) -> tuple[Tensor, Any]:
-    """The output of `mixer` [B, T, Hq, V], one step a token, and the state after them.
+    """The output of `mixer` [B, T, Hq, V] by one step per token, and the state after them.
 
-    A padded token leaves the state as it is. Raises UserError for what no step can do.
+    A padded token leaves the state unchanged. Raises UserError for what a step cannot do.
     """
     _check(mixer, inputs)
     tokens = _tokens(inputs)
-    if state is None:  # what follows the first token has the tensors, and their sizes
+    if state is None:  # the state after the first token shows its tensors and their sizes
         _, first = mixer(_one(inputs, {name: x[0] for name, x in tokens.items()}), None, True)
         state = first._make(x if x is None else x.new_zeros(x.shape) for x in first)
     fields = [name for name, x in state._asdict().items() if x is not None]
-    # what a step reads beside its token comes in by name, since the operator sees nothing else
+    # all that a step reads besides its token is passed by name: the operator sees nothing else
     constants = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     if inputs.sinks is not None:
         constants["sinks"] = inputs.sinks
@@ -74,7 +75,7 @@ def _check(mixer: "Mixer", inputs: "MixerInputs") -> None:
 
 
 def _tokens(inputs: "MixerInputs") -> dict[str, Tensor]:
-    """What a step reads of its token, the tokens first: [T, B, …]."""
+    """The inputs of a step for each token, tokens first: [T, B, …]."""
     found = {name: getattr(inputs, name) for name in PER_TOKEN}
     if inputs.rotary is not None:
         rows = inputs.query.shape[0]
@@ -84,7 +85,7 @@ def _tokens(inputs: "MixerInputs") -> dict[str, Tensor]:
 
 
 def _one(inputs: "MixerInputs", token: dict[str, Tensor]) -> "MixerInputs":
-    """The inputs with one token [B, …] alone."""
+    """The inputs with a single token [B, …]."""
     names = [name for name in PER_TOKEN if name in token and name != "padding_mask"]
     fields = {name: token[name][:, None] for name in names}
     if inputs.rotary is not None:
@@ -94,8 +95,8 @@ def _one(inputs: "MixerInputs", token: dict[str, Tensor]) -> "MixerInputs":
 
 
 def _scan(step: Any, begin: list[Tensor], tokens: list[Tensor], constants: list[Tensor]) -> Any:
-    """torch's own scan, by its operator: its function goes through dynamo, which takes seconds and
-    settles the number of rows."""
+    """torch's own scan, called as an operator: the function `scan` goes through dynamo, which takes
+    seconds and fixes the number of rows."""
     from torch._higher_order_ops.scan import scan_op
 
     return scan_op(step, begin, tokens, tuple(constants))

@@ -12,10 +12,10 @@ LARGEST_EXPONENT = 20.0
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x), and exp(20) for what is larger: products and squares of it stay finite.
+    """exp(min(x, 20)), so that products and squares of it stay finite.
 
-    Beyond 20 the gradient is that at 20. A clamp has none there, and a parameter that ran away
-    would never come back.
+    Beyond 20 the gradient is that at 20. A clamp would have none there, and a parameter that ran
+    away would never come back.
     """
     at_bound = LARGEST_EXPONENT + (x - x.detach())
     return torch.where(x > LARGEST_EXPONENT, at_bound, x).exp()

@@ -26,7 +26,7 @@ class ShortConv(nn.Module):
     def forward(
         self, inputs: MixerInputs, names: Sequence[str], **settings
     ) -> tuple[MixerInputs, Tensor | None]:
-        """`convolve` with its own weight, which is there in here alone where it is offloaded."""
+        """`convolve` with this module's weight: an offloaded weight is only present in here."""
         return convolve(inputs, names, self.weight, self.bias, **settings)
 
 

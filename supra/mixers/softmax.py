@@ -17,7 +17,7 @@ class SoftmaxOptions:
 
 
 class SoftmaxState(NamedTuple):
-    """The key-value cache of S places: under a window at most its size less one, padding first."""
+    """The key-value cache of S places, padding first. With a window, S is at most its size - 1."""
 
     key: Tensor  # [B, S, Hkv, K], rotated
     value: Tensor  # [B, S, Hkv, V]
@@ -109,10 +109,10 @@ def attention_weights(
 
 
 def last_tokens(state: SoftmaxState, inputs: MixerInputs) -> SoftmaxState:
-    """What the next token's window may still hold: each row's last W − 1 tokens, whatever padding
-    is between them."""
+    """What the next token's window may still need: each row's last W − 1 tokens, even with padding
+    between them."""
     first = max(0, state.key.shape[1] - (inputs.sliding_window - 1))
-    if inputs.padding_mask is None:  # then padding is before all tokens of a row already
+    if inputs.padding_mask is None:  # padding then precedes all tokens of a row already
         return SoftmaxState(*(x[:, first:] for x in state))
     padding_first = state.valid.long().argsort(dim=1, stable=True)
     return SoftmaxState(*(pick(x, padding_first[:, first:]) for x in state))
@@ -123,8 +123,8 @@ def attention_mask(
 ) -> Tensor | None:
     """Bool [B or 1, 1, T, S], True where a query may look; None when plain causality is all.
 
-    A window is one of tokens: padding takes no place in it. A padded query looks at itself, so that
-    no row is empty: softmax over nothing is NaN.
+    A window counts tokens, not padding. A padded query looks at itself, so that no row is empty:
+    softmax over nothing is NaN.
     """
     window = inputs.sliding_window
     windowed = window is not None and length >= window

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--accept-changed",
         action="store_true",
-        help="go on with a run though its config, student, teacher or text is another one now",
+        help="continue a run even if its config, student, tokenizer, teacher or text has changed",
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="replace one of its values")
     arguments = parser.parse_intermixed_args(argv)
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
-    """The settings of a YAML file, or of the recipe of that name that comes with supra, with
-    `a.b=c` in place of its own. Raises UserError."""
+    """The settings of a YAML file, or of a recipe that comes with supra, by name. `a.b=c` replaces
+    one of its values. Raises UserError."""
     return tree.load(UptrainConfig, shipped.find_recipe(path), overrides)
 
 

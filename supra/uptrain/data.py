@@ -16,13 +16,12 @@ class BlockStream:
     """One process's endless blocks: epoch after epoch, its own documents, packed.
 
     With `segments`, a block is so many sequence_lengths of one document: a long one gives several,
-    and what is left of it, or all of a short one, gives none. Start tokens stand before the first
-    segment alone.
+    and what is left of it, or all of a short one, gives none. Only the first segment has start
+    tokens.
 
     The position is where the next token comes from, so it is small and exact: the epoch, the
-    documents taken in it, and how many tokens of the last of them are in earlier blocks, start
-    tokens not counted. (The left-over tokens are the rest of that document; loading tokenises it
-    again.)
+    documents taken in it, and how many tokens of the last of them are in earlier blocks, without
+    start tokens. (The left-over tokens are the rest of that document; loading tokenises it again.)
     """
 
     def __init__(
@@ -46,8 +45,8 @@ class BlockStream:
         return {"epoch": self.epoch, "documents": self.documents, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go there; where the text has no such place, since it is another one, to the next document
-        or epoch that it has, and `found` is false."""
+        """Go to a position. If the text is another one and has no such position, go to its next
+        document or epoch; `found` is then false."""
         segments, self.segments = self.segments, None  # offsets are those of whole documents
         self.epoch = state["epoch"]
         self._open(skip=max(0, state["documents"] - 1))
@@ -65,7 +64,7 @@ class BlockStream:
 
     @property
     def text_tokens(self) -> int:
-        """Of a block that holds a single piece."""
+        """Tokens of text in a block with a single piece."""
         return self.block_tokens - len(self.start)
 
     def cut(self, segments: int | None) -> None:

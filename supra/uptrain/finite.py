@@ -1,4 +1,4 @@
-"""Whether what a run is about to save consists of numbers, and gives some."""
+"""Checks that weights and predictions are finite before they are saved."""
 
 import math
 
@@ -9,15 +9,15 @@ from torch.distributed.tensor import DTensor
 
 from supra.packing import Block
 
-LARGEST = 1e18  # weight: the norms take squares, and float32 ends at 3e38
+LARGEST = 1e18  # of a weight: norms take squares, and float32 ends at 3e38
 TOKENS = 128  # of the row that a model is tried on
 
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """The first weight that is beyond LARGEST, or moment of AdamW that is infinite, or no number.
+    """The first weight that is beyond LARGEST or NaN, or moment of AdamW that is infinite or NaN.
 
-    Every process looks at its own shards; all get the same answer.
+    Every process checks its own shards; all get the same answer.
     """
     weights = dict(model.named_parameters())
     bad = [name for name, x in weights.items() if not _finite(x, LARGEST)]
@@ -29,8 +29,8 @@ def first_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str 
 
 @torch.no_grad()
 def predicts(model: nn.Module, row: Block, device: torch.device) -> bool:
-    """Whether its logits of a row [1, T], of the first tokens alone, are numbers in all processes:
-    weights may be finite and too large to compute with."""
+    """Whether the logits of a row's [1, T] first tokens are finite in all processes: weights may be
+    finite and still too large to compute with."""
     was_training = model.training
     model.eval()
     inputs = {x: row[x][:, :TOKENS].to(device) for x in ("input_ids", "position_ids")}

@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for, in environment variables: what cannot work is refused."""
+"""Reads what `accelerate launch` sets in environment variables, and refuses what cannot work."""
 
 import os
 from pathlib import Path
@@ -10,19 +10,19 @@ from accelerate.utils import GradientAccumulationPlugin
 from supra.errors import UserError, check_choice
 from supra.uptrain.config import LAYERWISE, UptrainConfig
 
-# in accelerate's parallelism_config -> why a run cannot have it
+# setting in accelerate's parallelism_config -> why it cannot work
 UNSPLITTABLE = {
-    "tp_size": "tensor parallelism cuts projections apart that a mixer needs whole, and gradients "
+    "tp_size": "tensor parallelism splits projections that a mixer needs whole, and gradients "
     "come out wrong",
-    "cp_size": "context parallelism cuts sequences, and their parts would hand no state on",
-    "sp_size": "sequence parallelism cuts sequences, and their parts would hand no state on",
+    "cp_size": "context parallelism cuts sequences, and their parts would not pass a state on",
+    "sp_size": "sequence parallelism cuts sequences, and their parts would not pass a state on",
 }
 INSTEAD = "spread the model by FSDP of version 2, as recipes/launch/fsdp.yaml does"
 
 
 def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
-    """accelerate's view of the processes, for a run in `folder`. Raises UserError for what its
-    stages cannot run under."""
+    """accelerate's view of the processes, for a run in `folder`. Raises UserError for a setup that
+    the run's stages do not support."""
     check_launch(config)
     available = get_available_trackers()
     for name in config.trackers:
@@ -45,19 +45,19 @@ def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
 
 
 def check_launch(config: UptrainConfig) -> None:
-    """Raise UserError for a kind of parallelism that would train something else, or crash."""
+    """Raise UserError for a kind of parallelism that would train wrongly or crash."""
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "of its own default")
         what = f"config {file}" if file else f"ZeRO stage {stage}"
         raise UserError(
-            f"distributed_type (=DEEPSPEED, {what}) does not work here: DeepSpeed keeps gradients "
-            f"and weights to itself, which a run reads; {INSTEAD}"
+            f"distributed_type (=DEEPSPEED, {what}) does not work here: a run reads gradients and "
+            f"weights, which DeepSpeed hides; {INSTEAD}"
         )
     if _asked("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError(
-            "distributed_type (=MEGATRON_LM) does not work here: Megatron-LM trains models of its "
-            f"own, and no converted ones; {INSTEAD}"
+            "distributed_type (=MEGATRON_LM) does not work here: Megatron-LM trains only its own "
+            f"models; {INSTEAD}"
         )
     if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         for name, reason in UNSPLITTABLE.items():
@@ -71,10 +71,10 @@ def check_launch(config: UptrainConfig) -> None:
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """What the launcher says of FSDP, without its efficient loading.
+    """The launcher's FSDP settings without memory-efficient loading.
 
-    That would leave weights to the first process. Here every process calibrates and evaluates a
-    student that is whole, and accelerate fails on the buffers of mixers when it hands them out.
+    That would load weights in the first process only. Here every process calibrates and evaluates
+    the whole student, and accelerate fails on the mixers' buffers when it distributes them.
     """
     if not _asked("ACCELERATE_USE_FSDP"):
         return None

@@ -48,8 +48,9 @@ def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
 
     SIGTERM and SIGINT end the run after the step that is under way, with a checkpoint from which
     the same command goes on to the same weights as a run without interruption. Returns False then.
-    With `accept_changed` a run goes on though its config, student, teacher or text is another one.
-    Raises UserError, and keeps the last checkpoint, for what a user can mend; Diverged is one.
+    With `accept_changed` a run continues even if its config, student, tokenizer, teacher or text
+    has changed. Raises UserError (or its subclass Diverged) for what a user can mend, and keeps the
+    last checkpoint.
     """
     run = Run(config, accept_changed)
     try:
@@ -166,7 +167,7 @@ class Run:
         self._report_perplexity(stage, {"eval": self.model})
 
     def save(self) -> None:
-        """Write a checkpoint, of weights that are numbers."""
+        """Write a checkpoint. Raises Diverged if weights or predictions are not finite."""
         self._check_finite()
         self.saved.write(self.step, self.stream, self.initial_state)
         if self.accelerator.is_main_process:
@@ -191,7 +192,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
-        """Raises Diverged, in every process, before what is no number is saved."""
+        """Raises Diverged in every process if weights or predictions are not finite."""
         found = first_not_finite(self.model, self.optimizer)
         if found is None and self.row is not None:
             with self._autocast():
@@ -217,8 +218,8 @@ class Run:
         self._held.close()
 
     def _on_main(self, act: Callable[[], T]) -> T:
-        """Done by the main process alone; what it returns, or finds that the user has to mend, is
-        everyone's."""
+        """Run `act` in the main process only. Every process returns its result or raises its
+        error."""
         outcome: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
@@ -358,8 +359,8 @@ class Run:
         """Load the training state, and go to the place in the data."""
         if not listed_files(checkpoint):
             self.log.say(
-                f"{checkpoint.name} was written by an earlier version: without checksums of its "
-                "files, and fingerprints of student, teacher and text"
+                f"{checkpoint.name} was written by an earlier version: it has no checksums of its "
+                "files and no fingerprints of student, teacher and text"
             )
         if self.saved.changed:
             changed = "; ".join(self.saved.changed)

@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files, with their sizes and checksums: what is damaged has a name."""
+"""The list of a checkpoint's files with sizes and checksums, which shows what is damaged."""
 
 import json
 import zipfile
@@ -12,7 +12,7 @@ CHUNK = 2**22  # bytes read at a time
 
 
 def write_manifest(folder: Path) -> None:
-    """List all files of a checkpoint; the last that is written of it."""
+    """List all files of a checkpoint. Written last."""
     files = {
         path.relative_to(folder).as_posix(): _facts(path)
         for path in sorted(folder.rglob("*"))
@@ -22,12 +22,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def listed_files(folder: Path) -> bool:
-    """Whether a checkpoint has this list; those of earlier versions have not."""
+    """Whether a checkpoint should have this list; those of earlier versions do not."""
     return (folder / MANIFEST).exists() or (folder / ORIGIN).exists()
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in words; None where they are as written."""
+    """What is wrong with the files of a checkpoint, for a message; None if nothing is."""
     if not listed_files(folder):
         return _damage_unlisted(folder)
     if not (folder / MANIFEST).is_file():
@@ -44,7 +44,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {found} bytes instead of {size}"
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        # hidden files are of the system's, as .DS_Store
+        # hidden files are the system's, such as .DS_Store
         if path.is_file() and name not in {*listed, MANIFEST} and not path.name.startswith("."):
             return f"{name} is not of this checkpoint"
     for name, (_, crc32) in listed.items():
@@ -54,7 +54,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _damage_unlisted(folder: Path) -> str | None:
-    """Of a checkpoint that an earlier version wrote, without a list: what can be seen."""
+    """The same for a checkpoint of an earlier version, as far as it shows without a list."""
     ranks = [path.stem.removeprefix("data-") for path in folder.glob("data-*.json")]
     for name in (f"random_states_{rank}.pkl" for rank in ranks or ["0"]):
         if not (folder / name).is_file():
@@ -75,7 +75,7 @@ def _facts(path: Path) -> dict[str, int]:
 
 
 def _crc32(path: Path) -> int:
-    """Finds what disks and copies do to a file, at 4 GB/s; no defence against a forger."""
+    """Finds damage by disks and copies, at 4 GB/s; does not stop deliberate changes."""
     checksum = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

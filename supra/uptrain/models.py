@@ -38,8 +38,8 @@ def export(
     report and licence. LoRA is merged into it, and is in the folder `adapter` as well, for use on
     top of the student.
 
-    What conversion added stays float32, because decays and gates lose their differences in bf16,
-    and so does what the family keeps in float32.
+    What conversion added stays float32, because decays and gates lose their differences in bf16.
+    What the family keeps in float32 stays float32, too.
     """
     model = make_trainable(load_student(config), config)
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What a run reads beside its config, by fingerprint: a checkpoint goes on with the same alone."""
+"""Fingerprints of what a run reads besides its config; a checkpoint resumes only with the same."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ ORIGIN = "origin.json"  # in a checkpoint
 
 
 def origin(config: UptrainConfig, dataset: Any) -> dict[str, str]:
-    """A fingerprint each of the student, its tokenizer, the teacher and the text, which `dataset`
-    is when it is read."""
+    """Fingerprints of the student, its tokenizer, the teacher and the text, which was opened as
+    `dataset`."""
     student = find_checkpoint(config.student)
     found = {"student": student.fingerprint(), "tokenizer": student.tokenizer_fingerprint()}
     if config.distill:
@@ -22,8 +22,8 @@ def origin(config: UptrainConfig, dataset: Any) -> dict[str, str]:
 
 
 def _text(config: UptrainConfig, dataset: Any) -> str:
-    """Of local files sizes and samples. Of the hub the name, and the commit, with which `datasets`
-    names the folder of its copy; a stream has none."""
+    """For local files their sizes and samples. For a data set on the hub its name and commit, which
+    is the folder name of the copy that `datasets` makes; a stream has no copy, so only its name."""
     data = config.data
     if files := local_files(data.path):
         return fingerprint(files)

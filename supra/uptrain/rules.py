@@ -51,7 +51,7 @@ AT_MOST = {
     "calibrate.tokens": PASS,  # one batch
     "budget.tokens": TEXT,
     "budget.teacher_tokens": TEXT,
-    "budget.share": 1000,  # a thousand times as many as the teacher's
+    "budget.share": 1000,  # a thousand times the teacher's tokens
     "eval.tokens": TEXT,
     "eval.every": TEXT,
     "checkpoint.every": TEXT,
@@ -122,14 +122,14 @@ def _check_batch(config: UptrainConfig) -> None:
     tokens = size * length
     if tokens > PASS:
         raise UserError(
-            f"batch.size (={size}) x data.sequence_length (={length}) is {tokens} tokens of one "
-            f"forward pass, and they may be {PASS}: lower batch.size, and raise batch.accumulation"
+            f"batch.size (={size}) x data.sequence_length (={length}) is {tokens} tokens in one "
+            f"forward pass, more than {PASS}: lower batch.size, and raise batch.accumulation"
         )
     accumulation = config.batch.accumulation
     if tokens * accumulation > STEP:
         raise UserError(
             f"batch.accumulation (={accumulation}) x batch.size (={size}) x data.sequence_length "
-            f"(={length}) is {tokens * accumulation} tokens of a step, and they may be {STEP}: "
+            f"(={length}) is {tokens * accumulation} tokens in a step, more than {STEP}: "
             "lower one of them"
         )
 

@@ -17,7 +17,7 @@ from supra.uptrain.config import UptrainConfig
 from supra.uptrain.manifest import damage
 from supra.uptrain.origin import ORIGIN
 
-# what may change when a run goes on: none of it touches the weights
+# settings that may change when a run continues, because they do not affect the weights
 FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache")
 CHECKPOINT = re.compile(r"step-\d{8,}")
 
@@ -29,7 +29,7 @@ class RunFolder:
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder, which is made: no other run writes to it. Raises UserError."""
+        """Make the folder and hold its lock. Raises UserError if another run holds it."""
         return locked(self.path)
 
     def all_checkpoints(self) -> list[Path]:
@@ -43,8 +43,8 @@ class RunFolder:
     def find_checkpoint(
         self, config: UptrainConfig, accept_changed: bool
     ) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, whole, or None; and how this config differs from its own,
-        where that is accepted. Raises UserError."""
+        """The last checkpoint, checked for damage, or None; and the accepted differences between
+        this config and its own. Raises UserError."""
         self.check(config)
         checkpoint = self.last_checkpoint()
         if checkpoint is None:
@@ -59,8 +59,8 @@ class RunFolder:
         return checkpoint, changed
 
     def check(self, config: UptrainConfig) -> None:
-        """Refuse to write over a run that is finished, not to go on, or that somebody has been
-        at."""
+        """Refuse to overwrite a run that is finished, that must not resume, or whose folder has
+        been tampered with."""
         if self.final.exists():
             raise UserError(f"out (={self.path}) holds a finished run: choose another folder")
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
@@ -75,7 +75,7 @@ class RunFolder:
             )
 
     def check_whole(self, checkpoint: Path) -> None:
-        """Refuse to go on from a checkpoint with a file that is not as it was written."""
+        """Refuse to continue from a checkpoint with a damaged file."""
         if found := damage(checkpoint):
             raise self.damaged(checkpoint, found)
         origin = self.origin_of(checkpoint)
@@ -92,8 +92,8 @@ class RunFolder:
     def check_origin(
         self, checkpoint: Path, origin: dict[str, str], accept_changed: bool
     ) -> list[str]:
-        """Which of the things that a run reads are others than those of the checkpoint, where that
-        is accepted. Raises UserError."""
+        """What the run reads that has changed since the checkpoint, if changes are accepted.
+        Raises UserError if they are not."""
         before = self.origin_of(checkpoint)
         changed = [name for name, now in origin.items() if before.get(name, now) != now]
         if changed and not accept_changed:
@@ -105,13 +105,13 @@ class RunFolder:
         return [f"another {name}" for name in changed]
 
     def origin_of(self, checkpoint: Path) -> dict[str, Any]:
-        """The step of a checkpoint, and fingerprints of what its run reads; {} in those of earlier
-        versions."""
+        """The step of a checkpoint and the fingerprints of what its run reads; {} for checkpoints
+        of earlier versions."""
         file = checkpoint / ORIGIN
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def check_same(self, config: UptrainConfig) -> None:
-        """Refuse another config than the run's own, where that matters to the weights."""
+        """Refuse a config that differs from the run's own in what affects the weights."""
         if changed := self.changes(config):
             raise UserError(f"{self._another_config(changed)}, or go back to that config")
 
@@ -122,7 +122,7 @@ class RunFolder:
         )
 
     def changes(self, config: UptrainConfig) -> list[str]:
-        """What differs from the run's own config, where that matters to the weights."""
+        """The differences from the run's own config that affect the weights."""
         try:
             old = tree.flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
@@ -140,10 +140,10 @@ class RunFolder:
         _write(self.config, text)
 
     def truncate_log(self, step: int) -> int:
-        """Drop what an interrupted run logged after the checkpoint of `step`, and what is no line
-        of a log; returns how many of the steps up to there have one.
+        """Drop what an interrupted run logged after the checkpoint of `step`, and broken lines.
+        Returns how many steps up to the checkpoint are in the log.
 
-        At step 0 it had none, and all that it logged happens again.
+        At step 0 there is no checkpoint, and everything in the log will happen again.
         """
         if not self.log.exists():
             return 0
@@ -153,7 +153,7 @@ class RunFolder:
         return len({_step(line) for line in kept if "loss" in json.loads(line)})
 
     def perplexities(self) -> dict[str, dict[str, float]]:
-        """The last held-out perplexity of every model in the log, as the model card has it."""
+        """The last held-out perplexity of every model in the log, for the model card."""
         names = {"teacher": "teacher", "converted": "converted", "eval": "uptrained"}
         found = {}
         for line in self.log.read_text(encoding="utf-8").splitlines():
@@ -170,11 +170,11 @@ class RunFolder:
         return values[-1] if values else None
 
     def prune(self, keep: int) -> None:
-        """Keep the last so many checkpoints; what a killed process left beside them goes too."""
+        """Delete all but the last `keep` checkpoints, and what killed processes left behind."""
         for folder in self.checkpoints.glob(".step-*.partial"):
             shutil.rmtree(folder)
         for folder in self.all_checkpoints()[:-keep]:
-            # a kill in the midst of this leaves no half of a checkpoint under its name
+            # renamed first: a kill must not leave half of a checkpoint under its name
             hidden = folder.rename(folder.with_name(f".{folder.name}.partial"))
             shutil.rmtree(hidden)
 
@@ -191,8 +191,7 @@ def _accept(checkpoint: Path) -> str:
 
 
 def _step(line: str) -> float:
-    """The step of a log line; infinity for one that is none, as a killed process leaves half a
-    line."""
+    """The step of a log line; infinity for a broken line, as a killed process leaves one."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,5 +1,5 @@
-"""The training state in a checkpoint: what accelerate holds, where each process is in its data, and
-from which states its rows begin."""
+"""The training state in a checkpoint: accelerate's state, each process's position in its data, and
+the states that its rows begin from."""
 
 import json
 import logging
@@ -24,15 +24,15 @@ from supra.uptrain.run_folder import RunFolder
 
 @dataclass
 class SavedState:
-    """Every process writes its own part, and the main one the lists of what is there."""
+    """Every process writes its own part; the main process also writes the manifest and origin."""
 
     accelerator: Accelerator
     folder: RunFolder
     origin: dict[str, str]
-    changed: list[str]  # what is another one than the last checkpoint's, and accepted
+    changed: list[str]  # accepted differences from the last checkpoint
 
     def write(self, step: int, stream: BlockStream, initial_state: InitialState | None) -> None:
-        """Whole or not at all. Raises UserError for a disk that is full."""
+        """Write a checkpoint, whole or not at all. Raises UserError for a full disk."""
         main = self.accelerator.is_main_process
         target = self.folder.checkpoint(step)
         try:
@@ -55,8 +55,8 @@ class SavedState:
             ) from error
 
     def read(self, checkpoint: Path, stream: BlockStream) -> bool:
-        """Load it, and go to the place in the data; whether every process's text has that place.
-        Raises UserError where it does not load."""
+        """Load a checkpoint and go to its position in the data. Returns whether every process's
+        text has that position. Raises UserError if the checkpoint does not load."""
         processes = self.accelerator.num_processes
         written_by = len(list(checkpoint.glob("data-*.json")))
         if written_by != processes:
@@ -71,18 +71,18 @@ class SavedState:
         return all(gather_object([stream.found]))
 
     def read_rows(self, checkpoint: Path, initial_state: InitialState) -> None:
-        """The states that rows begin from, when the stage that has them is under way."""
+        """Load the states that rows begin from, in the middle of a stage that has them."""
         with self._loading(checkpoint):
             initial_state.load_state_dict(load_file(self._rows_file(checkpoint)))
 
     @contextmanager
     def _loading(self, checkpoint: Path) -> Iterator[None]:
-        """Whatever torch and accelerate raise becomes a UserError."""
+        """Turn any error of torch and accelerate into a UserError."""
         try:
             yield
         except UserError:
             raise
-        except (Exception, CheckpointException) as error:  # the latter, of FSDP, is none
+        except (Exception, CheckpointException) as error:  # FSDP's is not an Exception
             logging.getLogger(__name__).debug("loading %s failed", checkpoint, exc_info=True)
             reason = " ".join(str(error).split())[:300]
             if self.changed:

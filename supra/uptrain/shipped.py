@@ -11,14 +11,14 @@ CONFIGS, LAUNCH = RECIPES / "configs", RECIPES / "launch"
 
 
 def names() -> list[str]:
-    """Of the recipes."""
+    """The names of the recipes."""
     return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 
 
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe: a path, or the name of one that comes with the package.
 
-    Raises UserError where there is none.
+    Raises UserError if there is no such file.
     """
     path = Path(name).expanduser()
     if path.is_file():

@@ -89,7 +89,7 @@ class Teacher:
         )
 
     def _read(self, file: Path, length: int) -> TopK | None:
-        """A row of so many tokens; None where it is not kept, or not as it was written."""
+        """A row of `length` tokens from the cache; None if it is missing or damaged."""
         if not file.exists():
             return None
         try:
@@ -109,7 +109,7 @@ class Teacher:
             tokens.shape == log_p.shape == shape
             and log_p.dtype == torch.float16
             and bool(((tokens >= 0) & (tokens < self.vocabulary)).all())
-            and bool((log_p <= 0).all())  # false for what is no number
+            and bool((log_p <= 0).all())  # false for NaN
         )
 
     def _computed_top_k(self, batch: Block) -> TopK:
@@ -136,7 +136,7 @@ class Teacher:
 
 
 def _write(file: Path, block: TopK) -> None:
-    """Whole or not at all; a block that another process is writing is left to that one."""
+    """Write a block, whole or not at all. A block that another process is writing is left alone."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     tensors = {

@@ -16,7 +16,7 @@ import yaml
 
 from supra.errors import UserError, check_choice, shown
 
-MOST_BYTES = 1_000_000  # of a file of settings; a text given by mistake would be parsed for minutes
+MOST_BYTES = 1_000_000  # of a settings file; a text given by mistake would be parsed for minutes
 
 
 def load(cls: type, path: str | Path, overrides: Iterable[str] = ()):
@@ -77,15 +77,15 @@ def _plain(value):
 
 
 def parse_yaml(text: str | bytes, where: str):
-    """The value that YAML says; `where` names it in errors.
+    """The value of a YAML text; `where` names it in errors.
 
-    Raises UserError, for a key that stands twice in a mapping too: PyYAML would take the last.
+    Raises UserError, also for a key that occurs twice in a mapping: PyYAML would take the last.
     """
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise UserError(f"{where} is not valid YAML here: lists in lists, too deep") from None
-    except Exception as error:  # PyYAML also raises whatever month 13 or `!!int ''` runs into
+    except Exception as error:  # PyYAML raises other errors for a month 13 or `!!int ''`
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
