@@ -1,6 +1,6 @@
 """One process of `accelerate launch`, on a CPU: `python -m tests.cpu_rank --config …`.
 
-accelerate leaves FSDP out on CPUs; here it does not.
+accelerate ignores FSDP on CPUs; this module makes it use FSDP there.
 """
 
 import functools

@@ -1,11 +1,11 @@
-"""Kill `supra convert` and `supra uptrain` at random moments, and look at what the next run makes.
+"""Kill `supra convert` and `supra uptrain` at random moments, and check what the next run makes.
 
     python -m tests.kills --kills 100 --seed 0     # of each command; make test-kill
 
-After the next run of the same command the result is equal to an undisturbed one, bit by bit, and
-nothing is left over: no staging folder, no half a file, no more checkpoints than checkpoint.keep.
-What was killed has printed no traceback. One start in twelve is a cold one, of a new Python; the
-others are forks of a process that has imported everything, so that a kill costs no imports.
+After the next run of the same command the result equals an undisturbed one bit by bit, and nothing
+is left over: no staging folder, no partial file, no more checkpoints than checkpoint.keep. The
+killed command must print no traceback. One start in twelve is cold, in a new Python; the others are
+forks of a process that has imported everything, which saves the time of imports.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from tqdm import tqdm
 
 from supra import cli, testing
 from supra.convert import convert
-from supra.uptrain import loop  # noqa: F401 forks have it
+from supra.uptrain import loop  # noqa: F401 (imported for the forks)
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-COLD = 12  # one start in so many
+COLD = 12  # one start in this many
 AGAIN = 1 / 3  # of the kills hit the run after a kill
 PATIENCE = 120  # seconds for a run to end
-# exit codes of a command that was told to end: by the signal, as shells have it, or done before
+# exit codes of a killed command: of the signal, of a shell's convention, or 0 if it was done before
 ENDS = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (-15, 143, 130, 0), signal.SIGINT: (-2, 130, 0)}
-DONE = ("holds a finished run", "holds something already")  # says the command of what is made
+DONE = ("holds a finished run", "holds something already")  # the errors for a finished result
 KEEP = 2
 
 
@@ -84,7 +84,7 @@ def make_files(files: Path) -> None:
 
 
 class Process:
-    """A command that runs, forked or cold; what it says goes to `said`."""
+    """A running command, forked or cold; its output goes to `said`."""
 
     def __init__(self, words: list[str], trial: Path, cold: bool):
         self.said, self.cache = trial / "said.txt", trial / "datasets"
@@ -101,7 +101,7 @@ class Process:
             self.pid = os.fork() or self._run(words)
 
     def _run(self, words: list[str]) -> None:
-        """In the child, which ends here."""
+        """Run in the child, which ends here."""
         code = 1
         try:
             said = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -120,7 +120,7 @@ class Process:
             os._exit(code)
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, negative of a signal; None where it still runs."""
+        """The exit code, negative for a signal; None if it still runs."""
         end = time.monotonic() + seconds
         while True:
             if self.popen is not None:
@@ -163,7 +163,8 @@ class Command:
             self.made = contents(trial)
 
     def trial(self, trial: Path, chance: random.Random, kills: int) -> int:
-        """Kill until luck has it that a run may end, `kills` times at most; returns how often."""
+        """Kill a random number of runs in a row, at most `kills`, then let one end. Returns the
+        number of kills."""
         trial.mkdir()
         words, done = self.words(self.files, trial), 0
         while True:
@@ -216,8 +217,8 @@ class Command:
 
 
 def contents(trial: Path) -> dict[str, bytes]:
-    """Every file and empty folder of a trial; of the log without what a clock says, and of the last
-    KEEP checkpoints the last alone: a run that was told to end has one of the step it was at."""
+    """Every file and empty folder of a trial; the log without speeds, and of the last KEEP
+    checkpoints only the last: a run that ended at a signal has one more, of that step."""
     found = {}
     checkpoints = sorted(trial.glob("out/checkpoints/step-*"))
     others = checkpoints[-KEEP:-1]
@@ -253,11 +254,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("convert", "uptrain"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a job in the background ignored
-    tqdm.monitor_interval = 0  # a thread, which forks would not have
+    # shells make jobs in the background ignore SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tqdm.monitor_interval = 0  # its thread would be missing in forks
     folder = Path(tempfile.mkdtemp(prefix="supra-kills-"))
     files = folder / "files"
-    if os.fork() == 0:  # torch computes in forks alone
+    if os.fork() == 0:  # torch must compute only in forks
         make_files(files)
         os._exit(0)
     if os.wait()[1] != 0:

@@ -86,7 +86,7 @@ def test_a_teacher_from_the_hub_is_linked(base, tmp_path, monkeypatch):
 
 
 def code(text):
-    """What stands in the fences of a card, by language."""
+    """The code blocks of a card, by language."""
     return dict(re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
 
 
@@ -131,7 +131,7 @@ def test_the_state_is_what_the_cache_holds(base, tmp_path):
     ],
 )
 def test_licence_out_of_its_text(base, tmp_path, text, expected):
-    """A teacher without a card, or with one that names no licence."""
+    """For a teacher without a card, or with a card that names no licence."""
     for file in base.iterdir():
         if file.name != CARD:
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -209,7 +209,7 @@ def front(*lines):
     return "\n".join(("---", *lines, "---", "# The teacher", "")).encode()
 
 
-# what stands in the file -> what of it arrives, and what a line says
+# text of the file -> the fields that arrive, and the message
 STRANGE_CARDS = {
     "no mapping closed": (front("license: [a"), {}, "without its front matter"),
     "a tab": (front("license:\tmit", "\t- x"), {}, "without its front matter"),
@@ -256,7 +256,7 @@ def teacher_with(base, where, content):
 
 @pytest.mark.parametrize("name", [*STRANGE_CARDS, "a folder"])
 def test_no_card_stops_a_model(base, tmp_path, capsys, name):
-    """A teacher's, at conversion; a student's, at saving and after uptraining."""
+    """Not a teacher's at conversion, nor a student's at saving and after uptraining."""
     content, kept, line = STRANGE_CARDS.get(
         name, (None, {}, "README.md is left out: it is no file")
     )

@@ -1,4 +1,4 @@
-"""`supra inspect --verify` finds a bit that is not what was written, in conversions and exports."""
+"""`supra inspect --verify` finds a single flipped bit, in conversions and exports."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from supra.uptrain import models
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Folders that supra wrote: a conversion, one in shards, and an export of a training."""
+    """Folders that supra wrote: a conversion, one in shards, and the export of a training run."""
     home = tmp_path_factory.mktemp("written")
     testing.tiny_checkpoint(home / "base", dtype="bfloat16")
     convert(home / "base", home / "whole", mixer="mamba2")
@@ -53,7 +53,7 @@ def test_a_flipped_bit_is_found(written, name, tmp_path, capsys):
     file.write_bytes(content)
     assert "1 of " in (line := refused(capsys, "inspect", tmp_path / name, "--verify"))
     assert "are not what was written, first " in line
-    main(["inspect", str(tmp_path / name)])  # which reads no weights
+    main(["inspect", str(tmp_path / name)])  # it reads no weights
 
 
 def test_lost_and_added_tensors_are_found(written, tmp_path, capsys):

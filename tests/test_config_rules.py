@@ -1,4 +1,4 @@
-"""Configs and plans of no sense: one line with the field, whoever opens them."""
+"""Invalid configs and plans give one line with the field, in every command that opens them."""
 
 import json
 
@@ -14,7 +14,7 @@ from supra.families import FAMILIES
 from supra.inspection import inspect_model
 from supra.testing import tiny_checkpoint
 
-# fields of config.json -> what the line names
+# fields of config.json -> what the error names
 DAMAGES = [
     ({"head_dim": 0}, "head_dim .=0."),
     ({"head_dim": "8"}, "head_dim"),

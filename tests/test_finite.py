@@ -1,4 +1,4 @@
-"""Weights and outputs that are no numbers: one line and exit code 2, and JSON is strict."""
+"""Weights and outputs that are not finite give one line and exit code 2, and JSON is strict."""
 
 import json
 import math
@@ -17,7 +17,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A teacher and its conversion, sound and with weights that hold or give no numbers."""
+    """A teacher and its conversion, intact, and with weights that are NaN or overflow."""
     home = tmp_path_factory.mktemp("finite")
     tiny_checkpoint(home / "base")
     convert(home / "base", home / "rnn")
@@ -98,7 +98,7 @@ def test_json_is_strict():
 
 
 def test_a_perplexity_that_overflows_is_null(home, capsys, monkeypatch):
-    """The loss is a number all the same."""
+    """The loss is still a finite number."""
     monkeypatch.chdir(home)
     main([*COMMANDS["json"], "rnn-loud"])
     result = json.loads(capsys.readouterr().out, parse_constant=no_constant)

@@ -1,4 +1,4 @@
-"""GGUF files: every type of blocks that the package gguf unpacks, and one parse a command."""
+"""GGUF files: every block type that the package gguf unpacks, and one parse per command."""
 
 import json
 from itertools import cycle
@@ -34,11 +34,11 @@ NAMES = {
 
 
 def unpacked_types():
-    """Those that gguf has a rule for, which is not all that it has a number for."""
+    """The types that gguf can unpack, which are not all that it knows."""
     found = []
     for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
         if kind.name.startswith(("I8", "I16", "I32", "I64", "F64")):
-            continue  # numbers that are no weights
+            continue  # types that weights do not have
         try:
             dequantize(np.zeros((1, size), dtype=np.uint8), kind)
         except (NotImplementedError, ValueError):
@@ -51,7 +51,7 @@ TYPES = unpacked_types()
 
 
 def matrix(kind, generator):
-    """A random matrix of this type, all of whose values are finite, and what it unpacks to."""
+    """A random packed matrix of this type with finite values, and the values that it unpacks to."""
     if kind in (Type.F32, Type.F16):
         values = generator.standard_normal((SIZE, SIZE))
         packed = values.astype(np.float32 if kind == Type.F32 else np.float16)
@@ -96,7 +96,7 @@ def write_gguf(path, kinds):
 
 
 def add_tokenizer(writer, folder):
-    """The tiny tokenizer, as llama.cpp writes byte-level ones."""
+    """Add the tiny tokenizer, as llama.cpp writes byte-level tokenizers."""
     tokenizer = tiny_tokenizer(folder)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     vocabulary += [f"<unused{n}>" for n in range(VOCABULARY - len(vocabulary))]
@@ -125,7 +125,7 @@ def test_every_type_is_unpacked(kind, converted):
     name, values, found = converted[kind]
     assert found.dtype == torch.float32
     assert values.std() > 1e-4
-    if name.endswith(("attn_q", "attn_k")):  # llama.cpp has their rows in another order
+    if name.endswith(("attn_q", "attn_k")):  # llama.cpp stores their rows in another order
         assert sorted(found.tolist()) == sorted(values.tolist())
     else:
         assert torch.equal(found, values)

@@ -1,4 +1,5 @@
-"""Heads beside the language model's: classifiers of texts and tokens, reward models, answers."""
+"""Other heads than the language model's: classifiers of texts and tokens, reward models, question
+answering."""
 
 import subprocess
 import sys
@@ -43,7 +44,7 @@ TOKENS, PADDED, PAD = 21, 7, 0
 
 
 def outputs(model, *tokens, **inputs):
-    """What the head says of each row, and of each token where it does: [B, …]."""
+    """The head's outputs for each row, or for each token: [B, …]."""
     with torch.no_grad():
         found = model(*tokens, **inputs)
     if "logits" in found:
@@ -61,7 +62,7 @@ def rows(side):
 
 
 def check_padding(model, side):
-    """A padded row is that row alone. Returns what was read, and what the head said."""
+    """Check that a padded row gives what it gives alone. Returns the inputs and the outputs."""
     tokens, mask = rows(side)
     found = outputs(model, tokens, attention_mask=mask)
     assert found.std() > 0.05, "the outputs are too small to tell a wrong model from a right"
@@ -73,7 +74,7 @@ def check_padding(model, side):
 
 
 def with_head(auto, config, mixer, **labels):
-    """The family's own model with this head, random, and ours with the same weights."""
+    """The family's own random model with this head, and ours with the same weights."""
     for name, value in labels.items():
         setattr(config, name, value)
     own = auto.from_config(config).eval()
@@ -93,7 +94,7 @@ def with_head(auto, config, mixer, **labels):
 
 @pytest.mark.parametrize("family", [x for x in FAMILIES if any(x in names for names in NAMES)])
 def test_heads_of_every_family(family):
-    """Under softmax each is the family's own, wherever the padding is."""
+    """With the softmax mixer, each gives the family's own outputs, wherever the padding is."""
     for auto, names in zip(HEADS, NAMES, strict=True):
         if family not in names:
             continue
@@ -124,7 +125,7 @@ def test_a_family_without_a_head_says_so():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Hedgehog: its features are made of what is rotated, so that positions are felt."""
+    """Hedgehog, whose features of rotated queries and keys depend on positions."""
     where = tmp_path_factory.mktemp("heads")
     tiny_checkpoint(where / "base", pad_token_id=PAD)
     convert(where / "base", where / "rnn", mixer="hedgehog")
@@ -176,7 +177,7 @@ from supra.modeling import SupraForCausalLM, SupraModel
 
 
 def test_remote_code_of_any_age_finds_the_head(folder, tmp_path):
-    """A folder's module and `auto_map` need not name the heads: they bring in supra, which does."""
+    """A folder's module and `auto_map` need not name the heads: they import supra, which does."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     model.save_pretrained(tmp_path)
     (tmp_path / "modeling_supra.py").write_text(OLD_SHIM)
@@ -223,14 +224,14 @@ def test_token_heads_read_packed_rows(folder):
 
 
 def test_positions_may_come_in_order(reward_model):
-    """Arguments without their names, in the order of the family's own forward."""
+    """Positional arguments work, in the order of the family's own forward."""
     tokens, mask = rows("left")
     named = outputs(reward_model.eval(), tokens, attention_mask=mask)
     assert torch.equal(reward_model(tokens, mask).logits, named)
 
 
 def texts(count):
-    """Of two kinds, told apart by their tokens, and as many lengths."""
+    """Texts of two classes with different tokens, and of random lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(4, 15, (count,), generator=generator).tolist()
     return [

@@ -222,7 +222,7 @@ WINDOWED = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "phimoe")  # softcap,
 @pytest.mark.parametrize("chunks", [(48,), (17, 28, 3), (17, 31), (30, 18)])
 @pytest.mark.parametrize("family", WINDOWED)
 def test_padding_takes_no_place_in_a_window(family, chunks, tokens):
-    """17 tokens, 28 of padding, 3 tokens: in one call, and in several, the padding on each side."""
+    """17 tokens, 28 of padding, 3 tokens: in one call, or in several with padding on each side."""
     model = windowed(family)
     mask = torch.ones(1, 48, dtype=torch.long)
     mask[:, 17:45] = 0
@@ -242,7 +242,7 @@ def test_padding_takes_no_place_in_a_window(family, chunks, tokens):
 
 @functools.cache
 def windowed(family):
-    """Of two layers with a window of 9 tokens, the first of which keeps attention."""
+    """A model of two layers with a window of 9 tokens; the first layer keeps attention."""
     config = tiny_config(family, sliding_window=9)
     if getattr(config, "layer_types", None):
         config.layer_types = ["sliding_attention"] * 2
@@ -420,7 +420,7 @@ def test_a_new_model_has_every_mixers_starting_values(mixer):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma3_text", "deepseek_v3"])
 def test_the_familys_own_classes_refuse_it(family, tmp_path):
-    """They would leave the mixers out, and only warn."""
+    """They would ignore the mixers and only warn."""
     tiny_checkpoint(tmp_path / "base", family)
     convert(tmp_path / "base", tmp_path / "rnn")
     for auto, names in (

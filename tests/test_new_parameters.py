@@ -13,13 +13,13 @@ from supra.mixers import MIXERS, NEW_PARAMETERS, PRESETS, resolve_mixer
 from supra.uptrain import models
 from supra.weights import ModuleReader
 
-NAMES = [name for name in (*MIXERS, *PRESETS) if name != "softmax"]  # which adds nothing
+NAMES = [name for name in (*MIXERS, *PRESETS) if name != "softmax"]  # it adds nothing
 TEACHERS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture(scope="module")
 def teachers():
-    """The same teacher in several dtypes, with heads enough to tell their decays apart."""
+    """The same teacher in several dtypes, with enough heads to tell their decays apart."""
     sizes = {"num_attention_heads": 12, "hidden_size": 96, "num_key_value_heads": 4}
     config = testing.tiny_config(num_hidden_layers=1, **sizes)
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_starts_do_not_depend_on_the_teachers_dtype(teachers, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_in_memory_hold_the_same(teachers, name):
-    """What layer choice measures, and what a config alone makes."""
+    """The model that layer choice measures, and one built from a config alone."""
     made = plan(teachers[torch.bfloat16], name)
     expected = new(converted_tensors(made, 0, None))
     loaded = load_converted(made, 0, progress=False)

@@ -1,4 +1,4 @@
-"""The wheel holds every folder and does all that a checkout does; what is light stays light."""
+"""The wheel holds every folder and works like a checkout; light imports stay light."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_kernels_import_from_anywhere(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from what git would have, so that no earlier build is in it."""
+    """Built from the files that git would track, so that it has nothing of earlier builds."""
     source = tmp_path_factory.mktemp("source")
     for name in ("supra", "kernels", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,7 +123,7 @@ def test_help_and_mistakes_import_no_torch(arguments):
         "from supra.configuration import AutoConfig",
     ],
 )
-@pytest.mark.long  # four seconds each: a process of its own for every order
+@pytest.mark.long  # four seconds each: every order needs a process of its own
 def test_models_are_registered_in_any_order(imports):
     code = f"{imports}; AutoConfig.for_model('supra'); print('registered')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -146,7 +146,7 @@ def test_version(capsys):
     ("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"),
 ])  # fmt: skip
 def test_a_signal_during_imports_is_one_line(signal, code, word, turned, tmp_path):
-    """They take seconds; numpy and transformers make errors of their own of an interrupt there."""
+    """Imports take seconds, and numpy and transformers turn an interrupt into other errors."""
     script = f"""
 import os, runpy, signal, sys
 

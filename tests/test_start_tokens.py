@@ -1,4 +1,4 @@
-"""Tokenizers that put something around a text: documents, rows, labels and every reading agree."""
+"""Tokenizers that add tokens to a text: documents, rows, labels and all commands agree on them."""
 
 import json
 from itertools import pairwise
@@ -77,7 +77,7 @@ def test_a_tokenizer_whose_tokens_change_is_refused(tokenizers, monkeypatch):
 
 
 def test_a_tokenizer_of_few_letters():
-    """None of the usual texts has a token in it."""
+    """Its vocabulary has no token for any of the usual probe texts."""
     tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "r": 2, "i": 3}, []))
     names = [("<s>", 0), ("</s>", 1)]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=names)
@@ -165,7 +165,7 @@ def test_segments_share_one_start(tokenizers, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_perplexity_is_the_mean_over_pieces_alone(tokenizers, kind, tmp_path):
-    """The first token of a document is predicted from the start tokens, that of others is not."""
+    """The first token of a document is predicted from the start tokens; others' are not."""
     tokenizer, (_, start, _) = tokenizers[kind], KINDS[kind]
     model = testing.tiny_checkpoint(tmp_path)
     blocks, total, count = blocks_from_text(tokenizer, TEXTS, 40), 0.0, 0
@@ -209,7 +209,7 @@ def test_the_long_text(tokenizers, kind):
 
 
 def test_what_is_not_scored():
-    """Neither start tokens nor the first token of all; positions count them."""
+    """Start tokens and the very first token are not scored, but positions count them."""
     model = testing.untrained_model(testing.tiny_config(), "mamba2").eval()
     text = torch.randint(3, 300, (2, 12))
     text[1] = text[0]
@@ -248,7 +248,7 @@ def test_remembrance_reads_after_the_start():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A teacher and a converted model for each of two kinds, and text."""
+    """A teacher and a converted model with each of two tokenizers, and text."""
     folder = tmp_path_factory.mktemp("models")
     for kind in ("start", "a start of two"):
         testing.tiny_checkpoint(folder / kind / "teacher")

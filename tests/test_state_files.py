@@ -1,4 +1,4 @@
-"""Files of states: what they were before, whatever became of the file or the model."""
+"""State files: a state loads unchanged or not at all, whatever happened to file or model."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TOKENS = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(
 
 
 def mixed_model(seed=0):
-    """Of four layers with states of every kind: sums, a cache under a window, counts."""
+    """A model of four layers with states of every kind: sums, a cache with a window, counts."""
     config = tiny_config("mistral", num_hidden_layers=4, sliding_window=9)
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(config)
@@ -159,7 +159,7 @@ def test_a_cut_file_is_named(model, whole, tmp_path, kept):
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", [*MIXERS, *PRESETS])
 def test_every_mixers_state_is_whole(mixer, tmp_path):
-    """Of one token, of several with padding, and of one more."""
+    """After one token, after several with padding, and after one more."""
     model = untrained_model(tiny_config("llama"), mixer).eval()
     mask = torch.ones(2, 4, dtype=torch.long)
     mask[0, 1:3] = 0
@@ -223,7 +223,7 @@ def test_the_dtype_of_the_weights_is_the_states(model, whole):
 
 @torch.no_grad()
 def test_a_file_without_checksums_of_weights_loads(model, whole, tmp_path):
-    """As files were before, and as they are where the model is gone or the cache was pickled."""
+    """As written by earlier versions, or when the model is gone or the cache was pickled."""
     header, tensors = contents(whole)
     del header["weights"]
     save_file(tensors, tmp_path / "state", header)

@@ -1,5 +1,5 @@
-"""Text that is broken: one line that names file and line, streamed or not, before training where
-all of it is read first."""
+"""Broken text gives an error of one line with file and line, streamed or not. Without streaming it
+comes before training."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def private_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-# lines of a .jsonl -> what is said of them; as the fourth line of seven, and as the first
+# lines of a .jsonl -> the error; each is tried as the fourth line of seven, and as the first
 LINES = {
     "not UTF-8": (b'{"text": "bad \xff byte"}\n', "'utf-8' codec can't decode byte 0xff"),
     "Latin-1": ('{"text": "né à"}\n'.encode("latin1"), "'utf-8' codec can't decode byte 0xe9"),
@@ -42,7 +42,7 @@ LINES = {
 
 
 def read(path, streaming):
-    """All texts of a file, as `uptrain` opens it."""
+    """All texts of a file, opened as `uptrain` does."""
     from supra.text import Documents
 
     dataset = open_dataset(str(path), streaming=streaming)

@@ -1,4 +1,4 @@
-"""What a checkpoint's maker wrote into it runs no code and leads out of no folder."""
+"""Nothing that a checkpoint's author wrote into it runs code or leads out of its folder."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def ran(tmp_path):
 
 
 def plant(folder):
-    """Code in every place from which transformers can be made to run some."""
+    """Put code in every place from which transformers can be made to run it."""
     mark = folder.parent / "ran"
     for name in ("tokenization_foreign", "tokenizer_foreign", "modeling_foreign", "LICENSE"):
         (folder / f"{name}.py").write_text(
@@ -82,7 +82,7 @@ def plant(folder):
 
 
 def load_with_remote_code(folder, monkeypatch):
-    """As lm-evaluation-harness does with trust_remote_code=True, where nobody imported supra."""
+    """As lm-evaluation-harness does with trust_remote_code=True, without importing supra."""
     monkeypatch.delitem(CONFIG_MAPPING._extra_content, "supra", raising=False)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -116,12 +116,12 @@ def test_no_code_of_the_source_comes_along(folder, tmp_path, ran, monkeypatch, c
     assert set(tokenizer.chat_template) == {"tool"}
     model.save_pretrained(tmp_path / "saved")
     no_code_in(tmp_path / "saved")
-    load_with_remote_code(folder, monkeypatch)  # what was planted does run, where it is let
+    load_with_remote_code(folder, monkeypatch)  # the planted code does run where it is allowed to
     assert {*ran()} == {"LICENSE", "modeling_foreign", "tokenizer_foreign"}
 
 
 def test_no_code_of_the_student_is_exported(base, tmp_path, ran, monkeypatch):
-    """Of a converted model that someone else changed, too."""
+    """Not even if someone else changed the converted model."""
     convert(base, tmp_path / "rnn")
     plant(tmp_path / "rnn")
     settings = {"student": str(tmp_path / "rnn"), "data": {"path": "x"}, "out": "y"}
@@ -170,7 +170,7 @@ OPEN_THE_TOKENIZER = ("generate", "eval", "ablate", "task", "diagnose", "uptrain
 
 
 def text(where):
-    """Of some documents."""
+    """A file of some documents."""
     line = json.dumps({"text": "The river rises in the hills. " * 40})
     (where / "text.jsonl").write_text(f"{line}\n" * 5)
     return where / "text.jsonl"
@@ -298,7 +298,7 @@ def test_nothing_outside_the_folder_is_read(folder, tmp_path, change):
 
 @pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE.md", "README.md"])
 def test_what_goes_along_is_left_out_where_it_lies_elsewhere(folder, tmp_path, capsys, name):
-    """A licence or card is not worth a model; nor may it bring another file."""
+    """A bad licence or card does not stop a conversion, and cannot bring in another file."""
     (tmp_path / "outside").write_text(SECRET)
     (folder / name).symlink_to("../outside")
     convert(folder, tmp_path / "rnn")
@@ -309,7 +309,7 @@ def test_what_goes_along_is_left_out_where_it_lies_elsewhere(folder, tmp_path, c
 
 
 def hub_cache(base, where, shared):
-    """The checkpoint as huggingface_hub lays it out: links, perhaps into blobs of all models."""
+    """The checkpoint in the layout of a hub cache: links into blobs, possibly shared by models."""
     snapshot = where / "hub" / "models--valley--river" / "snapshots" / "0a1b"
     blobs = snapshot.parents[1] / "blobs"
     for place in (snapshot, blobs, where / "hub" / "blobs" / "0c"):
@@ -379,7 +379,7 @@ def test_a_server_opens_none_either(folder, tmp_path):
 
 
 def test_the_states_of_a_run_are_loaded_without_objects(tmp_path):
-    """By accelerate, in one process."""
+    """accelerate loads them with `weights_only`, in one process."""
     torch.save({"random_state": Bomb(tmp_path / "ran")}, tmp_path / "random_states_0.pkl")
     with pytest.raises(pickle.UnpicklingError):
         accelerate.utils.load(tmp_path / "random_states_0.pkl")

@@ -31,14 +31,14 @@ LENGTH = 32
 STEPS = 3
 PER_STEP = 4  # rows
 
-# a process that has imported all that a rank needs, and of which ranks are forks
+# a process that has imported all that a rank needs; ranks are forks of it
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["supra.uptrain.loop", "supra.modeling", "tests.cpu_rank"])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A student with every mixer in a layer of its own, and documents that are a row each."""
+    """A student with one layer of every mixer, and documents of one row each."""
     folder = tmp_path_factory.mktemp("launch")
     resolved = dict(resolve_mixer(name) for name in MIXERS)
     base = tiny_checkpoint(folder / "base", num_hidden_layers=len(resolved))
@@ -76,7 +76,7 @@ def one_process(files, tmp_path_factory):
 
 
 def launched(file, *extra):
-    """What `accelerate launch --config_file FILE` sets."""
+    """The variables that `accelerate launch --config_file FILE` sets."""
     given = ["--config_file", str(file), *extra, "script.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
     if arguments.use_fsdp or arguments.multi_gpu:
@@ -87,7 +87,7 @@ def launched(file, *extra):
 
 
 def run_ranks(arguments, environment, count=2):
-    """On so many CPU ranks; their exit codes."""
+    """Run on this many CPU ranks; returns their exit codes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     common = environment | {
@@ -141,8 +141,8 @@ def test_a_launch_file_trains_as_one_process_does(files, one_process, tmp_path, 
 @pytest.mark.long  # five launches
 @pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])
 def test_ranks_agree_on_what_is_saved_and_gone_on_from(files, tmp_path, name):
-    """Weights that overflow are not saved, in nobody's shards; a checkpoint goes on with all of its
-    files alone. Where one rank alone ended, the other would wait for it."""
+    """Weights that overflow in any shard are not saved, and a checkpoint resumes only with all its
+    files. If one rank ended alone, the other would wait for it."""
     environment = launched(LAUNCH / name, "--num_processes=2")
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     arguments = [*settings(files, run, PER_STEP // 4), "checkpoint={every: 1, keep: 2}"]
@@ -228,7 +228,7 @@ def test_other_trainers_are_refused(tmp_path, monkeypatch, variables, message):
 
 
 def is_refused(tmp_path, monkeypatch, variables, message):
-    """By name, before a model is looked for."""
+    """Check that a setting is refused by name, before a model is opened."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     first, *others = settings(tmp_path / "nowhere", tmp_path / "run", 1)

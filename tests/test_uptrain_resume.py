@@ -1,4 +1,4 @@
-"""What a run goes on from: whole checkpoints of its own, and nothing else without a word."""
+"""A run continues only from its own undamaged checkpoints, and says so if anything has changed."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_damaged_file_of_a_checkpoint(files, run, name, damage):
     )
     with pytest.raises(UserError, match=message) as error:
         loop.train(config(files, run))
-    # a flipped bit in the list of files is a name or a checksum that differs
+    # a flipped bit in the manifest changes a name or a checksum
     assert name in str(error.value) or (name, damage) == ("manifest.json", "flipped")
 
 
@@ -240,7 +240,7 @@ def test_damage_that_is_seen_without_a_list(files, run, name, damage):
 
 
 def change(files, tmp_path, what):
-    """Copies of student, teacher and text, with one of them another one in the same place."""
+    """Copies of student, teacher and text, one of which is replaced by another."""
     for name in ("student", "teacher"):
         shutil.copytree(files / name, tmp_path / name)
     text = (files / "text.jsonl").read_text()
@@ -283,7 +283,7 @@ def test_what_a_run_reads_is_the_same_or_accepted(files, run, tmp_path, capsys, 
 
 
 def test_a_place_that_the_text_does_not_have_is_never_gone_to(files, run, tmp_path):
-    """Without fingerprints too."""
+    """Not even without fingerprints."""
     as_earlier_versions_wrote(run)
     position = run / "checkpoints" / LAST / "data-0.json"
     position.write_text(json.dumps({"epoch": 0, "documents": 2, "offset": 10**6}))
@@ -304,18 +304,18 @@ def test_another_rate_from_the_command_line(files, run, tmp_path, capsys):
 
 
 def test_changes_that_a_checkpoint_does_not_go_with(files, run):
-    """They are not written down either: the old config still goes on."""
+    """They are not recorded either: the old config still continues."""
     with pytest.raises(UserError, match=r"does not go with what changed \(lora"):
         loop.train(config(files, run, lora={"rank": 2}), accept_changed=True)
     loop.train(config(files, run))
     assert_same_weights(run, files / "whole")
 
 
-# --- weights that are no numbers
+# --- weights that are not finite
 
 
 def poison(monkeypatch, step, what):
-    """After `step`, a weight or a moment of one is no number."""
+    """After `step`, a weight or its moment is NaN."""
     train_step = loop.Run.train_step
 
     def poisoned(run):
@@ -352,7 +352,7 @@ def test_weights_are_numbers_when_they_are_saved(files, tmp_path, monkeypatch, s
 
 
 def test_a_rate_that_is_far_too_high(files, run, tmp_path):
-    """Nothing is exported; a checkpoint of good weights, and a lower rate, lead out of it."""
+    """Nothing is exported; a lower rate continues from the checkpoint of finite weights."""
     optimizer = {"optimizer": {"lr": 1e38}, "schedule": {"warmup": 0}}
     fresh = tmp_path / "fresh"
     with pytest.raises(Diverged, match="the same command begins anew"):
@@ -420,7 +420,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, run, most):
 
 
 def test_what_kills_left_goes_when_a_run_goes_on(files, run, monkeypatch):
-    """A kill between saving and pruning, in the midst of either, and of the export."""
+    """After a kill during saving, pruning or the export, or between the first two."""
     checkpoints = run / "checkpoints"
     shutil.copytree(checkpoints / LAST, checkpoints / ".step-00000001.partial")
     (checkpoints / ".step-00000006.partial").mkdir()
@@ -446,8 +446,8 @@ def test_what_kills_left_goes_when_a_run_goes_on(files, run, monkeypatch):
     ],
 )
 def test_signals_before_the_first_step(files, tmp_path, monkeypatch, capsys, number, where, code):
-    """While models and text are loaded they end the run at once, later after the step; the same
-    command comes to the same end."""
+    """Signals end the run at once while models and text are loading, and later after the step. The
+    same command then gives the same result."""
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(tree.to_dict(config(files, tmp_path / "run"))))
     act = getattr(loop.Run, where)

@@ -1,4 +1,4 @@
-"""An error names a way out: that way works, in each case that reaches the error."""
+"""The way out that an error names works, in each case that leads to the error."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def base(tmp_path_factory):
 
 
 def model_of(kind):
-    """A model that has no recurrent mixer, without memory."""
+    """A model without a recurrent mixer, on the meta device."""
     if kind == "softmax":
         return untrained_model(tiny_config("llama"), "softmax")
     sizes = {"num_heads": 12} if kind == "mamba2" else {}
@@ -64,7 +64,7 @@ def test_who_is_told_to_convert_can():
 
 
 def test_a_gguf_file_is_not_to_be_saved_but_converted(base, tmp_path, monkeypatch):
-    """Saved, it would be a folder that --fix refuses too."""
+    """--fix would refuse the folder of the saved model, too."""
     checkpoint = replace(find_checkpoint(str(base)), gguf_file="model.gguf")
     tokenizer = find_checkpoint(str(base)).tokenizer()
     monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: tokenizer)
@@ -131,7 +131,7 @@ def test_a_file_is_not_to_be_emptied(base, tmp_path):
 
 
 def test_weights_that_lack_a_tensor(base, tmp_path):
-    """A config of more layers than the weights have is no fault of the download."""
+    """A config with more layers than the weights is not the download's fault."""
     tiny_checkpoint(tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     config = json.loads(file.read_text()) | {"num_hidden_layers": 3}

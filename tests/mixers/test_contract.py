@@ -157,8 +157,8 @@ def test_two_segments_are_one_run_in_float32(mixer, shape):
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
 def test_padding_reaches_neither_outputs_nor_state(mixer, shape, side, window):
-    """A padded row and its tokens alone, padding 9 tokens; then both go on together, twice, the
-    first time behind padding of 8."""
+    """A row with 9 padded tokens against its tokens alone; then both are continued twice, the first
+    time after a padding of 8."""
     inputs = dataclasses.replace(make_inputs(shape), sliding_window=window)
     pads = {"left": range(9), "right": range(61, 70), "inside": range(30, 39)}[side]
     kept = torch.tensor([token not in pads for token in range(TOKENS)])
@@ -175,7 +175,7 @@ def test_padding_reaches_neither_outputs_nor_state(mixer, shape, side, window):
 
 
 def one_row_padded(inputs, kept):
-    """With padding that is loud where the first row keeps nothing."""
+    """With padding of large values where the first row keeps nothing."""
     value = inputs.value.clone()
     value[0, ~kept] = 1e3
     mask = torch.stack([kept, torch.ones_like(kept)])
@@ -183,7 +183,7 @@ def one_row_padded(inputs, kept):
 
 
 def row_alone(inputs, kept):
-    """What the first row keeps, where it was."""
+    """The kept tokens of the first row, at their positions."""
     names = ("hidden_states", "query", "key", "value")
     cut = {name: getattr(inputs, name)[:1][:, kept] for name in names}
     angles = rotary(torch.arange(len(kept))[kept][None], inputs.query.shape[-1])
@@ -244,7 +244,7 @@ def test_values_within_the_bound_are_as_without_it(name, size, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_offloading_changes_nothing(mixer, shape, place, tmp_path):
-    """Then a parameter is there in its own module's forward alone, and elsewhere on no device."""
+    """Offloaded parameters exist only inside their own module's forward."""
     inputs = make_inputs(shape, tokens=30)
 
     def outputs():
