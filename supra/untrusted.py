@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from supra.errors import UserError
+from supra.errors import UserError, shown
 
 TEMPLATES = "additional_chat_templates"
 TOKENIZER_FILES = (
@@ -46,9 +46,10 @@ def own_file(folder: Path, name: str, where: str) -> Path:
 
     Raises UserError if it lies elsewhere, by name or by link.
     """
-    if not isinstance(name, str) or os.path.isabs(name) or not belongs(folder / name, folder):
+    file = isinstance(name, str) and os.path.normpath(name) != "." and not os.path.isabs(name)
+    if not file or not belongs(folder / name, folder):
         raise UserError(
-            f"{where} of {folder.name} names {name!r}, which is no file of that folder, and "
+            f"{where} of {folder.name} names {shown(name)}, which is no file of that folder, and "
             "nothing else is read: download the model again, or put a copy of the file there"
         )
     return folder / name

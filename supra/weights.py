@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from supra.errors import UserError
+from supra.config_rules import read_fields
+from supra.errors import UserError, shown
 from supra.files import disk_errors, fsync
 from supra.untrusted import check_opened, own_file
 
@@ -128,21 +129,34 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    """Of a folder with both, the single file, as transformers takes it."""
     check_opened(folder)
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{INDEX} is damaged ({error}): download the model again") from error
-        files = {name: own_file(folder, weight_map[name], INDEX) for name in weight_map}
-        return dict(sorted(files.items(), key=lambda item: (item[1], item[0])))
     if (folder / SINGLE).is_file():
         with _damage(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
     raise UserError(
         f"{folder.name} holds no safetensors weights: pickled weights (.bin, .pt) are not opened; "
         "save the model with save_pretrained first"
     )
+
+
+def _indexed_files(folder: Path) -> dict[str, Path]:
+    weight_map = read_fields(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{INDEX} is damaged: weight_map (={shown(weight_map)}) must have the file of every "
+            "tensor; download the model again"
+        )
+    files = {name: own_file(folder, file, INDEX) for name, file in weight_map.items()}
+    for file in sorted(set(files.values())):
+        if file.suffix != ".safetensors":  # transformers would open a pickle
+            raise UserError(
+                f"{INDEX} names {file.name!r}, and weights are read from *.safetensors alone: "
+                "download the model again, or save it with save_pretrained"
+            )
+    return dict(sorted(files.items(), key=lambda item: (item[1], item[0])))
 
 
 @contextmanager
@@ -156,6 +170,10 @@ def _damage(shard: Path) -> Iterator[None]:
                 "permission to read it"
             ) from None
         raise UserError(f"shard {shard.name} is missing: download the model again") from None
+    except OSError as error:  # of a folder in its place, or of the disk
+        raise UserError(
+            f"shard {shard.name} cannot be read ({error}): download the model again"
+        ) from error
     except SafetensorError as error:
         raise UserError(
             f"shard {shard.name} is truncated or not what the index says ({error}): "

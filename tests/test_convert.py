@@ -22,7 +22,7 @@ from supra.errors import UserError
 from supra.mixers.supra import lightning_slopes
 from supra.states import save_state
 from supra.testing import MAIN_FAMILIES, tiny_checkpoint
-from supra.weights import ShardWriter
+from supra.weights import INDEX, ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_fixed_decay_stays_fixed_after_loading(base, tmp_path):
 def test_shards_and_index(base, tmp_path):
     convert(str(base), tmp_path / "one")
     convert(str(base), tmp_path / "many", shard_bytes=20_000)
-    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3
     assert sorted(set(index["weight_map"].values())) == files
@@ -234,19 +234,32 @@ def fails(match, model, out, **arguments):
     assert sorted(out.parent.iterdir()) == before
 
 
-def test_missing_shard(broken, tmp_path):
-    sorted(broken.glob("*.safetensors"))[1].unlink()
-    fails(r"shard model-00002-of-\d+.safetensors is missing", broken, tmp_path / "rnn")
+def as_folder(shard):
+    shard.unlink()
+    shard.mkdir()
 
 
-def test_truncated_shard(broken, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda shard: shard.unlink(), "is missing"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "is truncated"),
+        (lambda shard: shard.write_bytes(b""), "is truncated"),
+        (lambda shard: shard.write_bytes(bytes(range(256))), "is truncated"),
+        (as_folder, "cannot be read"),
+    ],
+)
+def test_a_damaged_shard(broken, tmp_path, damage, says):
     shard = sorted(broken.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-100])
-    fails("model-00002.* is truncated", broken, tmp_path / "rnn")
+    damage(shard)
+    message = f"shard {shard.name} {says}"
+    fails(message, broken, tmp_path / "rnn")
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(str(broken)).model()
 
 
 def test_a_tensor_that_its_shard_lacks(broken, tmp_path):
-    index = broken / "model.safetensors.index.json"
+    index = broken / INDEX
     content = json.loads(index.read_text())
     names = sorted(set(content["weight_map"].values()))
     content["weight_map"]["model.norm.weight"] = next(
@@ -261,13 +274,36 @@ def test_shard_size(base, tmp_path, arguments):
     fails("must be positive", base, tmp_path / "rnn", **arguments)
 
 
-def test_damaged_index(broken, tmp_path):
-    (broken / "model.safetensors.index.json").write_text("{")
-    fails("index.json is damaged", broken, tmp_path / "rnn")
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "null", "[]", "[" * 100_000, "\0\1\2", '{"metadata": {}}'),
+        *('{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {}}'),
+        *(f'{{"weight_map": {{"a": {name}}}}}' for name in ("7", "null", '["b"]', '""', '"."')),
+        *(f'{{"weight_map": {{"a": {name}}}}}' for name in ('"config.json"', '"a.bin"', '"a/.."')),
+    ],
+)
+def test_a_damaged_index(broken, tmp_path, content):
+    (broken / INDEX).write_text(content)
+    fails(INDEX, broken, tmp_path / "rnn")
+    with pytest.raises(UserError, match=INDEX):
+        find_checkpoint(str(broken)).model()
+
+
+def test_a_folder_with_a_single_file_and_an_index(base, broken, tmp_path):
+    """The single file counts, for us as for transformers."""
+    tensors = tensors_of(base)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    convert(broken, tmp_path / "rnn")
+    loaded = find_checkpoint(str(broken)).model().state_dict()
+    for name, found in tensors_of(tmp_path / "rnn").items():
+        if name in tensors:
+            assert torch.equal(found, tensors[name]) and torch.equal(loaded[name], tensors[name])
 
 
 def test_missing_tensor(broken, tmp_path):
-    index = broken / "model.safetensors.index.json"
+    index = broken / INDEX
     content = json.loads(index.read_text())
     del content["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(content))

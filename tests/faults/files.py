@@ -158,7 +158,7 @@ WEIGHTS = [
     ("the index has no weight_map", [_split, _index({"metadata": {}})], INDEX),
     ("the weight_map is null", [_split, _index({"weight_map": None})], INDEX),
     ("the weight_map is a list", [_split, _index({"weight_map": [HEAD]})], INDEX),
-    ("the weight_map is empty", [_split, _index({"weight_map": {}})], "missing"),
+    ("the weight_map is empty", [_split, _index({"weight_map": {}})], INDEX),
     ("the weight_map has numbers", [_split, _index({"weight_map": {HEAD: 7}})], INDEX),
     ("the index names null", [_split, _mapped(None)], INDEX),
     ("the index names a list", [_split, _mapped([SHARD])], INDEX),
