@@ -194,8 +194,11 @@ def teacher_metadata(folder: Path) -> dict[str, str | list[str]]:
     files = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
     if "license" in found or not files or not belongs(files[0], folder):
         return found
-    with files[0].open("rb") as file:
-        head = file.read(500).decode(errors="replace").strip()
+    try:
+        with files[0].open("rb") as file:
+            head = file.read(500).decode(errors="replace").strip()
+    except PermissionError:  # it is not copied either, and a line says so
+        return found
     for pattern, name in LICENSES.items():
         if re.search(pattern, head, re.IGNORECASE):
             return found | {"license": name}

@@ -104,7 +104,12 @@ def copy_data(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
             left_out.append(f"{name} is a link that leads out of {source.name}: not copied")
         elif file.is_file() and file.suffix != ".py":
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
+            try:
+                shutil.copyfile(file, folder / name)
+            except PermissionError:
+                if not any(name.match(pattern) for pattern in LICENSE_FILES):
+                    raise
+                left_out.append(f"{name} of {source.name} may not be read: not copied")
     return left_out + drop_code(folder)
 
 

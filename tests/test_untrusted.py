@@ -308,6 +308,24 @@ def test_what_goes_along_is_left_out_where_it_lies_elsewhere(folder, tmp_path, c
     assert f"{name} is " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE.md"])
+def test_a_licence_that_may_not_be_read_is_left_out(folder, tmp_path, capsys, monkeypatch, name):
+    (folder / name).write_text("MIT License")
+    open_any = open
+
+    def open_others(path, *rest, **given):  # root may read everything
+        if str(path) == str(folder / name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_any(path, *rest, **given)
+
+    monkeypatch.setattr("builtins.open", open_others)
+    monkeypatch.setattr("io.open", open_others)
+    convert(folder, tmp_path / "rnn")
+    assert (tmp_path / "rnn" / "config.json").is_file()
+    assert not (tmp_path / "rnn" / name).exists()
+    assert f"{name} of model may not be read: not copied" in capsys.readouterr().out
+
+
 def hub_cache(base, where, shared):
     """The checkpoint in the layout of a hub cache: links into blobs, possibly shared by models."""
     snapshot = where / "hub" / "models--valley--river" / "snapshots" / "0a1b"
