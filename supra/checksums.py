@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from supra.config_rules import read_fields
 from supra.errors import UserError
 from supra.report import REPORT
 from supra.weights import FolderReader
@@ -19,13 +20,22 @@ def checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(data, start):08x}"
 
 
-def record_checksums(folder: Path) -> None:
+def record_checksums(folder: Path) -> list[str]:
     """Write the checksums of the tensors in `folder` into its conversion.json, if it has one. Any
-    checksums already in the file are those of the folder it was copied from."""
-    if (folder / REPORT).is_file():
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        report["checksums"] = _of_folder(folder)
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    checksums already in the file are those of the folder it was copied from.
+
+    Returns a line if the file is damaged; it is then replaced by one that holds checksums alone.
+    """
+    if not (folder / REPORT).is_file():
+        return []
+    report, lines = {}, []
+    try:
+        report = read_fields(folder / REPORT)
+    except UserError as error:  # a damaged report must not cost a trained model
+        lines = [f"{error}; the copy says nothing of the conversion"]
+    report["checksums"] = _of_folder(folder)
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return lines
 
 
 def verify(folder: Path) -> int:
@@ -33,12 +43,9 @@ def verify(folder: Path) -> int:
 
     Raises UserError if one differs, or if the folder has no checksums.
     """
-    try:
-        expected = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("checksums")
-    except FileNotFoundError:
-        expected = None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{REPORT} of {folder.name} is damaged ({error}): copy it again") from error
+    expected = None
+    if (folder / REPORT).exists():
+        expected = read_fields(folder / REPORT).get("checksums")
     if not isinstance(expected, dict) or not expected:
         raise UserError(
             f"--verify: {folder.name} has no checksums in {REPORT}, which `supra convert` and "

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from supra import testing
-from supra.checksums import checksum
+from supra.checksums import checksum, record_checksums
 from supra.cli import main
 from supra.convert import convert
 from supra.uptrain import models
@@ -73,9 +73,19 @@ def test_folders_without_checksums_say_so(written, tmp_path, capsys):
     del report["checksums"]
     file.write_text(json.dumps(report))
     assert "has no checksums" in refused(capsys, "inspect", tmp_path / "old", "--verify")
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "null", "[" * 100_000):
         file.write_text(text)
-        assert "is damaged" in refused(capsys, "inspect", tmp_path / "old", "--verify")
+        assert "conversion.json is " in refused(capsys, "inspect", tmp_path / "old", "--verify")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000, "\xff"])
+def test_a_report_that_is_none_stops_no_export(written, tmp_path, capsys, text):
+    shutil.copytree(written / "whole", tmp_path / "rnn")
+    (tmp_path / "rnn" / "conversion.json").write_text(text, encoding="latin-1")
+    (line,) = record_checksums(tmp_path / "rnn")
+    assert line.startswith("conversion.json is ")
+    main(["inspect", str(tmp_path / "rnn"), "--verify", "--json"])
+    assert json.loads(capsys.readouterr().out)["verified"] > 20
 
 
 def test_dtype_and_shape_count():
