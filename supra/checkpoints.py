@@ -1,5 +1,6 @@
 """Where a checkpoint lies and how it is opened: a local folder, a GGUF file, or a hub id."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from supra.config_rules import (
     check_config,
     check_fields,
     check_generation_config,
+    meta_model,
     padding_errors,
     read_fields,
 )
@@ -31,7 +33,7 @@ from supra.errors import UserError, check_choice
 from supra.files import fingerprint
 from supra.gguf_file import GgufFile
 from supra.untrusted import TOKENIZER_FILES, check_opened
-from supra.weights import check_complete, check_safetensors
+from supra.weights import check_complete, check_safetensors, check_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
@@ -107,10 +109,13 @@ class Checkpoint:
         weights are not safetensors.
         """
         self.check_weights()
+        config = self.config()
         with self.named():
             check_generation_config(self.folder)
+            if self.gguf_file is None and getattr(config, "quantization_config", None) is None:
+                check_tensors(self.folder, meta_model(copy.deepcopy(config)))
         arguments = self.arguments | {
-            "config": self.config(),
+            "config": config,
             "ignore_mismatched_sizes": True,  # the loading info then lists them by name
         }
         if self.gguf_file is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -204,6 +204,12 @@ def _check_rope(rope: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The language model without memory: names and shapes of its tensors."""
+    with torch.device("meta"), making_model(config):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 @contextmanager

@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from supra.attention import attention_modules
 from supra.card import write_card
 from supra.checkpoints import Checkpoint, find_checkpoint
 from supra.checksums import checksum
-from supra.config_rules import check_generation_config, making_model
+from supra.config_rules import check_generation_config, meta_model
 from supra.configuration import converted_config
 from supra.errors import UserError
 from supra.families import FAMILIES, refusal
@@ -33,7 +31,15 @@ from supra.mixers import NEW_PARAMETERS, MixerInputs, float32_at_least, resolve_
 from supra.remote_code import write_shim
 from supra.report import ConversionReport, TensorFate
 from supra.untrusted import LICENSE_FILES, TOKENIZER_FILES, copy_data, drop_code
-from supra.weights import FolderReader, ModuleReader, ShardWriter, TensorSpec, tied_names
+from supra.weights import (
+    FolderReader,
+    ModuleReader,
+    ShardWriter,
+    TensorSpec,
+    check_fits,
+    model_names,
+    tied_names,
+)
 
 
 def convert(
@@ -199,12 +205,6 @@ def command_line(
     return shlex.join([*words, "--seed", str(seed)])
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The language model without memory: names and shapes of its tensors."""
-    with torch.device("meta"), making_model(config):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
 def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderReader | ModuleReader:
     """A reader whose names are the model's. Files may carry older names, as GPT-NeoX's head does,
     or parts that transformers fuses; then the model is loaded whole."""
@@ -212,17 +212,9 @@ def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderRead
         return ModuleReader(checkpoint.model())
     checkpoint.fetch_weights()
     reader = FolderReader(checkpoint.folder)
-    teacher = meta_model(config)
-    mapping = get_model_conversion_mapping(teacher)
-    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
-    converters = [x for x in mapping if isinstance(x, WeightConverter)]
-    names = {}
-    for name in reader.specs:
-        names[name], fused = rename_source_key(
-            name, renamings, converters, teacher.base_model_prefix, teacher.state_dict()
-        )
-        if fused is not None:
-            return ModuleReader(checkpoint.model())
+    names = model_names(meta_model(config), reader.specs)
+    if None in names.values():
+        return ModuleReader(checkpoint.model())
     reader.rename(names)
     return reader
 
@@ -242,13 +234,14 @@ def plan_tensors(
 
     Raises UserError when one is missing or has another shape than its config says.
     """
-    wanted = {name: tuple(x.shape) for name, x in student.state_dict().items()}
-    floating = {name for name, x in student.state_dict().items() if x.is_floating_point()}
+    wanted = student.state_dict()
     tied = tied_names(student)
     float32 = student._keep_in_fp32_modules_strict  # parts of names, such as a router's bias
     fates = {}
     for name, spec in reader.specs.items():
         fate, note, kept = "copied", "", spec.dtype
+        if name in wanted and name not in tied:
+            check_fits(name, spec, wanted[name])
         if name not in wanted:
             fate, note = "dropped", "no parameter of the model"
         elif name in tied:
@@ -258,16 +251,6 @@ def plan_tensors(
                     "set tie_word_embeddings to false in its config.json"
                 )
             fate, note = "dropped", f"tied to {tied[name]}"
-        elif spec.shape != wanted[name]:
-            raise UserError(
-                f"tensor {name} has shape {list(spec.shape)}, its config says "
-                f"{list(wanted[name])}: weights and config do not belong together"
-            )
-        elif (name in floating) != spec.dtype.is_floating_point:
-            raise UserError(
-                f"tensor {name} is stored as {_short(spec.dtype)}, which the model's is not: "
-                "quantised checkpoints do not convert, take the original"
-            )
         elif (
             dtype not in (None, spec.dtype)
             and spec.dtype.is_floating_point
@@ -284,9 +267,9 @@ def plan_tensors(
             f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]}: the "
             "download is incomplete, or weights and config do not belong together"
         )
-    for name, shape in wanted.items():
+    for name, tensor in wanted.items():
         if NEW_PARAMETERS in name:
-            fates[name] = TensorFate(name, "new", shape, "float32")
+            fates[name] = TensorFate(name, "new", tuple(tensor.shape), "float32")
     return list(fates.values())
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from supra.convert import check_family, meta_model
+from supra.config_rules import meta_model
+from supra.convert import check_family
 from supra.errors import UserError
 from supra.evaluate.state import state_bytes
 from supra.mixers import NEW_PARAMETERS

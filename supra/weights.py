@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from supra.config_rules import read_fields
 from supra.errors import UserError, shown
@@ -122,10 +126,69 @@ def check_safetensors(folder: Path) -> None:
             pass
 
 
+def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str | None]:
+    """The model's name of each tensor in the files, which may carry older ones, as GPT-NeoX's head
+    does; None for a part that transformers fuses with others."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+    converters = [x for x in mapping if isinstance(x, WeightConverter)]
+    prefix, own, names = model.base_model_prefix, model.state_dict(), {}
+    for name in stored:
+        names[name], fused = rename_source_key(name, renamings, converters, prefix, own)
+        if fused is not None:
+            names[name] = None
+    return names
+
+
+def check_fits(name: str, spec: TensorSpec, own: Tensor) -> None:
+    """Raise UserError unless a stored tensor has the shape of the model's, and is of floats where
+    that one is."""
+    if spec.shape != tuple(own.shape):
+        raise UserError(
+            f"tensor {name} has shape {list(spec.shape)}, its config says {list(own.shape)}: "
+            "weights and config do not belong together"
+        )
+    if spec.dtype.is_floating_point != own.is_floating_point():
+        raise UserError(
+            f"tensor {name} is stored as {str(spec.dtype).removeprefix('torch.')}, which the "
+            "model's is not: take the original weights, which are not quantised"
+        )
+
+
+def check_tensors(folder: Path, model: PreTrainedModel) -> None:
+    """Raise UserError where the stored tensors are not those of the model, which is without memory.
+
+    transformers makes room for all that a config says before it looks, and takes whole numbers for
+    weights.
+    """
+    own, stored = model.state_dict(), _stored(folder)
+    names = model_names(model, stored)
+    for name, known in names.items():
+        shape, dtype = stored[name]
+        if known in own and dtype in _DTYPES:
+            check_fits(known, TensorSpec(shape, _DTYPES[dtype]), own[known])
+    missing = own.keys() - names.values() - tied_names(model).keys()
+    for pattern in model._keys_to_ignore_on_load_missing or ():
+        missing = {name for name in missing if not re.search(pattern, name)}
+    if None not in names.values():
+        check_complete({**dict.fromkeys(KINDS, ()), "missing_keys": missing})
+
+
 def first_not_finite(model: nn.Module) -> str | None:
     """The name of the first tensor in memory that holds NaN or infinity; None if there is none."""
     tensors = ((name, x) for name, x in model.state_dict().items() if not x.is_meta)
     return next((name for name, x in tensors if not x.isfinite().all()), None)
+
+
+def _stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape of each tensor in the files, and the name that safetensors has for its dtype."""
+    found = {}
+    for file in set(_files_by_tensor(folder).values()):
+        with _damage(file), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                part = opened.get_slice(name)
+                found[name] = tuple(part.get_shape()), part.get_dtype()
+    return found
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:

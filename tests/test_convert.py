@@ -316,6 +316,23 @@ def test_another_models_config(broken, tmp_path):
     fails("weights and config do not belong together", broken, tmp_path / "rnn")
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"vocab_size": 10**8}, "weight has shape .* its config says .*100000000"),
+        ({"intermediate_size": 10**8}, "weight has shape .* its config says .*100000000"),
+        ({"head_dim": 10**6}, "weight has shape .* its config says .*2000000"),
+        ({"num_hidden_layers": 40}, "missing keys .* first model.layers.10.input_layernorm"),
+    ],
+)
+def test_no_memory_is_taken_for_what_a_config_alone_says(broken, monkeypatch, fields, says):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | fields))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(UserError, match=says):
+        find_checkpoint(str(broken)).model()
+
+
 def test_damaged_config(broken, tmp_path):
     (broken / "config.json").write_text("{")
     fails("config.json is damaged", broken, tmp_path / "rnn")
@@ -427,7 +444,10 @@ def test_weights_that_are_no_floats(base, broken, tmp_path, dtype):
         if name in (tensors := load_file(file)):
             save_file(tensors | {name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
     stored = str(dtype).removeprefix("torch.")
-    fails(f"{name} is stored as {stored}, which the model's is not", broken, tmp_path / "rnn")
+    message = f"{name} is stored as {stored}, which the model's is not"
+    fails(message, broken, tmp_path / "rnn")
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(str(broken)).model()
 
 
 def test_a_revision_is_of_the_hub(base, tmp_path):
