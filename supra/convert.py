@@ -212,8 +212,8 @@ def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderRead
         return ModuleReader(checkpoint.model())
     checkpoint.fetch_weights()
     reader = FolderReader(checkpoint.folder)
-    names = model_names(meta_model(config), reader.specs)
-    if None in names.values():
+    names, fused = model_names(meta_model(config), reader.specs)
+    if fused:
         return ModuleReader(checkpoint.model())
     reader.rename(names)
     return reader

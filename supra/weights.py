@@ -1,6 +1,7 @@
 """Tensors of a checkpoint, read one at a time and written as shards; nothing is unpickled."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -126,18 +127,19 @@ def check_safetensors(folder: Path) -> None:
             pass
 
 
-def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str | None]:
+def model_names(
+    model: PreTrainedModel, stored: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str]]:
     """The model's name of each tensor in the files, which may carry older ones, as GPT-NeoX's head
-    does; None for a part that transformers fuses with others."""
+    does: of those that it has alone, and of those that transformers fuses with others."""
     mapping = get_model_conversion_mapping(model)
     renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
     converters = [x for x in mapping if isinstance(x, WeightConverter)]
-    prefix, own, names = model.base_model_prefix, model.state_dict(), {}
+    prefix, own, alone, fused = model.base_model_prefix, model.state_dict(), {}, {}
     for name in stored:
-        names[name], fused = rename_source_key(name, renamings, converters, prefix, own)
-        if fused is not None:
-            names[name] = None
-    return names
+        known, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        (alone if pattern is None else fused)[name] = known
+    return alone, fused
 
 
 def check_fits(name: str, spec: TensorSpec, own: Tensor) -> None:
@@ -162,15 +164,22 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> None:
     weights.
     """
     own, stored = model.state_dict(), _stored(folder)
-    names = model_names(model, stored)
-    for name, known in names.items():
+    alone, fused = model_names(model, stored)
+    for name, known in alone.items():
         shape, dtype = stored[name]
         if known in own and dtype in _DTYPES:
             check_fits(known, TensorSpec(shape, _DTYPES[dtype]), own[known])
-    missing = own.keys() - names.values() - tied_names(model).keys()
+    for known in set(fused.values()) & own.keys():
+        count = sum(math.prod(stored[name][0]) for name in fused if fused[name] == known)
+        if own[known].numel() > count:
+            raise UserError(
+                f"tensor {known} has {own[known].numel()} values by its config, and its parts have "
+                f"{count}: weights and config do not belong together"
+            )
+    missing = own.keys() - {*alone.values(), *tied_names(model)}
     for pattern in model._keys_to_ignore_on_load_missing or ():
         missing = {name for name in missing if not re.search(pattern, name)}
-    if None not in names.values():
+    if not fused:
         check_complete({**dict.fromkeys(KINDS, ()), "missing_keys": missing})
 
 

@@ -323,9 +323,15 @@ def test_another_models_config(broken, tmp_path):
         ({"intermediate_size": 10**8}, "weight has shape .* its config says .*100000000"),
         ({"head_dim": 10**6}, "weight has shape .* its config says .*2000000"),
         ({"num_hidden_layers": 40}, "missing keys .* first model.layers.10.input_layernorm"),
+        ({"moe_intermediate_size": 10**7}, "experts.* its parts have"),
     ],
 )
-def test_no_memory_is_taken_for_what_a_config_alone_says(broken, monkeypatch, fields, says):
+def test_no_memory_is_taken_for_what_a_config_alone_says(
+    broken, tmp_path, monkeypatch, fields, says
+):
+    if "moe_intermediate_size" in fields:
+        broken = tmp_path / "experts"
+        tiny_checkpoint(broken, "qwen3_moe")
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | fields))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
