@@ -99,8 +99,16 @@ class Checkpoint:
         """Raises UserError for values that make no sense: see supra/config_rules.py."""
         return self._small(AutoConfig.from_pretrained)
 
-    def tokenizer(self, **given: Any) -> PreTrainedTokenizerBase:
-        return self._small(AutoTokenizer.from_pretrained, **given)
+    def tokenizer(self, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+        """config: of the model, where the folder has none yet.
+
+        Raises UserError for a tokenizer whose words the model has no embeddings for.
+        """
+        given = {} if config is None else {"config": config}
+        tokenizer = self._small(AutoTokenizer.from_pretrained, **given)
+        with self.named():
+            _check_vocabulary(tokenizer, config or self.config())
+        return tokenizer
 
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked.
@@ -178,6 +186,19 @@ def _check_no_revision(name: str, revision: str | None) -> None:
         raise UserError(
             f"revision (={revision!r}) is only for models on the hub, and {name!r} is local: leave "
             "it out"
+        )
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Tokens that were added to a vocabulary may lie beyond: Gemma 3's has one for images, of which
+    its text model knows nothing."""
+    added = tokenizer.get_added_vocab()
+    largest = max((n for word, n in tokenizer.get_vocab().items() if word not in added), default=0)
+    size = config.get_text_config(decoder=True).vocab_size
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer has words up to number {largest}, and the model's vocab_size is "
+            f"{size}: take the tokenizer that the model was trained with"
         )
 
 

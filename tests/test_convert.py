@@ -339,6 +339,21 @@ def test_no_memory_is_taken_for_what_a_config_alone_says(
         find_checkpoint(str(broken)).model()
 
 
+def test_words_beyond_the_models_vocabulary(base, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    words = fields["model"]["vocab"]
+    fields["added_tokens"].append(fields["added_tokens"][0] | {"content": "<image>", "id": 5000})
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    convert(folder, tmp_path / "gemma")  # an added token may be another model's
+    words[max(words, key=words.get)] = 4999
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    fails("words up to number 4999, and the model's vocab_size is 300", folder, tmp_path / "rnn")
+    with pytest.raises(UserError, match="words up to number 4999"):
+        find_checkpoint(str(folder)).tokenizer()
+
+
 def test_damaged_config(broken, tmp_path):
     (broken / "config.json").write_text("{")
     fails("config.json is damaged", broken, tmp_path / "rnn")
