@@ -30,6 +30,7 @@ HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses
 SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D
 CONTENT = (0.0, 0.25, 0.5, 1.0)  # of the query in its gate, where its mean square is one
 KEY_CONTENT = 0.25  # of the key
+MOST_NUMBERS = 4096  # of a channel; published models have 64
 OTHER_MODES = 1e-4  # C of these at the start: at 0 their A would not learn
 SLOWEST, FASTEST = 1e-3, 1e-1  # dt, as published
 
@@ -58,12 +59,11 @@ class H3Options:
     output_gate: bool = True
 
     def __post_init__(self):
-        for name in ("head_size", "d_state", "shift_size"):
-            check_whole(name, getattr(self, name), 1)
+        check_whole("head_size", self.head_size, 1)
+        check_whole("d_state", self.d_state, 1, MOST_NUMBERS)
+        check_whole("shift_size", self.shift_size, 1, MOST_TAPS)
         if self.d_state % 2:
             raise UserError(f"d_state (={self.d_state}) must be even: a mode holds two numbers")
-        if self.shift_size > MOST_TAPS:
-            raise UserError(f"shift_size (={self.shift_size}) must be at most {MOST_TAPS}")
         check_choice("init", self.init, ("teacher", "published"))
         check_flags(self, "gates", "scale", "output_gate")
 

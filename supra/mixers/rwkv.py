@@ -30,6 +30,7 @@ HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses
 # SmolLM2-135M goes
 KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
 BONUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+MOST_RANK = 4096  # published models have 64 and 128
 SMALL = 1e-3  # entries of B at the start
 
 
@@ -52,7 +53,7 @@ class RwkvOptions:
     output_gate: bool = True
 
     def __post_init__(self):
-        check_whole("rank", self.rank, 1)
+        check_whole("rank", self.rank, 1, MOST_RANK)
         check_choice("normalize", self.normalize, ("none", "group"))
         check_flags(self, "balance_state", "token_shift", "scale", "output_gate")
 

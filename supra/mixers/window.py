@@ -23,6 +23,7 @@ from supra.mixers.gates import DecayGate, HeadLogits
 from supra.mixers.padding import pick, tokens_first
 from supra.mixers.scan import LINEAR_ATTENTION, scan
 
+MOST_TOKENS = 2**15  # of a window or of sinks; each token of a text has so many scores a head
 LEAST_MASS = 1e-30  # of what has left the window, where nothing has
 WEIGHTS = tuple(range(-4, 15, 2))  # of the linear part, in nats; what calibration chooses from
 HALF_LIVES = tuple(4.0**n for n in range(2, 7))  # tokens
@@ -52,8 +53,8 @@ class WindowOptions:
         check_choice("feature_map", self.feature_map, ("hedgehog", "relu"))
         check_expansion(self.expansion, self.feature_map)
         check_choice("decay", self.decay, ("gated", "none"))
-        check_whole("size", self.size, 1)
-        check_whole("sinks", self.sinks, 0)
+        check_whole("size", self.size, 1, MOST_TOKENS)
+        check_whole("sinks", self.sinks, 0, MOST_TOKENS)
         check_flags(self, "output_gate")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout (={self.dropout!r}) must be >= 0 and < 1")

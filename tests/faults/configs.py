@@ -197,6 +197,8 @@ PLANS = [
     ({"state_policy": {"window": 0}}, "window"),
     ({"state_policy": {"window": "four"}}, "window"),
     ({"state_policy": {"window": 10**30}}, "window"),
+    ({"state_policy": {"window": 10**6}}, "1 to 131072"),
+    ({"supra.options.supra.expansion": 2**20}, "1 to 256"),
     ({"state_policy": {"norm": -1.0}}, "norm"),
     ({"state_policy": {"norm": {}}}, "norm"),
     ({"state_policy": {"norm": [[1.0] * 6]}}, "norm"),

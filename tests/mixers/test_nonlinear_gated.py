@@ -116,7 +116,8 @@ def test_gradients_reach_every_parameter():
         ({"largest": 3}, r"largest \(=3\) must be > 0 and <= 2.4"),
         ({"largest": "big"}, r"largest \(='big'\) must be a number"),
         ({"solver": "newton"}, "solver"),
-        ({"sweeps": 0}, r"sweeps \(=0\) must be a whole number >= 1"),
+        ({"sweeps": 0}, r"sweeps \(=0\) must be a whole number from 1 to 1024"),
+        ({"sweeps": 1025}, r"sweeps \(=1025\) must be a whole number from 1 to 1024"),
         ({"scale": 1}, r"scale \(=1\) must be true or false"),
     ],
 )

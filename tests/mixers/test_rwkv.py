@@ -141,7 +141,8 @@ def test_mixing_matrix_is_the_mean_over_the_channels_of_a_head(token_shift):
 
 def test_what_no_rwkv_has_is_refused():
     for options, match in (
-        ({"rank": 0}, r"rank \(=0\) must be a whole number >= 1"),
+        ({"rank": 0}, r"rank \(=0\) must be a whole number from 1 to 4096"),
+        ({"rank": 4097}, r"rank \(=4097\) must be a whole number from 1 to 4096"),
         ({"normalize": "rms"}, "normalize 'rms'"),
         ({"token_shift": 1}, r"token_shift \(=1\) must be true or false"),
     ):

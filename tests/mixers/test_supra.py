@@ -160,7 +160,8 @@ WIDE = AttentionShape(query_heads=4, key_heads=2, head_size=8, value_size=8, hid
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"expansion": 0}, r"expansion \(=0\) must be a whole number >= 1"),
+        ({"expansion": 0}, r"expansion \(=0\) must be a whole number from 1 to 256"),
+        ({"expansion": 257}, r"expansion \(=257\) must be a whole number from 1 to 256"),
         ({"expansion": 2, "feature_map": "identity"}, "needs features with weights"),
     ],
 )

@@ -133,8 +133,10 @@ def test_bands(tokens, size, block):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, r"size \(=0\) must be a whole number >= 1"),
-        ({"sinks": -1}, r"sinks \(=-1\) must be a whole number >= 0"),
+        ({"size": 0}, r"size \(=0\) must be a whole number from 1 to 32768"),
+        ({"size": 32769}, r"size \(=32769\) must be a whole number from 1 to 32768"),
+        ({"sinks": -1}, r"sinks \(=-1\) must be a whole number from 0 to 32768"),
+        ({"sinks": 32769}, r"sinks \(=32769\) must be a whole number from 0 to 32768"),
         ({"dropout": 1}, r"dropout \(=1\) must be >= 0 and < 1"),
         ({"feature_map": "identity"}, "hedgehog, relu"),
     ],
