@@ -97,7 +97,8 @@ class NonlinearGatedMixer(Mixer):
     ) -> tuple[Tensor, NonlinearGatedState | None]:
         tensors = self._tensors(inputs)
         memory = None if state is None else state.memory
-        if self.options.solver != "auto":
+        valued = inputs.query.device.type != "meta"  # nothing converges to a shape alone
+        if self.options.solver != "auto" and valued:
             output, memory = self._solved(inputs, tensors, memory)
         else:
             *tensors, log_decay = tensors

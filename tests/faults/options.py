@@ -1,5 +1,6 @@
 """Options on the command line, on models and texts that are in order."""
 
+from supra.parallel import METHODS
 from tests.faults.case import Case, accepted, copied, fields, refused, written
 
 CONVERT = "convert --model {base} --out {out}"
@@ -380,6 +381,8 @@ CASES: list[Case] = [
     accepted(CONVERT + " --keep-attention 0,0", "a layer named twice is kept once"),
     accepted("inspect {rnn} --context ''", "no length is named, so no state is sized"),
     accepted(CONVERT + " --mixer-option expansion=2", "a wider state"),
+    *(accepted(f"{CONVERT} --mixer nonlinear_gated --mixer-option solver={name}",
+               "how it is solved changes no result") for name in METHODS),
     accepted(CONVERT + " --shard-size inf", "one file, however large"),
     accepted("inspect {rnn} --context 1000000", "a state does not grow"),
     accepted(EVAL + " --batch 1000000", "a batch is at most the rows that there are"),

@@ -10,6 +10,7 @@ from supra.errors import UserError
 from supra.mixers import AttentionShape, build_mixer
 from supra.mixers.nonlinear_gated import WRITTEN
 from supra.mixers.policy import StatePolicy
+from supra.parallel import METHODS
 from supra.testing import mixer_inputs
 
 SHAPE = AttentionShape(4, 2, 6, 5, 12)
@@ -35,6 +36,19 @@ def test_it_starts_as_gated_linear_attention():
     value = inputs.value.repeat_interleave(2, dim=2).transpose(1, 2)
     expected = (mixer.mixing_matrix(inputs) @ value).transpose(1, 2)
     assert torch.allclose(output, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", METHODS)
+def test_solvers_have_the_state_of_the_kernels_without_memory(solver):
+    """As conversion and `supra inspect` size it."""
+    inputs = mixer_inputs(SHAPE, 3)
+    tensors = {
+        name: x.to("meta") for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)
+    }
+    inputs = dataclasses.replace(inputs, **tensors)
+    (expected,) = make().to("meta")(inputs, return_state=True)[1]
+    (found,) = make(solver=solver).to("meta")(inputs, return_state=True)[1]
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
 
 
 @pytest.mark.parametrize("solver", ["sequential", "deer", "elk"])
