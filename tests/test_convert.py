@@ -472,9 +472,9 @@ def test_weights_that_are_no_floats(base, broken, tmp_path, dtype):
 
 
 def test_a_revision_is_of_the_hub(base, tmp_path):
-    fails("is of a model on the hub", base, tmp_path / "rnn", revision="main")
+    fails("only for models on the hub", base, tmp_path / "rnn", revision="main")
     (tmp_path / "x.gguf").touch()
-    fails("is of a model on the hub", tmp_path / "x.gguf", tmp_path / "rnn", revision="main")
+    fails("only for models on the hub", tmp_path / "x.gguf", tmp_path / "rnn", revision="main")
 
 
 @pytest.mark.parametrize(
