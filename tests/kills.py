@@ -179,7 +179,7 @@ class Command:
         row = self.rows[number.name]
         if code is None:
             process.kill(signal.SIGKILL)
-        if code != 0 and not (code == 2 and any(words in said for words in DONE)):
+        if code != 0 and not refused_as_done(code, said):
             self.fault(row, trial, "does not go on", f"exit code {code}: {said[-500:]}")
         now = contents(trial)
         for name in sorted(self.made.keys() - now.keys()):
@@ -206,7 +206,7 @@ class Command:
             return
         code = process.kill(number)
         said = process.said.read_text(errors="replace")
-        if code not in ENDS[number]:
+        if code not in ENDS[number] and not refused_as_done(code, said):
             self.fault(row, trial, "exit code", f"{number.name}: {code}: {said[-500:]}")
         if "Traceback" in said:
             self.fault(row, trial, "traceback", f"{number.name}: {said[-2000:]}")
@@ -214,6 +214,11 @@ class Command:
     def fault(self, row: Counter, trial: Path, kind: str, what: str) -> None:
         row[kind] += 1
         self.faults.append(f"{trial} {self.name}, {kind}: {what}")
+
+
+def refused_as_done(code: int, said: str) -> bool:
+    """Whether a run found the result of the one before it, which the signal came too late for."""
+    return code == 2 and any(words in said for words in DONE)
 
 
 def contents(trial: Path) -> dict[str, bytes]:
