@@ -191,6 +191,8 @@ class Mixer(nn.Module, ABC):
                     f"{name} (={value}) cannot act on layer {layer} ({self.name}): {reason}"
                 )
         self.policy = None if policy is None else policy.of_layer(layer)
+        if self.policy is not None:
+            self.policy.check_heads(self.shape.query_heads)
 
     @abstractmethod
     def mix(

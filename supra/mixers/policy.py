@@ -113,6 +113,13 @@ class LayerPolicy:
         """Whether more than the state has to be carried on."""
         return self.norm is not None or self.window is not None
 
+    def check_heads(self, heads: int) -> None:
+        """Raise UserError for thresholds of other heads than a layer's; a memory may have several
+        for each."""
+        count = len(self.norm) if isinstance(self.norm, tuple) else 1
+        if heads % count and count % heads:
+            raise _other_heads(count, heads)
+
     def scaled_log_decay(self, log_decay: Tensor) -> Tensor:
         return log_decay if self.decay_scale == 1 else log_decay + math.log(self.decay_scale)
 
@@ -212,11 +219,15 @@ def clamp_factors(policy: LayerPolicy, memory: Tensor) -> Tensor:
     """
     heads = len(policy.norm) if isinstance(policy.norm, tuple) else memory.shape[1]
     if memory.shape[1] % heads:
-        raise UserError(
-            f"norm has {heads} thresholds for a layer of {memory.shape[1]} heads: give one a head, "
-            "or one number for all"
-        )
+        raise _other_heads(heads, memory.shape[1])
     norms = memory.reshape(len(memory), heads, -1).norm(dim=-1)
     largest = torch.tensor(policy.norm, dtype=norms.dtype, device=norms.device)
     factors = (largest / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
     return factors.repeat_interleave(memory.shape[1] // heads, dim=1)
+
+
+def _other_heads(count: int, heads: int) -> UserError:
+    return UserError(
+        f"norm has {count} thresholds for a layer of {heads} heads: give one a head, or one number "
+        "for all"
+    )

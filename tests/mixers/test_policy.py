@@ -211,8 +211,10 @@ def test_what_cannot_act():
     assert attention.policy is None
     with pytest.raises(UserError, match=r"thresholds for 1 layers, and there is a layer 1"):
         mixer.set_policy(StatePolicy(norm=[[1.0]]), 1)
-    mixer.set_policy(StatePolicy(norm=[[1.0, 2.0, 3.0]]), 0)
     with pytest.raises(UserError, match="3 thresholds for a layer of 4 heads"):
+        mixer.set_policy(StatePolicy(norm=[[1.0, 2.0, 3.0]]), 0)
+    mixer.set_policy(StatePolicy(norm=[[1.0] * 8]), 0)  # h3's memory may have so many
+    with pytest.raises(UserError, match="8 thresholds for a layer of 4 heads"):
         mixer(mixer_inputs(SHAPE, 64))
 
 
