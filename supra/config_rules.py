@@ -23,7 +23,7 @@ from supra.errors import UserError, check_choice, check_whole, foreign_errors
 from supra.mixers import resolve_mixer
 
 CONFIG = "config.json"
-LAYERS = 4096  # building a layer takes milliseconds; the deepest trained models had 1,000
+LAYERS = 1024  # building a layer takes milliseconds; the deepest trained models had 1,000
 # by the names that all families understand
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
