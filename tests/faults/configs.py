@@ -97,6 +97,14 @@ LLAMA = [
     ({"model_type": "bert"}, "bert"),
     ({"model_type": "t5"}, "t5"),
 ]  # fmt: skip
+# that the model's weights do not have; inspect reads none and sizes what the config says
+BEYOND = [
+    ({"vocab_size": 10**8}, "100000000"),
+    ({"intermediate_size": 10**8}, "100000000"),
+    ({"head_dim": 10**6}, "2000000"),
+    ({"num_key_value_heads": 6}, "k_proj"),
+    ({"num_hidden_layers": 1000}, "missing"),
+]
 OTHERS = {
     "gpt2": [
         ({"n_head": 0}, "n_head"),
@@ -230,6 +238,19 @@ def _source_cases() -> list[Case]:
     return found
 
 
+def _beyond_cases() -> list[Case]:
+    return [
+        refused(
+            command,
+            says,
+            make=copied("base", fields(changes)),
+            name=f"{command.split()[0]} base: weights have other sizes than {_described(changes)}",
+        )
+        for changes, says in BEYOND
+        for command in (CONVERT, EVAL, GENERATE, TEACHER)
+    ]
+
+
 def _file_cases() -> list[Case]:
     commands = cycle((CONVERT, INSPECT, EVAL, GENERATE, STUDENT, TEACHER, DIAGNOSE, SERVE))
     return [
@@ -258,6 +279,7 @@ def _plan_cases() -> list[Case]:
 
 CASES = [
     *_source_cases(),
+    *_beyond_cases(),
     *_file_cases(),
     *_plan_cases(),
     refused(CONVERT, "config.json", make=copied("base", without("config.json")),

@@ -168,6 +168,8 @@ WEIGHTS = [
     ("the index names an absolute file", [_split, _mapped("/etc/passwd")], "/etc/passwd"),
     ("the index names a file that is not there", [_split, _mapped("none.safetensors")], "none"),
     ("the index names a text", [_split, _mapped("config.json")], "config.json"),
+    ("the index names a pickle", [_split, file("pytorch_model.bin", BINARY),
+                                  _mapped("pytorch_model.bin")], "pytorch_model.bin"),
     ("the index is cut", [_split, cut(INDEX)], INDEX),
 ]  # fmt: skip
 TOKENIZER, SETTINGS, GENERATION = (
@@ -175,6 +177,7 @@ TOKENIZER, SETTINGS, GENERATION = (
     "tokenizer_config.json",
     "generation_config.json",
 )
+CODE = "a tokenizer that is code"
 # of a tokenizer, which conversion copies and the other commands read
 TOKENIZERS = [
     ("no tokenizer", [without(TOKENIZER), without(SETTINGS)], "tokenizer"),
@@ -200,9 +203,9 @@ TOKENIZERS = [
     ("an end token of the wrong kind", [fields({"eos_token": 7}, SETTINGS)], "tokenizer"),
     ("an end token that is a list", [fields({"eos_token": ["a"]}, SETTINGS)], "tokenizer"),
     ("a class of tokenizer that is null", [fields({"tokenizer_class": 7}, SETTINGS)], "tokenizer"),
-    ("a tokenizer that is code", [fields({"auto_map": {"AutoTokenizer": ["magic.Tokenizer", None]},
-                                          "tokenizer_class": "MagicTokenizer"}, SETTINGS),
-                                  file("magic.py", "raise SystemExit(0)\n")], "code"),
+    (CODE, [fields({"auto_map": {"AutoTokenizer": ["magic.Tokenizer", None]},
+                    "tokenizer_class": "MagicTokenizer"}, SETTINGS),
+            file("magic.py", "raise SystemExit(0)\n")], "code"),
 ]  # fmt: skip
 NO_END = [fields({"eos_token": None}, SETTINGS)]
 TEMPLATES = [
@@ -272,7 +275,7 @@ def _tokenizer_cases() -> list[Case]:
     found = []
     for name, changes, says in TOKENIZERS:
         found.append(refused(next(commands), says, make=copied("rnn", *changes), name=name))
-        if name != "no tokenizer":
+        if name not in ("no tokenizer", CODE):
             found.append(refused(CONVERT, says, make=copied("base", *changes),
                                  name=f"convert: {name}"))  # fmt: skip
     for command in (EVAL, DIAGNOSE, STUDENT):
@@ -381,9 +384,20 @@ CASES = [
             name="a link to itself"),
     refused(CONVERT, "config.json", name="config.json is a folder",
             make=copied("base", without("config.json"), lambda x: (x / "config.json").mkdir())),
+    accepted(CONVERT, "a licence that is a folder is none, and a model needs none",
+             make=copied("base", lambda x: (x / "LICENSE").mkdir()), name="a licence: a folder"),
+    accepted(EVAL, "the single file counts, as for transformers",
+             make=copied("base", _index("{")), name="eval: a single file and a broken index"),
+    accepted(CONVERT, "the single file counts, as for transformers",
+             make=copied("base", _index("{")), name="convert: a single file and a broken index"),
+    accepted(STUDENT, "what a conversion was is for people to read",
+             make=copied("rnn", file(REPORT, BINARY)), name="uptrain: conversion.json is binary"),
     accepted(CONVERT, "a link out of the folder is left out, and a model needs no licence",
              make=copied("base", _linked("LICENSE.txt", "/etc/passwd")),
              name="a licence that links out of the folder"),
+    accepted(CONVERT, "its code is left behind with a line, and tokenizer.json says all",
+             make=copied("base", *next(changes for name, changes, _ in TOKENIZERS if name == CODE)),
+             name=f"convert: {CODE}"),
     accepted(CONVERT, "a model without a tokenizer says so, and is converted",
              make=copied("base", without(TOKENIZER), without(SETTINGS)),
              name="convert: no tokenizer"),
@@ -396,7 +410,7 @@ CASES = [
              make=copied("rnn", file(REPORT, "{")), name="inspect: conversion.json is cut"),
     accepted(EVAL, "what a conversion was is for people to read",
              make=copied("rnn", file(REPORT, BINARY)), name="eval: conversion.json is binary"),
-    accepted(STUDENT, "what a conversion was is for people to read, and is carried along",
+    accepted(STUDENT, "what a conversion was is for people to read",
              make=copied("rnn", file(REPORT, "null")), name="uptrain: conversion.json is null"),
     accepted(STUDENT, "what a conversion was is for people to read",
              make=copied("rnn", without(REPORT)), name="uptrain: no conversion.json"),

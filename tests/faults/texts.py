@@ -18,6 +18,7 @@ ALL = (EVAL, UPTRAIN, STREAMED, HELD_OUT, DIAGNOSE, CHOICE)
 
 LINE = json.dumps({"text": TEXT * 4}) + "\n"
 LATIN = LINE.encode().replace(b"river", b"caf\xe9s", 1)
+LONG = json.dumps({"text": TEXT * 400}) + "\n"
 GOOD = LINE.encode() * 30
 
 
@@ -116,6 +117,9 @@ def _cases() -> list[Case]:
 
 CASES = [
     *_cases(),
+    refused(STREAMED + "t.jsonl", "'null' is no JSON object",
+            make=written("t.jsonl", LONG * (10 * 2**20 // len(LONG) + 1) + "null\n" + LONG),
+            name="a block of streamed lines that begins with null"),
     refused("eval --model {rnn} --text nobody/no-texts", "nobody/no-texts"),
     refused("uptrain --config {yaml} out={out} data.path=nobody/no-texts", "nobody/no-texts"),
     refused("uptrain --config {yaml} out={out} data.path=''", "data.path"),
