@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import io
 import json
 import os
 import zlib
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from reprlib import repr as shortened
+from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.json
 import pyarrow.parquet
 import torch
 from datasets.exceptions import DatasetsError
@@ -114,6 +118,8 @@ def open_dataset(
     with _reading(f"{path} {trouble}", files):
         for file in files:
             _check_lines(file, most=1 if streaming else None)
+        if streaming:
+            pyarrow.json.read_json = _read_rows  # datasets has no other place for it
         dataset = datasets.load_dataset(**source, streaming=streaming)
         if files and not streaming:
             for batch in dataset.data.to_batches():
@@ -173,6 +179,17 @@ def _check_lines(file: str, most: int | None) -> None:
             line.decode()
             if kind == "json" and line.strip() == b"null":
                 raise ValueError("null is no JSON object")
+
+
+_read_json = pyarrow.json.read_json
+
+
+def _read_rows(source: Any, **options: Any) -> pyarrow.Table:
+    """pyarrow.json.read_json, which crashes if the first line is null. Blocks of streamed text come
+    to it from memory, and any of them may begin so. Raises ValueError instead."""
+    if isinstance(source, io.BytesIO) and source.getvalue()[:64].split()[:1] == [b"null"]:
+        raise ValueError("null is no JSON object")
+    return _read_json(source, **options)
 
 
 def _fault(file: str, text_field: str | None = None) -> str | None:

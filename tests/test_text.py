@@ -90,6 +90,15 @@ def test_a_bad_file_is_named(tmp_path, name):
         assert "\n" not in said and f"{tmp_path / name}" in said and reason in said, streaming
 
 
+def test_streamed_blocks_that_begin_with_null(tmp_path):
+    """They are of 10 MB, to the end of a line, and Arrow crashes on such a one."""
+    line = json.dumps({"text": "the river " * 1000}) + "\n"
+    block = line * (10 * 2**20 // len(line) + 1)
+    (tmp_path / "t.jsonl").write_text(block + "null\n" + line)
+    with pytest.raises(UserError, match=r"t.jsonl, line 1049: 'null' is no JSON object"):
+        read(tmp_path / "t.jsonl", streaming=True)
+
+
 def test_parquet_that_is_not_utf8(tmp_path):
     buffer = pyarrow.array([b"fine", b"bad \xff"], pyarrow.binary())
     text = pyarrow.StringArray.from_buffers(2, *buffer.buffers()[1:])
