@@ -69,7 +69,7 @@ def _gone(name: str):
 
 def _pickled(folder: Path) -> None:
     """A change: an optimizer that would run a program."""
-    put(folder / OPTIMIZER, b"cos\nsystem\n(S'touch /tmp/supra-was-here'\ntR.")
+    put(folder / OPTIMIZER, b"cos\nsystem\n(S'touch supra-was-here'\ntR.")
 
 
 FIRST = "model.model.norm.weight"
