@@ -139,7 +139,7 @@ def test_a_collators_bounds_need_no_positions(llama, tokens):
     close(model(row, **bounds).logits, expected)  # rotary positions are relative
     with pytest.raises(UserError, match="pass use_cache=False"):
         model(row, past_key_values=new_cache(3), **bounds)
-    with pytest.raises(UserError, match="cu_seq_lens_q with 2 rows"):
+    with pytest.raises(UserError, match="cu_seq_lens_q describes one row, and there are 2"):
         model(tokens, **bounds)
     for wrong in ([0, 20, 70], [1, 75]):
         with pytest.raises(UserError, match=r"cu_seq_lens_q \(=. ... ..\) must go from 0 to .* 75"):
