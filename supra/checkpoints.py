@@ -100,9 +100,9 @@ class Checkpoint:
         return self._small(AutoConfig.from_pretrained)
 
     def tokenizer(self, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-        """config: of the model, where the folder has none yet.
+        """The tokenizer. Raises UserError if it has words that the model has no embeddings for.
 
-        Raises UserError for a tokenizer whose words the model has no embeddings for.
+        config: the model's, if the folder has none yet.
         """
         given = {} if config is None else {"config": config}
         tokenizer = self._small(AutoTokenizer.from_pretrained, **given)
@@ -190,8 +190,9 @@ def _check_no_revision(name: str, revision: str | None) -> None:
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Tokens that were added to a vocabulary may lie beyond: Gemma 3's has one for images, of which
-    its text model knows nothing."""
+    """Raise UserError if the model has no embedding for a word of the vocabulary.
+
+    Added tokens are not checked: Gemma 3 has one for images, which its text model does not know."""
     added = tokenizer.get_added_vocab()
     largest = max((n for word, n in tokenizer.get_vocab().items() if word not in added), default=0)
     size = config.get_text_config(decoder=True).vocab_size

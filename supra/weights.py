@@ -130,8 +130,8 @@ def check_safetensors(folder: Path) -> None:
 def model_names(
     model: PreTrainedModel, stored: Iterable[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The model's name of each tensor in the files, which may carry older ones, as GPT-NeoX's head
-    does: of those that it has alone, and of those that transformers fuses with others."""
+    """The model's name for each stored tensor, in two parts: tensors that stay alone, and tensors
+    that transformers fuses with others. Stored names may be older ones, as GPT-NeoX's head has."""
     mapping = get_model_conversion_mapping(model)
     renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
     converters = [x for x in mapping if isinstance(x, WeightConverter)]
@@ -143,8 +143,8 @@ def model_names(
 
 
 def check_fits(name: str, spec: TensorSpec, own: Tensor) -> None:
-    """Raise UserError unless a stored tensor has the shape of the model's, and is of floats where
-    that one is."""
+    """Raise UserError unless a stored tensor has the shape of the model's own, and holds floats if
+    that one does."""
     if spec.shape != tuple(own.shape):
         raise UserError(
             f"tensor {name} has shape {list(spec.shape)}, its config says {list(own.shape)}: "
@@ -158,9 +158,9 @@ def check_fits(name: str, spec: TensorSpec, own: Tensor) -> None:
 
 
 def check_tensors(folder: Path, model: PreTrainedModel) -> None:
-    """Raise UserError where the stored tensors are not those of the model, which is without memory.
+    """Raise UserError unless the stored tensors are those of `model`, a model on the meta device.
 
-    transformers makes room for all that a config says before it looks, and takes whole numbers for
+    transformers allocates all that a config asks for before it compares, and accepts integers as
     weights.
     """
     own, stored = model.state_dict(), _stored(folder)
@@ -190,7 +190,7 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 def _stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape of each tensor in the files, and the name that safetensors has for its dtype."""
+    """The shape of each stored tensor, and its dtype as safetensors names it."""
     found = {}
     for file in set(_files_by_tensor(folder).values()):
         with _damage(file), safe_open(file, framework="pt") as opened:
@@ -201,7 +201,8 @@ def _stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    """Of a folder with both, the single file, as transformers takes it."""
+    """The file of each tensor. If a folder has both a single file and an index, the single file
+    counts, as in transformers."""
     check_opened(folder)
     if (folder / SINGLE).is_file():
         with _damage(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:

@@ -168,7 +168,7 @@ FEATURE_MAPS = {
 }
 
 
-MOST_EXPANSION = 256  # a head's state is as large as the keys and values of 16,000 tokens then
+MOST_EXPANSION = 256  # a head's state is then as large as the keys and values of 16,000 tokens
 
 
 def check_expansion(expansion: int, feature_map: str) -> None:

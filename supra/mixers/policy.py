@@ -23,7 +23,7 @@ from supra.mixers.padding import pick
 
 Thresholds = float | tuple[float, ...]
 
-MOST_WINDOW = 2**17  # tokens, which are held in memory; few contexts are longer
+MOST_WINDOW = 2**17  # tokens; they are held in memory, and few contexts are longer
 
 
 @dataclass(frozen=True)

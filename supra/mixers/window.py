@@ -23,7 +23,7 @@ from supra.mixers.gates import DecayGate, HeadLogits
 from supra.mixers.padding import pick, tokens_first
 from supra.mixers.scan import LINEAR_ATTENTION, scan
 
-MOST_TOKENS = 2**15  # of a window or of sinks; each token of a text has so many scores a head
+MOST_TOKENS = 2**15  # in a window or in sinks: every token computes that many scores per head
 LEAST_MASS = 1e-30  # of what has left the window, where nothing has
 WEIGHTS = tuple(range(-4, 15, 2))  # of the linear part, in nats; what calibration chooses from
 HALF_LIVES = tuple(4.0**n for n in range(2, 7))  # tokens
