@@ -216,7 +216,9 @@ class Window(Mixer):
             parts.append(inputs.sinks.to(wide).view(-1, 1).expand_as(far))
         shares = torch.cat(parts, dim=-1).softmax(-1)
         window, first, far = shares.split([x.shape[-1] for x in parts], dim=-1)[:3]
-        output = band_sums(window, value, size) + sink_sums(first, sink_value)
+        output = band_sums(window, value, size)
+        if self.options.sinks:  # ONNX has no sums over nothing
+            output = output + sink_sums(first, sink_value)
         return output + far * linear[..., :-1] / mass
 
     @staticmethod
@@ -238,6 +240,8 @@ class Window(Mixer):
 
 def sink_scores(query: Tensor, key: Tensor) -> Tensor:
     """q·k of the first tokens, the row's or each token's own document's: [B, T, Hq, S]."""
+    if key.shape[-3] == 0:
+        return query.new_zeros(*query.shape[:3], 0)
     query = query.unflatten(2, (key.shape[-2], -1))
     places = "bshk" if key.dim() == 4 else "btshk"
     return torch.einsum(f"bthgk,{places}->bthgs", query, key).flatten(2, 3)
