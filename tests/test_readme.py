@@ -101,3 +101,17 @@ def test_the_map_names_every_file():
         and not (path.parent.parent == ROOT / "kernels" and path.name in shared)
     } - named
     assert not missing, "not on the map"
+
+
+def test_what_differs_from_a_paper_stands_in_one_place():
+    """Every recipe and every mixer with a paper's name has a row there, and recipes point to it."""
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    title = "What differs from what was published"
+    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
+    for name in ("supra_paper", "t2r", "hedgehog", "lolcats", "radlads", "mohawk"):
+        recipe = (ROOT / "recipes" / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert f'recipes/README.md, "{title}"' in recipe, name
+        assert f"| `{name}.yaml` |" in section, name
+    mixers = ("supra_paper", "t2r", "hedgehog", "lolcats", "mamba2", "rwkv", "gated_delta", "h3")
+    for name in mixers:
+        assert f"| `{name}` |" in section, name
