@@ -172,8 +172,8 @@ def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
 
 
 def _check_numbers(given: dict[str, Any], known: Collection[str]) -> None:
-    """Check numbers by the endings of their names: sizes, where 0 leaves a part out, and constants,
-    some of which would turn everything into NaN."""
+    """Check numbers by the endings of their names: sizes, where 0 leaves a part out, and
+    constants, because wrong ones turn every output into NaN."""
     for name, value in given.items():
         if name not in known or not _is_number(value):
             continue

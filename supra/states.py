@@ -173,7 +173,7 @@ def _check_tensors(
     places = max((x.shape[1] for x in caches if x.dim() > 1), default=0)
     expected = _without_data(model, min(length, places + 1))
     if different := sorted(expected.keys() ^ tensors.keys()):
-        here = "is missing" if different[0] in expected else "is none of this model's"
+        here = "is missing" if different[0] in expected else "is not one of this model's"
         _damaged(file, f"the tensor {different[0]} {here}")
     rows = len(x) if (x := next(iter(tensors.values()))).dim() else 0
     for name, x in tensors.items():

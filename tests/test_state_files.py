@@ -104,8 +104,8 @@ DAMAGED = {
        for n, d in OTHER_DTYPE},
     **{case: (tensor_with(*change), "must be") for case, change in OTHER_SHAPE.items()},
     "no tensors": (lambda h, t: t.clear(), "is missing"),
-    "a stray tensor": (lambda h, t: t.update(x=torch.ones(2)), "x is none of this model's"),
-    "a layer too many": (lambda h, t: t.update({"4.memory": torch.ones(2)}), "4.memory is none"),
+    "a stray tensor": (lambda h, t: t.update(x=torch.ones(2)), "x is not one of this model's"),
+    "a layer too many": (lambda h, t: t.update({"4.memory": torch.ones(2)}), "4.memory is not one"),
     "all of one place less": (
         lambda h, t: t.update({n: t[n][:, 1:].clone() for n in ("1.key", "1.value", "1.valid")}),
         "must be",

@@ -69,7 +69,7 @@ class StatePolicy:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "StatePolicy":
-        """Of `state_policy` in a config. Raises UserError for a name that is none."""
+        """The policy of `state_policy` in a config. Raises UserError for an unknown name."""
         if not isinstance(fields, dict):
             raise UserError(f"state_policy (={fields!r}) must be a mapping, or null for none")
         known = [*cls.__dataclass_fields__]

@@ -384,7 +384,7 @@ CASES = [
             name="a link to itself"),
     refused(CONVERT, "config.json", name="config.json is a folder",
             make=copied("base", without("config.json"), lambda x: (x / "config.json").mkdir())),
-    accepted(CONVERT, "a licence that is a folder is none, and a model needs none",
+    accepted(CONVERT, "a folder is not a licence, and a model needs no licence",
              make=copied("base", lambda x: (x / "LICENSE").mkdir()), name="a licence: a folder"),
     accepted(EVAL, "the single file counts, as for transformers",
              make=copied("base", _index("{")), name="eval: a single file and a broken index"),

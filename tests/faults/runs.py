@@ -162,7 +162,7 @@ CASES: list[Case] = [
     refused("diagnose {run}/final --text {text} --to 64", "config.yaml",
             make=lambda here, common: [shutil.copytree(common / "rnn", here / "run/final"),
                                        put(here / "run/config.yaml", "data: 7\n")],
-            name="diagnose: a run's config that is none"),
+            name="diagnose: a run's config that is damaged"),
     refused("diagnose {run}/final --text {text} --to 64", "config.yaml",
             make=lambda here, common: [shutil.copytree(common / "rnn", here / "run/final"),
                                        put(here / "run/config.yaml", BINARY)],

@@ -1,4 +1,4 @@
-"""Bad input, over all commands: one line that names it and exit code 2, or a reason why it is none.
+"""Bad input over all commands: one error line and exit code 2, or the reason why it is accepted.
 
 Each case runs in a child of this process. `make test-faults` runs them all.
 """

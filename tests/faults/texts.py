@@ -79,14 +79,14 @@ REFUSED: list[tuple[str, str, Make | None, str]] = [
     ("a cut gz", "t.jsonl.gz", _shared("text.jsonl.gz", "t.jsonl.gz", lambda x: x[:-60]),
      "t.jsonl.gz"),
     ("an empty gz", "t.jsonl.gz", written("t.jsonl.gz", ""), "t.jsonl.gz"),
-    ("a gz that is none", "t.jsonl.gz", written("t.jsonl.gz", LINE), "t.jsonl.gz"),
+    ("plain text named gz", "t.jsonl.gz", written("t.jsonl.gz", LINE), "t.jsonl.gz"),
     ("a gz with flipped bytes", "t.jsonl.gz", _shared(
         "text.jsonl.gz", "t.jsonl.gz", lambda x: x[:40] + b"\0\0\0\0" + x[44:]), "t.jsonl.gz"),
     ("a gz of binary", "t.jsonl.gz", written("t.jsonl.gz", gzip.compress(BINARY)), "t.jsonl.gz"),
     ("a cut parquet", "t.parquet", _shared("text.parquet", "t.parquet", lambda x: x[:-60]),
      "t.parquet"),
     ("an empty parquet", "t.parquet", written("t.parquet", ""), "t.parquet"),
-    ("a parquet that is none", "t.parquet", written("t.parquet", LINE), "t.parquet"),
+    ("plain text named parquet", "t.parquet", written("t.parquet", LINE), "t.parquet"),
     ("a parquet with flipped bytes", "t.parquet", _shared(
         "text.parquet", "t.parquet", lambda x: x[:30] + b"\xff" * 40 + x[70:]), "t.parquet"),
     ("a parquet without the field", "t.parquet", _parquet([{"body": "a"}] * 3), "body"),
