@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from supra.arguments import parse_integers, parse_seeds
-from supra.attention import attention_modules
 from supra.bench.timing import processor
-from supra.cache import new_cache
+from supra.checkpoint.files import replace_between
+from supra.cli.arguments import parse_integers, parse_seeds
+from supra.data.packing import IGNORE, shifted_labels
 from supra.errors import Diverged, UserError, command
-from supra.evaluate.heat_map import need_matplotlib
-from supra.files import replace_between
-from supra.packing import IGNORE, shifted_labels
+from supra.evaluate.tasks.heat_map import need_matplotlib
+from supra.model.attention import attention_modules
+from supra.model.cache import new_cache
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import descend, mean_loss

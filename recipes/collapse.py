@@ -3,9 +3,9 @@
     python recipes/collapse.py --seeds 0,1,2
     python recipes/collapse.py --table      # the results that there are, into docs/long_context.md
 
-The language is recent-recall of supra.synthetic, see there. A model is trained on rows in which
-nothing has to be forgotten, and measured on rows of 16 times their length: as it is, with bounds on
-its states, and trained on for a while in several ways. The pictures need matplotlib.
+The language is recent-recall of supra.data.synthetic, see there. A model is trained on rows in
+which nothing has to be forgotten, and measured on rows of 16 times their length: as it is, with
+bounds on its states, and trained on for a while in several ways. The pictures need matplotlib.
 """
 
 import argparse
@@ -25,16 +25,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from supra.arguments import parse_seeds
-from supra.attention import attention_modules
 from supra.bench.timing import processor
-from supra.cache import new_cache
+from supra.checkpoint.files import replace_between
+from supra.cli.arguments import parse_seeds
+from supra.data.synthetic import RecentRecall, draw, labelled
 from supra.errors import UserError, command
-from supra.evaluate.heat_map import need_matplotlib
-from supra.evaluate.recall import recall_hits
-from supra.files import replace_between
+from supra.evaluate.tasks.heat_map import need_matplotlib
+from supra.evaluate.tasks.recall import recall_hits
 from supra.long_context import StatePolicy, use_policy
-from supra.synthetic import RecentRecall, draw, labelled
+from supra.model.attention import attention_modules
+from supra.model.cache import new_cache
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import descend, mean_loss

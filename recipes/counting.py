@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from supra.arguments import parse_names, parse_seeds
-from supra.attention import attention_modules
 from supra.bench.timing import processor
+from supra.checkpoint.files import replace_between
+from supra.cli.arguments import parse_names, parse_seeds
+from supra.data.packing import IGNORE
 from supra.errors import Diverged, UserError, check_choice, command
-from supra.files import replace_between
-from supra.packing import IGNORE
+from supra.model.attention import attention_modules
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import descend, mean_loss

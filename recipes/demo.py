@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from supra.bench.timing import processor
-from supra.checkpoints import Checkpoint, find_checkpoint
-from supra.convert import convert
+from supra.checkpoint.opening import Checkpoint, find_checkpoint
+from supra.conversion.convert import convert
 from supra.errors import UserError, command
 from supra.evaluate import Perplexity, blocks_from_text, decode_speed, perplexity, state_bytes
-from supra.generation import stream_text
+from supra.serving.generation import stream_text
 from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
 

@@ -20,15 +20,16 @@ import torch
 import yaml
 
 from supra.bench.timing import processor
-from supra.checkpoints import find_checkpoint
-from supra.convert import convert
+from supra.checkpoint.files import replace_between
+from supra.checkpoint.loading import load_model
+from supra.checkpoint.opening import find_checkpoint
+from supra.conversion.convert import convert
+from supra.data.blocks import blocks_from_text
+from supra.data.text import open_documents
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate import state_bytes
-from supra.evaluate.command import evaluate_text, load_model, position_edges
-from supra.evaluate.floors import find_mixers, measure_floors
-from supra.evaluate.perplexity import blocks_from_text
-from supra.files import replace_between
-from supra.text import open_documents
+from supra.evaluate.ablate.floors import find_mixers, measure_floors
+from supra.evaluate.text_perplexity import evaluate_text, position_edges
 from supra.uptrain import load_config, train
 from supra.uptrain.run_folder import RunFolder
 

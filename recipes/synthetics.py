@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from supra.arguments import parse_seeds
 from supra.bench.timing import processor
+from supra.checkpoint.files import replace_between
+from supra.cli.arguments import parse_seeds
+from supra.data.synthetic import LANGUAGES, Example, Language, draw, labelled
 from supra.errors import Diverged, UserError, check_choice, command
-from supra.evaluate.recall import recall_accuracy
-from supra.files import replace_between
-from supra.synthetic import LANGUAGES, Example, Language, draw, labelled
+from supra.evaluate.tasks.recall import recall_accuracy
 from supra.testing import future_gradient, tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import descend, mean_loss

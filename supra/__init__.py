@@ -8,6 +8,6 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():  # a checkout: supra.kernels is the top-level kernels/
     __path__.append(str(_here.parent))
 
-from supra.registration import register_with_transformers  # noqa: E402
+from supra.model.registration import register_with_transformers  # noqa: E402
 
 register_with_transformers()

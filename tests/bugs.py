@@ -7,8 +7,8 @@ import os
 
 import torch
 
-from supra import attention, modeling
-from supra.cache import MixerLayer
+from supra.model import attention, modeling
+from supra.model.cache import MixerLayer
 
 
 def padding_mask_dropped():

@@ -31,7 +31,7 @@ import yaml
 from tqdm import tqdm
 
 from supra import cli, testing
-from supra.convert import convert
+from supra.conversion.convert import convert
 from supra.uptrain import loop  # noqa: F401 (imported for the forks)
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ class Process:
             environment = os.environ | {"HF_DATASETS_CACHE": str(self.cache)}
             with open(self.said, "wb") as said:
                 self.popen = subprocess.Popen(
-                    [sys.executable, "-m", "supra.cli", *words],
+                    [sys.executable, "-m", "supra", *words],
                     cwd=ROOT, env=environment, stdout=said, stderr=said,
                 )  # fmt: skip
             self.pid = self.popen.pid

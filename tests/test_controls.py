@@ -9,8 +9,8 @@ import pytest
 
 from tests.bugs import BUGS
 
-MODELING, STATES = "tests/test_modeling.py", "tests/test_states.py"
-FAMILIES = "tests/test_families.py"
+MODELING, STATES = "tests/model/test_modeling.py", "tests/model/test_states.py"
+FAMILIES = "tests/model/test_families.py"
 # bug -> the file, the models, and the tests of which each must fail with one of them
 CAUGHT = {
     "padding_mask_dropped": (

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
+from supra.checkpoint.weights import ShardWriter
 from supra.cli import main
 from supra.errors import Terminated, command, termination
 from supra.testing import tiny_checkpoint
-from supra.weights import ShardWriter
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_RUN = {
     "make demo    # a real model becomes a recurrent network": "minutes each; one runs this test",
     "python3 -m venv .venv && . .venv/bin/activate": "installs what the tests run in",
-    "supra/": "the map of files, see test_the_map_names_every_file",
+    "supra/": "the map of folders, see test_the_map_names_every_folder",
 }
 # (as the README has it, as it is small enough)
 SUBSTITUTIONS = [
@@ -77,30 +77,16 @@ def test_no_reason_outlives_its_block():
     assert set(NOT_RUN) <= {first_line(block) for _, block in blocks()}
 
 
-def test_the_map_names_every_file():
+def test_the_map_names_every_folder():
     """And no other."""
     (text,) = (block for _, block in blocks() if first_line(block) == "supra/")
-    named, folders = set(), []
+    named, path = set(), []
     for line in text.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        for name in re.split(r"\s{2,}", line.strip()):
-            if not re.fullmatch(r"[\w./]+(\.\w+|/)", name):
-                break
-            del folders[depth:]
-            if name.endswith("/"):
-                folders.append(name)
-            named.add("".join([*folders, "" if name.endswith("/") else name]))
-    for name in named:
-        assert (ROOT / name).exists(), f"{name} is on the map and not there"
-    files = [path for folder in ("supra", "kernels") for path in (ROOT / folder).rglob("*.py")]
-    shared = {Path(name).name for name in named if name.startswith("kernels/linear_attention/")}
-    missing = {
-        path.relative_to(ROOT).as_posix()
-        for path in files
-        if path.name != "__init__.py"
-        and not (path.parent.parent == ROOT / "kernels" and path.name in shared)
-    } - named
-    assert not missing, "not on the map"
+        name = line.split()[0]
+        path = [*path[: (len(line) - len(line.lstrip())) // 2], name]
+        named.add("".join(path))
+    rooms = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("supra/**/__init__.py")}
+    assert named == {f"{room}/" for room in {*rooms, "kernels", "recipes", "tests"}}
 
 
 def test_what_differs_from_a_paper_stands_in_one_place():

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from supra.checkpoints import Checkpoint, find_checkpoint
-from supra.convert import convert
+from supra.checkpoint.opening import Checkpoint, find_checkpoint
+from supra.conversion.convert import convert
 from supra.errors import UserError, not_finite
-from supra.families import FAMILIES, REFUSED, no_mixer
 from supra.long_context.diagnosis import diagnose
 from supra.long_context.statistics import RecurrentLayers
-from supra.original import original
+from supra.model.families import FAMILIES, REFUSED, no_mixer
+from supra.model.original import original
 from supra.testing import tiny_checkpoint, tiny_config, untrained_model
 from supra.uptrain.initial_state import mixers_of
 

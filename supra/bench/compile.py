@@ -20,9 +20,9 @@ from supra.bench.ir import LOOP_RUNS
 from supra.bench.operations import OPERATIONS, head_sizes
 from supra.bench.traffic import TOKENS, Traffic
 from supra.bench.workers import run_parallel
+from supra.checkpoint.json_files import to_json
 from supra.errors import UserError, check_choice
 from supra.kernels.launch import TARGETS
-from supra.strict_json import to_json
 
 PARTS = ("forward", "backward", "recurrent")
 PREFACE = f"""\

@@ -16,8 +16,8 @@ from supra.bench import timing
 from supra.bench.compile import table
 from supra.bench.rivals import OPERATIONS, Contender, Setting
 from supra.bench.workers import run_parallel
+from supra.checkpoint.json_files import to_json
 from supra.errors import UserError, check_choice
-from supra.strict_json import to_json
 
 FORWARD, TRAINING, DECODING = DIRECTIONS = ("forward", "forward+backward", "decode step")
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from supra.bench import timing
 from supra.bench.compile import table
+from supra.checkpoint.json_files import to_json
 from supra.errors import UserError, check_choice
 from supra.parallel import (
     GRU,
@@ -29,7 +30,6 @@ from supra.parallel import (
     solve,
 )
 from supra.parallel.solve import on_all_tokens
-from supra.strict_json import to_json
 
 SWEEPS = 300  # at most; a method that needs more is not the right one
 DENSE_NUMBERS = 2**25  # of Jacobians, beyond which dense methods are left out

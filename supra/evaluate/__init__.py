@@ -1,8 +1,9 @@
 """How good a model is, how fast it decodes, and how much it carries along."""
 
-from supra.evaluate.perplexity import Perplexity, blocks_from_text, perplexity
+from supra.data.blocks import blocks_from_text
+from supra.evaluate.perplexity import Perplexity, perplexity
 from supra.evaluate.speed import decode_speed
-from supra.evaluate.state import cache_bytes, state_bytes
+from supra.model.state_size import cache_bytes, state_bytes
 
 __all__ = [
     "Perplexity",

@@ -1,25 +1,16 @@
 """Perplexity over fixed blocks of tokens, as a whole and by position in the document."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from supra.data.packing import IGNORE, Block, collate, shifted_labels
 from supra.errors import UserError
-from supra.losses import next_token_nats
-from supra.packing import (
-    IGNORE,
-    Block,
-    check_tokenizer,
-    collate,
-    encode,
-    pack,
-    shifted_labels,
-    start_tokens,
-)
+from supra.losses.token_losses import next_token_nats
 
 
 @dataclass(frozen=True)
@@ -28,36 +19,6 @@ class Perplexity:
     perplexity: float  # exp(loss)
     tokens: int  # predicted tokens
     by_position: list[tuple[int, int, float]]  # (start, end, perplexity), end not included
-
-
-def blocks_from_text(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[str],
-    sequence_length: int,
-    tokens: int | None = None,
-) -> list[Block]:
-    """Packed blocks of `documents`, blank ones left out; an incomplete last block is dropped.
-
-    `tokens` bounds what is taken, and no document after that is read; one block at least.
-    Raises UserError when there is not one block of text.
-    """
-    check_tokenizer(tokenizer)
-    lengths = []
-
-    def encoded() -> Iterator[list[int]]:
-        for text in documents:
-            ids = encode(tokenizer, text)
-            lengths.append(len(ids))
-            yield ids
-
-    count = None if tokens is None else max(1, tokens // sequence_length)
-    blocks = list(islice(pack(encoded(), sequence_length, start_tokens(tokenizer)), count))
-    if not blocks:
-        raise UserError(
-            f"sequence_length (={sequence_length}) is longer than the evaluation text "
-            f"({sum(lengths)} tokens)"
-        )
-    return blocks
 
 
 @torch.no_grad()

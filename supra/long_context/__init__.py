@@ -1,7 +1,7 @@
 """Texts longer than those a model was trained on: what becomes of its states, and cures."""
 
-from supra.long_context.policy import set_policy, use_policy
-from supra.mixers.policy import StatePolicy
+from supra.long_context.apply_policy import set_policy, use_policy
+from supra.mixers.state_policy import StatePolicy
 
 __all__ = ["StatePolicy", "diagnose", "set_policy", "use_policy"]
 

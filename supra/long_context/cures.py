@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from supra.checkpoint.files import fsync
 from supra.errors import UserError
-from supra.files import fsync
-from supra.long_context.policy import use_policy
+from supra.long_context.apply_policy import use_policy
 from supra.long_context.stream import Bucket, Buckets, Reader, cuts, fine_edges, mean_loss
-from supra.mixers.policy import StatePolicy
+from supra.mixers.state_policy import StatePolicy
 
 NONE, CONFIGURED = "none", "as configured"
 INSIDE = 0.01  # what a cure may cost within the trained length, as a share of the loss there

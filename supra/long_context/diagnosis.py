@@ -11,21 +11,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from supra.checkpoints import Checkpoint
+from supra.checkpoint.files import check_vacant, staged_folder
+from supra.checkpoint.json_files import to_json
+from supra.checkpoint.loading import load_model, overflow
+from supra.checkpoint.opening import Checkpoint
+from supra.data.text import open_documents
 from supra.errors import UserError, check_choice
-from supra.evaluate.command import load_model, overflow
-from supra.evaluate.heat_map import need_matplotlib
-from supra.files import check_vacant, staged_folder
+from supra.evaluate.tasks.heat_map import need_matplotlib
 from supra.long_context.cures import CONFIGURED, Fix, trials_of, try_cures, write_policy
 from supra.long_context.examination import Examination, Plan
+from supra.long_context.findings import Diagnosis
 from supra.long_context.pictures import draw_loss, draw_states
-from supra.long_context.report import Diagnosis
 from supra.long_context.statistics import RecurrentLayers
 from supra.long_context.stream import TokenStream, begun
-from supra.mixers.policy import StatePolicy
-from supra.positions import check_positions
-from supra.strict_json import to_json
-from supra.text import open_documents
+from supra.mixers.state_policy import StatePolicy
+from supra.model.positions import check_positions
 
 TO = 65536
 FIX_LENGTHS = 8  # trained lengths that cures are tried on

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from supra.errors import UserError
-from supra.evaluate.command import position_edges
-from supra.long_context.report import Head, Losses, Remembrance, Span
+from supra.evaluate.text_perplexity import position_edges
+from supra.long_context.findings import Head, Losses, Remembrance, Span
 from supra.long_context.statistics import (
     DecaySums,
     RecurrentLayers,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supra.long_context.report import Diagnosis, Head
+from supra.long_context.findings import Diagnosis, Head
 from supra.long_context.stream import Bucket
 from supra.long_context.words import GROWN
 

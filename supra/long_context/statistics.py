@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from supra.attention import attention_modules
 from supra.errors import UserError
-from supra.families import no_mixer
-from supra.head import logits_of
 from supra.long_context.stream import Reader
+from supra.losses.chunked import logits_of
 from supra.mixers import Mixer
+from supra.model.attention import attention_modules
+from supra.model.families import no_mixer
 
 TOP = 0.05  # the share of outliers whose squares are summed
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from supra.cache import new_cache
-from supra.errors import UserError
-from supra.head import chunks, logits_of
-from supra.losses import next_token_nats
-from supra.packing import (
+from supra.data.packing import (
     IGNORE,
     check_tokenizer,
     end_tokens,
@@ -21,7 +17,11 @@ from supra.packing import (
     start_tokens,
     text_tokens,
 )
-from supra.text import Documents
+from supra.data.text import Documents
+from supra.errors import UserError
+from supra.losses.chunked import chunks, logits_of
+from supra.losses.token_losses import next_token_nats
+from supra.model.cache import new_cache
 
 CHARACTERS = 2**16  # tokenised at a time: offsets and masks of a book would be 100 times its size
 FINE = 256  # equal buckets

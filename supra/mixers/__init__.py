@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from supra.errors import UserError, check_choice
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs, Rotary, float32_at_least
+from supra.mixers.base import Mixer, float32_at_least
 from supra.mixers.gated_delta import GatedDelta
 from supra.mixers.h3 import H3
+from supra.mixers.inputs import AttentionShape, MixerInputs, Rotary
 from supra.mixers.mamba2 import Mamba2
 from supra.mixers.nonlinear_gated import NonlinearGatedMixer
 from supra.mixers.rwkv import Rwkv

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from supra.kernels.checks import LOWEST_LOG_DECAY
 from supra.mixers.padding import pick, tokens_first
-from supra.mixers.policy import LayerPolicy, Past, PolicyRun, clamp_factors
+from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, clamp_factors
 
 Tensors = Sequence[Tensor | None]  # [B, T, …], the first not None; a [H] is of all tokens
 

@@ -5,20 +5,18 @@ into chunks. A step consists of torch's own operators, and the number of steps m
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from supra.errors import UserError
-
-if TYPE_CHECKING:
-    from supra.mixers.base import Mixer, MixerInputs
+from supra.mixers.inputs import MixerInputs
 
 PER_TOKEN = ("hidden_states", "query", "key", "value", "padding_mask")
 
 
-def takes_steps(inputs: "MixerInputs") -> bool:
+def takes_steps(inputs: MixerInputs) -> bool:
     """Whether a call is traced for export and needs more than a plain step: it has several tokens
     or padding."""
     if not torch.compiler.is_exporting():
@@ -26,7 +24,7 @@ def takes_steps(inputs: "MixerInputs") -> bool:
     return inputs.padding_mask is not None or inputs.query.shape[1] != 1
 
 
-def step_by_step(mixer: "Mixer", inputs: "MixerInputs", state: Any) -> tuple[Tensor, Any]:
+def step_by_step(mixer: nn.Module, inputs: MixerInputs, state: Any) -> tuple[Tensor, Any]:
     """The output of `mixer` [B, T, Hq, V] by one step per token, and the state after them.
 
     A padded token leaves the state unchanged. Raises UserError for what a step cannot do.
@@ -64,7 +62,7 @@ def step_by_step(mixer: "Mixer", inputs: "MixerInputs", state: Any) -> tuple[Ten
     return output.transpose(0, 1), state._replace(**dict(zip(fields, end, strict=True)))
 
 
-def _check(mixer: "Mixer", inputs: "MixerInputs") -> None:
+def _check(mixer: nn.Module, inputs: MixerInputs) -> None:
     if inputs.cu_seqlens is not None:
         raise UserError("packed rows cannot be exported: give one document a row, padded")
     if mixer.policy is not None and mixer.policy.norm is not None:
@@ -74,7 +72,7 @@ def _check(mixer: "Mixer", inputs: "MixerInputs") -> None:
         )
 
 
-def _tokens(inputs: "MixerInputs") -> dict[str, Tensor]:
+def _tokens(inputs: MixerInputs) -> dict[str, Tensor]:
     """The inputs of a step for each token, tokens first: [T, B, …]."""
     found = {name: getattr(inputs, name) for name in PER_TOKEN}
     if inputs.rotary is not None:
@@ -84,7 +82,7 @@ def _tokens(inputs: "MixerInputs") -> dict[str, Tensor]:
     return {name: x.transpose(0, 1) for name, x in found.items() if x is not None}
 
 
-def _one(inputs: "MixerInputs", token: dict[str, Tensor]) -> "MixerInputs":
+def _one(inputs: MixerInputs, token: dict[str, Tensor]) -> MixerInputs:
     """The inputs with a single token [B, …]."""
     names = [name for name in PER_TOKEN if name in token and name != "padding_mask"]
     fields = {name: token[name][:, None] for name in names}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from supra.errors import UserError, check_whole
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
+from supra.mixers.inputs import AttentionShape, MixerInputs
 
 QUERY_SHARPNESSES = (0.05, 0.1, 0.25, 0.5, 1.0)  # what calibration chooses from
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from supra.errors import check_choice, check_flags
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
 from supra.mixers.feature_maps import FEATURE_MAPS, choose_sharpness, map_features
 from supra.mixers.gates import DecayGate, HeadLogits
-from supra.mixers.scan import GATED_DELTA_RULE, scan
+from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.recurrence import GATED_DELTA_RULE, scan
 
 HALF_LIVES = tuple(4**n for n in range(1, 7))  # tokens; what calibration chooses from
 STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # of writing

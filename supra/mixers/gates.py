@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from supra.kernels.backends import without_autocast
-from supra.mixers.base import AttentionShape, OutputGate
+from supra.mixers.base import OutputGate
+from supra.mixers.inputs import AttentionShape
 
 LARGEST_EXPONENT = 20.0
 

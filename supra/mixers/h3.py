@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
 from supra.mixers.bounded import Row, Tensors, bounded, padding_last
 from supra.mixers.gates import bounded_exp
+from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import rows_and_padding
-from supra.mixers.policy import PolicyRun
 from supra.mixers.short_conv import ShortConv
+from supra.mixers.state_policy import PolicyRun
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
 from supra.mixers.gates import HeadLogits, SiLUGate, bounded_exp
-from supra.mixers.scan import LINEAR_ATTENTION, scan
+from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import ShortConv, convolved_identity
 
 NORM_EPS = 1e-5

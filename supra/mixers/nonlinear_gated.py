@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
 from supra.mixers.gates import DecayGate, bounded_exp, fill_heads
-from supra.mixers.scan import LINEAR_ATTENTION, NONLINEAR_GATED, scan
+from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.recurrence import LINEAR_ATTENTION, NONLINEAR_GATED, scan
 from supra.parallel import METHODS, NonlinearGated, solve
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from

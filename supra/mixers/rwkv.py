@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
 from supra.mixers.gates import bounded_exp, fill_heads, slope_of_half_life
-from supra.mixers.scan import GATED_LINEAR_ATTENTION, scan
+from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.recurrence import GATED_LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve, convolved_identity
 
 NORM_EPS = 1e-5

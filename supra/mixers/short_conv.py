@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from supra.kernels.causal_conv import causal_conv, causal_conv_step
-from supra.mixers.base import MixerInputs
+from supra.mixers.inputs import MixerInputs
 from supra.mixers.padding import pick, tokens_first
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra.mixers.base import Mixer, MixerInputs
+from supra.mixers.base import Mixer
+from supra.mixers.inputs import MixerInputs
 from supra.mixers.padding import pick
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from supra.errors import UserError, check_choice, check_flags
 from supra.kernels.linear_attention import LinearAttentionState
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
 from supra.mixers.feature_maps import (
     FEATURE_MAPS,
     build_feature_map,
@@ -23,7 +23,8 @@ from supra.mixers.feature_maps import (
     map_features,
 )
 from supra.mixers.gates import DecayGate, bounded_exp, slope_of_half_life
-from supra.mixers.scan import LINEAR_ATTENTION, scan
+from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 
 NORM_EPS = 1e-5
 HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; what calibration chooses from

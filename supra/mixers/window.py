@@ -17,11 +17,12 @@ from torch import Tensor
 from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.band import band_distance, band_scores, band_sums
-from supra.mixers.base import AttentionShape, Mixer, MixerInputs
+from supra.mixers.base import Mixer
 from supra.mixers.feature_maps import build_feature_map, check_expansion, map_features
 from supra.mixers.gates import DecayGate, HeadLogits
+from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import pick, tokens_first
-from supra.mixers.scan import LINEAR_ATTENTION, scan
+from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 
 MOST_TOKENS = 2**15  # in a window or in sinks: every token computes that many scores per head
 LEAST_MASS = 1e-30  # of what has left the window, where nothing has

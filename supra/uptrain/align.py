@@ -1,7 +1,8 @@
 """The gradient of one step of the stages orient and align: every layer learns from its teacher's.
 
 One pass of the teacher, which is the student before training with softmax attention in it (see
-`supra.original`), shows each of the student's attention modules what the teacher's module reads.
+`supra.model.original`), shows each of the student's attention modules what the teacher's module
+reads.
 It computes on that at once and is differentiated at once. So no layer inherits another one's
 errors, there is no back-propagation through the depth, and memory is that of one layer.
 """
@@ -16,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from supra.data.packing import Block
 from supra.mixers import Mixer, MixerInputs
-from supra.packing import Block
 from supra.uptrain.config import AlignConfig, OrientConfig
 
 

@@ -32,7 +32,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class CalibrateConfig:
     """Starting values of the mixers from the teacher's attention on the first tokens of the text,
-    before the first step (supra/calibrate.py). 0: they stay what conversion wrote.
+    before the first step (supra/conversion/calibrate.py). 0: they stay what conversion wrote.
 
     projections: also fit the attention modules' output projections to what the mixers return; takes
         four rows of data.sequence_length at least, and no lora.

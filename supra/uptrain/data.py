@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from supra.data.blocks import blocks_from_text
+from supra.data.packing import Block, Row, encode, start_tokens
+from supra.data.text import Documents, open_dataset
 from supra.errors import UserError
-from supra.evaluate.perplexity import blocks_from_text
-from supra.packing import Block, Row, encode, start_tokens
-from supra.text import Documents, open_dataset
 from supra.uptrain.config import UptrainConfig
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
-from supra.losses import Losses, token_losses
-from supra.packing import IGNORE, Block, shifted_labels
+from supra.data.packing import IGNORE, Block, shifted_labels
+from supra.losses.token_losses import Losses, token_losses
 from supra.uptrain.config import DistillConfig, ExtendConfig, TuneConfig
 from supra.uptrain.initial_state import InitialState
 from supra.uptrain.optim import drop_gradients

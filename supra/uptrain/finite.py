@@ -7,7 +7,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from supra.packing import Block
+from supra.data.packing import Block
 
 LARGEST = 1e18  # of a weight: norms take squares, and float32 ends at 3e38
 TOKENS = 128  # of the row that a model is tried on

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from supra.attention import attention_modules
-from supra.cache import new_cache
 from supra.errors import UserError
-from supra.families import no_mixer
 from supra.mixers import Mixer
-from supra.positions import learned_positions
+from supra.model.attention import attention_modules
+from supra.model.cache import new_cache
+from supra.model.families import no_mixer
+from supra.model.positions import learned_positions
 from supra.uptrain.config import UptrainConfig
 
 # Tokens after which carried rows begin from nothing once more: their positions go on, and there an

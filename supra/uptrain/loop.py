@@ -11,25 +11,25 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list, set_seed
 
-from supra.calibrate import calibrate
-from supra.card import update_card
-from supra.checkpoints import find_checkpoint
+from supra.checkpoint.card import update_card
+from supra.checkpoint.files import staged_folder
+from supra.checkpoint.opening import find_checkpoint
+from supra.conversion.calibrate import calibrate
+from supra.data.packing import Block, check_tokenizer, collate
+from supra.data.text import hub_name
 from supra.errors import Diverged, UserError
 from supra.evaluate.perplexity import perplexity
-from supra.files import staged_folder
-from supra.head import ScoredModel, language_model
-from supra.original import original
-from supra.packing import Block, check_tokenizer, collate
-from supra.positions import check_positions
-from supra.text import hub_name
+from supra.losses.chunked import ScoredModel, language_model
+from supra.model.original import original
+from supra.model.positions import check_positions
 from supra.uptrain import models, optim, tree
+from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
 from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.finite import first_not_finite, predicts
 from supra.uptrain.initial_state import InitialState, check_extends
-from supra.uptrain.launch import open_accelerator
 from supra.uptrain.log import Log
 from supra.uptrain.manifest import listed_files
 from supra.uptrain.memory import keep_freed_memory

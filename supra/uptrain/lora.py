@@ -4,8 +4,8 @@ import importlib.util
 
 from transformers import PreTrainedModel
 
-from supra.adapters import LORA_TARGETS, TRAINED_IN_FULL
 from supra.errors import UserError
+from supra.model.adapters import LORA_TARGETS, TRAINED_IN_FULL
 from supra.uptrain.config import LoraConfig
 
 

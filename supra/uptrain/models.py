@@ -6,10 +6,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from supra.checkpoints import find_checkpoint
-from supra.checksums import record_checksums
-from supra.report import REPORT
-from supra.untrusted import LICENSE_FILES, copy_data, drop_code
+from supra.checkpoint.checksums import record_checksums
+from supra.checkpoint.conversion_report import REPORT
+from supra.checkpoint.opening import find_checkpoint
+from supra.checkpoint.untrusted import LICENSE_FILES, copy_data, drop_code
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.lora import add_lora
 

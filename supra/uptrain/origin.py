@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from supra.checkpoints import find_checkpoint
-from supra.files import fingerprint
-from supra.text import local_files
+from supra.checkpoint.files import fingerprint
+from supra.checkpoint.opening import find_checkpoint
+from supra.data.text import local_files
 from supra.uptrain.config import UptrainConfig
 
 ORIGIN = "origin.json"  # in a checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from supra.errors import UserError, shown
-from supra.limits import PASS, STEP, TEXT, VOCABULARY, WIDTH
+from supra.uptrain.limits import PASS, STEP, TEXT, VOCABULARY, WIDTH
 
 if TYPE_CHECKING:
     from supra.uptrain.config import BudgetConfig, UptrainConfig
@@ -40,7 +40,7 @@ AT_LEAST = {
     "budget.tokens": 1,
     "budget.teacher_tokens": 1,
 }
-# supra.limits says why
+# supra.uptrain.limits says why
 AT_MOST = {
     "batch.size": PASS,
     "batch.accumulation": STEP,

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from supra.checkpoint.files import fsync, locked
 from supra.errors import UserError
-from supra.files import fsync, locked
 from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.manifest import damage

@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from supra.checkpoint.files import disk_errors, staged_folder
 from supra.errors import UserError
-from supra.files import disk_errors, staged_folder
 from supra.uptrain.data import BlockStream
 from supra.uptrain.initial_state import InitialState
 from supra.uptrain.manifest import write_manifest

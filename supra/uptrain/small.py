@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from supra.data.packing import IGNORE, shifted_labels
 from supra.errors import Diverged
-from supra.losses import token_losses
-from supra.packing import IGNORE, shifted_labels
+from supra.losses.token_losses import token_losses
 from supra.uptrain.config import OptimizerConfig, ScheduleConfig, TuneConfig
 from supra.uptrain.optim import begin_stage, build_optimizer, schedule_factor, set_rates
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from supra.checkpoints import find_checkpoint
+from supra.checkpoint.files import disk_errors, follow_umask, held
+from supra.checkpoint.opening import find_checkpoint
+from supra.data.packing import Block
 from supra.errors import UserError
-from supra.files import disk_errors, follow_umask, held
-from supra.head import chunks, hidden_states, logits_of
-from supra.losses import TopK
-from supra.packing import Block
+from supra.losses.chunked import chunks, hidden_states, logits_of
+from supra.losses.token_losses import TopK
 from supra.uptrain.config import UptrainConfig
 
 Targets = Callable[[slice], Tensor | TopK]

@@ -23,7 +23,7 @@ NAMES = ("base", "rnn", "hybrid", "gpt2", "gemma3", "qwen3_moe", "sharded", "sto
 
 def build(folder: Path) -> None:
     """Everything, in `folder`."""
-    from supra.convert import convert
+    from supra.conversion.convert import convert
     from supra.testing import tiny_checkpoint
 
     tiny_checkpoint(folder / "base")

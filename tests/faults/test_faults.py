@@ -17,9 +17,10 @@ from tests.faults.shared import build, places
 from tests.faults.table import CASES
 
 MODULES = (
-    "supra.cli", "supra.convert", "supra.inspection", "supra.generation", "supra.serve",
-    "supra.uptrain.loop", "supra.evaluate.diagnostics", "supra.evaluate.task",
-    "supra.evaluate.passkey", "supra.long_context.diagnosis", "supra.bench.kernels",
+    "supra.cli.app", "supra.conversion.convert", "supra.conversion.inspection",
+    "supra.serving.generation", "supra.serving.http",
+    "supra.uptrain.loop", "supra.evaluate.ablate.ablation", "supra.evaluate.tasks.task",
+    "supra.evaluate.tasks.passkey", "supra.long_context.diagnosis", "supra.bench.kernels",
     "supra.bench.parallel", "gguf", "peft", "pyarrow.parquet",
 )  # fmt: skip
 # what a run that begins writes before it looks at its models

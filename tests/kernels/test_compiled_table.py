@@ -43,7 +43,7 @@ def by_name(rows):
 
 def compile_again(tmp_path, *options):
     out = tmp_path / "COMPILED.md"
-    command = [sys.executable, "-m", "supra.cli", "bench", "compile", "--out", out, *options]
+    command = [sys.executable, "-m", "supra", "bench", "compile", "--out", out, *options]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

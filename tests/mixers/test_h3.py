@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from supra.data.synthetic import AssociativeRecall, Induction
 from supra.errors import UserError
 from supra.kernels.long_conv import ssm_kernel
 from supra.mixers import AttentionShape, build_mixer
 from supra.mixers.h3 import KEY_CONTENT, DiagonalModel
-from supra.synthetic import AssociativeRecall, Induction
 from supra.testing import mixer_inputs
 
 SHAPE = AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48)

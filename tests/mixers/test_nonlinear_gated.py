@@ -9,7 +9,7 @@ import torch
 from supra.errors import UserError
 from supra.mixers import AttentionShape, build_mixer
 from supra.mixers.nonlinear_gated import WRITTEN
-from supra.mixers.policy import StatePolicy
+from supra.mixers.state_policy import StatePolicy
 from supra.parallel import METHODS
 from supra.testing import mixer_inputs
 

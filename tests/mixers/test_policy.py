@@ -8,7 +8,7 @@ import torch
 
 from supra.errors import UserError
 from supra.mixers import AttentionShape, build_mixer
-from supra.mixers.policy import StatePolicy, clamp_factors, with_past
+from supra.mixers.state_policy import StatePolicy, clamp_factors, with_past
 from supra.testing import mixer_inputs
 
 UNGATED = {"output_gate": False}  # which is float32 whatever its inputs are

@@ -1,0 +1,44 @@
+"""A model in memory whose weights, and later outputs, are checked to be finite."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from supra.checkpoint.opening import Checkpoint
+from supra.checkpoint.weights import first_not_finite
+from supra.errors import UserError
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, may_overflow: bool = False
+) -> PreTrainedModel:
+    """On the GPU where there is one.
+
+    Raises UserError for weights that are not finite. Unless it `may_overflow`, so does any later
+    call whose logits are not finite.
+    """
+    model = checkpoint.model(dtype)
+    if name := first_not_finite(model):
+        raise UserError(
+            f"model {checkpoint.name!r} gives no numbers: its tensor {name} holds NaN or infinity; "
+            "take another copy or checkpoint of it"
+        )
+    if not may_overflow:
+        model.get_output_embeddings().register_forward_hook(partial(_check_logits, model))
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def _check_logits(model: PreTrainedModel, module: nn.Module, args: tuple, logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        raise overflow(model)
+
+
+def overflow(model: PreTrainedModel) -> UserError:
+    """The error for a model whose weights are finite but whose outputs are not."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return UserError(
+        f"model {model.name_or_path!r} gives no numbers: its outputs overflow in {dtype}, though "
+        "its weights are finite; give --dtype float32, or take an earlier checkpoint"
+    )

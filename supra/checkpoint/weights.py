@@ -1,0 +1,292 @@
+"""Tensors of a checkpoint, read one at a time and written as shards; nothing is unpickled."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from supra.checkpoint.files import disk_errors, fsync
+from supra.checkpoint.json_files import read_fields
+from supra.checkpoint.untrusted import check_opened, own_file
+from supra.errors import UserError, shown
+
+# what can be wrong with the tensors of a checkpoint, as `from_pretrained` lists them
+KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorSpec(NamedTuple):
+    """A tensor without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class FolderReader:
+    """The tensors of a folder of safetensors files. `specs` lists them; `load` reads one.
+
+    `sources` maps a tensor's name in the model to its name in the files.
+    """
+
+    def __init__(self, folder: Path):
+        self._files = _files_by_tensor(folder)
+        self._open: tuple[Path, safe_open] | None = None
+        self.specs: dict[str, TensorSpec] = {}
+        self.sources = {name: name for name in self._files}
+        for name, file in self._files.items():
+            with _damage(file):
+                part = self._file(file).get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise UserError(
+                    f"tensor {name} is stored as {part.get_dtype()}: "
+                    "quantised checkpoints do not convert, take the original"
+                )
+            self.specs[name] = TensorSpec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors the names that the model has for them: `names` by name in the files."""
+        self.specs = {names[name]: spec for name, spec in self.specs.items()}
+        self.sources = {new: old for old, new in names.items()}
+
+    def load(self, name: str) -> Tensor:
+        source = self.sources[name]
+        file = self._files[source]
+        with _damage(file):
+            return self._file(file).get_tensor(source)
+
+    def _file(self, path: Path) -> safe_open:
+        if self._open is None or self._open[0] != path:
+            self._open = path, safe_open(path, framework="pt")
+        return self._open[1]
+
+
+class ModuleReader:
+    """The tensors of a model in memory, for formats that only transformers can read."""
+
+    def __init__(self, model: nn.Module):
+        self._tensors = {
+            name: x for name, x in model.state_dict().items() if name not in tied_names(model)
+        }
+        self.specs = {n: TensorSpec(tuple(x.shape), x.dtype) for n, x in self._tensors.items()}
+        self.sources = {name: name for name in self._tensors}
+
+    def load(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def tied_names(model: nn.Module) -> Mapping[str, str]:
+    """The names that are stored under another name, as lm_head under the embeddings."""
+    return model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+
+
+def check_complete(
+    loading_info: Mapping[str, Collection], prefix: str = "", below: Collection[str] = ()
+) -> None:
+    """Raise UserError unless `from_pretrained` found each tensor, each once, in its shape.
+
+    For the kinds in `below`, only names that begin with `prefix` count.
+    """
+    for kind in KINDS:
+        # mismatched names come in a tuple with their shapes
+        names = sorted(x if isinstance(x, str) else x[0] for x in loading_info[kind])
+        if kind in below:
+            names = [name for name in names if name.startswith(prefix)]
+        if names:
+            raise UserError(
+                f"{len(names)} {kind.replace('_', ' ')} in the checkpoint, first {names[0]}: "
+                "it is not what its config describes; convert or download it again"
+            )
+
+
+def check_safetensors(folder: Path) -> None:
+    """Raise UserError unless all weights of the folder are safetensors files that open."""
+    for file in set(_files_by_tensor(folder).values()):
+        with _damage(file), safe_open(file, framework="pt"):
+            pass
+
+
+def model_names(
+    model: PreTrainedModel, stored: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The model's name for each stored tensor, in two parts: tensors that stay alone, and tensors
+    that transformers fuses with others. Stored names may be older ones, as GPT-NeoX's head has."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+    converters = [x for x in mapping if isinstance(x, WeightConverter)]
+    prefix, own, alone, fused = model.base_model_prefix, model.state_dict(), {}, {}
+    for name in stored:
+        known, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        (alone if pattern is None else fused)[name] = known
+    return alone, fused
+
+
+def check_fits(name: str, spec: TensorSpec, own: Tensor) -> None:
+    """Raise UserError unless a stored tensor has the shape of the model's own, and holds floats if
+    that one does."""
+    if spec.shape != tuple(own.shape):
+        raise UserError(
+            f"tensor {name} has shape {list(spec.shape)}, its config says {list(own.shape)}: "
+            "weights and config do not belong together"
+        )
+    if spec.dtype.is_floating_point != own.is_floating_point():
+        raise UserError(
+            f"tensor {name} is stored as {str(spec.dtype).removeprefix('torch.')}, which the "
+            "model's is not: take the original weights, which are not quantised"
+        )
+
+
+def check_tensors(folder: Path, model: PreTrainedModel) -> None:
+    """Raise UserError unless the stored tensors are those of `model`, a model on the meta device.
+
+    transformers allocates all that a config asks for before it compares, and accepts integers as
+    weights.
+    """
+    own, stored = model.state_dict(), _stored(folder)
+    alone, fused = model_names(model, stored)
+    for name, known in alone.items():
+        shape, dtype = stored[name]
+        if known in own and dtype in _DTYPES:
+            check_fits(known, TensorSpec(shape, _DTYPES[dtype]), own[known])
+    for known in set(fused.values()) & own.keys():
+        count = sum(math.prod(stored[name][0]) for name in fused if fused[name] == known)
+        if own[known].numel() > count:
+            raise UserError(
+                f"tensor {known} has {own[known].numel()} values by its config, and its parts have "
+                f"{count}: weights and config do not belong together"
+            )
+    missing = own.keys() - {*alone.values(), *tied_names(model)}
+    for pattern in model._keys_to_ignore_on_load_missing or ():
+        missing = {name for name in missing if not re.search(pattern, name)}
+    if not fused:
+        check_complete({**dict.fromkeys(KINDS, ()), "missing_keys": missing})
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of the first tensor in memory that holds NaN or infinity; None if there is none."""
+    tensors = ((name, x) for name, x in model.state_dict().items() if not x.is_meta)
+    return next((name for name, x in tensors if not x.isfinite().all()), None)
+
+
+def _stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape of each stored tensor, and its dtype as safetensors names it."""
+    found = {}
+    for file in set(_files_by_tensor(folder).values()):
+        with _damage(file), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                part = opened.get_slice(name)
+                found[name] = tuple(part.get_shape()), part.get_dtype()
+    return found
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    """The file of each tensor. If a folder has both a single file and an index, the single file
+    counts, as in transformers."""
+    check_opened(folder)
+    if (folder / SINGLE).is_file():
+        with _damage(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
+    raise UserError(
+        f"{folder.name} holds no safetensors weights: pickled weights (.bin, .pt) are not opened; "
+        "save the model with save_pretrained first"
+    )
+
+
+def _indexed_files(folder: Path) -> dict[str, Path]:
+    weight_map = read_fields(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{INDEX} is damaged: weight_map (={shown(weight_map)}) must have the file of every "
+            "tensor; download the model again"
+        )
+    files = {name: own_file(folder, file, INDEX) for name, file in weight_map.items()}
+    for file in sorted(set(files.values())):
+        if file.suffix != ".safetensors":  # transformers would open a pickle
+            raise UserError(
+                f"{INDEX} names {file.name!r}, and weights are read from *.safetensors alone: "
+                "download the model again, or save it with save_pretrained"
+            )
+    return dict(sorted(files.items(), key=lambda item: (item[1], item[0])))
+
+
+@contextmanager
+def _damage(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        if shard.exists():  # safetensors raises this without permission to read, too
+            raise UserError(
+                f"shard {shard.name} may not be read: permission denied; ask its owner for "
+                "permission to read it"
+            ) from None
+        raise UserError(f"shard {shard.name} is missing: download the model again") from None
+    except OSError as error:  # of a folder in its place, or of the disk
+        raise UserError(
+            f"shard {shard.name} cannot be read ({error}): download the model again"
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"shard {shard.name} is truncated or not what the index says ({error}): "
+            "download the model again"
+        ) from error
+
+
+class ShardWriter:
+    """Writes tensors into shards of at most `shard_bytes` and, at the end, their index."""
+
+    def __init__(self, folder: Path, shard_bytes: float):
+        self._folder, self._limit = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        held = sum(x.nbytes for x in self._pending.values())
+        if self._pending and held + tensor.nbytes > self._limit:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._total += tensor.nbytes
+
+    def finish(self) -> None:
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self._folder / f"shard-{number}", self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _flush(self) -> None:
+        path = self._folder / f"shard-{len(self._shards)}"
+        with disk_errors():
+            save_file(self._pending, path, metadata={"format": "pt"})
+            fsync(path)
+        self._shards.append(list(self._pending))
+        self._pending = {}

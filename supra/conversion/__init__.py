@@ -1,0 +1,1 @@
+"""From a pretrained checkpoint to a converted one: plan, choose layers, calibrate, inspect."""

@@ -1,0 +1,68 @@
+"""What a model is made of: layers, parameters, and what it carries from token to token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from supra.checkpoint.config_rules import meta_model
+from supra.checkpoint.conversion_report import describe_layers
+from supra.conversion.convert import check_family
+from supra.errors import UserError
+from supra.mixers import NEW_PARAMETERS
+from supra.model.state_size import state_bytes
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Parameters are numbers of values; states are bytes of one sequence, by context length."""
+
+    family: str
+    layers: list[str]
+    options: dict[str, dict[str, Any]]
+    parameters: int
+    new_parameters: int
+    state_bytes: dict[int, int]
+    verified: int | None = None  # tensors whose checksums match
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"family:     {self.family}",
+            f"layers:     {describe_layers(self.layers)}",
+            f"parameters: {self.parameters:,}, {self.new_parameters:,} of them new",
+        ]
+        for name, options in self.options.items():
+            if options:
+                listed = ", ".join(f"{key}={value}" for key, value in options.items())
+                lines.append(f"{name + ':':<11} {listed}")
+        for context, size in self.state_bytes.items():
+            lines.append(f"state:      {size:,} bytes a sequence at {context:,} tokens")
+        if self.verified is not None:
+            lines.append(f"verified:   {self.verified:,} tensors are as they were written")
+        return lines
+
+
+def inspect_model(config: PreTrainedConfig, contexts: list[int]) -> Inspection:
+    """Look at a model, converted or not, without reading its weights.
+
+    Raises UserError for a family that does not convert, and for a context below 1.
+    """
+    if config.model_type != "supra":
+        check_family(config)
+    for context in contexts:
+        if context < 1:
+            raise UserError(f"context (={context}) must be at least 1 token")
+    plan = getattr(config, "supra", None)
+    model = meta_model(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return Inspection(
+        family=getattr(config, "base_model_type", config.model_type),
+        layers=plan["layers"] if plan else ["attention"] * config.num_hidden_layers,
+        options=plan["options"] if plan else {},
+        parameters=sum(sizes.values()),
+        new_parameters=sum(size for name, size in sizes.items() if NEW_PARAMETERS in name),
+        state_bytes={context: state_bytes(config, context) for context in contexts},
+    )

@@ -1,0 +1,184 @@
+"""Which layers of a hybrid keep softmax attention: a share of them, evenly spaced, or those whose
+conversion costs most, measured on some text."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from supra.conversion.calibrate import calibrate
+from supra.data.blocks import blocks_from_text
+from supra.data.packing import IGNORE, Block, collate, shifted_labels
+from supra.errors import UserError, not_finite
+from supra.losses.token_losses import token_losses
+from supra.mixers import build_mixer
+from supra.model.attention import attention_modules
+
+SEQUENCE_LENGTH = 512
+TOKENS = 8192  # that calibration sees, and as many others that the costs are measured on
+
+
+def read_share(
+    keep_attention: Iterable[int] | float | str, text: str | None
+) -> tuple[float | None, bool]:
+    """The share of the layers that is to keep attention, None for numbers of layers; and whether
+    their costs on `text` decide which."""
+    share, ranked = keep_attention, isinstance(keep_attention, str)
+    if ranked:
+        auto, _, number = keep_attention.partition(":")
+        if auto != "auto" or not number:
+            raise UserError(
+                f"keep_attention (={keep_attention!r}) must be numbers of layers, a share of them, "
+                "or auto with a share, as auto:0.25"
+            )
+        share = parse_share(number)
+        if text is None:
+            raise UserError(f"keep_attention (={keep_attention!r}) needs text to measure costs on")
+    elif text is not None:
+        raise UserError(f"text (={text!r}) is read only with keep_attention auto, as auto:0.25")
+    if not isinstance(share, float):
+        return None, False
+    if not 0 < share < 1:
+        raise UserError(
+            f"keep_attention (={keep_attention}) as a share of the layers must be between 0 and 1"
+        )
+    return share, ranked
+
+
+def parse_share(text: str) -> float:
+    """`"0.25"` or `"25%"` as 0.25."""
+    number = text.removesuffix("%")
+    try:
+        return float(number) / (100 if number != text else 1)
+    except ValueError:
+        raise UserError(
+            f"keep_attention: {text!r} is no share of the layers, as 0.25 or 25%"
+        ) from None
+
+
+def kept_count(layers: int, share: float) -> int:
+    """How many of `layers` are that share: rounded, at least one."""
+    return max(1, round(share * layers))
+
+
+def evenly_spaced(layers: int, share: float) -> list[int]:
+    """The middle of each of n equal stretches, where n is that share of `layers`."""
+    count = kept_count(layers, share)
+    return [(2 * number + 1) * layers // (2 * count) for number in range(count)]
+
+
+def dearest(costs: Sequence[float], share: float) -> list[int]:
+    """The layers with the highest costs, in order; of equal ones the lower."""
+    ranking = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+    return sorted(ranking[: kept_count(len(costs), share)])
+
+
+def read_blocks(tokenizer: PreTrainedTokenizerBase, text: str, text_field: str) -> list[Block]:
+    """Packed rows for calibration and as many for measuring; of a short text what there is."""
+    from supra.data.text import open_documents  # loads datasets, which takes a second
+
+    documents = open_documents(text, text_field).epoch(0)
+    blocks = blocks_from_text(tokenizer, documents, SEQUENCE_LENGTH, 2 * TOKENS)
+    if len(blocks) < 2:
+        raise UserError(
+            f"text (={text!r}) has fewer than {2 * SEQUENCE_LENGTH} tokens: half of it calibrates, "
+            "the other half measures"
+        )
+    return blocks
+
+
+def layer_costs(
+    model: PreTrainedModel, blocks: Sequence[Block], progress: bool = False
+) -> list[float]:
+    """What converting each layer alone costs, in nats a token, after calibration.
+
+    Args:
+        model: freshly converted, a mixer in every layer; its mixers are calibrated in place.
+        blocks: from `read_blocks`. The first half calibrates, the other measures.
+    """
+    if torch.cuda.is_available():
+        model.to("cuda")
+    half = len(blocks) // 2
+    batch = collate(blocks[:half])
+    calibrate(model, *(batch[name].to(model.device) for name in ("input_ids", "position_ids")))
+    costs = divergences(model, blocks[half:], progress)
+    if not all(map(math.isfinite, costs)):
+        raise not_finite("what a layer costs", model.dtype)
+    return costs
+
+
+@torch.no_grad()
+def divergences(
+    model: PreTrainedModel, blocks: Sequence[Block], progress: bool = False
+) -> list[float]:
+    """KL(teacher || teacher with one layer converted), by layer: the mean over predicted tokens.
+
+    The teacher is `model` with softmax attention in the place of every mixer. Layers below the
+    converted one return what they returned to the teacher, which halves the work.
+    """
+    attentions = sorted(attention_modules(model), key=lambda attention: attention.layer_idx)
+    layers = [decoder_layer(model, attention) for attention in attentions]
+    mixers = [attention.mixer for attention in attentions]
+    for attention, mixer in zip(attentions, mixers, strict=True):
+        attention.mixer = build_mixer("softmax", mixer.shape, {})
+    nats, tokens = [0.0] * len(layers), 0
+    bar = tqdm(total=len(blocks) * len(layers), desc="measure", unit="layer", disable=not progress)
+    for block in blocks:
+        batch = {name: x.to(model.device) for name, x in collate([block]).items()}
+        labels = shifted_labels(batch.pop("labels")).flatten()
+        tokens += (labels != IGNORE).sum().item()
+        with _recorded(layers) as outputs:
+            teacher_logits = model(**batch, use_cache=False).logits[0]
+        for index, attention in enumerate(attentions):
+            softmax, attention.mixer = attention.mixer, mixers[index]
+            with _replayed(layers[:index], outputs):
+                logits = model(**batch, use_cache=False).logits[0]
+            attention.mixer = softmax
+            losses = token_losses(
+                logits, labels, teacher_logits, next_token_weight=0.0, kl_weight=1.0
+            )
+            nats[index] += losses.kl.item()
+            bar.update()
+    bar.close()
+    for attention, mixer in zip(attentions, mixers, strict=True):
+        attention.mixer = mixer
+    return [total / tokens for total in nats]
+
+
+def decoder_layer(model: nn.Module, attention: nn.Module) -> nn.Module:
+    """The layer that an attention module is part of: `model.layers.3` of `….3.self_attn`."""
+    path = next(name for name, module in model.named_modules() if module is attention)
+    return model.get_submodule(re.match(r".*?\.\d+(?=\.)", path)[0])
+
+
+@contextmanager
+def _recorded(layers: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """Collects what each of these layers returns."""
+    outputs = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for layer in layers
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _replayed(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Lets layers return what was recorded, without computing anything."""
+    for layer, output in zip(layers, outputs, strict=False):
+        layer.forward = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

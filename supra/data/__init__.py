@@ -1,0 +1,1 @@
+"""Text and synthetic languages, tokenized and packed into rows."""

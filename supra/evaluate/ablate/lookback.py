@@ -1,0 +1,157 @@
+"""How far each head looks back, by the weights with which it mixes values of earlier tokens."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from supra.errors import UserError
+from supra.evaluate.ablate.floors import find_mixers
+from supra.mixers import Mixer
+from supra.model.attention import attention_modules
+
+TOKENS = 512  # of a row
+ROWS = 4
+NEAR = 64  # tokens
+
+
+@dataclass(frozen=True)
+class LayerLookBack:
+    """Each list has one value a head. Shares are of the sum of |weight|, the first token's column
+    left out: many heads rest on it when they have nothing to say (arXiv 2309.17453)."""
+
+    layer: int
+    mixer: str
+    distance: list[float]  # tokens, mean weighted by |weight|
+    current: list[float]  # share on the token itself
+    near: list[float]  # share on others less than NEAR tokens back
+    far: list[float]  # share beyond
+
+
+@dataclass(frozen=True)
+class LookBack:
+    tokens: int  # of a row, which bounds every distance
+    model: list[LayerLookBack]
+    teacher: list[LayerLookBack] | None
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"look-back of heads in rows of {self.tokens} tokens, as least / median / most: "
+            "mean distance in tokens,",
+            f"  share of weight on the token itself, nearer than {NEAR} tokens, and beyond",
+        ]
+        for name, layers in (("model", self.model), ("teacher", self.teacher or [])):
+            if layers:
+                lines.append(f"  {name:7}{'distance':>23}{'itself':>20}{'near':>20}{'beyond':>20}")
+            lines += [_line(layer) for layer in layers]
+        return lines
+
+
+def cut_rows(
+    documents: Sequence[list[int]], tokens: int = TOKENS, rows: int = ROWS
+) -> list[list[int]]:
+    """Rows of one document each, from all over the text and of equal length: `tokens`, or that of
+    the longest document."""
+    tokens = min(tokens, max(map(len, documents), default=0))
+    if tokens < 2:
+        raise UserError("the text has no document of two tokens")
+    pieces = [
+        document[start : start + tokens]
+        for document in documents
+        for start in range(0, len(document) - tokens + 1, tokens)
+    ]
+    return pieces[:: max(1, len(pieces) // rows)][:rows]
+
+
+@torch.no_grad()
+def measure_look_back(
+    model: PreTrainedModel, rows: Sequence[list[int]], teacher: PreTrainedModel | None = None
+) -> LookBack:
+    """Look-back of every mixer, and of the teacher's softmax attention, on rows of equal length."""
+    find_mixers(model)
+    mixers = {attention.layer_idx: attention.mixer for attention in attention_modules(model)}
+    sums: dict[int, Tensor] = {}
+
+    def of_mixer(layer: int, mixer: Mixer, args: tuple[Any, ...]) -> None:
+        _add(sums, layer, mixer.mixing_matrix(args[0]))
+
+    hooks = [
+        mixer.register_forward_pre_hook(partial(of_mixer, layer)) for layer, mixer in mixers.items()
+    ]
+    try:
+        _read(model, rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    own = [_summary(layer, mixers[layer].name, sums[layer]) for layer in sorted(sums)]
+    of_teacher = None if teacher is None else _teacher_look_back(teacher, rows)
+    return LookBack(len(rows[0]), own, of_teacher)
+
+
+def _teacher_look_back(teacher: PreTrainedModel, rows: Sequence[list[int]]) -> list[LayerLookBack]:
+    sums: dict[int, Tensor] = {}
+
+    def of_attention(attention: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
+        _add(sums, attention.layer_idx, output[1])
+
+    hooks = [x.register_forward_hook(of_attention) for x in attention_modules(teacher)]
+    try:
+        with _eager(teacher):
+            _read(teacher, rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_summary(layer, "softmax", sums[layer]) for layer in sorted(sums)]
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """The implementation of attention that returns its weights."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _read(model: PreTrainedModel, rows: Sequence[list[int]]) -> None:
+    """One row at a time: the matrices of a layer are its heads times tokens squared."""
+    for row in rows:
+        ids = torch.tensor([row], device=model.device)
+        getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
+
+
+def _add(sums: dict[int, Tensor], layer: int, matrix: Tensor) -> None:
+    sums[layer] = sums.get(layer, 0) + weight_by_distance(matrix)
+
+
+def weight_by_distance(matrix: Tensor) -> Tensor:
+    """Sum of |weight| of a mixing matrix [B, H, T, T] by distance, float64 [H, T]."""
+    weight = matrix.abs().double().sum(0)
+    weight[..., 0] = 0
+    at = torch.arange(weight.shape[-1], device=weight.device)
+    distance = (at[:, None] - at).clamp(min=0)
+    sums = weight.new_zeros(weight.shape[:2])
+    return sums.scatter_add_(1, distance.expand_as(weight).flatten(1), weight.tril().flatten(1))
+
+
+def _summary(layer: int, mixer: str, sums: Tensor) -> LayerLookBack:
+    share = sums / sums.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    distance = torch.arange(share.shape[1], device=share.device, dtype=torch.float64)
+    parts = share[:, 0], share[:, 1:NEAR].sum(1), share[:, NEAR:].sum(1)
+    return LayerLookBack(layer, mixer, *(x.tolist() for x in (share @ distance, *parts)))
+
+
+def _line(layer: LayerLookBack) -> str:
+    def spread(values: list[float], digits: int) -> str:
+        middle = torch.tensor(values).median().item()
+        return " / ".join(f"{x:.{digits}f}" for x in (min(values), middle, max(values)))
+
+    shares = "".join(f"{spread(x, 2):>20}" for x in (layer.current, layer.near, layer.far))
+    return f"  {layer.layer:7d}{spread(layer.distance, 1):>23}{shares}  {layer.mixer}"

@@ -1,0 +1,1 @@
+"""Recall tasks with prompts that are made up from a seed."""

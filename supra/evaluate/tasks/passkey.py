@@ -1,0 +1,275 @@
+"""`supra eval --task passkey`: a number in a long text, asked for at its end, by length and depth.
+
+Mohtashami & Jaggi 2023 (arXiv 2305.16300), with the text and the grid of Stuffed Mamba (Chen et al.
+2024, arXiv 2410.07145). Prompts are read in pieces, so that memory is that of the cache: a
+recurrent model's does not grow.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from supra.checkpoint.loading import load_model
+from supra.checkpoint.opening import Checkpoint
+from supra.data.packing import plain_tokens, start_tokens
+from supra.errors import UserError
+from supra.evaluate.tasks.heat_map import check_heat_map, draw_heat_map
+from supra.evaluate.tasks.prompts import ANSWER_TOKENS, continuation_tokens
+from supra.model.positions import check_positions
+
+TASK = "passkey"
+LENGTHS = (512, 1024, 2048)
+DEPTHS = 10
+SAMPLES = 2  # of each length and depth; published are 20
+PIECE = 2048  # tokens of one forward pass
+BATCH_TOKENS = 8192  # of prompts that are read side by side
+
+DIGITS = 5
+PREFIX = (
+    "There is an important info hidden inside a lot of irrelevant text. "
+    "Find it and memorize it.\n\n"
+)
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+)
+STATEMENT = "The passkey{n} is {key}. Remember it. {key} is the passkey{n}.\n"
+QUESTION = "\nWhat is the pass key{n}? The passkey{n} is"
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """A prompt that ends in the question for one of the passkeys in it."""
+
+    prompt: list[int]
+    depth: float
+    key: str  # the one asked for, five digits
+    answer: list[int]  # its tokens after the prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to one prompt, in as many tokens as the key has."""
+
+    length: int  # tokens of the prompt
+    depth: float
+    key: str
+    said: str
+
+    @property
+    def hit(self) -> bool:
+        """The key comes first; white space before it does not count."""
+        return self.said.lstrip().startswith(self.key)
+
+
+@dataclass(frozen=True)
+class PasskeyResult:
+    model: str
+    lengths: list[int]
+    depths: int  # rows of the grid
+    samples: int  # of each length and row
+    keys: int  # in each prompt
+    seed: int
+    answers: list[Answer]  # by length, then by depth
+
+    @property
+    def accuracy(self) -> float:
+        return _share(self.answers)
+
+    def row(self, length: int) -> list[float]:
+        """Accuracy at each depth."""
+        found = [x for x in self.answers if x.length == length]
+        starts = range(0, len(found), self.samples)
+        return [_share(found[start : start + self.samples]) for start in starts]
+
+    def as_dict(self) -> dict[str, Any]:
+        by_length = {
+            length: {"accuracy": sum(row) / len(row), "by_depth": row}
+            for length in self.lengths
+            for row in [self.row(length)]
+        }
+        return {
+            "task": TASK,
+            **asdict(self),
+            "accuracy": self.accuracy,
+            "guess": 10.0**-DIGITS,
+            "any_key": 1 / self.keys,
+            "by_length": by_length,
+            "answers": [asdict(x) | {"hit": x.hit} for x in self.answers],
+        }
+
+    def lines(self) -> list[str]:
+        any_key = f"; saying any of the {self.keys} keys, {1 / self.keys:.3f}"
+        lines = [
+            f"{self.model} on {TASK}: accuracy {self.accuracy:.3f} over {len(self.answers)} "
+            f"prompts, {self.samples} of each length and depth",
+            f"  a guess is right in {10.0**-DIGITS:.5f}{any_key if self.keys > 1 else ''}",
+            f"  {'tokens':>9}{'all':>8}  by depth, 0 is the start",
+            f"  {'':17}" + "".join(f"{_middle(at, self.depths):8.2f}" for at in range(self.depths)),
+        ]
+        for length in self.lengths:
+            row = self.row(length)
+            cells = "".join(f"{share:8.2f}" for share in (sum(row) / len(row), *row))
+            lines.append(f"  {length:9,d}{cells}")
+        return lines
+
+    def draw(self, file: Path) -> None:
+        """The heat map."""
+        draw_heat_map(
+            file,
+            [self.row(length) for length in self.lengths],
+            columns=[f"{length:,}" for length in self.lengths],
+            rows=[f"{_middle(at, self.depths):.2f}" for at in range(self.depths)],
+            labels=("tokens of the prompt", "depth of the passkey"),
+            title=f"{Path(self.model).name}\n{self.accuracy:.1%} of {len(self.answers)} passkeys",
+        )
+
+
+def evaluate_passkey(
+    checkpoint: Checkpoint,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    depths: int = DEPTHS,
+    samples: int = SAMPLES,
+    keys: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    picture: Path | None = None,
+    progress: bool = False,
+) -> PasskeyResult:
+    """Accuracy of any causal language model in saying a passkey, by length and depth.
+
+    There are n = depths · samples prompts of each length, the i-th with its key at (i + 0.5) / n.
+    `picture` is a file for the heat map. Raises UserError where a prompt has no room, or matplotlib
+    is missing.
+    """
+    for name, value in (("depths", depths), ("samples", samples), ("keys", keys)):
+        if value < 1:
+            raise UserError(f"--{name} (={value}) must be at least 1")
+    if keys > 10**DIGITS:
+        raise UserError(f"--keys (={keys}) must be at most {10**DIGITS}: no two are the same")
+    lengths = sorted(set(lengths or LENGTHS))
+    if picture is not None:
+        check_heat_map(picture)
+    tokenizer, count = checkpoint.tokenizer(), depths * samples
+    # before the model is loaded: what has no room is said at once
+    passkey(tokenizer, lengths[0], 0.0, Random(0), keys)
+    model = load_model(checkpoint, dtype).eval()
+    check_positions(model, "--lengths", max(lengths), answer=ANSWER_TOKENS)
+    answers = []
+    with tqdm(
+        total=count * sum(lengths), unit="token", unit_scale=True, disable=not progress
+    ) as bar:
+        for length in lengths:
+            prompts = (
+                passkey(tokenizer, length, _middle(i, count), Random(f"{seed} {length} {i}"), keys)
+                for i in range(count)
+            )
+            for some in _groups(prompts, max(1, BATCH_TOKENS // length)):
+                said = tokenizer.batch_decode(greedy_answers(model, some, bar))
+                answers += [
+                    Answer(length, x.depth, x.key, text) for x, text in zip(some, said, strict=True)
+                ]
+    sizes = lengths, depths, samples, keys, seed
+    result = PasskeyResult(checkpoint.name, *sizes, answers)
+    if picture is not None:
+        result.draw(picture)
+    return result
+
+
+def passkey(
+    tokenizer: PreTrainedTokenizerBase, length: int, depth: float, generator: Random, keys: int = 1
+) -> Passkey:
+    """A prompt of exactly `length` tokens, special tokens at its start among them.
+
+    Of n blocks of text, that at int(depth · (n − 1)) states the key that is asked for. Several keys
+    have numbers, and the others stand in any of the other blocks. The first block of filler lacks
+    what is too much, at its beginning. Raises UserError when there is no room.
+    """
+    drawn = [f"{key:0{DIGITS}d}" for key in generator.sample(range(10**DIGITS), keys)]
+    numbers = [f" #{n + 1}" for n in range(keys)] if keys > 1 else [""]
+    pairs = zip(numbers, drawn, strict=True)
+    statements = [STATEMENT.format(n=n, key=key) for n, key in pairs]
+    asked, places = generator.randrange(keys), generator.random()
+    question = QUESTION.format(n=numbers[asked])
+    others = statements[:asked] + statements[asked + 1 :]
+
+    def text_of(count: int) -> list[str]:
+        at = int(depth * (count - 1))
+        blocks = [FILLER] * (count - 1)
+        for place, other in zip(
+            Random(places).sample(range(count - 1), keys - 1), others, strict=True
+        ):
+            blocks[place] = other
+        return [PREFIX, *blocks[:at], statements[asked], *blocks[at:], question]
+
+    def tokens_of(*text: str) -> list[int]:
+        return plain_tokens(tokenizer, "".join(text))
+
+    start, least = start_tokens(tokenizer), len(tokens_of(*text_of(keys)))
+    room = length - len(start)
+    if room < least:
+        raise UserError(
+            f"--lengths (={length}) must be at least {len(start) + least}: the question and what "
+            "it asks for take as many tokens"
+        )
+    count = keys + (room - least) // (len(tokens_of(FILLER, FILLER)) - len(tokens_of(FILLER)))
+    while len(ids := tokens_of(*text_of(count))) < room:
+        count += 1
+    if surplus := len(ids) - room:
+        text = text_of(count)
+        cut = len(tokens_of(*text[: text.index(FILLER)]))
+        del ids[cut : cut + surplus]
+    answer = continuation_tokens(tokenizer, question, f" {drawn[asked]}")
+    return Passkey([*start, *ids], depth, drawn[asked], answer)
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: PreTrainedModel, prompts: Sequence[Passkey], bar: tqdm | None = None
+) -> list[list[int]]:
+    """What greedy decoding says to prompts of equal length, as many tokens as their keys have."""
+    ids = torch.tensor([x.prompt for x in prompts], device=model.device)
+    logits, cache = read_in_pieces(model, ids, PIECE, bar)
+    said = [logits.argmax(-1)]
+    for _ in range(1, max(len(x.answer) for x in prompts)):
+        output = model(input_ids=said[-1][:, None], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        said.append(output.logits[:, -1].argmax(-1))
+    rows = torch.stack(said, dim=1).tolist()
+    return [row[: len(x.answer)] for row, x in zip(rows, prompts, strict=True)]
+
+
+@torch.no_grad()
+def read_in_pieces(
+    model: PreTrainedModel, ids: Tensor, piece: int, bar: tqdm | None = None
+) -> tuple[Tensor, Cache | None]:
+    """Logits [B, V] after tokens [B, T], and the cache; `piece` tokens of each row a pass."""
+    cache = None
+    for some in ids.split(piece, dim=1):
+        output = model(input_ids=some, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        if bar is not None:
+            bar.update(some.numel())
+    return output.logits[:, -1], cache
+
+
+def _middle(index: int, count: int) -> float:
+    return (index + 0.5) / count
+
+
+def _share(answers: Sequence[Answer]) -> float:
+    return sum(x.hit for x in answers) / len(answers)
+
+
+def _groups(prompts: Iterator[Passkey], size: int) -> Iterator[list[Passkey]]:
+    while group := list(islice(prompts, size)):
+        yield group

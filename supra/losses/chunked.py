@@ -1,0 +1,129 @@
+"""Losses from the last hidden states, without ever all logits of a batch.
+
+A vocabulary of 49152 and 8192 tokens are 0.8 GB of bfloat16 logits, as much again for their
+gradient, and the same for the teacher. Here logits live for one chunk of tokens: they are made from
+hidden states, scored, and taken back to a gradient of the hidden states and of the head.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from supra.losses.token_losses import Losses, refuse_second_derivatives
+
+# Logits of one chunk: 680 and 1360 tokens of a vocabulary of 49152. Each chunk adds to the gradient
+# of the head, as large as the head, so chunks of few tokens would move more of it than of logits.
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
+
+ChunkLoss = Callable[[Tensor, slice], Losses]
+"""(logits [n, V], which rows of the flattened batch they are) -> their losses."""
+
+
+class ScoredModel(nn.Module):
+    """A language model that returns its losses, or without `loss` its own output.
+
+    Wrappers (DDP, FSDP) act on calls of a module, so the loss has to be inside of one.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self._no_split_modules = model._no_split_modules  # which FSDP wraps one by one
+
+    def forward(self, loss: ChunkLoss | None = None, **inputs):
+        if loss is None:
+            return self.model(**inputs)
+        language = language_model(self.model)
+        return chunked_losses(language, hidden_states(language, **inputs), loss)
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The model itself, out of peft's wrapper; its layers then hold the adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(
+    model: PreTrainedModel, past_key_values: Cache | None = None, **inputs: Tensor
+) -> Tensor:
+    """What the language model makes logits of, [B·T, D]; a cache goes on to the states after."""
+    inputs |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
+    output = getattr(model, model.base_model_prefix)(**inputs)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The logits [N, V] that the language model makes of hidden states [N, D].
+
+    By its own code, run with its headless model replaced, since families scale and cap them.
+    """
+    head = copy.copy(model)
+    given = _Given(hidden.unsqueeze(0))
+    object.__setattr__(head, "_modules", {**model._modules, model.base_model_prefix: given})
+    return head(use_cache=False).logits.squeeze(0)
+
+
+class _Given(nn.Module):
+    """In the place of the headless model, it returns hidden states that are there already."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args, **kwargs) -> "_Output":
+        return _Output(last_hidden_state=self.hidden)
+
+
+class _Output(MoeModelOutputWithPast):
+    """All that a language model may pass on of what its headless model returns."""
+
+    cross_attentions = None
+
+
+def chunked_losses(model: PreTrainedModel, hidden: Tensor, loss: ChunkLoss) -> Losses:
+    """The sum of `loss` over chunks of the hidden states [N, D]; only `total` has a gradient."""
+    children = model.named_children()
+    outside = [child for name, child in children if name != model.base_model_prefix]
+    parameters = {p for child in outside for p in child.parameters() if p.requires_grad}
+
+    def chunk(x: Tensor, rows: slice) -> Losses:
+        return loss(logits_of(model, x), rows)
+
+    return Losses(*_Chunked.apply(hidden, chunk, chunks(model, hidden), *parameters))
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, chunk, chunks, *parameters):
+        sums, of_hidden, of_parameters = 0, torch.empty_like(hidden), ()
+        for rows in chunks:
+            with torch.enable_grad():
+                x = hidden[rows].detach().requires_grad_()
+                losses = chunk(x, rows)
+            of_hidden[rows], *more = torch.autograd.grad(losses.total, (x, *parameters))
+            for gradient, addend in zip(of_parameters, more, strict=False):
+                gradient += addend
+            of_parameters = of_parameters or more
+            sums = sums + torch.stack([x.detach() for x in losses])
+        ctx.save_for_backward(of_hidden, *of_parameters)
+        total, next_token, kl = (x.clone() for x in sums)
+        ctx.mark_non_differentiable(next_token, kl)
+        return total, next_token, kl
+
+    @staticmethod
+    def backward(ctx, total_gradient, *_):
+        refuse_second_derivatives()
+        # in place: the buffers are ours alone, and autograd refuses a second pass over them
+        hidden, *parameters = (x.mul_(total_gradient.to(x.dtype)) for x in ctx.saved_tensors)
+        return hidden, None, None, *parameters
+
+
+def chunks(model: PreTrainedModel, hidden: Tensor) -> list[slice]:
+    """Rows of the hidden states [N, D] whose logits are in memory together."""
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
+    size = max(1, elements // model.config.get_text_config().vocab_size)
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]

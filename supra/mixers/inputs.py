@@ -1,0 +1,90 @@
+"""What a mixer reads: the sizes of its attention module, the rotation, and the tensors of a call.
+
+Notation: B batch, T tokens of this call, Hq query heads, Hkv key/value heads (Hkv divides Hq),
+K head size of query and key, V head size of value, D hidden size. Layout [B, T, H, D].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from supra.mixers.state_policy import PolicyRun
+
+MIN_POWER = 1e-5  # of a head's output, in divisions
+
+# gets the logs of the decays of a call, [H], [B, T, H] or [B, T, H, K]; None where nothing decays
+Watch = Callable[[Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of the attention module that a mixer stands in."""
+
+    query_heads: int
+    key_heads: int
+    head_size: int
+    value_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The family's own rotation, at the positions of this call.
+
+    `cos` and `sin` are [B or 1, T, R], or R / 2 where a pair of features shares one; `size` is R,
+    which may be smaller than the head size (partial rotary).
+    `rotate` is the family's `apply_rotary_pos_emb`: some rotate halves, some interleaved pairs.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+    size: int
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate query [B, T, Hq, K] and key [B, T, Hkv, K]; features beyond R pass unchanged."""
+        size = self.size
+        rotated = self.rotate(
+            query[..., :size], key[..., :size], self.cos, self.sin, unsqueeze_dim=2
+        )
+        if query.shape[-1] == size:
+            return rotated
+        return tuple(
+            torch.cat([new, old[..., size:]], dim=-1)
+            for new, old in zip(rotated, (query, key), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class MixerInputs:
+    """What a mixer may read in one call. Query and key are not rotated yet."""
+
+    hidden_states: Tensor  # [B, T, D], the input of the attention module
+    query: Tensor  # [B, T, Hq, K], after biases and QK-norm
+    key: Tensor  # [B, T, Hkv, K]
+    value: Tensor  # [B, T, Hkv, V]
+    rotary: Rotary | None  # None for families without rotary positions
+    scaling: float  # the teacher's factor on QKᵀ
+    sliding_window: int | None  # the teacher's window in tokens, the current one included
+    softcap: float | None  # the teacher's c in c·tanh(QKᵀ·scaling / c)
+    sinks: Tensor | None  # [Hq]: the teacher's score of a token that is not there
+    padding_mask: Tensor | None  # bool [B, T], False where padded; None: no padding
+    cu_seqlens: Tensor | None  # int [N + 1]: documents of the row B·T, flattened; None: one a row
+    policy_run: PolicyRun | None = None  # what the mixer's policy does to its state in this call
+    watch: Watch | None = None
+
+    def first(self, tokens: int) -> "MixerInputs":
+        """The first tokens of every row; of inputs that are not packed."""
+        names = ("hidden_states", "query", "key", "value", "padding_mask")
+        cut = {name: x[:, :tokens] for name in names if (x := getattr(self, name)) is not None}
+        if self.rotary is not None:
+            cos, sin = (x[:, :tokens] for x in (self.rotary.cos, self.rotary.sin))
+            cut["rotary"] = replace(self.rotary, cos=cos, sin=sin)
+        return replace(self, **cut)
+
+    def magnitudes(self) -> tuple[Tensor, Tensor]:
+        """Root mean squares of each head's queries [Hq] and keys [Hkv], to divide by."""
+        squares = (x.float().square().mean((0, 1, 3)) for x in (self.query, self.key))
+        return tuple(x.clamp(min=MIN_POWER).sqrt() for x in squares)

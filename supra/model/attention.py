@@ -1,0 +1,243 @@
+"""A mixer inside the family's own attention module, whatever the family.
+
+The attention module runs its own projections, norms and output projection. It calls the attention
+function that its config names, which is ours; a wrapper around the module gives it the identity as
+rotation and hands the true one to the mixer. `attention_mask` is the argument that every family
+passes down untouched, so it carries what the mixers need:
+
+    None                        no padding, one document a row
+    bool [B, 1, 1, T]           False where padded
+    int  [1, 1, 1, N + 1]       packed: boundaries of N documents in the row B·T, flattened
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from supra.errors import UserError
+from supra.mixers import AttentionShape, MixerInputs, Rotary, build_mixer
+from supra.mixers.state_policy import StatePolicy
+from supra.model.cache import MixerLayer
+from supra.model.families import ROTATE_THEMSELVES, WINDOW_IN_MASK
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the wrapper around an attention module tells our attention function."""
+
+    hidden_states: Tensor
+    rotary: Rotary | None
+    mask: Tensor | None
+    layer: MixerLayer | None
+
+
+def supra_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, Hq, T, K] in, output [B, T, Hq, V] out."""
+    if kwargs.get("block_indices") is not None:
+        raise UserError("attention over chosen blocks of tokens has no mixer")
+    call = attention_mask
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if isinstance(call, _Probe):
+        call.answer(query, key, value)
+    packed = call.mask is not None and call.mask.dtype != torch.bool
+    inputs = MixerInputs(
+        hidden_states=call.hidden_states,
+        query=query,
+        key=key,
+        value=value,
+        rotary=call.rotary,
+        scaling=kwargs["scaling"],
+        sliding_window=kwargs.get("sliding_window", module.window),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        padding_mask=None if packed or call.mask is None else call.mask[:, 0, 0],
+        cu_seqlens=call.mask[0, 0, 0] if packed else None,
+    )
+    if call.layer is not None:
+        return call.layer.mix(module.mixer, inputs), None
+    return module.mixer(inputs)[0], None
+
+
+AttentionInterface.register("supra", supra_attention)
+
+
+class SupraAttention:
+    """Mixed into the family's attention class; `mixer` is a submodule of the attention module."""
+
+    rotates: bool  # whether the mixer rotates, and not the module itself or nobody
+    window: int | None  # of which the attention function does not hear
+
+    def forward(self, *args, **kwargs):
+        kwargs |= zip(self.forward_names, args, strict=False)
+        cache = next((x for x in kwargs.values() if isinstance(x, Cache)), None)
+        rotary = None
+        if self.rotates and kwargs["position_embeddings"] is not None:
+            cos, sin = kwargs["position_embeddings"]
+            rotary = Rotary(cos, sin, self.rotate, cos.shape[-1] * self.features_per_angle)
+            kwargs["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+        kwargs["attention_mask"] = _Call(
+            hidden_states=kwargs["hidden_states"],
+            rotary=rotary,
+            mask=kwargs.get("attention_mask"),
+            layer=None if cache is None else cache.layers[self.layer_idx],
+        )
+        return super().forward(**kwargs)
+
+    def __reduce__(self):  # the class is made at run time, so a pickle names its base
+        return _bare_attention, (type(self).__mro__[2],), self.__dict__
+
+
+def _bare_attention(base: type[nn.Module]) -> nn.Module:
+    attention = attention_class(base)
+    return attention.__new__(attention)
+
+
+@functools.cache
+def attention_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The family's attention class with the wrapper in front."""
+    # families differ in whether they rotate halves or interleaved pairs
+    rotate = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
+    fields = {
+        "forward_names": tuple(inspect.signature(base.forward).parameters)[1:],
+        "rotate": staticmethod(rotate),
+        "features_per_angle": _features_per_angle(rotate),
+        "__module__": __name__,
+    }
+    return type(f"Supra{base.__name__}", (SupraAttention, base), fields)
+
+
+def _features_per_angle(rotate: Callable[..., tuple[Tensor, Tensor]] | None) -> int:
+    """2 where the two features of a pair share one cosine and sine, as in gpt-oss."""
+    if rotate is None:
+        return 1
+    heads, angles = torch.empty(1, 1, 1, 4, device="meta"), torch.empty(1, 1, 4, device="meta")
+    try:
+        rotate(heads, heads, angles, angles)
+    except RuntimeError:  # sizes that do not fit
+        return 2
+    return 1
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The causal self-attention modules, converted or not.
+
+    Those that do not go through transformers' attention interface are left out: nothing could be
+    put in their middle.
+    """
+    return [
+        module
+        for module in model.modules()
+        if _calls_attention_interface(type(module))
+        and getattr(module, "is_causal", False)
+        and getattr(module, "layer_idx", None) is not None
+    ]
+
+
+@functools.cache
+def _calls_attention_interface(module: type[nn.Module]) -> bool:
+    forwards = (vars(base).get("forward") for base in module.__mro__)
+    codes = (inspect.unwrap(f).__code__ for f in forwards if inspect.isfunction(f))
+    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+
+
+def insert_mixer(
+    attention: nn.Module, config: PreTrainedConfig, name: str, options: dict[str, Any] | None
+) -> None:
+    """Turn the family's attention module into one that calls a new mixer, in place."""
+    shape, rotated = probe_attention(attention, config)
+    attention.__class__ = attention_class(type(attention))
+    attention.rotates = rotated and config.base_model_type not in ROTATE_THEMSELVES
+    attention.window = None
+    if config.base_model_type in WINDOW_IN_MASK:
+        attention.window = config.sliding_window
+    attention.mixer = build_mixer(name, shape, options)
+    if config.state_policy is not None:
+        policy = StatePolicy.from_dict(config.state_policy)
+        attention.mixer.set_policy(policy, attention.layer_idx)
+
+
+def probe_attention(attention: nn.Module, config: PreTrainedConfig) -> tuple[AttentionShape, bool]:
+    """The sizes of an attention module, and whether it rotates its queries and keys.
+
+    Configs have many names for sizes, and in some families only some layers rotate. So the module
+    runs on two tokens without memory, and what reaches the attention function is looked at.
+    """
+    failure = None
+    for positions in _positions_to_try(attention):
+        probe = _Probe()
+        try:
+            with torch.no_grad(), positions:
+                _run_without_memory(attention, config.hidden_size, probe, positions)
+        except _Answered:
+            return AttentionShape(*probe.sizes, config.hidden_size), positions.used
+        except Exception as error:  # of any kind: it comes out of the family's own code
+            failure = error
+    raise UserError(
+        f"model_type {config.base_model_type!r} has attention into which no mixer can be put: "
+        f"alone it does not reach the attention interface of transformers ({failure})"
+    )
+
+
+def _positions_to_try(attention: nn.Module) -> Iterator["_Positions"]:
+    """What families may want as cosines and sines, of which their configs say little."""
+    names = ("qk_rope_head_dim", "head_dim")
+    sizes = [getattr(attention, name) for name in names if hasattr(attention, name)]
+    for size in (*sizes, 1):  # 1 fits any part of a head that is not cut in halves
+        yield _Positions(*(torch.empty(1, 2, size, device="meta") for _ in range(2)))
+    for size in sizes:
+        yield _Positions(torch.empty(1, 2, size // 2, device="meta", dtype=torch.complex64))
+
+
+def _run_without_memory(
+    attention: nn.Module, hidden_size: int, probe: "_Probe", positions: "_Positions"
+) -> None:
+    tensors = (*attention.named_parameters(), *attention.named_buffers())
+    state = {name: torch.empty_like(x, device="meta") for name, x in tensors}
+    dtype = next(x.dtype for x in state.values() if x.is_floating_point())
+    given = {
+        "hidden_states": torch.empty(1, 2, hidden_size, device="meta", dtype=dtype),
+        "attention_mask": probe,
+        "position_embeddings": positions.embeddings,
+        "position_ids": torch.zeros(1, 2, dtype=torch.int64, device="meta"),
+    }
+    known = inspect.signature(attention.forward).parameters
+    given = {name: x for name, x in given.items() if name in known}
+    torch.func.functional_call(attention, state, (), given)
+
+
+class _Answered(Exception):
+    """The attention function was called: no need to go on."""
+
+
+class _Probe:
+    """In the place of a mask, it takes down what the attention function gets."""
+
+    sizes: tuple[int, int, int, int]
+
+    def answer(self, query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
+        self.sizes = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+        raise _Answered
+
+
+class _Positions(TorchFunctionMode):
+    """Position embeddings, a pair or one complex tensor, that notice when they are used."""
+
+    def __init__(self, *embeddings: Tensor):
+        super().__init__()
+        self.embeddings = embeddings if len(embeddings) == 2 else embeddings[0]
+        self._tensors, self.used = embeddings, False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.used |= any(x is tensor for x in args for tensor in self._tensors)
+        return function(*args, **(kwargs or {}))

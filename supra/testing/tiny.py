@@ -1,0 +1,224 @@
+"""Tiny tokenizers, checkpoints and inputs, for tests of supra and of what builds on it."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from supra.checkpoint.weights import ModuleReader
+from supra.conversion.convert import load_converted, plan_conversion, plan_layers
+from supra.data.synthetic import (
+    LANGUAGES,
+    AssociativeRecall,
+    Example,
+    Induction,
+    MultiQueryRecall,
+    RecentRecall,
+)
+from supra.mixers import AttentionShape, MixerInputs, resolve_mixer
+
+__all__ = [
+    "LANGUAGES",
+    "MAIN_FAMILIES",
+    "VOCABULARY",
+    "AssociativeRecall",
+    "Example",
+    "Induction",
+    "MultiQueryRecall",
+    "RecentRecall",
+    "future_gradient",
+    "mixer_inputs",
+    "tiny_checkpoint",
+    "tiny_config",
+    "tiny_tokenizer",
+    "untrained_model",
+]
+
+VOCABULARY = 300
+MAIN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+
+_TEXT = [
+    "The river rises in the hills and runs south through the valley to the sea.",
+    "A model reads one token at a time and keeps a state of fixed size.",
+    "Who sees the whole page at once has no need to remember it.",
+    "In 1843 the bridge was built of 20,000 stones; it stands to this day.",
+]
+
+
+def tiny_tokenizer(folder: str | Path, template: str = "$A") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 300 tokens, for any text; saved in `folder`.
+
+    template: what it puts around a text, such as "<bos> $A". Special tokens in it are added to the
+    vocabulary; "<|endoftext|>" is always there, as bos, eos and pad.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    added = [x for x in template.split() if x not in ("$A", "<|endoftext|>")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", *added],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    if template != "$A":
+        names = [(x, tokenizer.token_to_id(x)) for x in template.split() if x != "$A"]
+        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=names)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    special["additional_special_tokens"] = added
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+# Under the names of all families; a config takes those that it knows
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "ffn_dim": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "sliding_window": 9,
+    # outputs of the usual 0.02 are so near to zero that a wrong one looks right
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    # latent attention
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    # mixtures of experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT = {"num_key_value_heads": 6, "head_dim": 4}
+_FAMILY_SIZES = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), _LATENT),
+    "minicpm3": _LATENT,
+    "mimo_v2_flash": {"num_key_value_heads": 1, "v_head_dim": 10},
+    "modernbert-decoder": {"pad_token_id": 0},
+    # without a window, unless a test asks for one
+    **{family: {"sliding_window": None} for family in ("mistral", "qwen2", "qwen3")},
+}
+
+
+def tiny_config(family: str = "llama", **overrides):
+    """A two-layer config of `family`: 6 heads of size 8, over 2 key-value heads where it can.
+
+    The layers are of different kinds if the family has such.
+    """
+    config_class = CONFIG_MAPPING[family]
+    default = config_class()
+    known = {*default.to_dict(), *default.attribute_map}
+    sizes = {name: size for name, size in _SIZES.items() if name in known}
+    sizes |= _FAMILY_SIZES.get(family, {}) | overrides
+    for name in {"layer_types", "mlp_layer_types"} & known - set(overrides):
+        if kinds := list(dict.fromkeys(getattr(default, name) or ())):
+            count = sizes["num_hidden_layers"]
+            sizes[name] = (kinds * count)[:count]
+    return config_class(**sizes)
+
+
+def tiny_checkpoint(
+    folder: str | Path, family: str = "llama", *, seed: int = 0, **overrides
+) -> PreTrainedModel:
+    """A random model of `tiny_config(family, **overrides)`, saved with a tokenizer in `folder`.
+
+    Biases and weights of norms are random too: at zeros and ones they would commute with what they
+    must not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return model.eval()
+
+
+def untrained_model(
+    config: PreTrainedConfig, mixer: str, options: dict | None = None, *, seed: int = 0
+) -> PreTrainedModel:
+    """A model of `config` with `mixer` in every layer: transformers' own starting values, converted
+    as any checkpoint is. Raises UserError for what conversion refuses."""
+    mixer, options = resolve_mixer(mixer, options)
+    layers = plan_layers(config.num_hidden_layers, mixer, ())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_config(config)
+    plan = plan_conversion(ModuleReader(base), config, layers, {mixer: options}, None)
+    return load_converted(plan, seed, progress=False)
+
+
+def future_gradient(model: PreTrainedModel, tokens: int, *, seed: int = 0) -> float:
+    """How much outputs depend on later tokens: the largest gradient with respect to an embedding
+    after the output's own place, over the largest at or before it.
+
+    Zero for a causal model, or as small as the rounding of an FFT in it. A model that is not causal
+    reads answers off the rows that it is trained on. At most 16 places of one row are tried.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(1, tokens, model.config.hidden_size, generator=generator)
+    embeddings = embeddings.to(model.device, model.dtype).requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits[0]
+    weight = torch.randn(logits.shape[-1], generator=generator).to(logits)
+    worst = 0.0
+    for at in range(0, tokens - 1, max(1, tokens // 16)):
+        output = (logits[at] * weight).sum()
+        (gradient,) = torch.autograd.grad(output, embeddings, retain_graph=True)
+        size = gradient[0].abs().amax(-1)
+        worst = max(worst, (size[at + 1 :].max() / size[: at + 1].max()).item())
+    return worst
+
+
+def mixer_inputs(shape: AttentionShape, tokens: int, *, seed: int = 0, **fields) -> MixerInputs:
+    """Random float64 inputs of two rows for a mixer; `fields` replace those of MixerInputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(2, tokens, *sizes, generator=generator, dtype=torch.float64)
+
+    values = {
+        "hidden_states": random(shape.hidden_size),
+        "query": random(shape.query_heads, shape.head_size),
+        "key": random(shape.key_heads, shape.head_size),
+        "value": random(shape.key_heads, shape.value_size),
+        "rotary": None,
+        "scaling": shape.head_size**-0.5,
+        "sliding_window": None,
+        "softcap": None,
+        "sinks": None,
+        "padding_mask": None,
+        "cu_seqlens": None,
+    }
+    return MixerInputs(**(values | fields))

@@ -1,0 +1,240 @@
+"""Which layers keep attention: shares and their spacing, and costs by the plain formula."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from supra.checkpoint.opening import find_checkpoint
+from supra.conversion import layer_choice
+from supra.conversion.calibrate import calibrate
+from supra.conversion.layer_choice import (
+    dearest,
+    divergences,
+    evenly_spaced,
+    layer_costs,
+    parse_share,
+    read_blocks,
+    read_share,
+)
+from supra.data.packing import IGNORE, collate, pack, shifted_labels
+from supra.errors import UserError
+from supra.mixers import build_mixer, resolve_mixer
+from supra.model.attention import attention_modules
+from supra.model.auto import converted_config
+from supra.testing import tiny_checkpoint, tiny_config, tiny_tokenizer
+
+LAYERS = 4
+
+
+@pytest.mark.parametrize(
+    ("layers", "share", "kept"),
+    [
+        (12, 0.25, [2, 6, 10]),
+        (32, 0.125, [4, 12, 20, 28]),
+        (3, 0.25, [1]),
+        (3, 0.67, [0, 2]),
+        (7, 0.4, [1, 3, 5]),
+        (7, 0.3, [1, 5]),
+        (30, 0.1, [5, 15, 25]),
+        (5, 0.99, [0, 1, 2, 3, 4]),
+        (1, 0.5, [0]),
+        (24, 0.001, [12]),
+    ],
+)
+def test_a_share_is_evenly_spaced(layers, share, kept):
+    assert evenly_spaced(layers, share) == kept
+
+
+def test_spacing_is_as_even_as_can_be():
+    """Gaps differ by one layer at most, and as much is left out before the first as after the
+    last."""
+    for layers in range(2, 40):
+        for count in range(1, layers):
+            kept = evenly_spaced(layers, count / layers)
+            gaps = {after - before for before, after in pairwise(kept)}
+            assert len(kept) == count
+            assert not gaps or max(gaps) - min(gaps) <= 1
+            assert 0 <= kept[0] - (layers - 1 - kept[-1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("costs", "share", "kept"),
+    [
+        ([0.1, 0.4, 0.2, 0.3], 0.5, [1, 3]),
+        ([0.1, 0.4, 0.2, 0.3, 0.0], 0.5, [1, 3]),
+        ([0.3, 0.1, 0.2], 0.1, [0]),
+        ([0.0, 0.0, 0.0], 0.67, [0, 1]),
+    ],
+)
+def test_the_dearest_in_order(costs, share, kept):
+    assert dearest(costs, share) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("0.25", 0.25), ("25%", 0.25), ("12.5%", 0.125), (".5", 0.5)]
+)
+def test_share_in_words(text, share):
+    assert parse_share(text) == share
+    assert read_share(f"auto:{text}", "text.txt") == (share, True)
+
+
+@pytest.mark.parametrize(
+    ("keep_attention", "text", "match"),
+    [
+        (0.0, None, r"\(=0.0\) as a share of the layers must be between 0 and 1"),
+        (1.0, None, r"\(=1.0\) as a share"),
+        (-0.5, None, r"\(=-0.5\) as a share"),
+        (float("nan"), None, r"\(=nan\) as a share"),
+        ("auto:1.5", "a.txt", r"\(=auto:1.5\) as a share"),
+        ("auto:100%", "a.txt", "as a share"),
+        ("auto:much", "a.txt", "'much' is no share of the layers, as 0.25 or 25%"),
+        ("auto", "a.txt", "or auto with a share, as auto:0.25"),
+        ("auto:", "a.txt", "or auto with a share, as auto:0.25"),
+        ("3,7", None, r"\(='3,7'\) must be numbers of layers"),
+        ("auto:0.25", None, r"\(='auto:0.25'\) needs text"),
+        (0.25, "a.txt", r"text \(='a.txt'\) is read only with keep_attention auto"),
+        ([1], "a.txt", "is read only with keep_attention auto"),
+        ((), "a.txt", "is read only with keep_attention auto"),
+    ],
+)
+def test_choices_that_make_no_sense(keep_attention, text, match):
+    with pytest.raises(UserError, match=match):
+        read_share(keep_attention, text)
+
+
+def converted(family="llama"):
+    """A random model under `supra` in every layer."""
+    config = tiny_config(family, num_hidden_layers=LAYERS)
+    name, options = resolve_mixer("supra")
+    torch.manual_seed(4)
+    return AutoModelForCausalLM.from_config(
+        converted_config(config, [name] * LAYERS, {name: options})
+    ).eval()
+
+
+def scaled(*scales):
+    """A Llama whose output projections are multiplied by `scales`."""
+    model = converted()
+    for attention, scale in zip(attention_modules(model), scales, strict=True):
+        attention.o_proj.weight.data *= scale
+    return model
+
+
+@pytest.fixture
+def blocks():
+    """Four packed rows, whose documents are of odd lengths."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (17, 60, 5, 33, 47, 90)
+    documents = [torch.randint(300, (n,), generator=generator).tolist() for n in lengths]
+    return list(pack(documents, 63))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "gemma2", "gpt_oss"])
+def test_costs_are_the_plain_formula(family, blocks):
+    """Whole forwards and whole float64 log-probabilities. The families' layers return tensors or
+    tuples, run attention and MLP in parallel, cap logits, and alternate windows."""
+    model = converted(family)
+    inputs = collate(blocks)
+    valid = shifted_labels(inputs.pop("labels")) != IGNORE
+    costs = divergences(model, blocks)
+
+    attentions = attention_modules(model)
+    mixers = [attention.mixer for attention in attentions]
+    softmax = [build_mixer("softmax", mixer.shape, {}) for mixer in mixers]
+
+    @torch.no_grad()
+    def log_probabilities(layer):
+        for index, attention in enumerate(attentions):
+            attention.mixer = mixers[index] if index == layer else softmax[index]
+        return model(**inputs, use_cache=False).logits.double().log_softmax(-1)[valid]
+
+    teacher = log_probabilities(None)
+    expected = [
+        (teacher.exp() * (teacher - log_probabilities(layer))).sum(-1).mean().item()
+        for layer in range(LAYERS)
+    ]
+    assert costs == pytest.approx(expected, rel=2e-5)  # measured: 3e-6, as logits are float32
+    assert min(costs) > 1e-3
+
+
+def test_measuring_leaves_the_model_as_it_was(blocks):
+    model = converted()
+    mixers = [attention.mixer for attention in attention_modules(model)]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    divergences(model, blocks)
+    assert [attention.mixer for attention in attention_modules(model)] == mixers
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_first_half_calibrates_and_the_second_measures(blocks):
+    model, other = converted(), converted()
+    half = collate(blocks[:2])
+    calibrate(other, half["input_ids"], half["position_ids"])
+    assert layer_costs(model, blocks) == divergences(other, blocks[2:])
+
+
+def test_layers_below_are_not_computed_again(blocks):
+    """Of L layers the teacher runs all, and the model with layer n converted runs n to L − 1."""
+    model, calls = converted(), []
+    for attention in attention_modules(model):
+        attention.register_forward_hook(lambda module, *_: calls.append(module.layer_idx))
+    divergences(model, blocks[:1])
+    runs = [range(0, LAYERS), *(range(layer, LAYERS) for layer in range(LAYERS))]
+    assert calls == [layer for run in runs for layer in run]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_that_says_nothing_costs_nothing(dtype, blocks):
+    """Its output projection is zero; that of another layer is large, and it costs most."""
+    model = scaled(0.02, 0, 4, 1)
+    for name, parameter in model.named_parameters():
+        if ".mixer." not in name:
+            parameter.data = parameter.data.to(dtype)
+    costs = layer_costs(model, blocks)
+    assert costs[1] == 0
+    assert costs[2] == max(costs)
+    assert min(costs[0], costs[3]) > 1e-3
+    assert dearest(costs, 0.25) == [2]
+    assert dearest(costs, 0.75) == [0, 2, 3]
+
+
+def test_overflow_is_not_ranked(blocks):
+    with pytest.raises(UserError, match="not finite in float32: its weights are damaged"):
+        layer_costs(scaled(1, 1, float("inf"), 1), blocks)
+
+
+def test_short_texts(tmp_path, monkeypatch):
+    """Half of what there is measures; less than two rows cannot be halved."""
+    monkeypatch.setattr(layer_choice, "SEQUENCE_LENGTH", 64)
+    monkeypatch.setattr(layer_choice, "TOKENS", 128)
+    tokenizer = tiny_tokenizer(tmp_path)
+    text = tmp_path / "text.txt"
+    for words, rows in ((1000, 4), (12, 2)):
+        text.write_text("zebra, fox. " * words)
+        assert len(read_blocks(tokenizer, str(text), "text")) == rows
+    text.write_text("zebra, fox. " * 8)
+    with pytest.raises(UserError, match=r"text.txt'\) has fewer than 128 tokens"):
+        read_blocks(tokenizer, str(text), "text")
+    with pytest.raises(UserError, match="no such file"):
+        read_blocks(tokenizer, str(tmp_path / "none.txt"), "text")
+
+
+def test_the_model_in_memory_is_the_one_on_disk(tmp_path):
+    """Names that are renamed on the way, tied embeddings and random starting values included."""
+    from supra.conversion.convert import convert, load_converted, open_weights, plan_conversion
+
+    tiny_checkpoint(tmp_path / "base", "gpt_neox", tie_word_embeddings=True)
+    convert(tmp_path / "base", tmp_path / "rnn", mixer="supra_paper", seed=3)
+    checkpoint = find_checkpoint(str(tmp_path / "base"))
+    name, options = resolve_mixer("supra_paper")
+    base = checkpoint.config()
+    reader = open_weights(checkpoint, base)
+    plan = plan_conversion(reader, base, [name] * 2, {name: options}, None)
+    memory = load_converted(plan, 3, progress=False)
+    disk = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")
+    tokens = torch.arange(20)[None]
+    assert torch.equal(memory(tokens).logits, disk(tokens).logits)
+    assert memory.dtype == disk.dtype

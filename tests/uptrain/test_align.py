@@ -1,0 +1,200 @@
+"""Layer by layer: targets are the teacher's own, gradients the formula's, and errors go down."""
+
+import math
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from supra.errors import UserError
+from supra.model.attention import attention_modules
+from supra.model.original import original
+from supra.uptrain import align
+from supra.uptrain.align import LayerByLayer, relative_error
+from supra.uptrain.config import AlignConfig, OptimizerConfig, OrientConfig
+from tests.conversion.test_calibrate import converted
+
+KEEP = [1]
+FREE = OptimizerConfig(clip=0.0)
+
+
+def batch(rows=2, tokens=24, seed=0):
+    """Two documents a row."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.cat([torch.arange(9), torch.arange(tokens - 9)])
+    return {
+        "input_ids": torch.randint(300, (rows, tokens), generator=generator),
+        "position_ids": positions.expand(rows, -1),
+    }
+
+
+def objective(student, stage, autocast=nullcontext):
+    layers = original(student, own_attention=True)
+    return LayerByLayer(Accelerator(cpu=True), *layers, stage, autocast)
+
+
+def observed(model, inputs):
+    """Of every attention module: the arguments of its call and its output."""
+    seen = []
+    hooks = [
+        attention.register_forward_hook(
+            lambda _, args, kwargs, output: seen.append((args, kwargs, output[0])),
+            with_kwargs=True,
+        )
+        for attention in attention_modules(model)
+    ]
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def output_of(attention, target, args, kwargs):
+    """After the output projection, or what that reads."""
+    read = []
+    hook = attention.o_proj.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    hidden, _ = attention(*args, **kwargs)
+    hook.remove()
+    return hidden if target == "hidden" else read[0]
+
+
+def test_the_teacher_in_the_student_is_the_teacher():
+    """Also after the student has been trained; the teacher packs, as the student does."""
+    teacher, student = converted("supra", keep=KEEP)
+    within, pairs = original(student, own_attention=True)
+    assert [own.layer_idx for own, _ in pairs] == [0, 2]
+    with torch.no_grad():
+        for own, _ in pairs:
+            for parameter in own.parameters():
+                parameter.add_(0.1)
+    expected, found = observed(teacher, batch()), observed(within, batch())
+    for (_, _, target), (_, _, output) in zip(expected, found, strict=True):
+        torch.testing.assert_close(output, target, atol=1e-6, rtol=1e-5)
+
+
+def test_only_attention_is_copied():
+    _, student = converted("supra", keep=KEEP)
+    within, _ = original(student, own_attention=True)
+    own, shared = dict(student.base_model.named_parameters()), dict(within.named_parameters())
+    copied = {name for name, x in shared.items() if x is not own[name]}
+    names = {f"layers.{layer}.self_attn.{x}_proj.weight" for layer in (0, 2) for x in "qkvo"}
+    assert copied == names and all(torch.equal(own[name], shared[name]) for name in names)
+
+
+@pytest.mark.parametrize("target", ["hidden", "output"])
+def test_the_gradient_is_that_of_the_formula(target):
+    _, student = converted("supra", keep=KEEP)
+    layers = objective(student, AlignConfig(target=target, optimizer=FREE))
+    batches = [batch(seed=1), batch(seed=2)]
+    with torch.no_grad():  # so that the inherited weights are not the teacher's any more
+        for own, _ in layers.pairs:
+            own.q_proj.weight.mul_(1.1)
+    values = layers.add_gradients(batches)
+    names = [name for name, x in student.named_parameters() if x.grad is not None]
+    gradients = [x.grad.clone() for x in student.parameters() if x.grad is not None]
+    student.zero_grad()
+
+    errors = []
+    for one in batches:
+        seen = observed(layers.teacher, one)
+        for own, teacher in layers.pairs:
+            args, kwargs, _ = seen[own.layer_idx]
+            ours, theirs = (output_of(x, target, args, kwargs) for x in (own, teacher))
+            errors.append(((ours - theirs.detach()) ** 2).sum() / (theirs.detach() ** 2).sum())
+    (sum(errors) / 2).backward()
+    expected = [x.grad for x in student.parameters() if x.grad is not None]
+    for name, gradient, other in zip(names, gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-4, msg=name)
+    trained = {name.split(".self_attn.")[-1].split(".")[0] for name in names}
+    expected_names = {"q_proj", "k_proj", "v_proj", "o_proj", "mixer"}
+    assert trained == expected_names - ({"o_proj"} if target == "output" else set())
+    assert values["loss"] == pytest.approx(sum(errors).item() / 4, rel=1e-6)
+    assert values["worst_layer"] == pytest.approx(
+        max((errors[i] + errors[i + 2]).item() / 2 for i in (0, 1)), rel=1e-6
+    )
+    norm = torch.nn.utils.get_total_norm(expected).item()
+    assert values["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "left"),
+    [(AlignConfig(), 0.8), (AlignConfig(target="output"), 0.8), (OrientConfig(), 0.95)],
+    ids=["hidden", "output", "orient"],
+)
+def test_every_layer_learns(stage, left):
+    _, student = converted("supra", keep=KEEP)
+    layers = objective(student, stage)
+    parameters = [x for own, _ in layers.pairs for x in own.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
+    before = layers._errors(batch(), 0.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        layers.add_gradients([batch()])
+        optimizer.step()
+    assert (layers._errors(batch(), 0.0) < left * before).all()
+
+
+def test_the_teachers_matrix_is_its_attention(monkeypatch):
+    teacher, student = converted("supra", layers=1)
+    layers = objective(student, OrientConfig())
+    matrices = []
+    original_matrix = align.matrix_error
+
+    def spy(matrix, target):
+        matrices.append(target)
+        return original_matrix(matrix, target)
+
+    monkeypatch.setattr(align, "matrix_error", spy)
+    one = batch(rows=1, tokens=12)
+    one["position_ids"] = torch.arange(12)[None]
+    layers._errors(one, 0.0)
+    teacher.set_attn_implementation("eager")
+    with torch.no_grad():
+        seen = teacher(**one, use_cache=False, output_attentions=True).attentions
+    torch.testing.assert_close(matrices[0], seen[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_each_layer_is_clipped_by_itself(clip):
+    _, student = converted("supra", keep=KEEP)
+    layers = objective(student, AlignConfig(optimizer=OptimizerConfig(clip=clip)))
+    values = layers.add_gradients([batch()])
+    norms = [
+        torch.nn.utils.get_total_norm([x.grad for x in own.parameters()]).item()
+        for own, _ in layers.pairs
+    ]
+    if clip:
+        assert norms == [pytest.approx(clip, rel=1e-3)] * 2 and values["grad_norm"] > 0.1
+    else:
+        assert math.hypot(*norms) == pytest.approx(values["grad_norm"], rel=1e-6)
+
+
+def test_bf16_computes_and_float32_learns():
+    gradients, errors = [], []
+    for enabled in (False, True):
+        _, student = converted("supra", keep=KEEP)
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=enabled)
+        layers = objective(student, AlignConfig(optimizer=FREE), autocast)
+        errors.append(layers.add_gradients([batch()])["loss"])
+        layers.add_gradients([batch(seed=3)])
+        gradients.append({k: x.grad for k, x in student.named_parameters() if x.grad is not None})
+    assert errors[0] != errors[1] and errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, exact in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert relative_error(gradients[1][name], exact) < 0.01, name
+
+
+def test_zeros_have_an_error_of_one():
+    target = torch.randn(3, 4)
+    assert relative_error(torch.zeros(3, 4), target) == 1.0
+    assert relative_error(target, target) == 0.0
+
+
+def test_a_model_without_mixers_is_refused():
+    teacher, _ = converted("supra", layers=1)
+    with pytest.raises(UserError, match="the model has no mixers: run `supra convert`"):
+        original(teacher)

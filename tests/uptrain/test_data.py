@@ -1,0 +1,257 @@
+"""Packing, and the stream of blocks: boundaries, determinism, exact resume, errors."""
+
+import gzip
+import json
+import random
+
+import datasets
+import pytest
+import torch
+
+from supra import testing
+from supra.data.packing import encode, pack
+from supra.data.text import hub_name
+from supra.errors import UserError
+from supra.uptrain import tree
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.data import (
+    BlockStream,
+    Documents,
+    held_out_blocks,
+    open_dataset,
+    training_documents,
+)
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return testing.tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def texts(count, seed=0):
+    generator = random.Random(seed)
+    return [f"document {i} " + "word " * generator.randint(0, 12) for i in range(count)]
+
+
+def write(path, documents, field="text"):
+    lines = "".join(json.dumps({field: text}) + "\n" for text in documents)
+    (gzip.open if path.suffix == ".gz" else open)(path, "wt").write(lines)
+    return str(path)
+
+
+def stream(tokenizer, documents, *, streaming=False, seed=0, **options):
+    dataset = datasets.Dataset.from_dict({"text": documents})
+    if streaming:
+        dataset = dataset.to_iterable_dataset()
+    return BlockStream(Documents(dataset, "text", seed, 8), tokenizer, LENGTH, **options)
+
+
+def take(blocks, count):
+    return [next(blocks) for _ in range(count)]
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def test_packing():
+    blocks = list(pack([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]], 4))
+    expected = [
+        ([1, 2, 3, 4], [0, 1, 2, 0], [-100, 2, 3, -100]),
+        ([5, 6, 7, 8], [0, 0, 1, 2], [-100, -100, 7, 8]),
+        ([9, 10, 11, 12], [0, 1, 2, 0], [-100, 10, 11, -100]),
+    ]
+    found = [
+        tuple(block[name].tolist() for name in ("input_ids", "position_ids", "labels"))
+        for block in blocks
+    ]
+    assert found == expected
+
+
+def test_an_incomplete_block_is_dropped():
+    assert [block["input_ids"].tolist() for block in pack([[1, 2, 3], [4, 5]], 2)] == [
+        [1, 2],
+        [3, 4],
+    ]
+
+
+def test_documents_end_with_eos_and_have_no_special_tokens(tokenizer):
+    tokens = encode(tokenizer, "The river runs.")
+    assert tokenizer.decode(tokens) == "The river runs.<|endoftext|>"
+    assert encode(tokenizer, " \n\t") == []
+
+
+def test_stream_is_pack_without_shuffling(tokenizer):
+    documents = ["", *texts(9), "  "]
+    encoded = [encode(tokenizer, text) for text in documents * 3]
+    expected = list(pack(encoded, LENGTH))
+    assert_same(take(stream(tokenizer, documents, seed=None), len(expected)), expected)
+
+
+def test_epochs_are_shuffled_anew_and_complete(tokenizer):
+    source = stream(tokenizer, texts(20)).source
+    first, second = list(source.epoch(0)), list(source.epoch(1))
+    assert first != second and sorted(first) == sorted(second) == sorted(texts(20))
+    assert first == list(source.epoch(0))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_is_exact_at_every_block(tokenizer, streaming, world):
+    def make():
+        options = {"streaming": streaming, "rank": world - 1, "world": world}
+        return stream(tokenizer, ["", *texts(9)], **options)
+
+    unbroken = make()
+    states, blocks = [], []
+    for _ in range(30):
+        states.append(json.loads(json.dumps(unbroken.state_dict())))
+        blocks.append(next(unbroken))
+    assert states[-1]["epoch"] >= 1, "the grid must pass the end of an epoch"
+    for index in range(0, len(states)):
+        resumed = make()
+        resumed.load_state_dict(states[index])
+        assert resumed.state_dict() == states[index]
+        rest = blocks[index : index + 3]
+        assert_same(take(resumed, len(rest)), rest)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_processes_share_the_documents(tokenizer, streaming):
+    source = stream(tokenizer, texts(11), streaming=streaming).source
+    shares = [list(source.epoch(0, rank, 3)) for rank in range(3)]
+    assert sorted(text for share in shares for text in share) == sorted(texts(11))
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        (["", " \n"], "no text in the data: all 2 documents are blank"),
+        (["short"], r"sequence_length \(=16\) is longer than the data \(\d+ tokens in 1 documents"),
+        ([], "no text in the data"),
+    ],
+)
+def test_not_enough_text(tokenizer, documents, message):
+    with pytest.raises(UserError, match=message):
+        next(stream(tokenizer, documents))
+
+
+def test_a_process_without_documents(tokenizer):
+    with pytest.raises(UserError, match="no text in the data of process 2 of 2"):
+        next(stream(tokenizer, ["word " * 40], rank=1, world=2))
+
+
+def test_text_field(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", texts(3), field="content")
+    documents = Documents(open_dataset(path), "text")
+    with pytest.raises(UserError, match=r"text field 'text' is not in .* fields are content"):
+        next(documents.epoch(0))
+
+
+def test_kinds_of_files(tmp_path):
+    documents = texts(5)
+    write(tmp_path / "a.jsonl", documents)
+    write(tmp_path / "b.jsonl.gz", documents)
+    datasets.Dataset.from_dict({"text": documents}).to_parquet(tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_text("one\n\ndocument")
+
+    def read(path, **options):
+        return [row["text"] for row in open_dataset(str(path), **options)]
+
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        assert read(tmp_path / name) == documents
+        assert read(tmp_path / name, streaming=True) == documents
+    assert read(tmp_path / "?.jsonl*") == documents * 2
+    assert read(tmp_path / "d.txt") == ["one\n\ndocument"]
+    with pytest.raises(UserError, match="mixes"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none/*.txt", "./none"])
+def test_no_such_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        open_dataset(name)
+
+
+def test_a_folder_without_text(tmp_path):
+    with pytest.raises(UserError, match=r"has no \.jsonl"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", "it is empty"),
+        ("a.jsonl.gz", gzip.compress(b""), "it is empty"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}')[:-9], "ended before the end"),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 9, "Error -3 while decompressing"),
+        ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "JSON parse error"),
+        ("a.jsonl", bytes(range(256)), "JSON parse error"),
+        ("a.txt", bytes(range(256)), "codec can't decode"),
+        ("a.parquet", b"PAR1", "Parquet"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_unreadable_files(tmp_path, name, content, reason, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot be read: .*{reason}"):
+        dataset = open_dataset(str(tmp_path / name), streaming=streaming)
+        list(Documents(dataset, "text").epoch(0))
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", texts(2))
+    assert len(open_dataset("~/a.jsonl")) == 2
+
+
+def with_data(**data):
+    values = {"student": "s", "out": "o", "data": data, "tune": {"tokens": 1}}
+    return tree.build(UptrainConfig, values)
+
+
+def test_local_files_have_no_splits(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", texts(12))
+    with pytest.raises(UserError, match="split 'nope' is a part of a data set on the hub"):
+        training_documents(with_data(path=path, split="nope"))
+    with pytest.raises(UserError, match=r"split 'test' .*a.jsonl is local"):
+        held_out_blocks(with_data(path=path, eval_split="test"), tokenizer)
+    config = with_data(path="on/hub", split="nope", eval_path=path, sequence_length=8)
+    encoded = [encode(tokenizer, text) for text in texts(12)]
+    assert_same(held_out_blocks(config, tokenizer), list(pack(encoded, 8)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_documents_are_not_trained_on(tokenizer, tmp_path, streaming):
+    path = write(tmp_path / "a.jsonl", texts(12))
+    config = with_data(path=path, eval_documents=4, sequence_length=8, streaming=streaming)
+    assert sorted(training_documents(config).epoch(0)) == sorted(texts(12)[4:])
+    encoded = [encode(tokenizer, text) for text in texts(12)[:4]]
+    assert_same(held_out_blocks(config, tokenizer), list(pack(encoded, 8)))
+
+
+def test_everything_held_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", texts(2))
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        training_documents(with_data(path=path, eval_documents=2))
+
+
+def test_what_is_of_the_hub(tmp_path):
+    """A model card names it; files that are here have no name there."""
+    (tmp_path / "text.txt").write_text("a river")
+    assert hub_name("valley/tales") == "valley/tales"
+    assert hub_name(str(tmp_path)) is None and hub_name(f"{tmp_path}/*.txt") is None
+    with pytest.raises(UserError, match="name 'tales' is a configuration of a data set on the hub"):
+        open_dataset(str(tmp_path), name="tales")

@@ -1,0 +1,464 @@
+"""A run continues only from its own undamaged checkpoints, and says so if anything has changed."""
+
+import json
+import os
+import shutil
+import signal
+
+import datasets
+import pytest
+import torch
+import yaml
+
+from supra import cli, testing, uptrain
+from supra.errors import Diverged, UserError
+from supra.uptrain import loop, tree
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.end_to_end import EndToEnd
+from supra.uptrain.run_folder import RunFolder
+from tests.checkpoint.test_files import another_process, small_files
+from tests.uptrain.test_loop import assert_same_weights, interrupt_after, log, merged
+
+STEPS, LAST, BEFORE = 6, "step-00000004", "step-00000002"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A student, a teacher, text, and two runs: `whole`, and `broken` with checkpoints of the steps
+    2 and 4."""
+    folder = tmp_path_factory.mktemp("resume")
+    testing.tiny_checkpoint(folder / "teacher")
+    testing.tiny_checkpoint(folder / "student", seed=1)
+    with open(folder / "text.jsonl", "w") as file:
+        for number in range(20):
+            text = f"The river rises {number} times. " * (9 - number % 7)
+            print(json.dumps({"text": text}), file=file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        loop.train(config(folder, folder / "whole"))
+        interrupt_after(patch, 4)
+        loop.train(config(folder, folder / "broken"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_own_cache(files, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", files / "cache")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(files, out, **changes):
+    values = {
+        "student": str(files / "student"),
+        "teacher": str(files / "teacher"),
+        "out": str(out),
+        "data": {"path": str(files / "text.jsonl"), "sequence_length": 16},
+        "distill": {"tokens": STEPS * 32, "optimizer": {"lr": 1e-3}},
+        "batch": {"size": 2},
+        "precision": "fp32",
+        "checkpoint": {"every": 2, "keep": 2},
+    }
+    return tree.build(UptrainConfig, merged(values, changes))
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """A copy of the broken run."""
+    return shutil.copytree(files / "broken", tmp_path / "run")
+
+
+def cut(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def flip(path, share=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def as_earlier_versions_wrote(run):
+    for checkpoint in (run / "checkpoints").iterdir():
+        for name in ("manifest.json", "origin.json"):
+            (checkpoint / name).unlink()
+
+
+FILES = (
+    "model.safetensors",
+    "optimizer.bin",
+    "random_states_0.pkl",
+    "data-0.json",
+    "origin.json",
+    "manifest.json",
+)
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "cut": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "flipped": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_of_a_checkpoint(files, run, name, damage):
+    DAMAGES[damage](run / "checkpoints" / LAST / name)
+    message = (
+        f"{LAST} is damaged: .*. Delete that folder, and the same command goes on from {BEFORE}"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        loop.train(config(files, run))
+    # a flipped bit in the manifest changes a name or a checksum
+    assert name in str(error.value) or (name, damage) == ("manifest.json", "flipped")
+
+
+def test_the_way_out_is_one(files, run):
+    cut(run / "checkpoints" / LAST / "optimizer.bin")
+    shutil.rmtree(run / "checkpoints" / LAST)
+    loop.train(config(files, run))
+    assert log(run) == log(files / "whole")
+    assert_same_weights(run, files / "whole")
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / LAST)
+    cut(run / "checkpoints" / "step-00000006" / "optimizer.bin")
+    with pytest.raises(UserError, match="and the same command begins anew"):
+        loop.train(config(files, run))
+
+
+SOMEBODY_WAS_HERE = {
+    "a file of two processes": (
+        lambda at: shutil.copy(at / LAST / "data-0.json", at / LAST / "data-1.json"),
+        "data-1.json is not of this checkpoint",
+    ),
+    "a file of another step": (
+        lambda at: shutil.copy(at / BEFORE / "model.safetensors", at / LAST),
+        "model.safetensors is not what was written: its checksum differs",
+    ),
+    "another name": (
+        lambda at: os.rename(at / LAST, at / "step-00000005"),
+        "step-00000005 is damaged: it is of step 4, under another name",
+    ),
+    "no files": (
+        lambda at: (shutil.rmtree(at / LAST), (at / LAST).mkdir()),
+        "random_states_0.pkl is missing",
+    ),
+    "a folder for a file": (
+        lambda at: ((at / LAST / "optimizer.bin").unlink(), (at / LAST / "optimizer.bin").mkdir()),
+        "optimizer.bin is missing",
+    ),
+    "a list of something else": (
+        lambda at: (at / LAST / "manifest.json").write_text("[1]"),
+        "manifest.json is damaged",
+    ),
+    "a list of nothing": (
+        lambda at: (at / LAST / "manifest.json").write_text('{"files": {}}'),
+        "is not of this checkpoint",
+    ),
+    "a file for a checkpoint": (
+        lambda at: (at / "step-00000005").write_text("mine"),
+        "step-00000005 is no checkpoint of a run: move it away",
+    ),
+    "a step without a number": (
+        lambda at: (at / "step-last").mkdir(),
+        "step-last is no checkpoint of a run: move it away",
+    ),
+    "a copy": (
+        lambda at: shutil.copytree(at / LAST, at / f"{LAST} (copy)"),
+        r"step-00000004 \(copy\) is no checkpoint of a run: move it away",
+    ),
+    "checkpoints are a file": (
+        lambda at: (shutil.rmtree(at), at.write_text("mine")),
+        "checkpoints is no folder: move it away",
+    ),
+    "config missing": (
+        lambda at: (at.parent / "config.yaml").unlink(),
+        r"another config \(its config.yaml is missing or damaged\).*--accept-changed",
+    ),
+    "config cut": (lambda at: cut(at.parent / "config.yaml", 0.1), "another config"),
+    "config binary": (
+        lambda at: (at.parent / "config.yaml").write_bytes(b"\xff\x00\xfe"),
+        "its config.yaml is missing or damaged",
+    ),
+    "config a list": (
+        lambda at: (at.parent / "config.yaml").write_text("- 1"),
+        "its config.yaml is missing or damaged",
+    ),
+    "config too deep": (
+        lambda at: (at.parent / "config.yaml").write_text("[" * 600),
+        "its config.yaml is missing or damaged",
+    ),
+    "something is final": (lambda at: (at.parent / "final").mkdir(), "a finished run"),
+}
+
+
+@pytest.mark.parametrize("case", SOMEBODY_WAS_HERE)
+def test_a_run_folder_in_disorder(files, run, case):
+    damage, message = SOMEBODY_WAS_HERE[case]
+    damage(run / "checkpoints")
+    with pytest.raises(UserError, match=message):
+        loop.train(config(files, run))
+
+
+LOGS = {
+    "missing": lambda path: path.unlink(),
+    "cut": cut,
+    "binary": lambda path: path.write_bytes(b"\xff\x00" * 99),
+    "no objects": lambda path: path.write_text('[1]\n"step"\n{"stop": 1}\n{"step": "one"}\n'),
+}
+
+
+@pytest.mark.parametrize("case", LOGS)
+def test_a_log_that_lost_lines_is_no_reason_to_stop(files, run, capsys, case):
+    LOGS[case](run / "log.jsonl")
+    loop.train(config(files, run))
+    assert "log.jsonl has lost lines: it has" in capsys.readouterr().err
+    assert_same_weights(run, files / "whole")
+    assert {5: None, 6: None}.keys() <= log(run).keys()
+
+
+def test_checkpoints_of_earlier_versions_go_on(files, run, capsys):
+    as_earlier_versions_wrote(run)
+    loop.train(config(files, run))
+    assert "was written by an earlier version" in capsys.readouterr().err
+    assert_same_weights(run, files / "whole")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("name", FILES[:4])
+def test_damage_that_is_seen_without_a_list(files, run, name, damage):
+    if (name, damage) == ("model.safetensors", "flipped"):
+        DAMAGES[damage] = lambda path: flip(path, 0)  # in the header; weights have no checksum
+    as_earlier_versions_wrote(run)
+    share = {"flipped": 0.0} if name.endswith((".json", ".safetensors")) else {}
+    path = run / "checkpoints" / LAST / name
+    flip(path, share["flipped"]) if damage == "flipped" and share else DAMAGES[damage](path)
+    with pytest.raises(UserError, match=f"{LAST} (is damaged|was written by 0 processes)"):
+        loop.train(config(files, run))
+
+
+def change(files, tmp_path, what):
+    """Copies of student, teacher and text, one of which is replaced by another."""
+    for name in ("student", "teacher"):
+        shutil.copytree(files / name, tmp_path / name)
+    text = (files / "text.jsonl").read_text()
+    if what == "text":
+        text = text.replace("river", "water")
+    if what == "shorter documents":
+        text = "".join(json.dumps({"text": f"a {n}"}) + "\n" for n in range(20))
+    if what == "fewer documents":
+        text = "".join(text.splitlines(keepends=True)[:1])
+    (tmp_path / "text.jsonl").write_text(text)
+    if what in ("student", "teacher"):
+        testing.tiny_checkpoint(tmp_path / what, seed=7)
+    if what == "tokenizer":
+        flip(tmp_path / "student" / "tokenizer_config.json")
+        path = tmp_path / "student" / "tokenizer_config.json"
+        path.write_text((files / "student" / "tokenizer_config.json").read_text() + "\n")
+    return config(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["text", "shorter documents", "fewer documents", "student", "teacher", "tokenizer"],
+)
+def test_what_a_run_reads_is_the_same_or_accepted(files, run, tmp_path, capsys, what):
+    settings = change(files, tmp_path, what)
+    name = "text" if "documents" in what else what
+    paths = yaml.safe_load((run / "config.yaml").read_text())
+    for key in ("student", "teacher"):
+        paths[key] = str(tmp_path / key)
+    paths["data"]["path"] = str(tmp_path / "text.jsonl")
+    (run / "config.yaml").write_text(yaml.safe_dump(paths))
+    message = f"^{name} changed since .*{LAST} was written: .*--accept-changed to go on from {LAST}"
+    with pytest.raises(UserError, match=message):
+        loop.train(settings)
+    assert loop.train(settings, accept_changed=True) is True
+    said = capsys.readouterr().err
+    assert f"going on from {LAST} with changes: another {name}" in said
+    assert ("the text ends before the place" in said) == ("documents" in what)
+    assert list(log(run)) == list(range(1, STEPS + 1))
+
+
+def test_a_place_that_the_text_does_not_have_is_never_gone_to(files, run, tmp_path):
+    """Not even without fingerprints."""
+    as_earlier_versions_wrote(run)
+    position = run / "checkpoints" / LAST / "data-0.json"
+    position.write_text(json.dumps({"epoch": 0, "documents": 2, "offset": 10**6}))
+    with pytest.raises(UserError, match=f"the text ends before the place in it that .*{LAST}"):
+        loop.train(config(files, run))
+
+
+def test_another_rate_from_the_command_line(files, run, tmp_path, capsys):
+    settings = tree.to_dict(config(files, run))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["--config", str(tmp_path / "config.yaml"), "distill.optimizer.lr=1e-4"]
+    with pytest.raises(UserError, match="--accept-changed to go on from step-00000004"):
+        uptrain.main(arguments)
+    uptrain.main([*arguments, "--accept-changed"])
+    assert "with changes: distill.optimizer.lr: 0.001 there, 0.0001 here" in capsys.readouterr().err
+    whole, now = log(files / "whole", "lr"), log(run, "lr")
+    assert [now[step] / whole[step] for step in (4, 5, 6)] == pytest.approx([1, 0.1, 0.1])
+
+
+def test_changes_that_a_checkpoint_does_not_go_with(files, run):
+    """They are not recorded either: the old config still continues."""
+    with pytest.raises(UserError, match=r"does not go with what changed \(lora"):
+        loop.train(config(files, run, lora={"rank": 2}), accept_changed=True)
+    loop.train(config(files, run))
+    assert_same_weights(run, files / "whole")
+
+
+# --- weights that are not finite
+
+
+def poison(monkeypatch, step, what):
+    """After `step`, a weight or its moment is NaN."""
+    train_step = loop.Run.train_step
+
+    def poisoned(run):
+        train_step(run)
+        if run.step == step:
+            weight = next(run.model.parameters())
+            bad = weight if what == "weight" else run.optimizer.state[weight]["exp_avg_sq"]
+            bad.data.view(-1)[-1] = torch.nan if what == "weight" else torch.inf
+
+    monkeypatch.setattr(loop.Run, "train_step", poisoned)
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (4, {"checkpoint": {"keep": 1}}),
+        (6, {"checkpoint": {"keep": 1}}),
+        (3, {"data": {"eval_documents": 3}, "eval": {"every": 3, "tokens": 16}}),
+    ],
+    ids=["checkpoint", "end", "evaluation"],
+)
+def test_weights_are_numbers_when_they_are_saved(files, tmp_path, monkeypatch, step, changes, what):
+    poison(monkeypatch, step, what)
+    message = (
+        f"after step {step} (exp_avg_sq of )?model.* overflowed: nothing is saved. Lower "
+        r"distill.optimizer.lr \(=0.001\) .* --accept-changed goes on from step-0000000[24]"
+    )
+    out = tmp_path / "run"
+    with pytest.raises(Diverged, match=message):
+        loop.train(config(files, out, **changes))
+    assert RunFolder(out).last_checkpoint().name == f"step-0000000{(step - 1) // 2 * 2}"
+    assert not RunFolder(out).final.exists() and "NaN" not in (out / "log.jsonl").read_text()
+
+
+def test_a_rate_that_is_far_too_high(files, run, tmp_path):
+    """Nothing is exported; a lower rate continues from the checkpoint of finite weights."""
+    optimizer = {"optimizer": {"lr": 1e38}, "schedule": {"warmup": 0}}
+    fresh = tmp_path / "fresh"
+    with pytest.raises(Diverged, match="the same command begins anew"):
+        loop.train(config(files, fresh, distill=optimizer))
+    assert not RunFolder(fresh).final.exists() and RunFolder(fresh).last_checkpoint() is None
+    loop.train(config(files, fresh))
+    assert_same_weights(fresh, files / "whole")
+    high = config(files, run, distill=optimizer, checkpoint={"keep": 1, "every": 1})
+    with pytest.raises(Diverged, match=f"--accept-changed goes on from {LAST} with the new rate"):
+        loop.train(high, accept_changed=True)
+    loop.train(config(files, run), accept_changed=True)
+    assert_same_weights(run, files / "whole")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_step_with_bad_gradients_changes_nothing(files, tmp_path, monkeypatch, bad):
+    settings = config(files, tmp_path / "run")
+    add_gradients = EndToEnd.add_gradients
+
+    def poisoned(objective, batches):
+        next(objective.model.parameters()).register_hook(lambda gradient: gradient * bad)
+        return add_gradients(objective, batches)
+
+    trainer = loop.Run(settings)
+    trainer.train_step()
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    moments = [x["exp_avg"].clone() for x in trainer.optimizer.state.values()]
+    monkeypatch.setattr(EndToEnd, "add_gradients", poisoned)
+    with pytest.raises(Diverged, match=r"step 2: the loss is .* changed no weights"):
+        trainer.train_step()
+    trainer.close()
+    assert trainer.step == 1
+    assert all(torch.equal(before[name], x) for name, x in trainer.model.state_dict().items())
+    now = [x["exp_avg"] for x in trainer.optimizer.state.values()]
+    assert all(torch.equal(*pair) for pair in zip(moments, now, strict=True))
+
+
+# --- one writer, full disks, kills
+
+
+def test_two_runs_in_one_folder(files, run):
+    before = (run / "log.jsonl").read_text()
+    held = another_process(run, lambda out: RunFolder(out).locked())
+    with held, pytest.raises(UserError, match=f"another process is writing to {run}"):
+        loop.train(config(files, run))
+    assert (run / "log.jsonl").read_text() == before
+    loop.train(config(files, run))
+    assert_same_weights(run, files / "whole")
+
+
+def test_a_run_that_fails_lets_go_of_its_folder(files, tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="no such folder"):
+            loop.train(config(files, tmp_path / "run", student="./none"))
+
+
+@pytest.mark.parametrize("most", [10_000, 100_000, 300_000, 500_000])
+def test_a_full_disk_leaves_the_last_checkpoint(files, run, most):
+    message = "the checkpoint of step 6 cannot be written: .* the same command goes on"
+    with small_files(most), pytest.raises(UserError, match=message):
+        loop.train(config(files, run))
+    assert sorted(os.listdir(run / "checkpoints")) == [BEFORE, LAST]
+    loop.train(config(files, run))
+    assert_same_weights(run, files / "whole")
+
+
+def test_what_kills_left_goes_when_a_run_goes_on(files, run, monkeypatch):
+    """After a kill during saving, pruning or the export, or between the first two."""
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / LAST, checkpoints / ".step-00000001.partial")
+    (checkpoints / ".step-00000006.partial").mkdir()
+    (run / ".final.partial").mkdir()
+    (run / ".log.jsonl.partial").write_text("{")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        loop.train(config(files, run, checkpoint={"every": 0, "keep": 1}))
+    assert os.listdir(checkpoints) == ["step-00000005"]
+    loop.train(config(files, run, checkpoint={"keep": 1}))
+    assert os.listdir(checkpoints) == ["step-00000006"]
+    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "final", "log.jsonl"]
+    assert_same_weights(run, files / "whole")
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "code"),
+    [
+        (signal.SIGTERM, "_open_data", 143),
+        (signal.SIGTERM, "_load_models", 143),
+        (signal.SIGINT, "_load_models", 130),
+        (signal.SIGTERM, "evaluate", 130),
+    ],
+)
+def test_signals_before_the_first_step(files, tmp_path, monkeypatch, capsys, number, where, code):
+    """Signals end the run at once while models and text are loading, and later after the step. The
+    same command then gives the same result."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree.to_dict(config(files, tmp_path / "run"))))
+    act = getattr(loop.Run, where)
+
+    def signalled(*inputs, **options):
+        os.kill(os.getpid(), number)
+        return act(*inputs, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(loop.Run, where, signalled)
+        cli.main(["uptrain", "--config", str(file)])
+    assert end.value.code == code and "Traceback" not in capsys.readouterr().err
+    cli.main(["uptrain", "--config", str(file)])
+    assert_same_weights(tmp_path / "run", files / "whole")
