@@ -120,7 +120,7 @@ def test_help_and_mistakes_import_no_torch(arguments):
         "import transformers; import supra; from transformers import AutoConfig",
         "import supra; import transformers.models.auto.modeling_auto; AutoConfig = "
         "transformers.AutoConfig",
-        "from supra.model.configuration import AutoConfig",
+        "from supra.configuration import SupraConfig; from transformers import AutoConfig",
     ],
 )
 @pytest.mark.long  # four seconds each: every order needs a process of its own

@@ -171,8 +171,8 @@ def test_loading_a_head_is_strict_about_the_rest(folder, tmp_path):
 
 
 OLD_SHIM = """
-from supra.model.configuration import SupraConfig
-from supra.model.modeling import SupraForCausalLM, SupraModel
+from supra.configuration import SupraConfig
+from supra.modeling import SupraForCausalLM, SupraModel
 """
 
 

@@ -384,7 +384,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(llama)!r}, trust_remote_code=True)
 print(type(model).__module__, type(model).__name__)
 """
-    assert run(code).stdout.strip() == "supra.model.modeling SupraLlamaForCausalLM"
+    assert run(code).stdout.strip() == "supra.modeling SupraLlamaForCausalLM"
 
 
 def test_without_supra_the_checkpoint_says_what_to_install(llama):

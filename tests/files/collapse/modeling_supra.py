@@ -1,8 +1,8 @@
 """Loads this checkpoint through the installed package supra; holds no model code of its own."""
 
 try:
-    from supra.model.configuration import SupraConfig
-    from supra.model.modeling import SupraForCausalLM, SupraModel
+    from supra.configuration import SupraConfig
+    from supra.modeling import SupraForCausalLM, SupraModel
 except ImportError as error:
     raise ImportError(
         "This checkpoint is a recurrent model made with supra, which is not installed: "
