@@ -1,32 +1,23 @@
-"""The wheel holds every folder and works like a checkout; light imports stay light."""
+"""Checkout, wheel and sdist hold and import the same; light imports stay light."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from supra.testing import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
-FILES = {"supra.recipes.configs", "supra.recipes.launch"}  # packages without code
-
-
-def test_every_source_folder_is_packaged():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    declared = set(project["tool"]["setuptools"]["packages"])
-    library = {
-        ".".join(p.parent.relative_to(ROOT).parts) for p in ROOT.glob("supra/**/__init__.py")
-    }
-    kernels = {
-        ".".join(("supra", *p.parent.relative_to(ROOT).parts)) for p in ROOT.glob("kernels/**/*.py")
-    }
-    assert declared == library | kernels | {"supra.kernels"} | FILES
+# what lies beside supra/ in a checkout
+BESIDE = {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"}
+BESIDE -= {path.stem for path in (ROOT / "supra").iterdir()}
 
 
 def test_top_level_kernels_is_not_a_package():
@@ -40,52 +31,122 @@ def test_kernels_import_from_anywhere(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from the files that git would track, so that it has nothing of earlier builds."""
-    source = tmp_path_factory.mktemp("source")
+def importable(python, names, **options):
+    """The names that another process can import as supra.NAME."""
+    code = """
+import importlib, sys
+def there(name):
+    try:
+        return importlib.import_module(f"supra.{name}")
+    except ModuleNotFoundError:
+        return None
+print(*filter(there, sys.argv[1:]))
+"""
+    command = [*python, "-c", code, *sorted(names)]
+    result = subprocess.run(command, **options, check=True, capture_output=True, text=True)
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("python", "at_the_top"),
+    [((), False), ((), True), (("-S",), True)],
+    ids=["installed", "installed, at the top", "not installed, at the top"],
+)
+def test_a_checkout_lends_supra_its_kernels_alone(python, at_the_top, tmp_path):
+    """Its tests, its recipes and a second supra are not importable under the name supra."""
+    assert {"supra", "kernels", "recipes", "tests", "docs"} <= BESIDE
+    place = ROOT if at_the_top else tmp_path
+    assert importable([sys.executable, *python], BESIDE, cwd=place) == ["kernels"]
+
+
+def copy_source(folder):
+    """The files that a build needs, without what earlier builds left beside them."""
     for name in ("supra", "kernels", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def build(kind, source):
+    """The wheel or the sdist of a source folder."""
+    code = f"from setuptools.build_meta import build_{kind}; build_{kind}('dist')"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
-    (file,) = (source / "dist").glob("*.whl")
+    (file,) = (source / "dist").iterdir()
     return file
 
 
-def test_the_wheel_has_all_files(wheel):
-    there = set(zipfile.ZipFile(wheel).namelist())
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build("wheel", copy_source(tmp_path_factory.mktemp("source")))
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def test_the_wheel_has_all_files_and_no_others(wheel):
     code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "supra").rglob("*.py")}
     kernels = {f"supra/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
-    recipes = {f"supra/{p.relative_to(ROOT)}" for p in (ROOT / "recipes").rglob("*.yaml")}
+    yaml = (ROOT / "recipes").rglob("*.yaml")
+    recipes = {f"supra/uptrain/{p.relative_to(ROOT)}" for p in yaml}
     assert len(recipes) > 10
-    assert {name for name in there if ".dist-info/" not in name} == code | kernels | recipes
+    there = {name for name in contents(wheel) if ".dist-info/" not in name}
+    assert there == code | kernels | recipes
 
 
-@pytest.mark.long  # a minute of imports: five processes, from a folder without the checkout
-def test_the_wheel_does_what_the_readme_says(wheel, tmp_path):
-    def python(*arguments):
+def test_the_wheel_of_the_sdist_is_the_same(wheel, tmp_path):
+    sdist = build("sdist", copy_source(tmp_path / "source"))
+    shutil.unpack_archive(sdist, tmp_path, filter="data")
+    again = build("wheel", tmp_path / sdist.name.removesuffix(".tar.gz"))
+    assert again.name == wheel.name and contents(again) == contents(wheel)
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """A virtual environment with the wheel; its dependencies are those of the running tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # Only appended to the path: the .pth files there, as that of an editable install, do not run.
+    (packages / "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return folder
+
+
+@pytest.mark.long  # a minute of imports: six processes, from a folder without the checkout
+def test_the_wheel_converts_uptrains_loads_and_generates(environment, tmp_path):
+    def run(program, *arguments):
+        variables = {"HF_HOME": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
         return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "ACCELERATE_USE_CPU": "true"},
+            [environment / "bin" / program, *arguments], cwd=tmp_path, env=os.environ | variables,
             check=True, capture_output=True, text=True, timeout=300,
         ).stdout  # fmt: skip
 
-    install = ["install", "--no-deps", "--no-index", "--quiet", "--target", "site", str(wheel)]
-    python("-m", "pip", *install)
-    assert str(tmp_path) in python("-c", "import supra; print(supra.__file__)")
+    assert importable([environment / "bin" / "python"], BESIDE, cwd=tmp_path) == ["kernels"]
     tiny_checkpoint(tmp_path / "teacher")
     with open(tmp_path / "text.jsonl", "w") as file:
         for number in range(20):
             print(json.dumps({"text": f"The river rises {number} times. " * 9}), file=file)
-    python("-m", "supra", "convert", "--model", "teacher", "--out", "student")
+    run("supra", "convert", "--model", "teacher", "--out", "student")
     settings = ["--config", "smoke", "student=student", "data.path=text.jsonl", "out=run"]
-    python("-m", "accelerate.commands.launch", "--cpu", "-m", "supra.uptrain", *settings)
-    load = "AutoModelForCausalLM.from_pretrained('run/final')"
-    code = f"import supra; from transformers import AutoModelForCausalLM; print(type({load}))"
-    assert "SupraLlamaForCausalLM" in python("-c", code)
+    run("python", "-m", "accelerate.commands.launch", "--cpu", "-m", "supra.uptrain", *settings)
+    generate = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompt = AutoTokenizer.from_pretrained(sys.argv[1])("The river", return_tensors="pt")
+tokens = model.generate(**prompt, max_new_tokens=8, min_new_tokens=8)
+print(type(model).__name__, tokens.shape[1] - prompt.input_ids.shape[1])
+print(sys.modules["supra"].__file__)
+"""
+    for folder in ("student", "run/final"):
+        found, file = run("python", "-c", generate, folder).splitlines()
+        assert found == "SupraLlamaForCausalLM 8" and Path(file).is_relative_to(environment)
+    assert run("supra", "generate", "--model", "run/final", "--prompt", "The river").strip()
 
 
 @pytest.mark.parametrize(
@@ -130,15 +191,14 @@ def test_models_are_registered_in_any_order(imports):
     assert result.stdout == "registered\n", result.stderr
 
 
-def test_version(capsys):
+def test_version(capsys, wheel):
     from supra import __version__
     from supra.cli import main
 
     with pytest.raises(SystemExit) as exit:
         main(["--version"])
     assert exit.value.code == 0 and capsys.readouterr().out == f"supra {__version__}\n"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["version"] == __version__
+    assert wheel.name == f"supra_rnn-{__version__}-py3-none-any.whl"
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["as it is", "made another error"])

@@ -29,7 +29,7 @@ LICENSES = {
 
 LOADING = """\
 ```python
-import supra  # of its source, not PyPI's; registers the classes with transformers
+import supra  # pip install supra-rnn; registers the classes with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 here = "."  # this folder, or its name on the hub

@@ -10,8 +10,9 @@ try:
     from supra.modeling import SupraForCausalLM, SupraModel
 except ImportError as error:
     raise ImportError(
-        "This checkpoint is a recurrent model made with supra, which is not installed: "
-        "pip install -e its source, not the supra of PyPI, another project; then load it again."
+        "This checkpoint is a recurrent model. It needs the package supra-rnn, which is not "
+        "installed: pip install supra-rnn, then load the checkpoint again. "
+        "The package named supra on PyPI is another project."
     ) from error
 
 __all__ = ["SupraConfig", "SupraForCausalLM", "SupraModel"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from supra.errors import UserError, check_choice
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# a wheel has recipes/ inside the package, a checkout beside it
-RECIPES = next(x / "recipes" for x in (_PACKAGE, _PACKAGE.parent) if (x / "recipes").is_dir())
+_HERE = Path(__file__).resolve().parent
+# a wheel has recipes/ beside this file, a checkout at its top
+RECIPES = next(x / "recipes" for x in (_HERE, _HERE.parents[1]) if (x / "recipes").is_dir())
 CONFIGS, LAUNCH = RECIPES / "configs", RECIPES / "launch"
 
 

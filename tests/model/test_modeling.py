@@ -396,7 +396,7 @@ AutoModelForCausalLM.from_pretrained({str(llama)!r}, trust_remote_code=True)
 """
     result = run(code)
     assert result.returncode != 0
-    assert "pip install -e its source" in result.stderr
+    assert "pip install supra-rnn, then" in result.stderr
 
 
 def test_import_is_light():
