@@ -4,6 +4,8 @@
 # make test-faults  a thousand bad inputs over all commands: three minutes
 # make test-kill   200 kills of convert and uptrain: ten minutes
 # make test-long   fuzz, and every kernel compiled: an hour
+# make test-wheel  the wheel alone, without the checkout: a minute
+# make wheel  the files of a release, in dist/
 # make format write the code the way the linter wants it; make lint only says so
 # make clean  remove .venv and runs/, unfinished trainings too
 
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 KILLS ?= 100
 SEED ?= 0
 
-.PHONY: demo demo-gemma test test-faults test-kill test-long lint format clean
+.PHONY: demo demo-gemma test test-faults test-kill test-long test-wheel wheel lint format clean
 
 demo demo-gemma: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo demo-gemma: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
@@ -36,6 +38,15 @@ test-faults: $(VENV)/dev
 
 test-kill: $(VENV)/dev
 	$(BIN)/python -m tests.kills --kills $(KILLS) --seed $(SEED)
+
+test-wheel: $(VENV)/dev
+	$(BIN)/python -m pytest -m long tests/test_packaging.py
+
+# setuptools would put whatever lies in build/ into the wheel, also what the source no longer has
+wheel: $(VENV)/dev
+	rm -rf build dist
+	$(BIN)/python -c 'from setuptools import build_meta as b; b.build_sdist("dist"); b.build_wheel("dist")'
+	rm -rf build
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
