@@ -4,7 +4,6 @@ Notation: B batch, T tokens of this call, Hq query heads, Hkv key/value heads (H
 K head size of query and key, V head size of value, D hidden size. Layout [B, T, H, D].
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from supra.errors import UserError, not_finite
 from supra.mixers.exported import step_by_step, takes_steps
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs, Watch
+from supra.mixers.read_out import Norm, OutputGate
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
 
 
@@ -29,7 +29,7 @@ class Mixer(nn.Module, ABC):
     restores them without knowing more.
 
     A mixer is two steps: `mix` sums values over tokens, `read_out` turns each token's sums into the
-    output. Options named `scale` and `output_gate`, where a mixer has them, are seen to here.
+    output with the norm, scale and gate that the mixer hands to `__init__`.
     """
 
     name: ClassVar[str]
@@ -42,21 +42,30 @@ class Mixer(nn.Module, ABC):
     policy: LayerPolicy | None = None
     watch: Watch | None = None
 
-    def __init__(self, shape: AttentionShape, options: Any):
+    def __init__(
+        self,
+        shape: AttentionShape,
+        options: Any,
+        *,
+        norm: Norm | None = None,
+        scale: bool = False,
+        output_gate: OutputGate | None = None,
+    ):
+        """The pieces of `read_out`; scale: whether there is a factor per head and channel."""
         super().__init__()
         self.shape = shape
         self.options = options
-        if getattr(options, "scale", False):
-            # in units of the head's magnitude: calibrated scales go down to 0.01, and steps of
-            # AdamW at a rate of 1e-3 would turn those over within ten
-            self.scale = nn.Parameter(torch.empty(shape.query_heads, shape.value_size))
-            self.register_buffer("magnitude", torch.ones(shape.query_heads, 1))
-        if getattr(options, "output_gate", False):
-            self.output_gate = OutputGate(shape)
+        self.norm = norm
+        # The factors are stored in units of each head's magnitude: calibrated factors go down to
+        # 0.01, and AdamW at a rate of 1e-3 would flip the sign of those within ten steps.
+        sizes = shape.query_heads, shape.value_size
+        self.scale = nn.Parameter(torch.empty(sizes)) if scale else None
+        self.register_buffer("magnitude", torch.ones(sizes[0], 1) if scale else None)
+        self.output_gate = output_gate
 
     def reset_parameters(self) -> None:
         """Write the starting values into the parameters, in place."""
-        if hasattr(self, "scale"):
+        if self.scale is not None:
             self.set_scale(torch.ones_like(self.scale))
         for module in self.children():
             module.reset_parameters()
@@ -125,12 +134,19 @@ class Mixer(nn.Module, ABC):
         """Sums of values over tokens, [B, T, Hq, V] and linear in the value; and the new state."""
 
     def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        """The output of each token, from its own sums [B, T, Hq, V]."""
-        if hasattr(self, "scale"):
-            output = output * (self.scale * self.magnitude)
-        if hasattr(self, "output_gate"):
-            output = output * self.output_gate(inputs.hidden_states)
-        return output
+        """The output of each token, from its own sums [B, T, Hq, V]: norm, scale, gate."""
+        return self.gated(self.scaled(self.normalized(output)), inputs)
+
+    def normalized(self, output: Tensor) -> Tensor:
+        return output if self.norm is None else self.norm(output)
+
+    def scaled(self, output: Tensor) -> Tensor:
+        return output if self.scale is None else output * (self.scale * self.magnitude)
+
+    def gated(self, output: Tensor, inputs: MixerInputs) -> Tensor:
+        if self.output_gate is None:
+            return output
+        return output * self.output_gate(inputs.hidden_states)
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
         """How much of the value at j is in the sum at i: [B, Hq, T, T], for T of some hundreds."""
@@ -157,7 +173,7 @@ class Mixer(nn.Module, ABC):
         the one that least squares gives it, per channel, and the best is set too. Raises UserError
         where none leaves a finite error.
         """
-        heads, scaled = self.shape.query_heads, hasattr(self, "scale")
+        heads, scaled = self.shape.query_heads, self.scale is not None
         target = target.float().flatten(0, 1)  # [B·T, Hq, V]
         best_error, best = target.new_full((heads,), torch.inf), target.new_empty(heads)
         best_scale = torch.ones_like(target[0])
@@ -197,25 +213,3 @@ def float32_at_least() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(default)
-
-
-class OutputGate(nn.Module):
-    """2σ(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
-
-    def __init__(self, shape: AttentionShape):
-        super().__init__()
-        self.sizes = shape.query_heads, shape.value_size
-        self.weight = nn.Parameter(torch.empty(math.prod(self.sizes), shape.hidden_size))
-        self.bias = nn.Parameter(torch.empty(math.prod(self.sizes)))
-
-    def reset_parameters(self) -> None:
-        self.weight.data.zero_()
-        self.bias.data.zero_()
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        weight, bias = (x.to(hidden_states.dtype) for x in (self.weight, self.bias))
-        gate = nn.functional.linear(hidden_states, weight, bias)
-        return self.activate(gate.float()).unflatten(-1, self.sizes)
-
-    def activate(self, logits: Tensor) -> Tensor:
-        return 2 * logits.sigmoid()

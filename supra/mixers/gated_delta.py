@@ -17,6 +17,7 @@ from supra.mixers.base import Mixer
 from supra.mixers.feature_maps import FEATURE_MAPS, choose_sharpness, map_features
 from supra.mixers.gates import DecayGate, HeadLogits
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import GATED_DELTA_RULE, scan
 
 HALF_LIVES = tuple(4**n for n in range(1, 7))  # tokens; what calibration chooses from
@@ -60,7 +61,12 @@ class GatedDelta(Mixer):
     }
 
     def __init__(self, shape: AttentionShape, options: GatedDeltaOptions):
-        super().__init__(shape, options)
+        super().__init__(
+            shape,
+            options,
+            scale=options.scale,
+            output_gate=OutputGate(shape) if options.output_gate else None,
+        )
         self.feature_map = FEATURE_MAPS[options.feature_map](shape)
         self.decay_gate = DecayGate(shape)
         self.strength = HeadLogits(shape)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from supra.kernels.backends import without_autocast
-from supra.mixers.base import OutputGate
 from supra.mixers.inputs import AttentionShape
 
 LARGEST_EXPONENT = 20.0
@@ -43,20 +42,6 @@ class HeadLogits(nn.Module):
         with without_autocast(hidden_states.device):
             hidden_states = hidden_states.to(self.weight.dtype)
             return nn.functional.linear(hidden_states, self.weight, self.bias)
-
-
-SILU_ONE = 1.2784645  # SiLU of it is 1
-
-
-class SiLUGate(OutputGate):
-    """SiLU(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self.bias.data.fill_(SILU_ONE)
-
-    def activate(self, logits: Tensor) -> Tensor:
-        return nn.functional.silu(logits)
 
 
 LEAST_DECAY = 0.1  # of one token

@@ -24,6 +24,7 @@ from supra.mixers.bounded import Row, Tensors, bounded, padding_last
 from supra.mixers.gates import bounded_exp
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import rows_and_padding
+from supra.mixers.read_out import OutputGate
 from supra.mixers.short_conv import ShortConv
 from supra.mixers.state_policy import PolicyRun
 
@@ -139,7 +140,12 @@ class H3(Mixer):
     State = H3State
 
     def __init__(self, shape: AttentionShape, options: H3Options):
-        super().__init__(shape, options)
+        super().__init__(
+            shape,
+            options,
+            scale=options.scale,
+            output_gate=OutputGate(shape) if options.output_gate else None,
+        )
         self.blocks = blocks_of(shape, options.head_size)
         if options.gates:
             self.shift = ShortConv(shape.key_heads * shape.head_size, options.shift_size)

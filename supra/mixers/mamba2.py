@@ -21,12 +21,12 @@ from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MOST_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
-from supra.mixers.gates import HeadLogits, SiLUGate, bounded_exp
+from supra.mixers.gates import HeadLogits, bounded_exp
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.read_out import SiLUGate, rms_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import ShortConv, convolved_identity
 
-NORM_EPS = 1e-5
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 # biases of B and C in units of keys and queries: weights come near a constant and the score, as the
 # teacher's exponentials do where scores are small; an eighth of the error on SmolLM2-135M goes
@@ -70,15 +70,19 @@ class Mamba2(Mixer):
     State = Mamba2State
 
     def __init__(self, shape: AttentionShape, options: Mamba2Options):
-        super().__init__(shape, options)
+        super().__init__(
+            shape,
+            options,
+            norm=rms_norm if options.normalize == "rms" else None,
+            scale=options.scale,
+            output_gate=SiLUGate(shape) if options.output_gate else None,
+        )
         values = shape.key_heads * shape.value_size
         features = (shape.key_heads + shape.query_heads) * shape.head_size
         self.conv = ShortConv(values + features, options.conv_size)
         self.dt = HeadLogits(shape)
         self.A_log = nn.Parameter(torch.empty(shape.query_heads))
         self.D = nn.Parameter(torch.empty(shape.query_heads))
-        if options.output_gate:
-            self.output_gate = SiLUGate(shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -133,11 +137,8 @@ class Mamba2(Mixer):
         return output.transpose(1, 2)
 
     def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        if self.options.output_gate:
-            output = output * self.output_gate(inputs.hidden_states)
-        if self.options.normalize == "rms":
-            output = F.rms_norm(output, output.shape[-1:], eps=NORM_EPS)
-        return output * (self.scale * self.magnitude) if self.options.scale else output
+        """As published, the gate comes before the norm."""
+        return self.scaled(self.normalized(self.gated(output, inputs)))
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:

@@ -21,6 +21,7 @@ from supra.kernels.backends import without_autocast
 from supra.mixers.base import Mixer
 from supra.mixers.gates import DecayGate, bounded_exp, fill_heads
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, NONLINEAR_GATED, scan
 from supra.parallel import METHODS, NonlinearGated, solve
 
@@ -75,7 +76,12 @@ class NonlinearGatedMixer(Mixer):
     )
 
     def __init__(self, shape: AttentionShape, options: NonlinearGatedOptions):
-        super().__init__(shape, options)
+        super().__init__(
+            shape,
+            options,
+            scale=options.scale,
+            output_gate=OutputGate(shape) if options.output_gate else None,
+        )
         heads, size = shape.query_heads, shape.head_size
         self.decay_gate = DecayGate(shape)
         self.query_bias = nn.Parameter(torch.empty(heads, size))

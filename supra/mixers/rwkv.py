@@ -14,17 +14,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import Mixer
 from supra.mixers.gates import bounded_exp, fill_heads, slope_of_half_life
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import GATED_LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve, convolved_identity
 
-NORM_EPS = 1e-5
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 # r and k are moved by these in units of queries and keys: weights come near a constant and the
 # score, as the teacher's exponentials do where scores are small; a quarter of the error on
@@ -101,7 +100,13 @@ class Rwkv(Mixer):
     State = RwkvState
 
     def __init__(self, shape: AttentionShape, options: RwkvOptions):
-        super().__init__(shape, options)
+        super().__init__(
+            shape,
+            options,
+            norm=group_norm if options.normalize == "group" else None,
+            scale=options.scale,
+            output_gate=OutputGate(shape) if options.output_gate else None,
+        )
         self.decay = ChannelDecay(shape, options.rank)
         self.bonus = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
         self.query_bias = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
@@ -170,11 +175,6 @@ class Rwkv(Mixer):
         shifted, _ = self._shift(inputs)
         output, _ = self._scan(replace(shifted, value=convolved_identity(inputs, taps)))
         return output.transpose(1, 2)
-
-    def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        if self.options.normalize == "group":  # one group a head, no bias
-            output = F.layer_norm(output, output.shape[-1:], eps=NORM_EPS)
-        return super().read_out(inputs, output)
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:

@@ -24,9 +24,9 @@ from supra.mixers.feature_maps import (
 )
 from supra.mixers.gates import DecayGate, bounded_exp, slope_of_half_life
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 
-NORM_EPS = 1e-5
 HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; what calibration chooses from
 # of hedgehog's features; 1 for keys and queries, as published, leaves SmolLM2-135M at 1,087, this
 # and what is chosen for queries at 698
@@ -84,7 +84,13 @@ class Supra(Mixer):
     State = LinearAttentionState
 
     def __init__(self, shape: AttentionShape, options: SupraOptions):
-        super().__init__(shape, options)
+        super().__init__(
+            shape,
+            options,
+            norm=group_norm if options.normalize == "group" else None,
+            scale=options.scale,
+            output_gate=OutputGate(shape) if options.output_gate else None,
+        )
         self.feature_map = build_feature_map(options.feature_map, shape, options.expansion)
         if options.decay == "gated":
             self.decay_gate = DecayGate(shape)
@@ -98,7 +104,7 @@ class Supra(Mixer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "log_slope"):
+        if self.options.decay in ("learnable", "fixed"):
             self.log_slope.data.copy_(lightning_slopes(self.shape.query_heads).log())
 
     def mix(
@@ -118,10 +124,7 @@ class Supra(Mixer):
         )  # fmt: skip
 
     def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        output = output.float()
-        if self.options.normalize == "group":  # one group a head, no bias
-            output = nn.functional.layer_norm(output, output.shape[-1:], eps=NORM_EPS)
-        return super().read_out(inputs, output)
+        return super().read_out(inputs, output.float())
 
     def _log_decay(self, inputs: MixerInputs) -> Tensor | None:
         if self.options.decay == "none":

@@ -22,6 +22,7 @@ from supra.mixers.feature_maps import build_feature_map, check_expansion, map_fe
 from supra.mixers.gates import DecayGate, HeadLogits
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import pick, tokens_first
+from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 
 MOST_TOKENS = 2**15  # in a window or in sinks: every token computes that many scores per head
@@ -81,7 +82,8 @@ class Window(Mixer):
     branches = ("linear", "window")
 
     def __init__(self, shape: AttentionShape, options: WindowOptions):
-        super().__init__(shape, options)
+        gate = OutputGate(shape) if options.output_gate else None
+        super().__init__(shape, options, output_gate=gate)
         self.feature_map = build_feature_map(options.feature_map, shape, options.expansion)
         self.linear_weight = HeadLogits(shape)
         if options.decay == "gated":

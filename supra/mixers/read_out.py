@@ -1,0 +1,60 @@
+"""The pieces that turn a token's sums into a mixer's output: norms and gates."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supra.mixers.inputs import AttentionShape
+
+Norm = Callable[[Tensor], Tensor]  # of [B, T, Hq, V], over V alone: a token needs no other token
+
+NORM_EPS = 1e-5
+
+
+def group_norm(x: Tensor) -> Tensor:
+    """GroupNorm with one group per head and no weights: mean 0 and variance 1 over V."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm with one group per head and no weights: mean square 1 over V."""
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+class OutputGate(nn.Module):
+    """2σ(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        self.sizes = shape.query_heads, shape.value_size
+        self.weight = nn.Parameter(torch.empty(math.prod(self.sizes), shape.hidden_size))
+        self.bias = nn.Parameter(torch.empty(math.prod(self.sizes)))
+
+    def reset_parameters(self) -> None:
+        self.weight.data.zero_()
+        self.bias.data.zero_()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight, bias = (x.to(hidden_states.dtype) for x in (self.weight, self.bias))
+        gate = F.linear(hidden_states, weight, bias)
+        return self.activate(gate.float()).unflatten(-1, self.sizes)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        return 2 * logits.sigmoid()
+
+
+SILU_ONE = 1.2784645  # SiLU of it is 1
+
+
+class SiLUGate(OutputGate):
+    """SiLU(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.bias.data.fill_(SILU_ONE)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        return F.silu(logits)
