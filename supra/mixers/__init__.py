@@ -1,7 +1,8 @@
-"""The mixers, one final class a file. To add one, write its file and name it in the table."""
+"""The mixers, one final class per file. To add one, write its file and name it in MIXERS."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Container, Iterable
+from typing import Any, NamedTuple
 
 from supra.errors import UserError, check_choice
 from supra.mixers.base import Mixer, float32_at_least
@@ -15,36 +16,61 @@ from supra.mixers.softmax import Softmax
 from supra.mixers.supra import Supra
 from supra.mixers.window import Window
 
-MIXERS: dict[str, type[Mixer]] = {
-    mixer.name: mixer
-    for mixer in (Softmax, Supra, Window, GatedDelta, Mamba2, Rwkv, H3, NonlinearGatedMixer)
-}
+
+class Preset(NamedTuple):
+    """A mixer with options, under the name that the literature gives them."""
+
+    name: str
+    mixer: str
+    options: dict[str, Any]
+
+
+def by_name(entries: Iterable[Any], taken: Container[str] = ()) -> dict[str, Any]:
+    """Mixers or presets by name. Raises ValueError for a name that is in use already."""
+    table = {}
+    for entry in entries:
+        if entry.name in table or entry.name in taken:
+            raise ValueError(f"name (={entry.name!r}) is in use already: choose another one")
+        table[entry.name] = entry
+    return table
+
+
+MIXERS: dict[str, type[Mixer]] = by_name(
+    (Softmax, Supra, Window, GatedDelta, Mamba2, Rwkv, H3, NonlinearGatedMixer)
+)
+
+PRESETS: dict[str, Preset] = by_name(
+    (
+        Preset(
+            "supra_paper", "supra", {"feature_map": "mixed_relu", "decay": "fixed", "scale": False}
+        ),
+        Preset(
+            "t2r",
+            "supra",
+            {"feature_map": "relu", "decay": "none", "normalize": "sum", "scale": False},
+        ),
+        Preset(
+            "hedgehog",
+            "supra",
+            {"feature_map": "hedgehog", "decay": "none", "normalize": "sum", "scale": False},
+        ),
+        Preset("lolcats", "window", {"decay": "none", "output_gate": False, "sinks": 0}),
+        Preset(
+            "gated",
+            "supra",
+            {
+                "feature_map": "hedgehog",
+                "decay": "gated",
+                "normalize": "sum",
+                "output_gate": True,
+            },
+        ),
+    ),
+    taken=MIXERS,
+)
 
 # In the name of every parameter that conversion adds.
 NEW_PARAMETERS = ".mixer."
-
-# A preset is a mixer with options that have a name of their own in the literature.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "supra_paper": ("supra", {"feature_map": "mixed_relu", "decay": "fixed", "scale": False}),
-    "t2r": (
-        "supra",
-        {"feature_map": "relu", "decay": "none", "normalize": "sum", "scale": False},
-    ),
-    "hedgehog": (
-        "supra",
-        {"feature_map": "hedgehog", "decay": "none", "normalize": "sum", "scale": False},
-    ),
-    "lolcats": ("window", {"decay": "none", "output_gate": False, "sinks": 0}),
-    "gated": (
-        "supra",
-        {
-            "feature_map": "hedgehog",
-            "decay": "gated",
-            "normalize": "sum",
-            "output_gate": True,
-        },
-    ),
-}
 
 
 def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -53,13 +79,14 @@ def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str
     Raises UserError for an unknown name, option or value, naming the right ones.
     """
     check_choice("mixer", name, [*MIXERS, *PRESETS])
-    name, preset = PRESETS.get(name, (name, {}))
+    preset = PRESETS.get(name, Preset(name, name, {}))
+    name = preset.mixer
     known = {field.name for field in dataclasses.fields(MIXERS[name].Options)}
     for key in options or {}:
         if not known:
             raise UserError(f"mixer {name!r} has no options, got {key!r}: leave it out")
         check_choice(f"option of mixer {name!r}", key, known)
-    resolved = MIXERS[name].Options(**{**preset, **(options or {})})
+    resolved = MIXERS[name].Options(**{**preset.options, **(options or {})})
     return name, dataclasses.asdict(resolved)
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import sys
 
 import accelerate
 import pytest
 import torch
 
 from supra.errors import UserError
-from supra.mixers import MIXERS, PRESETS, AttentionShape, Rotary, build_mixer
+from supra.mixers import MIXERS, PRESETS, AttentionShape, Rotary, build_mixer, by_name
 from supra.mixers import resolve_mixer as resolve
 from supra.mixers.gates import bounded_exp
 from supra.testing import mixer_inputs
@@ -31,7 +32,9 @@ SHAPES = [
     AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48),
     AttentionShape(query_heads=3, key_heads=3, head_size=10, value_size=7, hidden_size=30),
 ]
-EXPONENTS = ("log_slope", "A_log", "w0", "log_dt", "log_A_real", "log_gain")
+BOUNDED = [  # mixers that have exponentials of parameters
+    name for name, mixer in MIXERS.items() if hasattr(sys.modules[mixer.__module__], "bounded_exp")
+]
 BATCH, TOKENS = 2, 70  # 70: one chunk of 64 and an odd rest
 
 
@@ -222,11 +225,14 @@ def test_bounded_exponents_are_exponents_within_the_bound():
 
 
 @pytest.mark.parametrize("size", [-30.0, -3.0, 1.0, 19.9])
-@pytest.mark.parametrize("name", ["supra", "mamba2", "rwkv", "h3", "nonlinear_gated"])
+@pytest.mark.parametrize("name", BOUNDED)
 def test_values_within_the_bound_are_as_without_it(name, size, monkeypatch):
     mixer = build_mixer(name, SHAPES[0], {})
     mixer.reset_parameters()
-    exponents = [p for n, p in mixer.named_parameters() if n.split(".")[-1] in EXPONENTS]
+    names = {n: n.split(".")[-1] for n, _ in mixer.named_parameters()}
+    exponents = [  # the names of Mamba-2 and RWKV, and our own
+        mixer.get_parameter(n) for n, x in names.items() if x in ("A_log", "w0") or x[:4] == "log_"
+    ]
     for parameter in exponents:
         parameter.data.fill_(size)
     inputs = in_float32(make_inputs(SHAPES[0], tokens=12))
@@ -237,7 +243,7 @@ def test_values_within_the_bound_are_as_without_it(name, size, monkeypatch):
         return output, *torch.autograd.grad(output.sum(), leaves, materialize_grads=True)
 
     found = numbers()
-    monkeypatch.setattr(f"supra.mixers.{name}.bounded_exp", torch.exp)
+    monkeypatch.setattr(sys.modules[type(mixer).__module__], "bounded_exp", torch.exp)
     assert exponents and all(map(torch.equal, found, numbers()))
 
 
@@ -293,7 +299,8 @@ def test_every_parameter_has_a_gradient_or_is_frozen(mixer, shape):
     inputs.value.requires_grad_()
     mixer(inputs)[0].pow(3).sum().backward()
     for name, parameter in mixer.named_parameters():
-        assert not parameter.requires_grad or parameter.grad.abs().max() > 0, name
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
 def test_low_precision_inputs_keep_a_float32_state(mixer, shape):
@@ -342,3 +349,10 @@ def test_unknown_names_are_refused_with_the_nearest():
         resolve("supra", {"feature_map": "none"})
     with pytest.raises(UserError, match="has no options"):
         resolve("softmax", {"scale": True})
+
+
+def test_a_name_that_is_taken_twice_is_refused():
+    for entries, taken in (([*MIXERS.values(), MIXERS["supra"]], ()), (PRESETS.values(), ["t2r"])):
+        with pytest.raises(ValueError, match=r"name \(='(supra|t2r)'\) is in use already"):
+            by_name(entries, taken)
+    assert by_name(MIXERS.values(), PRESETS) == MIXERS
