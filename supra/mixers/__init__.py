@@ -11,6 +11,7 @@ from supra.mixers.h3 import H3
 from supra.mixers.inputs import AttentionShape, MixerInputs, Rotary
 from supra.mixers.mamba2 import Mamba2
 from supra.mixers.nonlinear_gated import NonlinearGatedMixer
+from supra.mixers.retention import Retention
 from supra.mixers.rwkv import Rwkv
 from supra.mixers.softmax import Softmax
 from supra.mixers.supra import Supra
@@ -36,7 +37,7 @@ def by_name(entries: Iterable[Any], taken: Container[str] = ()) -> dict[str, Any
 
 
 MIXERS: dict[str, type[Mixer]] = by_name(
-    (Softmax, Supra, Window, GatedDelta, Mamba2, Rwkv, H3, NonlinearGatedMixer)
+    (Softmax, Supra, Window, GatedDelta, Mamba2, Rwkv, H3, NonlinearGatedMixer, Retention)
 )
 
 PRESETS: dict[str, Preset] = by_name(

@@ -27,6 +27,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("h3", {"init": "published", "d_state": 6, "shift_size": 5}),
     ("h3", {"gates": False, "d_state": 6}),
     ("rwkv", {"token_shift": True, "normalize": "group", "balance_state": False}),
+    ("retention", {"normalize": "rms", "output_gate": False}),
 ]
 SHAPES = [
     AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48),
