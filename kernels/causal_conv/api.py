@@ -24,7 +24,7 @@ from supra.kernels.causal_conv import torch as torch_backend
 
 OPERATION = "causal_conv"
 ACTIVATIONS = (None, "silu")
-MOST_TAPS = 64  # beyond it a Fourier transform is the better algorithm
+MAX_TAPS = 64  # beyond it a Fourier transform is the better algorithm
 
 
 def causal_conv(
@@ -144,8 +144,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
             f"weight (shape {checks.shape(weight)}) must be [{width}, W] to fit input; "
             "from a Conv1d take weight[:, 0]"
         )
-    if not 1 <= weight.shape[1] <= MOST_TAPS:
-        raise ValueError(f"weight (shape {checks.shape(weight)}) must have 1 to {MOST_TAPS} taps")
+    if not 1 <= weight.shape[1] <= MAX_TAPS:
+        raise ValueError(f"weight (shape {checks.shape(weight)}) must have 1 to {MAX_TAPS} taps")
     if bias is not None and bias.shape != (width,):
         raise ValueError(f"bias (shape {checks.shape(bias)}) must be [{width}] to fit input")
     if activation not in ACTIVATIONS:

@@ -19,6 +19,13 @@ from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs, Watch
 from supra.mixers.read_out import Norm, OutputGate
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
 
+# Fields of states that had another name in files of earlier versions, each with its name today.
+RENAMED_FIELDS = {
+    "recent": "conv_state",
+    "recent_key": "window_key",
+    "recent_value": "window_value",
+}
+
 
 class Mixer(nn.Module, ABC):
     """Mixes tokens along T. Concrete mixers are final: none subclasses another.
@@ -201,6 +208,12 @@ class Mixer(nn.Module, ABC):
         magnitude = scale.square().mean(1, keepdim=True).sqrt().clamp(min=MIN_POWER)
         self.magnitude.data.copy_(magnitude)
         self.scale.data.copy_(scale / magnitude)
+
+
+def current_name(name: str) -> str:
+    """Today's name of a state's tensor in a file: `0.conv_state` for `0.recent`."""
+    path, dot, field = name.rpartition(".")
+    return path + dot + RENAMED_FIELDS.get(field, field)
 
 
 @contextmanager

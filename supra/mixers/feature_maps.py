@@ -169,12 +169,12 @@ FEATURE_MAPS = {
 }
 
 
-MOST_EXPANSION = 256  # a head's state is then as large as the keys and values of 16,000 tokens
+MAX_EXPANSION = 256  # a head's state is then as large as the keys and values of 16,000 tokens
 
 
 def check_expansion(expansion: int, feature_map: str) -> None:
     """Raises UserError for a width that the feature map cannot have."""
-    check_whole("expansion", expansion, 1, MOST_EXPANSION)
+    check_whole("expansion", expansion, 1, MAX_EXPANSION)
     if expansion > 1 and not issubclass(FEATURE_MAPS[feature_map], _PerHead):
         raise UserError(
             f"expansion (={expansion}) needs features with weights of a head's own, which "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from supra.kernels.backends import without_autocast
 from supra.mixers.inputs import AttentionShape
 
-LARGEST_EXPONENT = 20.0
+MAX_EXPONENT = 20.0
 
 
 def bounded_exp(x: Tensor) -> Tensor:
@@ -17,8 +17,8 @@ def bounded_exp(x: Tensor) -> Tensor:
     Beyond 20 the gradient is that at 20. A clamp would have none there, and a parameter that ran
     away would never come back.
     """
-    at_bound = LARGEST_EXPONENT + (x - x.detach())
-    return torch.where(x > LARGEST_EXPONENT, at_bound, x).exp()
+    at_bound = MAX_EXPONENT + (x - x.detach())
+    return torch.where(x > MAX_EXPONENT, at_bound, x).exp()
 
 
 class HeadLogits(nn.Module):
@@ -44,15 +44,16 @@ class HeadLogits(nn.Module):
             return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
-LEAST_DECAY = 0.1  # of one token
+MIN_DECAY = 0.1  # of one token
 
 
 class DecayGate(HeadLogits):
     """log_decay of γ = a + (1 − a) σ(Wx + b). It starts with half-lives from 4 to 2048 tokens.
 
-    Without the least decay a = 0.1, gates learn logs of −10 and less for tokens in a row. Those say
-    no more than a few of −2.3 do, and the chunks of `linear_attention` on a CPU, which may not span
-    more than e^80, become so short that a layer's gradient takes ten times as long.
+    Without the smallest decay a = 0.1, gates learn log decays of −10 and below for several tokens
+    in a row. Those forget no more than a few of −2.3 do, but a chunk of `linear_attention` on a CPU
+    may not span more than e^80: chunks become so short that a layer's gradient takes ten times as
+    long.
     """
 
     def reset_parameters(self) -> None:
@@ -63,10 +64,10 @@ class DecayGate(HeadLogits):
     def set_half_life(self, tokens: Tensor) -> None:
         """Start every head [Hq] with this half-life, of 0.31 tokens and more."""
         decay = torch.exp2(-1 / tokens.double())  # float32 does not tell 1 - 1e-8 from 1
-        self.set(((decay - LEAST_DECAY) / (1 - LEAST_DECAY)).logit())
+        self.set(((decay - MIN_DECAY) / (1 - MIN_DECAY)).logit())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        forgotten = (1 - LEAST_DECAY) * (-super().forward(hidden_states)).sigmoid()
+        forgotten = (1 - MIN_DECAY) * (-super().forward(hidden_states)).sigmoid()
         return torch.log1p(-forgotten)  # exact near a decay of 1
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from supra.errors import UserError, check_choice, check_flags, check_whole
-from supra.kernels.causal_conv.api import MOST_TAPS
+from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.mixers.base import Mixer
 from supra.mixers.bounded import Row, Tensors, bounded, padding_last
@@ -32,9 +32,9 @@ HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses
 SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D
 CONTENT = (0.0, 0.25, 0.5, 1.0)  # of the query in its gate, where its mean square is one
 KEY_CONTENT = 0.25  # of the key
-MOST_NUMBERS = 4096  # of a channel; published models have 64
+MAX_STATE = 4096  # of a channel; published models have 64
 OTHER_MODES = 1e-4  # C of these at the start: at 0 their A would not learn
-SLOWEST, FASTEST = 1e-3, 1e-1  # dt, as published
+MIN_DT, MAX_DT = 1e-3, 1e-1  # dt, as published
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class H3Options:
 
     head_size: int = 1
     d_state: int = 64
-    shift_size: int = MOST_TAPS
+    shift_size: int = MAX_TAPS
     gates: bool = True
     init: str = "teacher"
     scale: bool = True
@@ -62,8 +62,8 @@ class H3Options:
 
     def __post_init__(self):
         check_whole("head_size", self.head_size, 1)
-        check_whole("d_state", self.d_state, 1, MOST_NUMBERS)
-        check_whole("shift_size", self.shift_size, 1, MOST_TAPS)
+        check_whole("d_state", self.d_state, 1, MAX_STATE)
+        check_whole("shift_size", self.shift_size, 1, MAX_TAPS)
         if self.d_state % 2:
             raise UserError(f"d_state (={self.d_state}) must be even: a mode holds two numbers")
         check_choice("init", self.init, ("teacher", "published"))
@@ -72,7 +72,7 @@ class H3Options:
 
 class H3State(NamedTuple):
     memory: Tensor  # [B, H, modes, 2, head_size, values of a head], float32; real and imaginary
-    recent: Tensor | None  # [B, shift_size − 1, Hkv · K], the newest last; of gates
+    conv_state: Tensor | None  # [B, shift_size − 1, Hkv · K], the newest last; of gates
 
 
 def blocks_of(shape: AttentionShape, size: int) -> int:
@@ -106,7 +106,7 @@ class DiagonalModel(nn.Module):
         self.D.data.zero_()
 
     def reset_as_published(self) -> None:
-        low, high = math.log(SLOWEST), math.log(FASTEST)
+        low, high = math.log(MIN_DT), math.log(MAX_DT)
         self.log_dt.data.uniform_(low, high)
         self.C.data.normal_(std=math.sqrt(0.5))
         self.D.data.normal_()
@@ -175,14 +175,16 @@ class H3(Mixer):
     def mix(
         self, inputs: MixerInputs, state: H3State | None = None, return_state: bool = False
     ) -> tuple[Tensor, H3State | None]:
-        memory, recent = state or (None, None)
+        memory, conv_state = state or (None, None)
         if self.options.gates:
-            inputs, recent = self.shift(inputs, ("key",), state=recent, return_state=return_state)
+            inputs, conv_state = self.shift(
+                inputs, ("key",), state=conv_state, return_state=return_state
+            )
         value = self._spread(inputs.value).unflatten(-1, (self.blocks, -1)).flatten(2, 3)
         tensors = *self._gates(inputs), value
         output, memory = filter_documents(inputs, tensors, self.model(), memory, return_state)
         output = output.view(*inputs.query.shape[:3], -1)
-        return output, None if memory is None else H3State(memory, recent)
+        return output, None if memory is None else H3State(memory, conv_state)
 
     def _gates(self, inputs: MixerInputs) -> tuple[Tensor | None, Tensor | None]:
         """Query and key, which is shifted already, by the heads of values: [B, T, H, head_size]."""

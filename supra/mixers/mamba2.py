@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supra.errors import check_choice, check_flags, check_whole
-from supra.kernels.causal_conv.api import MOST_TAPS
+from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.gates import HeadLogits, bounded_exp
@@ -51,7 +51,7 @@ class Mamba2Options:
     output_gate: bool = True
 
     def __post_init__(self):
-        check_whole("conv_size", self.conv_size, 1, MOST_TAPS)
+        check_whole("conv_size", self.conv_size, 1, MAX_TAPS)
         check_choice("activation", self.activation, ("none", "silu"))
         check_choice("normalize", self.normalize, ("none", "rms"))
         check_flags(self, "scale", "output_gate")
@@ -59,7 +59,7 @@ class Mamba2Options:
 
 class Mamba2State(NamedTuple):
     memory: Tensor  # [B, Hq, K, V], float32; transposed from the paper's
-    recent: Tensor  # [B, conv_size − 1, channels of x, B and C], the newest last
+    conv_state: Tensor  # [B, conv_size − 1, channels of x, B and C], the newest last
 
 
 class Mamba2(Mixer):
@@ -94,10 +94,10 @@ class Mamba2(Mixer):
     def mix(
         self, inputs: MixerInputs, state: Mamba2State | None = None, return_state: bool = False
     ) -> tuple[Tensor, Mamba2State | None]:
-        memory, recent = state or (None, None)
-        inputs, recent = self._convolve(inputs, recent, return_state)
+        memory, conv_state = state or (None, None)
+        inputs, conv_state = self._convolve(inputs, conv_state, return_state)
         output, memory = self._scan(inputs, memory, return_state)
-        return output, None if memory is None else Mamba2State(memory, recent)
+        return output, None if memory is None else Mamba2State(memory, conv_state)
 
     def _convolve(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False

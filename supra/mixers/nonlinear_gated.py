@@ -29,7 +29,7 @@ HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses
 # queries and keys are moved by these in units of themselves, as in mamba2
 KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
 WRITTEN = 0.1  # root mean square of g k vᵀ at the start: tanh then bends it by a percent
-MOST_SWEEPS = 1024  # published ones are below 20, and reading token by token costs less then
+MAX_SWEEPS = 1024  # published ones are below 20, and reading token by token costs less then
 SEGMENT = 128  # tokens whose states are in memory together, K V numbers a head each
 
 
@@ -56,7 +56,7 @@ class NonlinearGatedOptions:
         if not 0 < largest <= 2.4:
             raise UserError(f"largest (={largest!r}) must be > 0 and <= 2.4")
         check_choice("solver", self.solver, ("auto", *METHODS))
-        check_whole("sweeps", self.sweeps, 1, MOST_SWEEPS)
+        check_whole("sweeps", self.sweeps, 1, MAX_SWEEPS)
         check_flags(self, "scale", "output_gate")
 
 

@@ -30,7 +30,7 @@ HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses
 # SmolLM2-135M goes
 KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
 BONUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-MOST_RANK = 4096  # published models have 64 and 128
+MAX_RANK = 4096  # published models have 64 and 128
 SMALL = 1e-3  # entries of B at the start
 
 
@@ -53,14 +53,14 @@ class RwkvOptions:
     output_gate: bool = True
 
     def __post_init__(self):
-        check_whole("rank", self.rank, 1, MOST_RANK)
+        check_whole("rank", self.rank, 1, MAX_RANK)
         check_choice("normalize", self.normalize, ("none", "group"))
         check_flags(self, "balance_state", "token_shift", "scale", "output_gate")
 
 
 class RwkvState(NamedTuple):
     memory: Tensor  # [B, Hq, K, V], float32
-    recent: Tensor | None  # [B, 1, channels of v, k, r and x], with token_shift
+    conv_state: Tensor | None  # [B, 1, channels of v, k, r and x], with token_shift
 
 
 class ChannelDecay(nn.Module):
@@ -127,11 +127,11 @@ class Rwkv(Mixer):
     def mix(
         self, inputs: MixerInputs, state: RwkvState | None = None, return_state: bool = False
     ) -> tuple[Tensor, RwkvState | None]:
-        memory, recent = state or (None, None)
+        memory, conv_state = state or (None, None)
         if self.options.token_shift:
-            inputs, recent = self._shift(inputs, recent, return_state)
+            inputs, conv_state = self._shift(inputs, conv_state, return_state)
         output, memory = self._scan(inputs, memory, return_state)
-        return output, None if memory is None else RwkvState(memory, recent)
+        return output, None if memory is None else RwkvState(memory, conv_state)
 
     def _shift(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False

@@ -23,7 +23,7 @@ from supra.mixers.padding import pick
 
 Thresholds = float | tuple[float, ...]
 
-MOST_WINDOW = 2**17  # tokens; they are held in memory, and few contexts are longer
+MAX_WINDOW = 2**17  # tokens; they are held in memory, and few contexts are longer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StatePolicy:
                 raise UserError(f"{name} (={value!r}) must be > 0 and <= 1")
         check_whole("norm_every", self.norm_every, 1)
         if self.window is not None:
-            check_whole("window", self.window, 1, MOST_WINDOW)
+            check_whole("window", self.window, 1, MAX_WINDOW)
         if isinstance(self.norm, Sequence) and not isinstance(self.norm, str):
             layers = tuple(tuple(x) if isinstance(x, Sequence) else (x,) for x in self.norm)
             object.__setattr__(self, "norm", layers)

@@ -25,8 +25,8 @@ from supra.mixers.padding import pick, tokens_first
 from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 
-MOST_TOKENS = 2**15  # in a window or in sinks: every token computes that many scores per head
-LEAST_MASS = 1e-30  # of what has left the window, where nothing has
+MAX_TOKENS = 2**15  # in a window or in sinks: every token computes that many scores per head
+MIN_MASS = 1e-30  # of what has left the window, where nothing has
 WEIGHTS = tuple(range(-4, 15, 2))  # of the linear part, in nats; what calibration chooses from
 HALF_LIVES = tuple(4.0**n for n in range(2, 7))  # tokens
 
@@ -55,8 +55,8 @@ class WindowOptions:
         check_choice("feature_map", self.feature_map, ("hedgehog", "relu"))
         check_expansion(self.expansion, self.feature_map)
         check_choice("decay", self.decay, ("gated", "none"))
-        check_whole("size", self.size, 1, MOST_TOKENS)
-        check_whole("sinks", self.sinks, 0, MOST_TOKENS)
+        check_whole("size", self.size, 1, MAX_TOKENS)
+        check_whole("sinks", self.sinks, 0, MAX_TOKENS)
         check_flags(self, "output_gate")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout (={self.dropout!r}) must be >= 0 and < 1")
@@ -66,8 +66,8 @@ class WindowState(NamedTuple):
     """Of constant size: W window tokens and S sinks, whatever the context."""
 
     memory: Tensor  # [B, Hq, features, V + 1], float32; the last column sums the weights
-    recent_key: Tensor  # [B, W, Hkv, K], rotated, the newest last
-    recent_value: Tensor  # [B, W, Hkv, V]
+    window_key: Tensor  # [B, W, Hkv, K], rotated, the newest last
+    window_value: Tensor  # [B, W, Hkv, V]
     sink_key: Tensor  # [B, S, Hkv, K], rotated
     sink_value: Tensor  # [B, S, Hkv, V]
     length: Tensor  # int [B], tokens so far
@@ -113,8 +113,8 @@ class Window(Mixer):
     ) -> tuple[Tensor, WindowState | None]:
         state = state or self._empty_state(inputs)
         rank, sinks = self._places(inputs, state)
-        key = torch.cat([state.recent_key, inputs.key], dim=1)
-        value = torch.cat([state.recent_value, inputs.value], dim=1)
+        key = torch.cat([state.window_key, inputs.key], dim=1)
+        value = torch.cat([state.window_value, inputs.value], dim=1)
         size = self._size_now()
         first = self.options.size - size
         near = key[:, first:], value[:, first:]
@@ -126,8 +126,8 @@ class Window(Mixer):
         if inputs.padding_mask is not None:
             count = inputs.padding_mask.sum(1)
         last = count[:, None] + torch.arange(self.options.size, device=count.device)
-        recent = pick(key, last), pick(value, last)
-        return output, WindowState(memory, *recent, *sinks, state.length + count)
+        window = pick(key, last), pick(value, last)
+        return output, WindowState(memory, *window, *sinks, state.length + count)
 
     def _size_now(self) -> int:
         dropped = self.training and torch.rand(()).item() < self.options.dropout
@@ -137,8 +137,8 @@ class Window(Mixer):
         key, value, options = inputs.key, inputs.value, self.options
         return WindowState(
             memory=None,
-            recent_key=torch.zeros_like(key[:, :1]).expand(-1, options.size, -1, -1),
-            recent_value=torch.zeros_like(value[:, :1]).expand(-1, options.size, -1, -1),
+            window_key=torch.zeros_like(key[:, :1]).expand(-1, options.size, -1, -1),
+            window_value=torch.zeros_like(value[:, :1]).expand(-1, options.size, -1, -1),
             sink_key=torch.zeros_like(key[:, :1]).expand(-1, options.sinks, -1, -1),
             sink_value=torch.zeros_like(value[:, :1]).expand(-1, options.sinks, -1, -1),
             length=torch.zeros(key.shape[0], dtype=torch.int64, device=key.device),
@@ -210,7 +210,7 @@ class Window(Mixer):
         window = self._scores(inputs, band_scores(query, key, size), outside)
         later = torch.arange(self.options.sinks, device=rank.device) > rank[..., None]
         first = self._scores(inputs, sink_scores(query, sink_key), later)
-        mass = linear[..., -1:].clamp(min=LEAST_MASS)
+        mass = linear[..., -1:].clamp(min=MIN_MASS)
         far = self.linear_weight(inputs.hidden_states)[..., None].to(wide) + mass.log()
         if self.only == "window":
             far = torch.full_like(far, -torch.inf)

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from supra.checkpoint.files import follow_umask
 from supra.errors import UserError
+from supra.mixers.base import current_name
 from supra.mixers.state_policy import Past
 from supra.model.attention import attention_modules
 from supra.model.cache import MixerLayer, belong_to, new_cache
@@ -31,7 +32,7 @@ from supra.model.modeling import SupraModel
 
 FORMAT = "supra_state"
 SAMPLES = 64  # numbers of a parameter that go into its checksum
-MOST_TOKENS = 2**53  # beyond it, positions are no longer exact in any of their dtypes
+MAX_TOKENS = 2**53  # beyond it, positions are no longer exact in any of their dtypes
 
 
 def fork_state(cache: Cache, copies: int = 1) -> Cache:
@@ -127,7 +128,8 @@ def _read(file: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = list(opened.keys())
+            tensors = {current_name(name): opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read as a state: {error}") from error
     if header.get("format") != FORMAT:
@@ -160,7 +162,7 @@ def _is_layer(layer: Any) -> bool:
     if not isinstance(layer, dict) or not isinstance(layer.get("state"), str):
         return False
     length = layer.get("length")
-    return type(length) is int and 1 <= length <= MOST_TOKENS
+    return type(length) is int and 1 <= length <= MAX_TOKENS
 
 
 def _check_tensors(

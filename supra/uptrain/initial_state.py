@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from supra.errors import UserError
 from supra.mixers import Mixer
+from supra.mixers.base import current_name
 from supra.model.attention import attention_modules
 from supra.model.cache import new_cache
 from supra.model.families import no_mixer
@@ -20,7 +21,7 @@ from supra.uptrain.config import UptrainConfig
 MOST_POSITIONS = 2**20
 # What noise can stand for, sums and the tokens of convolutions, and the axis whose entries have a
 # size each: the heads, and the channels. Kept keys, lengths and sums of weights it cannot.
-NOISY = {"memory": 1, "recent": 2}
+NOISY = {"memory": 1, "conv_state": 2}
 
 
 class InitialState:
@@ -93,6 +94,7 @@ class InitialState:
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        tensors = {current_name(name): x for name, x in tensors.items()}
         self.generator.set_state(tensors["generator"])
         lengths = [name for name in tensors if name.endswith(".length") and name.count(".") == 1]
         self.kept = [new_cache(len(self.mixers)) for _ in lengths]

@@ -123,10 +123,10 @@ def test_the_state_is_the_memory_alone_without_token_shift():
     inputs = mixer_inputs(SHAPE, 9)
     _, state = build()(inputs, return_state=True)
     assert state.memory.shape == (2, 6, 8, 7)
-    assert state.recent is None
+    assert state.conv_state is None
     _, state = build({"token_shift": True})(inputs, return_state=True)
     last = [getattr(inputs, n)[:, -1:].flatten(2) for n in ("value", "key", "query")]
-    assert torch.equal(state.recent, torch.cat([*last, inputs.hidden_states[:, -1:]], dim=-1))
+    assert torch.equal(state.conv_state, torch.cat([*last, inputs.hidden_states[:, -1:]], dim=-1))
 
 
 @pytest.mark.parametrize("token_shift", [False, True])

@@ -80,7 +80,15 @@ def filled(value, at=0):
     return change
 
 
-WITHOUT_TENSOR = ["0.memory", "0.recent", "1.key", "1.valid", "2.length", "2.sink_key", "3.memory"]
+WITHOUT_TENSOR = [
+    "0.memory",
+    "0.conv_state",
+    "1.key",
+    "1.valid",
+    "2.length",
+    "2.sink_key",
+    "3.memory",
+]
 OTHER_DTYPE = [("0.memory", torch.float64), ("0.memory", torch.bfloat16), ("1.key", torch.float16),
                ("1.valid", torch.int64), ("2.length", torch.int32), ("2.length", torch.float32),
                ("3.memory", torch.int32)]  # fmt: skip
@@ -91,12 +99,12 @@ OTHER_SHAPE = {
     "a head less": ("0.memory", lambda x: x[:, 1:]),
     "a feature less": ("3.memory", lambda x: x[..., 1:]),
     "one dimension less": ("0.memory", lambda x: x.flatten(1, 2)),
-    "one dimension more": ("0.recent", lambda x: x[..., None]),
+    "one dimension more": ("0.conv_state", lambda x: x[..., None]),
     "a number": ("2.length", lambda x: x[0]),
     "transposed": ("2.memory", lambda x: x.mT),
     "a place less": ("1.key", lambda x: x[:, 1:]),
     "a place more": ("1.value", lambda x: torch.cat([x, x[:, :1]], dim=1)),
-    "a tap less": ("0.recent", lambda x: x[:, 1:]),
+    "a tap less": ("0.conv_state", lambda x: x[:, 1:]),
 }
 DAMAGED = {
     **{f"no {n}": (lambda h, t, n=n: t.pop(n), f"{n} is missing") for n in WITHOUT_TENSOR},
@@ -233,6 +241,21 @@ def test_a_file_without_checksums_of_weights_loads(model, whole, tmp_path):
     copied = pickle.loads(pickle.dumps(load_state(whole, model)))
     save_state(copied, tmp_path / "copied")
     assert contents(tmp_path / "copied")[0].keys() == header.keys()
+
+
+@torch.no_grad()
+def test_a_file_with_the_field_names_of_earlier_versions_loads(model, whole, tmp_path):
+    header, tensors = contents(whole)
+    old = {"conv_state": "recent", "window_key": "recent_key", "window_value": "recent_value"}
+    renamed = {}
+    for name, x in tensors.items():
+        layer, field = name.split(".")
+        renamed[f"{layer}.{old.get(field, field)}"] = x
+    assert len(renamed.keys() - tensors.keys()) == 4
+    save_file(renamed, tmp_path / "state", header)
+    expected = model(TOKENS[:, :3], past_key_values=load_state(whole, model)).logits
+    found = model(TOKENS[:, :3], past_key_values=load_state(tmp_path / "state", model)).logits
+    assert torch.equal(found, expected)
 
 
 def test_the_file_is_as_open_as_any(whole):

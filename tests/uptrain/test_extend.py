@@ -236,12 +236,12 @@ def test_noise_is_as_large_as_the_states(teacher, name):
         for field, x in layer.state._asdict().items():
             if x is None:
                 continue
-            others = [n for n in range(x.dim()) if n != {"memory": 1, "recent": 2}[field]]
+            others = [n for n in range(x.dim()) if n != {"memory": 1, "conv_state": 2}[field]]
             found = getattr(drawn.state, field)
             assert found.shape[1:] == x.shape[1:] and found.dtype == x.dtype
             assert not torch.equal(found, getattr(other.layers[number].state, field))
             expected = x.square().mean(others).sqrt()
-            least = 64 * x.shape[1] if field == "recent" else 64 * x[0, 0].numel()
+            least = 64 * x.shape[1] if field == "conv_state" else 64 * x[0, 0].numel()
             error = 5 / least**0.5
             torch.testing.assert_close(
                 found.square().mean(others).sqrt(), expected, rtol=error, atol=1e-6
