@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from supra.kernels.checks import LOWEST_LOG_DECAY
+from supra.mixers.inputs import MixerInputs
 from supra.mixers.padding import pick, tokens_first
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, clamp_factors
 
@@ -32,13 +33,31 @@ class Row:
 Recurrence = Callable[[Tensors, Row], tuple[Tensor, Any]]
 
 
-def bounded(
-    recurrence: Recurrence, windowed: Recurrence, run: PolicyRun, tensors: Tensors, row: Row
+def run_documents(
+    recurrence: Recurrence,
+    windowed: Callable[[PolicyRun, Tensors, Row], tuple[Tensor, Any]],
+    inputs: MixerInputs,
+    tensors: Tensors,
+    state: Any,
+    return_state: bool,
 ) -> tuple[Tensor, Any]:
-    """The recurrence under run's policy; `windowed` is that over a window of tokens."""
+    """Run a recurrence over every document of a call, within the bounds of the call's policy.
+
+    `windowed` is the recurrence over a window of tokens. Packed documents come out in one row,
+    [1, B·T, …].
+    """
+    cu_seqlens = inputs.cu_seqlens if tensors[0].shape[1] > 1 else None
+    if cu_seqlens is not None:
+        tensors = [x if x is None or x.dim() == 1 else x.flatten(0, 1)[None] for x in tensors]
+    row = Row(state, return_state, inputs.padding_mask, cu_seqlens)
+    run = inputs.policy_run
+    if run is None or not run.policy.keeps_past:
+        return recurrence(tensors, row)
     if run.policy.window is None:
-        windowed = functools.partial(clamped, recurrence, run)
-    return padding_last(windowed, tensors, row)
+        bound = functools.partial(clamped, recurrence, run)
+    else:
+        bound = functools.partial(windowed, run)
+    return padding_last(bound, tensors, row)
 
 
 def padding_last(recurrence: Recurrence, tensors: Tensors, row: Row) -> tuple[Tensor, Any]:

@@ -20,7 +20,7 @@ from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.mixers.base import Mixer
-from supra.mixers.bounded import Row, Tensors, bounded, padding_last
+from supra.mixers.bounded import Row, Tensors, padding_last, run_documents
 from supra.mixers.gates import bounded_exp
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import rows_and_padding
@@ -268,17 +268,10 @@ def filter_documents(
         model = model | {"log_decay": log_decay, "weight": policy.scaled(model["weight"])}
     if inputs.watch is not None:
         inputs.watch(model["log_decay"].amax(-1))  # of the slowest mode
-    cu_seqlens = inputs.cu_seqlens if value.shape[1] > 1 else None
-    row = Row(state, return_state, inputs.padding_mask, cu_seqlens)
+    recurrence = functools.partial(padding_last, functools.partial(_filter, model))
+    windowed = functools.partial(_windowed, model)
     tensors = value, query, key
-    if cu_seqlens is not None:
-        tensors = [x if x is None else x.flatten(0, 1)[None] for x in tensors]
-    recurrence = functools.partial(_filter, model)
-    if policy is not None and policy.keeps_past:
-        window = functools.partial(_windowed, model, inputs.policy_run)
-        output, end = bounded(recurrence, window, inputs.policy_run, tensors, row)
-    else:
-        output, end = padding_last(recurrence, tensors, row)
+    output, end = run_documents(recurrence, windowed, inputs, tensors, state, return_state)
     return output.reshape(value.shape), end
 
 

@@ -14,7 +14,7 @@ from supra.kernels.gated_linear_attention import (
 )
 from supra.kernels.linear_attention import chunk_linear_attention, recurrent_linear_attention
 from supra.kernels.nonlinear_gated import chunk_nonlinear_gated, recurrent_nonlinear_gated
-from supra.mixers.bounded import Row, Tensors, bounded, windowed
+from supra.mixers.bounded import Row, Tensors, run_documents, windowed
 from supra.mixers.inputs import MixerInputs
 
 
@@ -57,10 +57,6 @@ def scan(
             log_decay = torch.where(_beside(inputs.padding_mask, log_decay), log_decay, 0.0)
     if inputs.watch is not None:
         inputs.watch(log_decay)
-    tensors = (query, *written, log_decay)
-    cu_seqlens = inputs.cu_seqlens if query.shape[1] > 1 else None
-    if cu_seqlens is not None:
-        tensors = [x if x is None or x.dim() == 1 else x.flatten(0, 1)[None] for x in tensors]
 
     def recurrence(tensors: Tensors, row: Row) -> tuple[Tensor, Any]:
         query, *written, log_decay = tensors
@@ -70,12 +66,9 @@ def scan(
         form = operation.recurrent if query.shape[1] == 1 else operation.chunk
         return form(query, *written, log_decay=log_decay, **given)
 
-    row = Row(state, return_state, inputs.padding_mask, cu_seqlens)
-    if policy is not None and policy.keeps_past:
-        window = functools.partial(windowed, recurrence, inputs.policy_run)
-        output, end = bounded(recurrence, window, inputs.policy_run, tensors, row)
-    else:
-        output, end = recurrence(tensors, row)
+    tensors = query, *written, log_decay
+    window = functools.partial(windowed, recurrence)
+    output, end = run_documents(recurrence, window, inputs, tensors, state, return_state)
     return output.reshape(*query.shape[:3], -1), end
 
 
