@@ -40,9 +40,10 @@ from supra.long_context.stream import (
 )
 from supra.long_context.words import COLLAPSES, GREW, KEEPS, STABLE, departure, harm, head_verdict
 from supra.losses.token_losses import next_token_nats
+from supra.mixers import MIXERS
 from supra.model.attention import attention_modules
 
-MIXERS = ("supra", "mamba2", "h3", "window", "rwkv", "gated_delta", "nonlinear_gated")
+NAMES = [name for name, mixer in MIXERS.items() if mixer.recurrent]
 WORDS = ("river", "stones", "model", "token", "memory", "state", "page", "bridge", "sea")
 
 
@@ -51,7 +52,7 @@ def folders(tmp_path_factory):
     """Students of a random teacher, and a text of 120 documents."""
     where = tmp_path_factory.mktemp("diagnose")
     testing.tiny_checkpoint(where / "teacher")
-    for name in MIXERS:
+    for name in NAMES:
         convert(str(where / "teacher"), where / name, mixer=name)
     convert(str(where / "teacher"), where / "hybrid", mixer="mamba2", keep_attention=[1])
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +126,7 @@ def test_pieces_end_at_marks():
     assert list(cuts(3, 4)) == [(0, 3)]
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "hybrid"])
+@pytest.mark.parametrize("name", [*NAMES, "hybrid"])
 def test_streaming_loss_is_that_of_one_pass(folders, name):
     model, tokens = load(folders, name).double(), random_tokens(157)
     reader, found = Reader(model), []
@@ -200,7 +201,7 @@ def test_a_gaussian_state_has_kurtosis_three():
     assert found.kurtosis.item() == pytest.approx(3, rel=0.02)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_states_are_by_attention_head(folders, name):
     model = load(folders, name)
     layers, reader = RecurrentLayers.of(model), Reader(model)
@@ -411,7 +412,7 @@ def test_plan_counts_the_tokens_that_are_read(folders):
         assert sum(read) == plan.steps
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "hybrid"])
+@pytest.mark.parametrize("name", [*NAMES, "hybrid"])
 def test_every_mixer(folders, name):
     found = run(folders, name, to=256)
     layers = 1 if name == "hybrid" else 2

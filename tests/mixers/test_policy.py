@@ -7,20 +7,27 @@ import pytest
 import torch
 
 from supra.errors import UserError
-from supra.mixers import AttentionShape, build_mixer
+from supra.mixers import MIXERS, AttentionShape, build_mixer, resolve_mixer
 from supra.mixers.state_policy import StatePolicy, clamp_factors, with_past
 from supra.testing import mixer_inputs
 
 UNGATED = {"output_gate": False}  # which is float32 whatever its inputs are
-SUMS = {  # mixers whose state is a weighted sum, without taps over several tokens
-    "supra": {},
-    "gated": UNGATED,
-    "hedgehog": {},  # nothing decays
-    "mamba2": {"conv_size": 1} | UNGATED,
-    "rwkv": UNGATED,
-    "h3": {"head_size": 1, "shift_size": 1, "d_state": 4} | UNGATED,
+OPTIONS = {  # without taps over several tokens
+    "mamba2": {"conv_size": 1},
+    "h3": {"head_size": 1, "shift_size": 1, "d_state": 4},
+    "window": {"size": 4, "sinks": 2},
 }
+PRESETS = ["gated", "hedgehog"]  # decays by token, and none
 SHAPE = AttentionShape(4, 2, 6, 6, 12)
+
+
+def take(field):
+    """The mixers with one state alone, on which this field of a policy acts."""
+    kinds = {name: x for name, x in MIXERS.items() if x.recurrent and not x.branches}
+    return [*(name for name, x in kinds.items() if field not in x.refuses), *PRESETS]
+
+
+SUMS, NORMED = take("window"), take("norm")
 POLICIES = {
     "scaled": StatePolicy(decay_scale=0.9, insert_scale=0.5),
     "window": StatePolicy(window=9),
@@ -32,8 +39,8 @@ POLICIES = {
 
 def make(name, options=None, seed=0):
     """A mixer in float64 with random parameters, so that decays differ by token and head."""
-    options = SUMS.get(name, {}) if options is None else options
-    mixer = build_mixer(name, SHAPE, options)
+    ungated = UNGATED if "output_gate" in resolve_mixer(name)[1] else {}
+    mixer = build_mixer(name, SHAPE, OPTIONS.get(name, {}) | ungated | (options or {}))
     mixer.reset_parameters()
     generator = torch.Generator().manual_seed(seed)
     for parameter in mixer.parameters():
@@ -63,7 +70,7 @@ def assert_close(found, expected, tolerance=1e-10):
 @pytest.mark.parametrize("name", [*SUMS, "window"])
 def test_pieces_padding_and_packing(name, policy):
     """Token by token, in pieces, padded and packed: what one row alone gives in one call."""
-    mixer = make(name, {"size": 4, "sinks": 2} | UNGATED if name == "window" else None)
+    mixer = make(name)
     plain = mixer(mixer_inputs(SHAPE, 61))[0]
     mixer.set_policy(policy, 0)
     inputs = mixer_inputs(SHAPE, 61)
@@ -117,9 +124,9 @@ def test_a_window_over_a_reset():
     assert_close(mixer(inputs)[0][:, :30], expected[:, :30])
 
 
-@pytest.mark.parametrize("name", [*SUMS, "gated_delta"])
+@pytest.mark.parametrize("name", NORMED)
 def test_neutral_policies_change_no_bit(name):
-    mixer, inputs = make(name, {} if name == "gated_delta" else None), mixer_inputs(SHAPE, 50)
+    mixer, inputs = make(name), mixer_inputs(SHAPE, 50)
     expected = mixer(inputs)[0]
     mixer.set_policy(StatePolicy(decay_scale=1.0, insert_scale=1.0), 0)
     assert torch.equal(mixer(inputs)[0], expected)
@@ -127,9 +134,9 @@ def test_neutral_policies_change_no_bit(name):
     assert torch.equal(mixer(inputs)[0], expected)
 
 
-@pytest.mark.parametrize("name", [*SUMS, "gated_delta"])
+@pytest.mark.parametrize("name", NORMED)
 def test_norms_stay_below_their_thresholds(name):
-    mixer = make(name, {} if name == "gated_delta" else None)
+    mixer = make(name)
     free = mixer(mixer_inputs(SHAPE, 48), return_state=True)[1].memory
     largest = free.reshape(2, 4 if free.shape[1] % 4 == 0 else 2, -1).norm(dim=-1).amin(0) / 2
     mixer.set_policy(StatePolicy(norm=(tuple(largest.tolist()),), norm_every=1), 0)
@@ -202,7 +209,7 @@ def test_what_is_no_policy(fields, message):
 
 
 def test_what_cannot_act():
-    mixer = make("gated_delta", {})
+    mixer = make("gated_delta")
     for policy in (StatePolicy(window=4), StatePolicy(insert_scale=0.5)):
         with pytest.raises(UserError, match=r"cannot act on layer 3 \(gated_delta\): "):
             mixer.set_policy(policy, 3)

@@ -13,22 +13,21 @@ from supra import testing
 from supra.conversion.convert import convert
 from supra.data.packing import block, collate
 from supra.losses.chunked import ScoredModel
+from supra.mixers import MIXERS
 from supra.model.cache import MixerLayer, new_cache
 from supra.uptrain.config import ExtendConfig, OptimizerConfig
 from supra.uptrain.end_to_end import EndToEnd
-from supra.uptrain.initial_state import InitialState
+from supra.uptrain.initial_state import NOISY, InitialState
 
 SEGMENTS, LENGTH = 3, 12  # of a row, and tokens of a segment
+OPTIONS = {"rwkv": {"token_shift": True}, "window": {"size": 5}}
+RECURRENT = [name for name, mixer in MIXERS.items() if mixer.recurrent]
 STUDENTS = {
-    "supra": ("supra", {}),
+    **{name: (name, OPTIONS.get(name, {})) for name in RECURRENT},
     "hedgehog": ("hedgehog", {}),  # with a normalizer in its state
-    "mamba2": ("mamba2", {}),
-    "h3": ("h3", {}),
-    "rwkv": ("rwkv", {"token_shift": True}),
-    "gated_delta": ("gated_delta", {}),
-    "window": ("window", {"size": 5}),
     "hybrid": ("supra", {}),
 }
+NOISE = [name for name in RECURRENT if {*MIXERS[name].State._fields} <= {*NOISY, "normalizer"}]
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +216,7 @@ def test_carried_states_by_micro_batch(teacher):
     assert [cache.get_seq_length() for cache in trained.initial_state.kept] == [tokens] * 2
 
 
-@pytest.mark.parametrize("name", ["supra", "mamba2", "h3", "rwkv", "gated_delta", "hybrid"])
+@pytest.mark.parametrize("name", [*NOISE, "hybrid"])
 def test_noise_is_as_large_as_the_states(teacher, name):
     model = student(name, teacher, torch.float32)
     trained, batch = objective(model, "noise"), rows(4)
@@ -236,7 +235,7 @@ def test_noise_is_as_large_as_the_states(teacher, name):
         for field, x in layer.state._asdict().items():
             if x is None:
                 continue
-            others = [n for n in range(x.dim()) if n != {"memory": 1, "conv_state": 2}[field]]
+            others = [n for n in range(x.dim()) if n != NOISY[field]]
             found = getattr(drawn.state, field)
             assert found.shape[1:] == x.shape[1:] and found.dtype == x.dtype
             assert not torch.equal(found, getattr(other.layers[number].state, field))
