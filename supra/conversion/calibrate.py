@@ -1,9 +1,9 @@
 """Starting values from the teacher's own attention, before any training step.
 
-One pass over some text shows every mixer its teacher's inputs, and what softmax attention made of
-them; see `supra.model.original`. A mixer chooses its own starting values (`Mixer.calibrate`). What
-it cannot reach, the output projection behind it can: it mixes heads and channels, and the weights
-that are best for the mixer's outputs are a linear least-squares problem.
+One pass over some text shows every mixer the inputs of the teacher's attention and its outputs; see
+`supra.model.original`. From these the mixer chooses its starting values (`Mixer.calibrate`). The
+output projection after the mixer can reduce the remaining error, because it mixes heads and
+channels. Its best weights for the mixer's outputs solve a linear least-squares problem.
 """
 
 from functools import partial
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from supra.errors import UserError
 from supra.model.original import original
 
-# how strongly the projection is held to its own weights, in mean squares of a mixer's output.
-# Infinity, which changes nothing, is among them.
+# Ridge penalties to try on the change of the projection, relative to the mean square of the mixer's
+# output. Infinity leaves the projection as it is.
 RIDGES = (0.01, 0.1, 1.0, torch.inf)
 
 
@@ -27,11 +27,11 @@ def calibrate(
 ) -> None:
     """Calibrate every mixer of a freshly converted model on tokens [B, T], in place.
 
-    Some thousand tokens suffice: a scale is one number estimated from all of them.
+    A few thousand tokens are enough, because each scale is one number estimated from all of them.
 
-    projections: also fit the output projections of the attention modules, of B >= 4 rows: three
-        quarters of them to fit, the others to choose how far to go. The model's weights are then
-        no longer the teacher's. Raises UserError for a family without such a linear layer.
+    projections: also fit the output projections of the attention modules. This needs B >= 4 rows:
+        three quarters fit the weights, the rest choose the ridge penalty. The projections then
+        differ from the teacher's. Raises UserError for a family without such a linear layer.
     """
     teacher, pairs = original(model)
     fitted: list[nn.Module] = []
@@ -46,7 +46,7 @@ def calibrate(
     if projections and not fitted:
         raise UserError(
             f"calibrate.projections: {model.config.base_model_type} has no linear output "
-            "projection to fit: set it to false"
+            "projection to fit: set calibrate.projections to false"
         )
 
 
@@ -58,16 +58,16 @@ def _fit_projection(
     kwargs: dict[str, Any],
     output: tuple[Tensor, ...],
 ) -> None:
-    """A forward hook of the teacher's attention module: the student's weights that come closest."""
-    projection, read, made = _output_projection(attention, args, kwargs)
+    """A forward hook of the teacher's attention module: fits the student's output projection."""
+    projection, inputs, outputs = _output_projection(attention, args, kwargs)
     if projection is None:
         return
-    fit = len(read) * 3 // 4
-    rest = (output[0] - made).float()  # what is missing
+    fit = len(inputs) * 3 // 4
+    missing = (output[0] - outputs).float()
     weight, best = torch.zeros_like(projection.weight, dtype=torch.float32), torch.inf
     for ridge in RIDGES:
-        change = ridge_regression(read[:fit], rest[:fit], ridge)
-        error = (rest[fit:] - read[fit:].float() @ change).square().sum()
+        change = ridge_regression(inputs[:fit], missing[:fit], ridge)
+        error = (missing[fit:] - inputs[fit:].float() @ change).square().sum()
         if error < best:
             weight, best = change.mT, error
     projection.weight += weight
@@ -75,7 +75,10 @@ def _fit_projection(
 
 
 def ridge_regression(x: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """W [D, E] of least |y − xW|² + ridge · |x|² / D · |W|², of x [..., D] and y [..., E]."""
+    """The W [D, E] that minimises |y − xW|² + ridge · |x|² / D · |W|².
+
+    x: [..., D]. y: [..., E]. An infinite ridge gives W = 0.
+    """
     x, y = (z.flatten(0, -2).double() for z in (x, y))
     square = x.mT @ x
     if ridge == torch.inf:
@@ -87,9 +90,9 @@ def ridge_regression(x: Tensor, y: Tensor, ridge: float) -> Tensor:
 def _output_projection(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Linear | None, Tensor | None, Tensor]:
-    """The linear layer whose output the attention module returns, what it reads, and that output.
+    """The linear layer whose output the attention module returns, its inputs, and its outputs.
 
-    None for families that do more with it, or have a layer of another kind there.
+    The layer is None for families that return something else, such as a normalised output.
     """
     calls = []
     hooks = [
@@ -97,10 +100,10 @@ def _output_projection(
         for module in attention.children()
         if isinstance(module, nn.Linear)
     ]
-    made = attention(*args, **kwargs)[0]
+    returned = attention(*args, **kwargs)[0]
     for hook in hooks:
         hook.remove()
-    for module, (read,), output in calls:
-        if output is made:
-            return module, read, made
-    return None, None, made
+    for module, (inputs,), output in calls:
+        if output is returned:
+            return module, inputs, output
+    return None, None, returned

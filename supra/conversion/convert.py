@@ -1,50 +1,41 @@
-"""Convert a pretrained transformer into a recurrent network: plan, stream, write, account.
+"""Convert a pretrained transformer into a recurrent network.
 
     supra convert --model <hub id, folder or GGUF file> --out ./rnn
 
-Tensors pass one at a time from the old checkpoint to the new; the folder appears when it is whole.
+Tensors are copied one at a time, so the model need not fit into memory. The new folder appears
+only when it is complete.
 """
 
-import copy
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from supra.checkpoint.card import write_card
 from supra.checkpoint.checksums import checksum
 from supra.checkpoint.config_rules import check_generation_config, meta_model
-from supra.checkpoint.conversion_report import ConversionReport, TensorFate
+from supra.checkpoint.conversion_report import ConversionReport
 from supra.checkpoint.files import check_space, check_vacant, staged_folder
 from supra.checkpoint.opening import Checkpoint, find_checkpoint
 from supra.checkpoint.untrusted import LICENSE_FILES, TOKENIZER_FILES, copy_data, drop_code
-from supra.checkpoint.weights import (
-    FolderReader,
-    ModuleReader,
-    ShardWriter,
-    TensorSpec,
-    check_fits,
-    model_names,
-    tied_names,
-)
+from supra.checkpoint.weights import FolderReader, ModuleReader, ShardWriter, model_names
 from supra.conversion.layer_choice import (
-    dearest,
+    costliest,
     evenly_spaced,
     layer_costs,
     read_blocks,
     read_share,
 )
+from supra.conversion.plan import Plan, check_family, plan_conversion, plan_layers, short_name
+from supra.conversion.tensors import converted_tensors, load_converted
 from supra.errors import UserError
-from supra.mixers import NEW_PARAMETERS, MixerInputs, float32_at_least, resolve_mixer
+from supra.mixers import MixerInputs, resolve_mixer
 from supra.model.attention import attention_modules
-from supra.model.auto import converted_config
-from supra.model.families import FAMILIES, refusal
 from supra.model.remote_code import write_shim
 
 
@@ -66,21 +57,24 @@ def convert(
     """Write the converted checkpoint of `model` into the folder `out`.
 
     Args:
-        model: hub id, folder with safetensors, or GGUF file of a causal language model.
-        mixer: a name of MIXERS or PRESETS, for all layers but those in `keep_attention`.
-        options: options of that mixer; what is left out takes its default.
-        keep_attention: numbers of the layers that keep softmax attention; −1 is the last. A float
-            is a share of the layers, evenly spaced. "auto:0.25" is the share whose conversion
-            costs most on `text`; then the model is loaded whole.
-        text: file, folder, glob or name on the hub of the text that costs are measured on.
-        text_field: of a record of that text.
-        dtype: of the inherited tensors; None keeps theirs. New parameters are float32.
-        seed: of random starting values.
-        shard_bytes: size of one safetensors file at the most.
-        revision: of a hub id.
-        progress: show a bar.
+        model: a causal language model: a hub id, a folder with safetensors, or a GGUF file.
+        out: the new folder; it must be missing or empty.
+        mixer: a name in MIXERS or PRESETS, for all layers except those in `keep_attention`.
+        options: options of that mixer; the others keep their defaults.
+        keep_attention: indices of the layers that keep softmax attention; −1 is the last layer. A
+            float is a share of the layers, evenly spaced. "auto:0.25" keeps attention in the
+            quarter of the layers whose conversion costs most on `text`; the whole model is then
+            loaded into memory.
+        text: the text to measure those costs on: a file, a folder, a glob or a hub data set.
+        text_field: the field of a record that holds its text.
+        dtype: dtype of the inherited tensors; None keeps each tensor's own. New parameters are
+            float32.
+        seed: seed of the random starting values.
+        shard_bytes: maximum size of one safetensors file.
+        revision: revision of the hub id.
+        progress: show a progress bar.
 
-    Raises UserError, and leaves no folder, for anything that a user can get wrong.
+    Raises UserError for a user's mistake, and then leaves no folder behind.
     """
     out = Path(out).expanduser()
     mixer, options = resolve_mixer(mixer, options)
@@ -91,16 +85,13 @@ def convert(
         raise UserError(f"seed (={seed}) must be from 0 to 2**63 - 1")
     share, ranked = read_share(keep_attention, text)
     checkpoint = find_checkpoint(str(model), revision)
-    base = checkpoint.config()
-    with checkpoint.named():
-        check_generation_config(checkpoint.folder)
-    check_family(base)
+    base = _base_config(checkpoint)
     count = base.num_hidden_layers
     if share is not None:
         keep_attention = () if ranked else evenly_spaced(count, share)
     layers = plan_layers(count, mixer, keep_attention)
     if ranked or checkpoint.gguf_file is not None:
-        # a GGUF file's tokenizer is read before the weights, which free the parsed file
+        # reading the weights frees a parsed GGUF file, so its tokenizer is read first
         tokenizer = checkpoint.tokenizer()
     blocks = read_blocks(tokenizer, text, text_field) if ranked else []
     reader = open_weights(checkpoint, base)
@@ -109,7 +100,7 @@ def convert(
     costs = []
     if ranked:
         costs = layer_costs(load_converted(plan, seed, progress), blocks, progress)
-        layers = plan_layers(count, mixer, dearest(costs, share))
+        layers = plan_layers(count, mixer, costliest(costs, share))
         plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
     report = ConversionReport(
         teacher=public_name(checkpoint),
@@ -131,60 +122,18 @@ def convert(
     return report
 
 
-class Plan(NamedTuple):
-    """A conversion before any tensor is read."""
-
-    reader: FolderReader | ModuleReader
-    config: PreTrainedConfig
-    student: PreTrainedModel  # without memory
-    fates: list[TensorFate]
-
-
-def plan_conversion(
-    reader: FolderReader | ModuleReader,
-    base: PreTrainedConfig,
-    layers: list[str],
-    options: dict[str, dict[str, Any]],
-    dtype: torch.dtype | None,
-) -> Plan:
-    """The plan for these mixers, one a layer. Raises UserError as `plan_tensors` does."""
-    config = converted_config(base, layers, options)
-    student = meta_model(config)
-    fates = plan_tensors(reader, student, dtype)
-    config.dtype = dtype or main_dtype(reader.specs)
-    return Plan(reader, config, student, fates)
-
-
-def check_family(config: PreTrainedConfig) -> None:
-    """Raise UserError unless the config is of a family that converts."""
-    if config.model_type == "supra":
-        raise UserError("the model is a converted one already: convert its teacher instead")
-    if config.model_type not in FAMILIES:
-        raise UserError(refusal(config.model_type))
-    if getattr(config, "quantization_config", None) is not None and not is_gguf(config):
-        raise UserError("quantised checkpoints do not convert: take the original weights")
-
-
-def is_gguf(config: PreTrainedConfig) -> bool:
-    """Whether the config came with a GGUF file, whose blocks are unpacked on the way."""
-    method = getattr(config.quantization_config, "quant_method", None)
-    return "gguf" in str(method).lower()
-
-
-def plan_layers(count: int, mixer: str, keep_attention: Iterable[int]) -> list[str]:
-    """The mixer of each of `count` layers."""
-    layers = [mixer] * count
-    for layer in keep_attention:
-        if not -count <= layer < count:
-            raise UserError(
-                f"keep_attention names layer {layer}: the model has layers 0 to {count - 1}"
-            )
-        layers[layer] = "softmax"
-    return layers
+def _base_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The original model's config. Raises UserError when the model cannot be converted."""
+    base = checkpoint.config()
+    with checkpoint.named():
+        check_generation_config(checkpoint.folder)
+    check_family(base)
+    return base
 
 
 def public_name(checkpoint: Checkpoint) -> str:
-    """The hub id, or of a path the last part alone, since what names it may be published."""
+    """The hub id, or the last part of a local path: the model card, which may be published, shows
+    this name."""
     return checkpoint.hub_id or Path(os.path.abspath(checkpoint.name)).name
 
 
@@ -197,7 +146,8 @@ def command_line(
     dtype: torch.dtype | None,
     seed: int,
 ) -> str:
-    """The command of a conversion, every option spelt out; of paths the last part alone."""
+    """The command that repeats the conversion. It names every option, but only the last part of
+    each path."""
     words = ["supra", "convert", "--model", public_name(checkpoint)]
     if checkpoint.revision is not None:
         words += ["--revision", checkpoint.revision]
@@ -207,13 +157,16 @@ def command_line(
     if kept := [str(n) for n, name in enumerate(layers) if name != mixer]:
         words += ["--keep-attention", ",".join(kept)]
     if dtype is not None:
-        words += ["--dtype", _short(dtype)]
+        words += ["--dtype", short_name(dtype)]
     return shlex.join([*words, "--seed", str(seed)])
 
 
 def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderReader | ModuleReader:
-    """A reader whose names are the model's. Files may carry older names, as GPT-NeoX's head does,
-    or parts that transformers fuses; then the model is loaded whole."""
+    """A reader that gives each tensor the name it has in the model.
+
+    Files may use older names, as GPT-NeoX's head does. When transformers fuses several stored
+    tensors into one parameter, the whole model is loaded into memory instead.
+    """
     if checkpoint.gguf_file is not None:
         return ModuleReader(checkpoint.model())
     checkpoint.fetch_weights()
@@ -225,110 +178,11 @@ def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderRead
     return reader
 
 
-def main_dtype(specs: dict[str, TensorSpec]) -> torch.dtype:
-    """The dtype of most of the values."""
-    sizes: dict[torch.dtype, int] = {}
-    for spec in specs.values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    return max(sizes, key=sizes.__getitem__)
-
-
-def plan_tensors(
-    reader: FolderReader | ModuleReader, student: PreTrainedModel, dtype: torch.dtype | None
-) -> list[TensorFate]:
-    """What becomes of every tensor: the old checkpoint's and the new ones.
-
-    Raises UserError when one is missing or has another shape than its config says.
-    """
-    wanted = student.state_dict()
-    tied = tied_names(student)
-    float32 = student._keep_in_fp32_modules_strict  # parts of names, such as a router's bias
-    fates = {}
-    for name, spec in reader.specs.items():
-        fate, note, kept = "copied", "", spec.dtype
-        if name in wanted and name not in tied:
-            check_fits(name, spec, wanted[name])
-        if name not in wanted:
-            fate, note = "dropped", "no parameter of the model"
-        elif name in tied:
-            if not torch.equal(reader.load(name), reader.load(tied[name])):
-                raise UserError(
-                    f"{name} differs from {tied[name]}, to which the config ties it: "
-                    "set tie_word_embeddings to false in its config.json"
-                )
-            fate, note = "dropped", f"tied to {tied[name]}"
-        elif (
-            dtype not in (None, spec.dtype)
-            and spec.dtype.is_floating_point
-            and not any(part in name for part in float32)
-        ):
-            fate, note, kept = "transformed", f"cast from {_short(spec.dtype)}", dtype
-        elif name != reader.sources[name]:
-            fate, note = "transformed", f"renamed from {reader.sources[name]}"
-        fates[name] = TensorFate(name, fate, spec.shape, _short(kept), note)
-    known = {*fates, *tied}
-    missing = [name for name in wanted if name not in known and NEW_PARAMETERS not in name]
-    if missing:
-        raise UserError(
-            f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]}: the "
-            "download is incomplete, or weights and config do not belong together"
-        )
-    for name, tensor in wanted.items():
-        if NEW_PARAMETERS in name:
-            fates[name] = TensorFate(name, "new", tuple(tensor.shape), "float32")
-    return list(fates.values())
-
-
-def converted_tensors(plan: Plan, seed: int, bar: str | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the converted model, one at a time; `bar` is the progress bar's name."""
-    inherited = [x for x in plan.fates if x.fate in ("copied", "transformed")]
-    for fate in tqdm(inherited, desc=bar, unit="tensor", disable=bar is None):
-        yield fate.name, _finite(fate, plan.reader.load(fate.name))
-    yield from new_tensors(plan.student, seed)
-
-
-def _finite(fate: TensorFate, tensor: Tensor) -> Tensor:
-    """The tensor in its new dtype. Raises UserError if it holds NaN or infinity."""
-    cast = tensor.to(getattr(torch, fate.dtype))
-    if not cast.isfinite().all():
-        if tensor.isfinite().all():
-            raise UserError(
-                f"tensor {fate.name} overflows in dtype {fate.dtype}: take bfloat16 or float32"
-            )
-        raise UserError(
-            f"tensor {fate.name} holds NaN or infinity, so the model cannot predict anything: take "
-            "another copy of its weights"
-        )
-    return cast
-
-
-def load_converted(plan: Plan, seed: int, progress: bool) -> PreTrainedModel:
-    """The converted model in memory, as it would be loaded from the folder."""
-    return type(plan.student).from_pretrained(
-        None,
-        config=plan.config,
-        dtype=plan.config.dtype,
-        state_dict=dict(converted_tensors(plan, seed, "load" if progress else None)),
-    )
-
-
-def new_tensors(student: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The starting values of every mixer, under their names in the checkpoint."""
-    names = {module: name for name, module in student.named_modules()}
-    for attention in attention_modules(student):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + attention.layer_idx)
-            mixer = copy.deepcopy(attention.mixer).float().to_empty(device="cpu")
-            with float32_at_least():
-                mixer.reset_parameters()
-        path = f"{names[attention]}.mixer"
-        yield from ((f"{path}.{name}", x) for name, x in mixer.state_dict().items())
-
-
 def carried_bytes(student: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of one sequence's state under weights of `dtype`: for good, and for every token more.
+    """Bytes of one sequence's state with weights of `dtype`: a constant part, and the growth per
+    token.
 
-    The mixers alone run, without memory, on one token and on two.
+    Only the mixers run, on the meta device: once on one token and once on two.
     """
     sizes = [0, 0]
     for attention in attention_modules(student):
@@ -355,7 +209,7 @@ def carried_bytes(student: PreTrainedModel, dtype: torch.dtype) -> tuple[int, in
 def write_small_files(
     folder: Path, checkpoint: Checkpoint, plan: Plan, report: ConversionReport
 ) -> None:
-    """All but the tensors and the tokenizer."""
+    """Write the report, the model card, the loading code and the config."""
     write_shim(folder)
     report.write(folder)
     write_card(
@@ -365,11 +219,11 @@ def write_small_files(
         hub_id=checkpoint.hub_id,
         state=carried_bytes(plan.student, plan.config.dtype),
     )
-    plan.config.save_pretrained(folder)  # last: a folder without it does not load
+    plan.config.save_pretrained(folder)  # last, because a folder without it does not load
 
 
 def copy_tokenizer(checkpoint: Checkpoint, base: PreTrainedConfig, folder: Path) -> None:
-    """The tokenizer, chat templates, generation config and licence, without code."""
+    """Copy the tokenizer, chat templates, generation config and licence, but no code."""
     if checkpoint.gguf_file is not None:
         checkpoint.tokenizer().save_pretrained(folder)
         drop_code(folder)
@@ -381,7 +235,3 @@ def copy_tokenizer(checkpoint: Checkpoint, base: PreTrainedConfig, folder: Path)
         Checkpoint(checkpoint.name, folder).tokenizer(config=base)  # raises if it does not load
     else:
         tqdm.write(f"{checkpoint.name} has no tokenizer: the converted model has none either")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What a model is made of: layers, parameters, and what it carries from token to token."""
+"""What a model consists of: layers, parameters, and the size of its state."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from supra.checkpoint.config_rules import meta_model
 from supra.checkpoint.conversion_report import describe_layers
-from supra.conversion.convert import check_family
+from supra.conversion.plan import check_family
 from supra.errors import UserError
 from supra.mixers import NEW_PARAMETERS
 from supra.model.state_size import state_bytes
@@ -15,7 +15,7 @@ from supra.model.state_size import state_bytes
 
 @dataclass(frozen=True)
 class Inspection:
-    """Parameters are numbers of values; states are bytes of one sequence, by context length."""
+    """`parameters` count values; `state_bytes` has the bytes of one sequence by context length."""
 
     family: str
     layers: list[str]
@@ -32,23 +32,24 @@ class Inspection:
         lines = [
             f"family:     {self.family}",
             f"layers:     {describe_layers(self.layers)}",
-            f"parameters: {self.parameters:,}, {self.new_parameters:,} of them new",
+            f"parameters: {self.parameters:,} ({self.new_parameters:,} new)",
         ]
         for name, options in self.options.items():
             if options:
                 listed = ", ".join(f"{key}={value}" for key, value in options.items())
                 lines.append(f"{name + ':':<11} {listed}")
         for context, size in self.state_bytes.items():
-            lines.append(f"state:      {size:,} bytes a sequence at {context:,} tokens")
+            lines.append(f"state:      {size:,} bytes per sequence at {context:,} tokens")
         if self.verified is not None:
-            lines.append(f"verified:   {self.verified:,} tensors are as they were written")
+            lines.append(f"verified:   {self.verified:,} tensors match their checksums")
         return lines
 
 
 def inspect_model(config: PreTrainedConfig, contexts: list[int]) -> Inspection:
-    """Look at a model, converted or not, without reading its weights.
+    """Inspect a model, converted or not, without reading its weights.
 
-    Raises UserError for a family that does not convert, and for a context below 1.
+    contexts: the context lengths to give the state's size for.
+    Raises UserError for a family that cannot be converted, and for a context below 1.
     """
     if config.model_type != "supra":
         check_family(config)

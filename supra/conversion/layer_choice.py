@@ -1,5 +1,7 @@
-"""Which layers of a hybrid keep softmax attention: a share of them, evenly spaced, or those whose
-conversion costs most, measured on some text."""
+"""Which layers of a hybrid keep softmax attention.
+
+Either an evenly spaced share of the layers, or the layers whose conversion costs most on a text.
+"""
 
 import math
 import re
@@ -21,74 +23,85 @@ from supra.mixers import build_mixer
 from supra.model.attention import attention_modules
 
 SEQUENCE_LENGTH = 512
-TOKENS = 8192  # that calibration sees, and as many others that the costs are measured on
+TOKENS = 8192  # for calibration, and as many again for measuring costs
 
 
 def read_share(
     keep_attention: Iterable[int] | float | str, text: str | None
 ) -> tuple[float | None, bool]:
-    """The share of the layers that is to keep attention, None for numbers of layers; and whether
-    their costs on `text` decide which."""
+    """The share of the layers that keeps attention, and whether their costs on `text` choose them.
+
+    The share is None when `keep_attention` gives the indices of the layers.
+    """
     share, ranked = keep_attention, isinstance(keep_attention, str)
     if ranked:
         auto, _, number = keep_attention.partition(":")
         if auto != "auto" or not number:
             raise UserError(
-                f"keep_attention (={keep_attention!r}) must be numbers of layers, a share of them, "
-                "or auto with a share, as auto:0.25"
+                f"keep_attention (={keep_attention!r}) must be layer indices, a share of the "
+                "layers, or auto with a share, such as auto:0.25"
             )
         share = parse_share(number)
         if text is None:
-            raise UserError(f"keep_attention (={keep_attention!r}) needs text to measure costs on")
+            raise UserError(
+                f"keep_attention (={keep_attention!r}) needs a text to measure costs on: give text"
+            )
     elif text is not None:
-        raise UserError(f"text (={text!r}) is read only with keep_attention auto, as auto:0.25")
+        raise UserError(
+            f"text (={text!r}) is only used when keep_attention is auto, such as auto:0.25: leave "
+            "it out"
+        )
     if not isinstance(share, float):
         return None, False
     if not 0 < share < 1:
         raise UserError(
-            f"keep_attention (={keep_attention}) as a share of the layers must be between 0 and 1"
+            f"keep_attention (={keep_attention}) is a share of the layers: it must be between 0 "
+            "and 1"
         )
     return share, ranked
 
 
 def parse_share(text: str) -> float:
-    """`"0.25"` or `"25%"` as 0.25."""
+    """0.25 for `"0.25"` or `"25%"`."""
     number = text.removesuffix("%")
     try:
         return float(number) / (100 if number != text else 1)
     except ValueError:
         raise UserError(
-            f"keep_attention: {text!r} is no share of the layers, as 0.25 or 25%"
+            f"keep_attention (={text!r}) must be a share of the layers, such as 0.25 or 25%"
         ) from None
 
 
 def kept_count(layers: int, share: float) -> int:
-    """How many of `layers` are that share: rounded, at least one."""
+    """The number of layers that `share` amounts to: rounded, at least one."""
     return max(1, round(share * layers))
 
 
 def evenly_spaced(layers: int, share: float) -> list[int]:
-    """The middle of each of n equal stretches, where n is that share of `layers`."""
+    """The indices of that share of the layers, evenly spaced.
+
+    The layers are divided into equal stretches, and the middle of each stretch is taken.
+    """
     count = kept_count(layers, share)
     return [(2 * number + 1) * layers // (2 * count) for number in range(count)]
 
 
-def dearest(costs: Sequence[float], share: float) -> list[int]:
-    """The layers with the highest costs, in order; of equal ones the lower."""
+def costliest(costs: Sequence[float], share: float) -> list[int]:
+    """The layers with the highest costs, in ascending order. A tie goes to the lower layer."""
     ranking = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
     return sorted(ranking[: kept_count(len(costs), share)])
 
 
 def read_blocks(tokenizer: PreTrainedTokenizerBase, text: str, text_field: str) -> list[Block]:
-    """Packed rows for calibration and as many for measuring; of a short text what there is."""
+    """Packed rows of text, half for calibration and half for measuring; fewer from a short text."""
     from supra.data.text import open_documents  # loads datasets, which takes a second
 
     documents = open_documents(text, text_field).epoch(0)
     blocks = blocks_from_text(tokenizer, documents, SEQUENCE_LENGTH, 2 * TOKENS)
     if len(blocks) < 2:
         raise UserError(
-            f"text (={text!r}) has fewer than {2 * SEQUENCE_LENGTH} tokens: half of it calibrates, "
-            "the other half measures"
+            f"text (={text!r}) must have at least {2 * SEQUENCE_LENGTH} tokens, half for "
+            "calibration and half for measuring: give a longer text"
         )
     return blocks
 
@@ -96,11 +109,12 @@ def read_blocks(tokenizer: PreTrainedTokenizerBase, text: str, text_field: str) 
 def layer_costs(
     model: PreTrainedModel, blocks: Sequence[Block], progress: bool = False
 ) -> list[float]:
-    """What converting each layer alone costs, in nats a token, after calibration.
+    """What it costs to convert each layer alone, in nats per token, after calibration.
 
     Args:
-        model: freshly converted, a mixer in every layer; its mixers are calibrated in place.
-        blocks: from `read_blocks`. The first half calibrates, the other measures.
+        model: a freshly converted model with a mixer in every layer. Its mixers are calibrated in
+            place.
+        blocks: from `read_blocks`; the first half is for calibration, the second for measuring.
     """
     if torch.cuda.is_available():
         model.to("cuda")
@@ -109,7 +123,7 @@ def layer_costs(
     calibrate(model, *(batch[name].to(model.device) for name in ("input_ids", "position_ids")))
     costs = divergences(model, blocks[half:], progress)
     if not all(map(math.isfinite, costs)):
-        raise not_finite("what a layer costs", model.dtype)
+        raise not_finite("the cost of a layer", model.dtype)
     return costs
 
 
@@ -117,10 +131,10 @@ def layer_costs(
 def divergences(
     model: PreTrainedModel, blocks: Sequence[Block], progress: bool = False
 ) -> list[float]:
-    """KL(teacher || teacher with one layer converted), by layer: the mean over predicted tokens.
+    """For each layer, KL(teacher || teacher with this layer converted): the mean over predictions.
 
-    The teacher is `model` with softmax attention in the place of every mixer. Layers below the
-    converted one return what they returned to the teacher, which halves the work.
+    The teacher is `model` with softmax attention in place of every mixer. Layers below the
+    converted one repeat the outputs that they gave in the teacher's pass, which halves the work.
     """
     attentions = sorted(attention_modules(model), key=lambda attention: attention.layer_idx)
     layers = [decoder_layer(model, attention) for attention in attentions]
@@ -152,14 +166,15 @@ def divergences(
 
 
 def decoder_layer(model: nn.Module, attention: nn.Module) -> nn.Module:
-    """The layer that an attention module is part of: `model.layers.3` of `….3.self_attn`."""
+    """The decoder layer that contains an attention module: `model.layers.3` for
+    `model.layers.3.self_attn`."""
     path = next(name for name, module in model.named_modules() if module is attention)
     return model.get_submodule(re.match(r".*?\.\d+(?=\.)", path)[0])
 
 
 @contextmanager
 def _recorded(layers: Iterable[nn.Module]) -> Iterator[list[Any]]:
-    """Collects what each of these layers returns."""
+    """Inside, collect the outputs of these layers."""
     outputs = []
     hooks = [
         layer.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -174,7 +189,7 @@ def _recorded(layers: Iterable[nn.Module]) -> Iterator[list[Any]]:
 
 @contextmanager
 def _replayed(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Lets layers return what was recorded, without computing anything."""
+    """Inside, these layers return the recorded outputs and compute nothing."""
     for layer, output in zip(layers, outputs, strict=False):
         layer.forward = lambda *args, output=output, **kwargs: output
     try:

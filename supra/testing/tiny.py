@@ -1,4 +1,4 @@
-"""Tiny tokenizers, checkpoints and inputs, for tests of supra and of what builds on it."""
+"""Tiny tokenizers, checkpoints and inputs, random and seeded."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra.checkpoint.weights import ModuleReader
-from supra.conversion.convert import load_converted, plan_conversion, plan_layers
+from supra.conversion.plan import plan_conversion, plan_layers
+from supra.conversion.tensors import load_converted
 from supra.data.synthetic import (
     LANGUAGES,
     AssociativeRecall,
@@ -54,8 +55,8 @@ _TEXT = [
 def tiny_tokenizer(folder: str | Path, template: str = "$A") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most 300 tokens, for any text; saved in `folder`.
 
-    template: what it puts around a text, such as "<bos> $A". Special tokens in it are added to the
-    vocabulary; "<|endoftext|>" is always there, as bos, eos and pad.
+    template: the special tokens around a text, such as "<bos> $A"; they are added to the
+        vocabulary. "<|endoftext|>" is always in it, as bos, eos and pad token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -80,7 +81,7 @@ def tiny_tokenizer(folder: str | Path, template: str = "$A") -> PreTrainedTokeni
     return wrapped
 
 
-# Under the names of all families; a config takes those that it knows
+# Under the names of all families; a config takes the fields that it knows.
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -92,7 +93,7 @@ _SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 512,
     "sliding_window": 9,
-    # outputs of the usual 0.02 are so near to zero that a wrong one looks right
+    # With the usual 0.02, outputs would be so close to zero that wrong ones would look right.
     "initializer_range": 0.2,
     "bos_token_id": 0,
     "eos_token_id": 0,
@@ -131,9 +132,10 @@ _FAMILY_SIZES = {
 
 
 def tiny_config(family: str = "llama", **overrides):
-    """A two-layer config of `family`: 6 heads of size 8, over 2 key-value heads where it can.
+    """A two-layer config of `family`: 6 heads of size 8, with 2 key-value heads if it supports
+    that.
 
-    The layers are of different kinds if the family has such.
+    The layers are of different kinds if the family has several kinds.
     """
     config_class = CONFIG_MAPPING[family]
     default = config_class()
@@ -152,8 +154,8 @@ def tiny_checkpoint(
 ) -> PreTrainedModel:
     """A random model of `tiny_config(family, **overrides)`, saved with a tokenizer in `folder`.
 
-    Biases and weights of norms are random too: at zeros and ones they would commute with what they
-    must not.
+    Biases and norm weights are random too. With zeros and ones, a wrong order of operations would
+    give the same result.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -169,8 +171,8 @@ def tiny_checkpoint(
 def untrained_model(
     config: PreTrainedConfig, mixer: str, options: dict | None = None, *, seed: int = 0
 ) -> PreTrainedModel:
-    """A model of `config` with `mixer` in every layer: transformers' own starting values, converted
-    as any checkpoint is. Raises UserError for what conversion refuses."""
+    """A model of `config` with `mixer` in every layer: transformers' random starting values,
+    converted like any checkpoint. Raises UserError where conversion does."""
     mixer, options = resolve_mixer(mixer, options)
     layers = plan_layers(config.num_hidden_layers, mixer, ())
     with torch.random.fork_rng(devices=[]):
@@ -181,11 +183,12 @@ def untrained_model(
 
 
 def future_gradient(model: PreTrainedModel, tokens: int, *, seed: int = 0) -> float:
-    """How much outputs depend on later tokens: the largest gradient with respect to an embedding
-    after the output's own place, over the largest at or before it.
+    """How much outputs depend on later tokens.
 
-    Zero for a causal model, or as small as the rounding of an FFT in it. A model that is not causal
-    reads answers off the rows that it is trained on. At most 16 places of one row are tried.
+    This is the largest gradient with respect to an embedding after the output's position, divided
+    by the largest one at or before it. It is zero for a causal model, or as small as the rounding
+    of an FFT. A model that is not causal can read the answers from the rows it is trained on. At
+    most 16 positions of one row are tried.
     """
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(1, tokens, model.config.hidden_size, generator=generator)

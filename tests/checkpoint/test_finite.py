@@ -59,7 +59,7 @@ def test_convert_refuses_the_tensor(home, kind, tmp_path, capsys):
 def test_convert_refuses_a_dtype_that_overflows(home, tmp_path, capsys):
     arguments = ["--model", home / "base-huge", "--out", tmp_path / "rnn", "--dtype", "float16"]
     line = refused(capsys, "convert", *arguments)
-    assert "tensor lm_head.weight overflows in dtype float16: take bfloat16 or float32" in line
+    assert "tensor lm_head.weight overflows in dtype float16: use bfloat16 or float32" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -174,12 +174,12 @@ def test_layers_that_cannot_be_kept(folders, tmp_path, capsys):
     for share in ("0.0", "1.0", "1.5", "-0.25", "100%", "nan%"):
         assert "must be between 0 and 1" in convert_fails(share)
     assert "between 0 and 1" in convert_fails("auto:25", *text)
-    assert "'3.5,7' is no share of the layers" in convert_fails("3.5,7")
-    assert "as auto:0.25" in convert_fails("auto", *text)
+    assert "(='3.5,7') must be a share of the layers" in convert_fails("3.5,7")
+    assert "such as auto:0.25" in convert_fails("auto", *text)
     assert "integers with commas" in convert_fails("most", *text)
-    assert "needs text" in convert_fails("auto:0.25")
-    assert "read only with keep_attention auto" in convert_fails("0.25", *text)
-    assert "read only with keep_attention auto" in convert_fails("1", *text)
+    assert "needs a text" in convert_fails("auto:0.25")
+    assert "only used when keep_attention is auto" in convert_fails("0.25", *text)
+    assert "only used when keep_attention is auto" in convert_fails("1", *text)
     assert "no such file" in convert_fails("auto:0.25", "--text", tmp_path / "none.txt")
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ from supra.testing import tiny_config
 
 
 def converted(mixer, layers=3, keep=()):
-    """A random teacher with its weights under that mixer."""
+    """A random teacher, and a student with its weights and that mixer."""
     config = tiny_config("llama", num_hidden_layers=layers)
     name, options = resolve_mixer(mixer)
     names = ["softmax" if layer in keep else name for layer in range(layers)]
@@ -57,11 +57,11 @@ def test_every_layer_comes_closer_to_its_teacher(batch):
     calibrate(student, *batch)
     after = errors(teacher, student, batch[0])
     assert all(new < 0.9 * old for new, old in zip(after, before, strict=True))
-    assert max(after) < 1, "nothing at all would be closer"
+    assert max(after) < 1, "zeros would be closer to the teacher"
 
 
 def test_scale_is_the_least_squares_solution(batch):
-    """No factor on any channel does better on the text that it was chosen on."""
+    """On the text that it was fitted to, no other scale has a smaller error."""
     _, student = converted("supra", layers=1)
     mixer = attention_modules(student)[0].mixer
     seen = {}
@@ -94,7 +94,7 @@ def test_scale_is_the_least_squares_solution(batch):
 
 
 def test_scales_are_of_order_one(batch):
-    """A rate suits them only if they are as large as what else it moves."""
+    """One learning rate serves all parameters only if they are of similar size."""
     _, student = converted("supra")
     calibrate(student, *batch)
     for attention in attention_modules(student):
@@ -137,7 +137,7 @@ def test_a_family_without_linear_projections_has_none_to_fit():
 
 @pytest.mark.parametrize("mixer", ["hedgehog", "gated", "gated_delta"])
 def test_projections_come_closer_still(mixer):
-    """And no layer loses by it; what calibration moves is then theirs as well."""
+    """Fitting the projections reduces the error further, and no layer's error grows."""
     teacher, student = converted(mixer)
     batch = torch.randint(300, (16, 80)), torch.arange(80).expand(16, -1)
     calibrate(student, *batch)

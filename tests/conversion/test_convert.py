@@ -1,4 +1,4 @@
-"""Conversion accounts for every tensor, and leaves a whole folder or none."""
+"""Conversion accounts for every tensor, and leaves a complete folder or none."""
 
 import json
 import os
@@ -140,8 +140,9 @@ def text(tmp_path_factory):
     return str(file)
 
 
-def test_auto_keeps_the_dearest(tmp_path, text):
-    """A layer whose attention adds nothing costs nothing and goes first; a loud one stays."""
+def test_auto_keeps_the_costliest(tmp_path, text):
+    """A layer whose attention adds nothing costs nothing and is converted first. The layer with the
+    largest output keeps attention."""
     teacher = tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
     for layer, scale in zip(teacher.model.layers, (0.02, 0, 4), strict=True):
         layer.self_attn.o_proj.weight.data *= scale
@@ -165,8 +166,8 @@ def test_auto_keeps_the_dearest(tmp_path, text):
     assert written["layer_costs"] == few.layer_costs
 
 
-def test_auto_changes_the_choice_alone(base, tmp_path, text):
-    """What is written is what naming these layers writes, as the report's command does."""
+def test_auto_only_chooses_layers(base, tmp_path, text):
+    """Naming the chosen layers, as the report's command does, writes the same files."""
     report = convert(base, tmp_path / "auto", keep_attention="auto:0.3", text=text)
     (kept,) = [layer for layer, name in enumerate(report.layers) if name == "softmax"]
     assert f"--keep-attention {kept} " in report.command
@@ -185,8 +186,8 @@ def test_auto_reads_another_field(base, tmp_path, text):
 def test_auto_needs_a_tokenizer_and_text(base, broken, tmp_path, text):
     out = tmp_path / "rnn"
     fails("does not load", broken, out, keep_attention="auto:0.3", text=text)
-    fails("needs text", base, out, keep_attention="auto:0.3")
-    fails("read only with keep_attention auto", base, out, keep_attention=0.3, text=text)
+    fails("needs a text", base, out, keep_attention="auto:0.3")
+    fails("only used when keep_attention is auto", base, out, keep_attention=0.3, text=text)
     fails("between 0 and 1", base, out, keep_attention=1.0)
 
 
@@ -227,7 +228,7 @@ def broken(base, tmp_path):
 
 
 def fails(match, model, out, **arguments):
-    """Conversion fails with that message and leaves nothing beside what was there."""
+    """Conversion fails with that message and leaves no new file."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError, match=match):
         convert(str(model), out, **arguments)
@@ -291,7 +292,7 @@ def test_a_damaged_index(broken, tmp_path, content):
 
 
 def test_a_folder_with_a_single_file_and_an_index(base, broken, tmp_path):
-    """The single file counts, for us as for transformers."""
+    """The single file is read, as in transformers."""
     tensors = tensors_of(base)
     tensors["model.norm.weight"] += 1
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
@@ -369,7 +370,7 @@ def test_pickled_weights_are_not_opened(base, tmp_path):
 
 @pytest.mark.parametrize("family", ["bert", "t5", "mamba", "bloom", "gemma3", "qwen3_next"])
 def test_unsupported_family(family, tmp_path):
-    """Encoder-only, encoder-decoder, without attention, of another kind, composite, in part."""
+    """Encoder, encoder-decoder, no attention, unsupported attention, several models, a hybrid."""
     AutoConfig.for_model(family).save_pretrained(tmp_path / "model")
     match = f"model_type '{family}' does not convert: .*docs/families.md"
     fails(match, tmp_path / "model", tmp_path / "rnn")
@@ -377,7 +378,7 @@ def test_unsupported_family(family, tmp_path):
 
 def test_converted_already(base, tmp_path):
     convert(str(base), tmp_path / "rnn")
-    fails("converted one already", tmp_path / "rnn", tmp_path / "again")
+    fails("already converted", tmp_path / "rnn", tmp_path / "again")
 
 
 def test_layers_out_of_range(base, tmp_path):
@@ -391,7 +392,7 @@ def test_occupied_output_folder(base, tmp_path):
     assert (tmp_path / "rnn" / "precious").read_text() == "mine"
 
 
-def test_an_empty_output_folder_is_taken(base, tmp_path):
+def test_an_empty_output_folder_is_used(base, tmp_path):
     (tmp_path / "rnn").mkdir()
     convert(str(base), tmp_path / "rnn")
     assert (tmp_path / "rnn" / "config.json").is_file()
@@ -403,8 +404,8 @@ def test_disk_too_small(base, tmp_path, monkeypatch):
     fails("0.0 GB free: make room", base, tmp_path / "rnn")
 
 
-def test_disk_full_on_the_way(base, tmp_path, monkeypatch):
-    """The second shard does not fit: nothing stays."""
+def test_the_disk_fills_up(base, tmp_path, monkeypatch):
+    """The second shard does not fit: no file is left."""
     flush = ShardWriter._flush
 
     def full(self):
@@ -445,7 +446,7 @@ convert({str(base)!r}, {str(tmp_path / "rnn")!r}, shard_bytes=1)
 
 
 def test_only_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
-    """A tensor is read when the one before it has been handed on."""
+    """Each tensor is written before the next one is read."""
     tiny_checkpoint(tmp_path / "base")
     order = []
     load, add = supra.conversion.convert.FolderReader.load, ShardWriter.add

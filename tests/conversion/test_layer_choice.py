@@ -10,7 +10,7 @@ from supra.checkpoint.opening import find_checkpoint
 from supra.conversion import layer_choice
 from supra.conversion.calibrate import calibrate
 from supra.conversion.layer_choice import (
-    dearest,
+    costliest,
     divergences,
     evenly_spaced,
     layer_costs,
@@ -48,8 +48,8 @@ def test_a_share_is_evenly_spaced(layers, share, kept):
 
 
 def test_spacing_is_as_even_as_can_be():
-    """Gaps differ by one layer at most, and as much is left out before the first as after the
-    last."""
+    """Gaps differ by at most one layer, and the margins before the first kept layer and after the
+    last differ by at most one."""
     for layers in range(2, 40):
         for count in range(1, layers):
             kept = evenly_spaced(layers, count / layers)
@@ -68,8 +68,8 @@ def test_spacing_is_as_even_as_can_be():
         ([0.0, 0.0, 0.0], 0.67, [0, 1]),
     ],
 )
-def test_the_dearest_in_order(costs, share, kept):
-    assert dearest(costs, share) == kept
+def test_the_costliest_in_order(costs, share, kept):
+    assert costliest(costs, share) == kept
 
 
 @pytest.mark.parametrize(
@@ -83,20 +83,20 @@ def test_share_in_words(text, share):
 @pytest.mark.parametrize(
     ("keep_attention", "text", "match"),
     [
-        (0.0, None, r"\(=0.0\) as a share of the layers must be between 0 and 1"),
-        (1.0, None, r"\(=1.0\) as a share"),
-        (-0.5, None, r"\(=-0.5\) as a share"),
-        (float("nan"), None, r"\(=nan\) as a share"),
-        ("auto:1.5", "a.txt", r"\(=auto:1.5\) as a share"),
-        ("auto:100%", "a.txt", "as a share"),
-        ("auto:much", "a.txt", "'much' is no share of the layers, as 0.25 or 25%"),
-        ("auto", "a.txt", "or auto with a share, as auto:0.25"),
-        ("auto:", "a.txt", "or auto with a share, as auto:0.25"),
-        ("3,7", None, r"\(='3,7'\) must be numbers of layers"),
-        ("auto:0.25", None, r"\(='auto:0.25'\) needs text"),
-        (0.25, "a.txt", r"text \(='a.txt'\) is read only with keep_attention auto"),
-        ([1], "a.txt", "is read only with keep_attention auto"),
-        ((), "a.txt", "is read only with keep_attention auto"),
+        (0.0, None, r"\(=0.0\) is a share of the layers: it must be between 0 and 1"),
+        (1.0, None, r"\(=1.0\) is a share"),
+        (-0.5, None, r"\(=-0.5\) is a share"),
+        (float("nan"), None, r"\(=nan\) is a share"),
+        ("auto:1.5", "a.txt", r"\(=auto:1.5\) is a share"),
+        ("auto:100%", "a.txt", "is a share"),
+        ("auto:much", "a.txt", r"\(='much'\) must be a share of the layers, such as 0.25 or 25%"),
+        ("auto", "a.txt", "or auto with a share, such as auto:0.25"),
+        ("auto:", "a.txt", "or auto with a share, such as auto:0.25"),
+        ("3,7", None, r"\(='3,7'\) must be layer indices"),
+        ("auto:0.25", None, r"\(='auto:0.25'\) needs a text"),
+        (0.25, "a.txt", r"text \(='a.txt'\) is only used when keep_attention is auto"),
+        ([1], "a.txt", "is only used when keep_attention is auto"),
+        ((), "a.txt", "is only used when keep_attention is auto"),
     ],
 )
 def test_choices_that_make_no_sense(keep_attention, text, match):
@@ -105,7 +105,7 @@ def test_choices_that_make_no_sense(keep_attention, text, match):
 
 
 def converted(family="llama"):
-    """A random model under `supra` in every layer."""
+    """A random model with the mixer `supra` in every layer."""
     config = tiny_config(family, num_hidden_layers=LAYERS)
     name, options = resolve_mixer("supra")
     torch.manual_seed(4)
@@ -177,7 +177,7 @@ def test_the_first_half_calibrates_and_the_second_measures(blocks):
 
 
 def test_layers_below_are_not_computed_again(blocks):
-    """Of L layers the teacher runs all, and the model with layer n converted runs n to L − 1."""
+    """The teacher runs all L layers; the model with layer n converted runs layers n to L − 1."""
     model, calls = converted(), []
     for attention in attention_modules(model):
         attention.register_forward_hook(lambda module, *_: calls.append(module.layer_idx))
@@ -187,8 +187,8 @@ def test_layers_below_are_not_computed_again(blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_that_says_nothing_costs_nothing(dtype, blocks):
-    """Its output projection is zero; that of another layer is large, and it costs most."""
+def test_a_layer_without_output_costs_nothing(dtype, blocks):
+    """One layer's output projection is zero. Another's is large, and that layer costs most."""
     model = scaled(0.02, 0, 4, 1)
     for name, parameter in model.named_parameters():
         if ".mixer." not in name:
@@ -197,8 +197,8 @@ def test_a_layer_that_says_nothing_costs_nothing(dtype, blocks):
     assert costs[1] == 0
     assert costs[2] == max(costs)
     assert min(costs[0], costs[3]) > 1e-3
-    assert dearest(costs, 0.25) == [2]
-    assert dearest(costs, 0.75) == [0, 2, 3]
+    assert costliest(costs, 0.25) == [2]
+    assert costliest(costs, 0.75) == [0, 2, 3]
 
 
 def test_overflow_is_not_ranked(blocks):
@@ -207,7 +207,7 @@ def test_overflow_is_not_ranked(blocks):
 
 
 def test_short_texts(tmp_path, monkeypatch):
-    """Half of what there is measures; less than two rows cannot be halved."""
+    """A short text is halved; a text of less than two rows cannot be."""
     monkeypatch.setattr(layer_choice, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(layer_choice, "TOKENS", 128)
     tokenizer = tiny_tokenizer(tmp_path)
@@ -216,15 +216,17 @@ def test_short_texts(tmp_path, monkeypatch):
         text.write_text("zebra, fox. " * words)
         assert len(read_blocks(tokenizer, str(text), "text")) == rows
     text.write_text("zebra, fox. " * 8)
-    with pytest.raises(UserError, match=r"text.txt'\) has fewer than 128 tokens"):
+    with pytest.raises(UserError, match=r"text.txt'\) must have at least 128 tokens"):
         read_blocks(tokenizer, str(text), "text")
     with pytest.raises(UserError, match="no such file"):
         read_blocks(tokenizer, str(tmp_path / "none.txt"), "text")
 
 
 def test_the_model_in_memory_is_the_one_on_disk(tmp_path):
-    """Names that are renamed on the way, tied embeddings and random starting values included."""
-    from supra.conversion.convert import convert, load_converted, open_weights, plan_conversion
+    """Even with renamed tensors, tied embeddings and random starting values."""
+    from supra.conversion.convert import convert, open_weights
+    from supra.conversion.plan import plan_conversion
+    from supra.conversion.tensors import load_converted
 
     tiny_checkpoint(tmp_path / "base", "gpt_neox", tie_word_embeddings=True)
     convert(tmp_path / "base", tmp_path / "rnn", mixer="supra_paper", seed=3)

@@ -25,7 +25,9 @@ from transformers.models.auto.modeling_auto import (
 
 import supra.model.modeling
 from supra.checkpoint.weights import ModuleReader
-from supra.conversion.convert import convert, load_converted, plan_conversion
+from supra.conversion.convert import convert
+from supra.conversion.plan import plan_conversion
+from supra.conversion.tensors import load_converted
 from supra.errors import UserError
 from supra.mixers import MIXERS, PRESETS, build_mixer, resolve_mixer
 from supra.model.attention import attention_modules

@@ -9,13 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from supra import testing
 from supra.checkpoint.weights import ModuleReader
-from supra.conversion.convert import (
-    convert,
-    converted_tensors,
-    load_converted,
-    plan_conversion,
-    plan_layers,
-)
+from supra.conversion.convert import convert
+from supra.conversion.plan import plan_conversion, plan_layers
+from supra.conversion.tensors import converted_tensors, load_converted
 from supra.mixers import MIXERS, NEW_PARAMETERS, PRESETS, resolve_mixer
 from supra.uptrain import models
 

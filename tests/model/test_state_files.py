@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from supra.checkpoint.weights import ModuleReader
-from supra.conversion.convert import load_converted, plan_conversion
+from supra.conversion.plan import plan_conversion
+from supra.conversion.tensors import load_converted
 from supra.errors import UserError
 from supra.long_context import StatePolicy, use_policy
 from supra.mixers import MIXERS, PRESETS

@@ -17,7 +17,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from safetensors.torch import load_file
 
 from supra.checkpoint.weights import ModuleReader
-from supra.conversion.convert import load_converted, plan_conversion
+from supra.conversion.plan import plan_conversion
+from supra.conversion.tensors import load_converted
 from supra.errors import UserError
 from supra.mixers import MIXERS, resolve_mixer
 from supra.testing import tiny_checkpoint, tiny_tokenizer
