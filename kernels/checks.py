@@ -2,6 +2,7 @@
 
 import difflib
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,18 @@ def check_not_empty(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} (shape {shape(tensor)}) must have at least one row and one token")
 
 
+def check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, ...], why: str) -> None:
+    """why: what the sizes are, or what they have to fit; None is skipped."""
+    if tensor is not None and tensor.shape != wanted:
+        raise ValueError(f"{name} (shape {shape(tensor)}) must be {list(wanted)} {why}")
+
+
+def check_positive(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} (={size}) must be >= 1")
+
+
 def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     """query [B, T, Hq, K], key [B, T, Hkv, K] and value [B, T, Hkv, V], with Hkv dividing Hq."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -81,12 +94,15 @@ def check_packing(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> int:
             f"cu_seqlens (shape {shape(cu_seqlens)}, {cu_seqlens.dtype}) must be [N + 1] integers "
             "with N >= 1"
         )
-    return len(cu_seqlens) - 1
+    return sequences(tensor, cu_seqlens)
 
 
 def sequences(tensor: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Rows of `tensor` [B, T, ...], or sequences packed in its one row."""
-    return len(tensor) if cu_seqlens is None else len(cu_seqlens) - 1
+    """Rows of `tensor` [B, T, ...], or sequences packed in its one row.
+
+    By shape, not len(), which would make a constant of a size that torch.export leaves open.
+    """
+    return tensor.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int]:
@@ -108,43 +124,58 @@ def bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int]:
 
 
 def check_state(
-    state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, sequences: int
+    name: str,
+    state: Tensor | None,
+    wanted: tuple[int, ...],
+    axes: str,
+    dtype: torch.dtype,
+    **first: Tensor,
 ) -> Tensor | None:
-    """The given state [N, Hkv, K, V] in the precision of the computation."""
+    """The given state in `dtype`. first: the input, by its name, whose device it must be on."""
     if state is None:
         return None
-    check_tensors(query=query, initial_state=state)
-    wanted = (sequences, key.shape[2], key.shape[3], value.shape[3])
-    if state.shape != wanted:
-        raise ValueError(
-            f"initial_state (shape {shape(state)}) must be {list(wanted)} [N, Hkv, K, V]"
-        )
-    return state.to(state_dtype(query, key, value))
+    check_tensors(**first, **{name: state})
+    check_shape(name, state, wanted, axes)
+    return state.to(dtype)
 
 
-def own_state(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A copy of the state, or zeros, for a kernel that writes into it."""
-    if state is not None:
-        return state.clone(memory_format=torch.contiguous_format)
-    wanted = (query.shape[0], key.shape[2], key.shape[3], value.shape[3])
-    return query.new_zeros(wanted, dtype=state_dtype(query, key, value))
+def check_heads_state(
+    state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """initial_state [N, Hkv, K, V] in the precision of the computation; cu_seqlens is checked."""
+    wanted = (check_packing("query", query, cu_seqlens), *key.shape[2:], value.shape[3])
+    dtype = state_dtype(query, key, value)
+    return check_state("initial_state", state, wanted, "[N, Hkv, K, V]", dtype, query=query)
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def given_or_zeros(state: Tensor | None, inputs: Any) -> Tensor:
+    """The state, or zeros shaped as the final state of the operation that takes `inputs`."""
+    return torch.zeros_like(inputs.empty_results()[1]) if state is None else state
 
 
-def check_in_place(
-    dtype: torch.dtype, inputs: tuple[Tensor | None, ...], **states: Tensor | None
-) -> None:
-    """in_place=True: the given states can be written over, and nothing asks for a gradient."""
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def needs_gradient(*inputs: Any) -> bool:
+    """Whether one of them is a tensor that gets a gradient."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in inputs
+    )
+
+
+def check_in_place(inputs: Any, converted: Tensor | None, **states: Tensor | None) -> None:
+    """in_place=True: the given states can be written over, and nothing asks for a gradient.
+
+    converted: the state among the inputs, in the dtype that is computed in.
+    """
     for name, state in states.items():
         if state is None:
             raise ValueError(f"in_place (=True) needs {name} (=None) to write into; give zeros")
-        if state.dtype != dtype or not state.is_contiguous():
+        if state.dtype != converted.dtype or not state.is_contiguous():
             raise ValueError(
-                f"{name} ({state.dtype}, strides {state.stride()}) must be contiguous and {dtype} "
-                "for in_place (=True); take what the last call returned"
+                f"{name} ({state.dtype}, strides {state.stride()}) must be contiguous and "
+                f"{converted.dtype} for in_place (=True); take what the last call returned"
             )
     if needs_gradient(*inputs, *states.values()):
         raise ValueError(

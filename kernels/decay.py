@@ -13,14 +13,16 @@ SMALL = Tiling(1, 1, 4, 1)
 
 
 def sums_in_chunks(
-    log_decay: Tensor, chunk: int, chunks: int, sequences: dict[str, object]
+    log_decay: Tensor | None, chunk: int, chunks: int, sequences: dict[str, object]
 ) -> dict[str, object]:
     """Arguments of kernels: `sums`, in pairs of a number and its remainder, and their strides.
 
-    log_decay: [H], whose sums are the same in every chunk, or [B, T, H]. chunks: how many there
-    are, or an upper bound. sequences: as launch.sequences() gives them.
+    log_decay: [H], whose sums are the same in every chunk, or [B, T, H]; None for no sums. chunks:
+    how many there are, or an upper bound. sequences: what launch.sequences() gives is among them.
     """
     names = ("sums", "sums_batch", "sums_time", "sums_head")
+    if log_decay is None:
+        return dict(zip(names, (None, 0, 0, 0), strict=True))
     heads = log_decay.shape[-1]
     if log_decay.dim() == 1:
         steps = torch.arange(1, chunk + 1, dtype=torch.float64, device=log_decay.device)
@@ -35,7 +37,7 @@ def sums_in_chunks(
         decay_sums,
         (chunks, heads),
         {
-            "log_decay": log_decay, "sums": sums, **sequences, **strides("decay", log_decay),
+            **sequences, "log_decay": log_decay, "sums": sums, **strides("decay", log_decay),
             "total": total, "lowest": LOWEST_LOG_DECAY,
         },
         SMALL,

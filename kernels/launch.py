@@ -113,10 +113,14 @@ def _run(kernel: Any, grid: tuple[int, ...], given: Mapping[str, Any], tiling: T
         kernel[grid](**given, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """Strides of x [B, T, H, ...] by the names of kernels' parameters."""
-    names = (f"{name}_batch", f"{name}_time", f"{name}_head")
-    return dict(zip(names, x.stride(), strict=False))
+def strides(name: str, x: Tensor | None) -> dict[str, int]:
+    """Strides of x [B, T, H, ...] by the names of kernels' parameters; zeros for None.
+
+    x may also be [H], the same for all tokens.
+    """
+    given = () if x is None else x.stride()
+    given = (0,) * (3 - len(given)) + tuple(given)
+    return dict(zip((f"{name}_batch", f"{name}_time", f"{name}_head"), given, strict=False))
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[dict[str, Any], int]:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from supra.kernels import checks
+
 
 def count_chunks(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
     """Chunks of all sequences in x [B, T, ...]; of packed ones an upper bound, without a look."""
@@ -13,6 +15,28 @@ def count_chunks(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
     if cu_seqlens is None:
         return batch * -(-length // chunk_size)
     return length // chunk_size + len(cu_seqlens) - 1
+
+
+class Group(NamedTuple):
+    """Sequences of one length that go together: rows of a batch, or one of a packed row."""
+
+    rows: slice
+    begin: int
+    end: int
+    states: slice
+
+
+def split_groups(x: Tensor, cu_seqlens: Tensor | None, most: int) -> list[Group]:
+    """Groups of at most `most` rows of x [B, T, ...]; empty sequences are in none."""
+    batch, length = x.shape[:2]
+    bounds = checks.bounds(cu_seqlens, batch, length)
+    if cu_seqlens is not None:
+        spans = enumerate(pairwise(bounds))
+        return [
+            Group(slice(0, 1), *span, slice(n, n + 1)) for n, span in spans if span[0] < span[1]
+        ]
+    slices = [slice(at, min(at + most, batch)) for at in range(0, batch, most)]
+    return [Group(rows, 0, length, rows) for rows in slices]
 
 
 class Layout(NamedTuple):
@@ -30,7 +54,9 @@ class Layout(NamedTuple):
     place: Tensor  # [N]: rank of each sequence
 
     @staticmethod
-    def of(bounds: list[int], chunk_size: int, device: torch.device) -> "Layout":
+    def of(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> "Layout":
+        """For the sequences in x [B, T, ...]."""
+        bounds, device = checks.bounds(cu_seqlens, *x.shape[:2]), x.device
         sizes = [end - begin for begin, end in pairwise(bounds)]
         size = min(chunk_size, max(sizes))
         chunks = [-(-n // size) for n in sizes]

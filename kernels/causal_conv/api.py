@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.backends import choose, without_autocast
-from supra.kernels.causal_conv import operator, reference
+from supra.kernels.backends import choose
+from supra.kernels.causal_conv import reference
 from supra.kernels.causal_conv import torch as torch_backend
+from supra.kernels.causal_conv.inputs import Inputs
+from supra.kernels.operators import Operator
 
 OPERATION = "causal_conv"
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
 ACTIVATIONS = (None, "silu")
 MAX_TAPS = 64  # beyond it a Fourier transform is the better algorithm
 
@@ -50,13 +53,13 @@ def causal_conv(
             Taken in input.dtype.
         return_state: also return the last W - 1 inputs. Where a sequence is shorter, the end of the
             initial state stays in front of it.
-        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
-            (B = 1); empty sequences are allowed. Each has its own state, and no tap reaches across
-            a bound. The torch backend reads it on the host; the triton backend does not, and
-            trusts its values.
+        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
+            row (B = 1). Each has its own state, and no tap reaches across a bound; a sequence may
+            be empty. The torch backend reads them on the host; triton does not, and trusts bounds
+            on a GPU.
         backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            "triton" on a GPU for 16-bit and float32 inputs, and "torch" for all else. A backend
-            that cannot run raises; none falls back to another.
+            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
+            A backend that is asked for by name runs or raises.
 
     Returns:
         Output [B, T, D] and the final state [N, W - 1, D] or None, both in input.dtype. Everything
@@ -66,20 +69,8 @@ def causal_conv(
     Raises:
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
-    _check(input, weight, bias, activation)
-    sequences = checks.check_packing("input", input, cu_seqlens)
-    state = _check_state("initial_state", initial_state, input, weight, sequences)
-    backend = choose(OPERATION, backend, *_present(input, weight, bias))
-    if backend == "reference":
-        bounds = checks.bounds(cu_seqlens, *input.shape[:2])
-        with without_autocast(input.device):
-            output, end = reference.recurrence(input, weight, bias, state, activation, bounds)
-        output, end = output.to(input.dtype), end.to(input.dtype)
-    elif torch.compiler.is_exporting() and cu_seqlens is None:
-        output, end = torch_backend.plain(input, weight, bias, state, silu=activation == "silu")
-    else:
-        silu = activation == "silu"
-        output, end = operator.forward(input, weight, bias, state, cu_seqlens, silu, backend)
+    inputs = _inputs(input, weight, bias, activation, initial_state, cu_seqlens, backend)
+    output, end = _run(inputs)
     return output, end if return_state else None
 
 
@@ -107,34 +98,38 @@ def causal_conv_step(
         Output, shaped as the input, and the new state, as `causal_conv` gives them for that token.
     """
     token = input[:, None] if input.dim() == 2 else input
-    _check(token, weight, bias, activation)
-    if token.shape[1] != 1:
+    if token.dim() == 3 and token.shape[1] != 1:
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, D] or [B, 1, D]")
     if state is None:
         raise ValueError("state (=None) must be [B, W - 1, D]; give zeros before the first token")
-    _check_state("state", state, token, weight, token.shape[0])
+    inputs = _inputs(token, weight, bias, activation, state, None, backend, "state")
     if in_place:
-        checks.check_in_place(input.dtype, (input, weight, bias), state=state)
-    backend = choose(OPERATION, backend, *_present(token, weight, bias))
-    if not in_place or backend == "reference":
-        output, end = causal_conv(
-            token, weight, bias,
-            activation=activation, initial_state=state, return_state=True, backend=backend,
-        )  # fmt: skip
-        state = state.copy_(end) if in_place else end
-    elif backend == "torch":
-        with without_autocast(input.device):
-            output = torch_backend.step(token[:, 0], weight, bias, state, activation == "silu")
+        checks.check_in_place(inputs, inputs.state, state=state)
+        output, (end,) = OPERATOR.run_by_token(inputs, in_place)
     else:
-        output = operator.step(token[:, 0], weight, bias, state, activation == "silu")
-    return output.view_as(input), state
+        output, end = _run(inputs)
+    return output.view_as(input), end
 
 
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
+def _run(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    packed, reference_asked = inputs.cu_seqlens is not None, inputs.backend == "reference"
+    if torch.compiler.is_exporting() and not packed and not reference_asked:
+        return torch_backend.plain(inputs)
+    output, (end,) = OPERATOR.run(inputs)
+    return output, end
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+def _inputs(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    state_name: str = "initial_state",
+) -> Inputs:
+    """The arguments, checked, with the state in the dtype of the input."""
     if input.dim() != 3:
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, T, D]")
     checks.check_not_empty("input", input)
@@ -144,24 +139,14 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
             f"weight (shape {checks.shape(weight)}) must be [{width}, W] to fit input; "
             "from a Conv1d take weight[:, 0]"
         )
-    if not 1 <= weight.shape[1] <= MAX_TAPS:
-        raise ValueError(f"weight (shape {checks.shape(weight)}) must have 1 to {MAX_TAPS} taps")
-    if bias is not None and bias.shape != (width,):
-        raise ValueError(f"bias (shape {checks.shape(bias)}) must be [{width}] to fit input")
+    if not 1 <= weight.shape[1] <= MOST_TAPS:
+        raise ValueError(f"weight (shape {checks.shape(weight)}) must have 1 to {MOST_TAPS} taps")
+    checks.check_shape("bias", bias, (width,), "to fit input")
     if activation not in ACTIVATIONS:
         raise ValueError(checks.unknown("activation", activation, ("None", "silu")))
     checks.check_tensors(input=input, weight=weight, bias=bias)
-
-
-def _check_state(
-    name: str, state: Tensor | None, input: Tensor, weight: Tensor, sequences: int
-) -> Tensor | None:
-    if state is None:
-        return None
-    shape = (sequences, weight.shape[1] - 1, input.shape[2])
-    if state.shape != shape:
-        raise ValueError(
-            f"{name} (shape {checks.shape(state)}) must be {list(shape)} [N, W - 1, D]"
-        )
-    checks.check_tensors(input=input, **{name: state})
-    return state.to(input.dtype)
+    count = checks.check_packing("input", input, cu_seqlens)
+    shape = (count, weight.shape[1] - 1, width)
+    state = checks.check_state(state_name, state, shape, "[N, W - 1, D]", input.dtype, input=input)
+    backend = choose(OPERATION, backend, *checks.present(input, weight, bias))
+    return Inputs(input, weight, bias, state, cu_seqlens, activation == "silu", backend)

@@ -4,32 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supra.kernels import checks
+from supra.kernels import recurrence as oracle
+from supra.kernels.causal_conv.inputs import Inputs
 
-def recurrence(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    activation: str | None,
-    bounds: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Output [B, T, D] and final state [N, W - 1, D], both float64.
 
-    bounds: first token of every sequence in the flattened [B * T] tokens, and the end.
-    """
-    (width, taps), sequences = weight.shape, len(bounds) - 1
-    if state is None:
-        state = input.new_zeros(sequences, taps - 1, width)
-    tokens, columns = input.double().flatten(0, 1), weight.double().T
-    bias = None if bias is None else bias.double()
-    outputs, ends = [], []
-    for n in range(sequences):
-        past = state[n].double()
-        for t in range(bounds[n], bounds[n + 1]):
-            window = torch.cat((past, tokens[t : t + 1]))
-            output = (window * columns).sum(0)
-            outputs.append(output if bias is None else output + bias)
-            past = window[1:]
-        ends.append(past)
-    output = torch.stack(outputs).view(input.shape)
-    return F.silu(output) if activation == "silu" else output, torch.stack(ends)
+def recurrence(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output [B, T, D] and final state [N, W - 1, D], both float64."""
+    (tokens,), columns = oracle.flat(x.input), x.weight.double().T
+    bias = 0 if x.bias is None else x.bias.double()
+
+    def step(t: int, past: Tensor) -> tuple[Tensor, Tensor]:
+        window = torch.cat((past, tokens[t : t + 1]))
+        output = (window * columns).sum(0) + bias
+        return F.silu(output) if x.silu else output, window[1:]
+
+    return oracle.run(step, x.input, x.cu_seqlens, checks.given_or_zeros(x.state, x))

@@ -17,50 +17,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.causal_conv.inputs import Inputs
 
 BLOCK = 128 * 1024  # values, 512 KiB as float32
 
 
-def forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results are those of operator.forward."""
-    columns, bias = _parameters(input, weight, bias)
-    rows = input.reshape(-1, input.shape[2])
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and final state."""
+    columns, bias = _parameters(x)
+    rows = x.input.reshape(-1, x.input.shape[2])
     output = rows.new_empty(rows.shape)
     for begin, end in _blocks(rows):
         block = output[begin:end]
         same = block if block.dtype == columns.dtype else None
-        found = _convolve(_window(rows, begin, end, columns), columns, bias, silu, same)
+        found = _convolve(_window(rows, begin, end, columns), columns, bias, x.silu, same)
         if same is None:
             block.copy_(found)
-    heads = _Heads.of(rows, state, len(columns), checks.bounds(cu_seqlens, *input.shape[:2]))
-    found = _convolve(heads.windows.to(columns.dtype), columns, bias, silu)
+    heads = _Heads.of(rows, x)
+    found = _convolve(heads.windows.to(columns.dtype), columns, bias, x.silu)
     output[heads.rows] = found[heads.valid].to(output.dtype)
-    return output.view(input.shape), heads.end(rows)
+    return output.view(x.input.shape), heads.end(rows)
 
 
-def backward(
-    d_output: Tensor,
-    d_end: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Arguments and results are those of operator.backward; the sums before silu are redone."""
-    columns, wide_bias = _parameters(input, weight, bias)
-    rows, d_output = (x.reshape(-1, x.shape[2]) for x in (input, d_output.contiguous()))
-    heads = _Heads.of(rows, state, len(columns), checks.bounds(cu_seqlens, *input.shape[:2]))
+def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors; the sums before silu are computed again."""
+    columns, bias = _parameters(x)
+    rows, d_output = (y.reshape(-1, y.shape[2]) for y in (x.input, d_output.contiguous()))
+    heads = _Heads.of(rows, x)
     past = len(columns) - 1
     body = columns.new_ones(len(rows), 1)
     body[heads.rows] = 0
@@ -69,7 +52,7 @@ def backward(
     sums = columns.new_zeros(past + 2, columns.shape[1])  # of the columns, then of the bias
     for begin, end in _blocks(rows):
         window = _window(rows, begin, end, columns)
-        d_sum = _d_sum(d_output[begin:end] * body[begin:end], window, columns, wide_bias, silu)
+        d_sum = _d_sum(d_output[begin:end] * body[begin:end], window, columns, bias, x.silu)
         _accumulate(d_sum, window, columns, d_rows[begin : past + end], sums)
     d_rows = d_rows[past:]
 
@@ -77,48 +60,45 @@ def backward(
     d_heads = window.new_zeros(*heads.valid.shape, window.shape[2])
     d_heads[heads.valid] = d_output[heads.rows].to(columns.dtype)
     d_window = torch.zeros_like(window)
-    _accumulate(_d_sum(d_heads, window, columns, wide_bias, silu), window, columns, d_window, sums)
+    _accumulate(_d_sum(d_heads, window, columns, bias, x.silu), window, columns, d_window, sums)
     d_rows[heads.rows] += d_window[:, past:][heads.valid]
     d_state = d_window[:, :past].contiguous()
     if d_end is not None:
         heads.d_end(d_end.to(columns.dtype), d_rows, d_state)
     return (
-        d_rows.to(input.dtype).view(input.shape),
-        sums[:-1].T.to(weight.dtype).contiguous(),
-        None if bias is None else sums[-1].to(bias.dtype, copy=True),
-        None if state is None else d_state.to(state.dtype),
+        d_rows.to(x.input.dtype).view(x.input.shape),
+        sums[:-1].T.to(x.weight.dtype),
+        None if x.bias is None else sums[-1].to(x.bias.dtype, copy=True),
+        None if x.state is None else d_state.to(x.state.dtype),
     )
 
 
-def plain(
-    input: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, *, silu: bool
-) -> tuple[Tensor, Tensor]:
+def plain(x: Inputs) -> tuple[Tensor, Tensor]:
     """`forward` for export, in operators that every runtime has; rows must not be packed."""
-    columns, bias = _parameters(input, weight, bias)
-    if state is None:
-        state = input.new_zeros(input.shape[0], len(columns) - 1, input.shape[2])
-    window = torch.cat((state, input), 1)
+    columns, bias = _parameters(x)
+    window = torch.cat((checks.given_or_zeros(x.state, x), x.input), 1)
     taps = columns.T[:, None]
     output = F.conv1d(window.to(columns.dtype).mT, taps, bias, groups=len(taps)).mT
-    output = F.silu(output) if silu else output
-    return output.to(input.dtype), window[:, input.shape[1] :]
+    output = F.silu(output) if x.silu else output
+    return output.to(x.input.dtype), window[:, x.input.shape[1] :]
 
 
-def step(input: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> Tensor:
-    """Output [B, D] for the next token [B, D]; state [B, W - 1, D] is overwritten."""
-    columns, bias = _parameters(input, weight, bias)
-    window = torch.cat((state, input[:, None]), 1)
-    state.copy_(window[:, 1:])
+def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Output [B, 1, D] for the next token [B, 1, D], and the state after it."""
+    columns, bias = _parameters(x)
+    window = torch.cat((x.state, x.input), 1)
+    state = x.state.copy_(window[:, 1:]) if in_place else window[:, 1:]
     # one sum over all taps: tap by tap, 64 of them take 80 times as long
     output = torch.linalg.vecdot(window.to(columns.dtype), columns, dim=-2) + bias
-    return (F.silu(output, inplace=True) if silu else output).to(input.dtype)
+    output = F.silu(output, inplace=in_place) if x.silu else output
+    return output[:, None].to(x.input.dtype), state
 
 
-def _parameters(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _parameters(x: Inputs) -> tuple[Tensor, Tensor]:
     """The columns of the weight as rows [W, D], and the bias [D], as they are computed with."""
-    dtype = checks.state_dtype(input, weight, *(() if bias is None else (bias,)))
-    columns = weight.to(dtype).T.contiguous()
-    return columns, columns.new_zeros(columns.shape[1]) if bias is None else bias.to(dtype)
+    dtype = checks.state_dtype(*checks.present(x.input, x.weight, x.bias))
+    columns = x.weight.to(dtype).T.contiguous()
+    return columns, columns.new_zeros(columns.shape[1]) if x.bias is None else x.bias.to(dtype)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, int]]:
@@ -177,9 +157,9 @@ class _Heads(NamedTuple):
     old_place: Tensor  # [N, W - 1]: where in the state it is then
 
     @staticmethod
-    def of(rows: Tensor, state: Tensor | None, taps: int, bounds: list[int]) -> "_Heads":
-        if state is None:
-            state = rows.new_zeros(len(bounds) - 1, taps - 1, rows.shape[1])
+    def of(rows: Tensor, x: Inputs) -> "_Heads":
+        state, taps = checks.given_or_zeros(x.state, x), x.weight.shape[1]
+        bounds = checks.bounds(x.cu_seqlens, *x.input.shape[:2])
         bound = torch.tensor(bounds, device=rows.device)
         begin, end = bound[:-1, None], bound[1:, None]
         offset = torch.arange(taps - 1, device=rows.device)

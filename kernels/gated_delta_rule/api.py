@@ -16,11 +16,15 @@ below 2, or the state may grow without bound.
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.backends import choose, without_autocast
-from supra.kernels.gated_delta_rule import operator, reference
+from supra.kernels.backends import choose
+from supra.kernels.gated_delta_rule import reference
 from supra.kernels.gated_delta_rule import torch as torch_backend
+from supra.kernels.gated_delta_rule.inputs import Inputs
+from supra.kernels.operators import Operator
 
 OPERATION = "gated_delta_rule"
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
+CHUNK = 64  # tokens, in torch
 MOST_KEY_CHANNELS = 256  # of the chunked Triton kernels
 
 
@@ -35,7 +39,7 @@ def chunk_gated_delta_rule(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule over whole sequences, in chunks; for training and prefill.
@@ -50,16 +54,17 @@ def chunk_gated_delta_rule(
             a constant per head, [B, T, Hkv] per token. Values down to -inf are allowed: what lies
             below -104 counts as -104, which is exp() = 0 in float32, and gets no gradient.
         scale: factor on the output.
-        initial_state: [N, Hkv, K, V], state before the first token; N is the batch size, or the
-            number of packed sequences. None for zeros.
+        initial_state: [N, Hkv, K, V], the state before the first token; None for zeros. N is the
+            batch size, or the number of packed sequences.
         return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
-            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
-            "torch" and "reference" backends read it on the host: keep it on the CPU for them.
-        chunk_size: tokens a chunk, >= 1. Changes speed and rounding only; "triton" always takes 64.
+        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
+            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
+            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
+        chunk_size: tokens per chunk in torch, >= 1; it changes speed and rounding only. Triton has
+            its own chunks.
         backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            "triton" for 16-bit and float32 tensors on a GPU when triton is installed, and "torch"
-            for all else. A backend that cannot run raises; none falls back to another.
+            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
+            A backend that is asked for by name runs or raises.
 
     Returns:
         Output [B, T, Hq, V] in value.dtype, and the final state [N, Hkv, K, V] or None. The state
@@ -70,18 +75,11 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
-    _check_inputs(query, key, value, beta, log_decay)
-    sequences = checks.check_packing("query", query, cu_seqlens)
-    state = checks.check_state(initial_state, query, key, value, sequences)
-    backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
-    if backend == "reference":
-        output, end = _reference(query, key, value, beta, log_decay, state, cu_seqlens, scale)
-    else:
-        output, end = operator.forward(
-            query, key, value, beta, log_decay, state, cu_seqlens, scale, chunk_size, backend
-        )
+    checks.check_positive(chunk_size=chunk_size)
+    inputs = _inputs(
+        query, key, value, beta, log_decay, initial_state, cu_seqlens, scale, chunk_size, backend
+    )
+    output, (end,) = OPERATOR.run(inputs)
     return output, end if return_state else None
 
 
@@ -102,57 +100,44 @@ def recurrent_gated_delta_rule(
 
     Arguments, results and errors are those of `chunk_gated_delta_rule`, and one more:
 
-    in_place: write the final state into the tensor initial_state and return that, so that a step
-        allocates no state. It must be contiguous, float32 (float64 for float64 inputs), and need no
-        gradient. Otherwise the state that is passed in is not changed.
+    in_place: write the final state into the tensor initial_state and return that tensor, so that a
+        step allocates no state. It must be contiguous, in the dtype of the final state, and need no
+        gradient. Otherwise the given state is not changed.
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    _check_inputs(query, key, value, beta, log_decay)
-    state = checks.check_state(initial_state, query, key, value, query.shape[0])
-    inputs = (query, key, value, beta, log_decay, state)
+    inputs = _inputs(query, key, value, beta, log_decay, initial_state, None, scale, CHUNK, backend)
     if in_place:
-        dtype = checks.state_dtype(query, key, value)
-        checks.check_in_place(dtype, inputs[:-1], initial_state=initial_state)
-    backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
-    if backend == "reference":
-        output, end = _reference(*inputs, None, scale)
-        end = state.copy_(end) if in_place else end
-    elif backend == "torch":
-        with without_autocast(query.device):
-            output, end = torch_backend.recurrent(*inputs, scale=scale, in_place=in_place)
-    elif checks.needs_gradient(*inputs):
-        output, end = operator.forward(*inputs, None, scale, 64, backend)
-    else:
-        end = state if in_place else checks.own_state(state, query, key, value)
-        output = operator.step(*inputs[:5], end, scale)
+        checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
+    output, (end,) = OPERATOR.run_by_token(inputs, in_place)
     return output, end if return_state else None
 
 
-def _reference(
-    query, key, value, beta, log_decay, state, cu_seqlens, scale
-) -> tuple[Tensor, Tensor]:
-    bounds = checks.bounds(cu_seqlens, *query.shape[:2])
-    with without_autocast(query.device):
-        output, end = reference.recurrence(
-            query, key, value, beta, log_decay, state, bounds=bounds, scale=scale
-        )
-    return output.to(value.dtype), end.to(checks.state_dtype(query, key, value))
-
-
-def _check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor | None
-) -> None:
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    backend: str,
+) -> Inputs:
+    """The arguments, checked, with the state in the precision of the computation."""
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, beta=beta, log_decay=log_decay)
     per_token = key.shape[:3]
-    if beta.shape != per_token:
-        raise ValueError(f"beta (shape {checks.shape(beta)}) must be {list(per_token)} to fit key")
+    checks.check_shape("beta", beta, per_token, "to fit key")
     if log_decay is not None and log_decay.shape not in (per_token, per_token[2:]):
         raise ValueError(
             f"log_decay (shape {checks.shape(log_decay)}) must be {list(per_token[2:])} or "
             f"{list(per_token)} to fit key"
         )
+    state = checks.check_heads_state(state, query, key, value, cu_seqlens)
+    backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
+    return Inputs(query, key, value, beta, log_decay, state, cu_seqlens, scale, chunk_size, backend)
 
 
 def _limit(key: Tensor) -> str | None:

@@ -3,40 +3,23 @@
 import torch
 from torch import Tensor
 
+from supra.kernels import checks
+from supra.kernels import recurrence as oracle
+from supra.kernels.gated_delta_rule.inputs import Inputs
 
-def recurrence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    *,
-    bounds: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, T, Hq, V] and final state [N, H, K, V], both float64.
 
-    bounds: first token of every sequence in the flattened [B * T] tokens, and the end.
-    """
-    batch, length, heads = query.shape[:3]
-    kv_heads = key.shape[2]
-    decay = torch.ones((), dtype=torch.float64, device=query.device)
-    decay = decay if log_decay is None else log_decay.double().exp()
-    decay = decay.expand(batch, length, kv_heads).flatten(0, 1)[..., None, None]
-    query, key, value, beta = (x.double().flatten(0, 1) for x in (query, key, value, beta))
-    if state is None:
-        state = query.new_zeros(len(bounds) - 1, kv_heads, key.shape[2], value.shape[2])
+def recurrence(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output [B, T, Hq, V] and final state [N, H, K, V], both float64."""
+    group = x.query.shape[2] // x.key.shape[2]
+    decay = oracle.decay_by_token(x.log_decay, x.key, x.key.shape[2])[..., None, None]
+    query, key, value, beta = oracle.flat(x.query, x.key, x.value, x.beta[..., None, None])
 
-    outputs, ends = [], []
-    for n in range(len(bounds) - 1):
-        memory = state[n].double()
-        for t in range(bounds[n], bounds[n + 1]):
-            k, v = key[t], value[t]
-            predicted = torch.einsum("hk,hkv->hv", k, memory)
-            memory = memory - beta[t, :, None, None] * k[:, :, None] * predicted[:, None, :]
-            memory = decay[t] * memory + beta[t, :, None, None] * k[:, :, None] * v[:, None, :]
-            shared = memory.repeat_interleave(heads // kv_heads, 0)
-            outputs.append(scale * torch.einsum("hk,hkv->hv", query[t], shared))
-        ends.append(memory)
-    return torch.stack(outputs).unflatten(0, (batch, length)), torch.stack(ends)
+    def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = key[t], value[t]
+        predicted = torch.einsum("hk,hkv->hv", k, memory)
+        memory = memory - beta[t] * k[:, :, None] * predicted[:, None, :]
+        memory = decay[t] * memory + beta[t] * k[:, :, None] * v[:, None, :]
+        shared = memory.repeat_interleave(group, 0)
+        return x.scale * torch.einsum("hk,hkv->hv", query[t], shared), memory
+
+    return oracle.run(step, x.query, x.cu_seqlens, checks.given_or_zeros(x.state, x))

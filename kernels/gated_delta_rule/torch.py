@@ -18,26 +18,17 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.gated_delta_rule.inputs import Inputs
 from supra.kernels.packing import Layout
 
 
-def recurrent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    *,
-    scale: float,
-    in_place: bool,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence of api.py, token by token. Shapes and results as there."""
-    state = _start(state, query, key, value, query.shape[0])
-    dtype, output_dtype = state.dtype, value.dtype
-    decay = None if log_decay is None else log_decay.to(dtype).exp()[..., None, None]
-    query = query.to(dtype).unflatten(2, (key.shape[2], -1)) * scale
-    key, value, beta = (x.to(dtype) for x in (key, value, beta[..., None]))
+def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
+    """The recurrence of api.py, token by token: output and final state."""
+    state = checks.given_or_zeros(x.state, x)
+    dtype, heads = state.dtype, x.key.shape[2]
+    decay = None if x.log_decay is None else x.log_decay.to(dtype).exp()[..., None, None]
+    query = x.query.to(dtype).unflatten(2, (heads, -1)) * x.scale
+    key, value, beta = (y.to(dtype) for y in (x.key, x.value, x.beta[..., None]))
     multiply, insert = (Tensor.mul_, Tensor.addcmul_) if in_place else (torch.mul, torch.addcmul)
     outputs = []
     for t in range(query.shape[1]):
@@ -47,66 +38,37 @@ def recurrent(
         written = beta[:, t] * (value[:, t] - (k.mT @ state)[:, :, 0])
         state = insert(state, k, written[:, :, None])
         outputs.append((query[:, t] @ state).flatten(1, 2))
-    return torch.stack(outputs, 1).to(output_dtype), state
+    return torch.stack(outputs, 1).to(x.value.dtype), state
 
 
-def chunk_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The same function in chunks; arguments and results are those of operator.forward."""
-    layout = Layout.of(checks.bounds(cu_seqlens, *query.shape[:2]), chunk_size, query.device)
-    start = _start(state, query, key, value, len(layout.order))[layout.order]
-    tiles = _Tiles(layout, query, key, value, beta, log_decay, scale, start.dtype)
-    states, errors, end = tiles.scan(start)
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """The same function in chunks."""
+    tiles = _Tiles(x)
+    states, errors, end = tiles.scan(tiles.ranked(x.state))
     output = tiles.entering_query() @ states
     output.baddbmm_(tiles.within(tiles.query @ tiles.key.mT), errors.mul_(tiles.beta))
-    output = layout.scatter(output.view(*tiles.heads, -1), query).to(value.dtype)
-    return output, end[layout.place]
+    output = tiles.layout.scatter(output.view(*tiles.heads, -1), x.query).to(x.value.dtype)
+    return output, end[tiles.layout.place]
 
 
-def chunk_backward(
-    d_output: Tensor,
-    d_state: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, beta, log_decay and state.
+def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors; T, the states and the errors are computed again.
 
-    T, the states and the errors are computed again. From dv = T^T (beta du) follow dB = -dv e^T and
-    d(exp(G) k) = -dv S^T. The gradient of a running sum of logs is o . do = q . dq of its row less
-    v . dv of its column: scaling the state from a token on scales the outputs that follow, and is
-    undone by scaling the values.
+    From dv = T^T (beta du) follow dB = -dv e^T and d(exp(G) k) = -dv S^T. The gradient of a running
+    sum of logs is o . do = q . dq of its row less v . dv of its column: scaling the state from a
+    token on scales the outputs that follow, and is undone by scaling the values.
     """
-    layout = Layout.of(checks.bounds(cu_seqlens, *query.shape[:2]), chunk_size, query.device)
-    start = _start(state, query, key, value, len(layout.order))[layout.order]
-    d_end = _start(d_state, query, key, value, len(layout.order))[layout.order]
-    tiles = _Tiles(layout, query, key, value, beta, log_decay, scale, start.dtype)
-    states, errors, end = tiles.scan(start)
+    tiles = _Tiles(x)
+    layout = tiles.layout
+    states, errors, end = tiles.scan(tiles.ranked(x.state))
     written = tiles.beta * errors
 
-    d_out = layout.clear(layout.gather(d_output, start.dtype)).view(*tiles.query.shape[:2], -1)
+    d_out = layout.clear(layout.gather(d_output, errors.dtype)).view(*tiles.query.shape[:2], -1)
     d_scores = tiles.within(d_out @ written.mT)
     d_query = tiles.enter(d_out @ states.mT).baddbmm_(d_scores, tiles.key)
     d_written = tiles.within(tiles.query @ tiles.key.mT).mT @ d_out
     steps = tiles.entering_query().mT @ d_out
-    d_states, carried, d_start = tiles.scan_back(d_written, steps, d_end, states, end)
+    d_states, carried, d_start = tiles.scan_back(d_written, steps, tiles.ranked(d_end), states, end)
 
     d_value = tiles.inverse.mT @ (tiles.beta * d_written)
     products = (d_value @ errors.mT).tril_(-1)
@@ -116,33 +78,20 @@ def chunk_backward(
     d_key.addcmul_(tiles.entering, d_value @ states.mT, value=-1)
     d_key.addcmul_(tiles.leaving, written @ d_states.mT)
 
-    d_log_decay = None
-    if log_decay is not None:
-        d_sums = (tiles.query * d_query).sum(-1).view(*tiles.grid).sum(2)
-        d_sums -= (tiles.value * d_value).sum(-1).view_as(d_sums)
-        d_sums[..., -1] += carried
-        d_log_decay = _d_log_decay(layout, d_sums, log_decay)
-    d_query = layout.scatter(d_query.mul_(scale).view(*tiles.heads, -1), query)
+    d_log_decay = None if x.log_decay is None else tiles.d_log_decay(d_query, d_value, carried)
+    d_query = layout.scatter(d_query.mul_(x.scale).view(*tiles.heads, -1), x.query)
     d_key, d_value, d_beta = (
-        layout.scatter(x.view(*tiles.grid[:2], tiles.grid[3], -1), key)
-        for x in (d_key, d_value, d_beta)
+        layout.scatter(y.view(*tiles.grid[:2], tiles.grid[3], -1), x.key)
+        for y in (d_key, d_value, d_beta)
     )
     return (
-        d_query.to(query.dtype),
-        d_key.to(key.dtype),
-        d_value.to(value.dtype),
-        d_beta[..., 0].to(beta.dtype),
+        d_query.to(x.query.dtype),
+        d_key.to(x.key.dtype),
+        d_value.to(x.value.dtype),
+        d_beta[..., 0].to(x.beta.dtype),
         d_log_decay,
-        None if state is None else d_start[layout.place],
+        None if x.state is None else d_start[layout.place],
     )
-
-
-def _start(state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, n: int) -> Tensor:
-    """The given state, or zeros where it is None."""
-    if state is not None:
-        return state
-    dtype = checks.state_dtype(query, key, value)
-    return query.new_zeros(n, key.shape[2], key.shape[3], value.shape[3], dtype=dtype)
 
 
 class _Tiles:
@@ -153,31 +102,20 @@ class _Tiles:
     pairwise = D, overlap = D * (k . k), inverse = T, all [rows, C, C].
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        beta: Tensor,
-        log_decay: Tensor | None,
-        scale: float,
-        dtype: torch.dtype,
-    ):
-        query, key, value = (layout.gather(x, dtype) for x in (query, key, value))
-        beta = layout.clear(layout.gather(beta[..., None], dtype))  # so padding writes nothing
+    def __init__(self, x: Inputs):
+        self.layout = layout = Layout.of(x.query, x.cu_seqlens, x.chunk_size)
+        self.inputs, dtype = x, checks.state_dtype(*x[:3])
+        query, key, value = (layout.gather(y, dtype) for y in x[:3])
+        beta = layout.clear(layout.gather(x.beta[..., None], dtype))  # so padding writes nothing
         chunks, kv_heads, size, width = key.shape
         self.levels = [(begin * kv_heads, end * kv_heads) for begin, end in layout.levels]
         self.heads = query.shape[:3]
         self.grid = (chunks, kv_heads, query.shape[1] // kv_heads, size)
-        self.query = query.view(chunks * kv_heads, -1, width).mul_(scale)
+        self.query = query.view(chunks * kv_heads, -1, width).mul_(x.scale)
         self.key, self.value, self.beta = (x.flatten(0, 1) for x in (key, value, beta))
 
-        if log_decay is None:
-            log_decay = query.new_zeros(kv_heads)
-        sums = layout.decay_sums(log_decay.double().clamp(min=checks.LOWEST_LOG_DECAY)).flatten(
-            0, 1
-        )
+        logs = query.new_zeros(kv_heads) if x.log_decay is None else x.log_decay
+        sums = layout.decay_sums(logs.double().clamp(min=checks.LOWEST_LOG_DECAY)).flatten(0, 1)
         last = sums[:, -1:]
         self.entering = sums.to(dtype).exp()[..., None]
         self.leaving = (last - sums).to(dtype).exp()[..., None]
@@ -191,6 +129,10 @@ class _Tiles:
             self.overlap * self.beta.mT, identity, upper=False, left=False, unitriangular=True
         )
         self.reading = self.inverse @ (self.entering * self.key)  # W
+
+    def ranked(self, state: Tensor | None) -> Tensor:
+        """The given state, or zeros, in the order of the layout."""
+        return checks.given_or_zeros(state, self.inputs)[self.layout.order]
 
     def within(self, scores: Tensor) -> Tensor:
         """Scale scores [rows, G * C, C] in place by D, zero above the diagonal."""
@@ -240,6 +182,21 @@ class _Tiles:
             d_state.baddbmm_(reading[at].mT, d_written[at], alpha=-1)
         return d_states, carried.view(self.grid[:2]), d_start.view_as(d_end)
 
+    def d_log_decay(self, d_query: Tensor, d_value: Tensor, carried: Tensor) -> Tensor:
+        """Gradient of log_decay, from that of its running sums in each chunk [chunks, Hkv, C]."""
+        layout, log_decay = self.layout, self.inputs.log_decay
+        d_sums = (self.query * d_query).sum(-1).view(*self.grid).sum(2)
+        d_sums -= (self.value * d_value).sum(-1).view_as(d_sums)
+        d_sums[..., -1] += carried
+        d_steps = d_sums.flip(-1).cumsum(-1).flip(-1)
+        if log_decay.dim() == 3:
+            found = layout.scatter(d_steps[..., None], log_decay)[..., 0]
+        else:
+            if layout.padded is not None:
+                d_steps = d_steps.masked_fill(layout.padded[:, None], 0)
+            found = d_steps.sum((0, 2))
+        return found.masked_fill(log_decay < checks.LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
+
 
 def _pairwise(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """[rows, C] -> D [rows, C, C], decay from column to row; the log is masked before exp.
@@ -249,15 +206,3 @@ def _pairwise(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """
     logs = (sums[:, :, None] - sums[:, None, :]).to(dtype)
     return logs.tril_().exp_().tril_()
-
-
-def _d_log_decay(layout: Layout, d_sums: Tensor, log_decay: Tensor) -> Tensor:
-    """Gradient of log_decay from that of its running sums in each chunk [chunks, H, C]."""
-    d_steps = d_sums.flip(-1).cumsum(-1).flip(-1)
-    if log_decay.dim() == 3:
-        found = layout.scatter(d_steps[..., None], log_decay)[..., 0]
-    else:
-        if layout.padded is not None:
-            d_steps = d_steps.masked_fill(layout.padded[:, None], 0)
-        found = d_steps.sum((0, 2))
-    return found.masked_fill(log_decay < checks.LOWEST_LOG_DECAY, 0).to(log_decay.dtype)

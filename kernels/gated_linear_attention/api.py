@@ -15,11 +15,15 @@ and weighs the token itself by u.
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.backends import choose, without_autocast
-from supra.kernels.gated_linear_attention import operator, reference
+from supra.kernels.backends import choose
+from supra.kernels.gated_linear_attention import reference
 from supra.kernels.gated_linear_attention import torch as torch_backend
+from supra.kernels.gated_linear_attention.inputs import Inputs
+from supra.kernels.operators import Operator
 
 OPERATION = "gated_linear_attention"
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
+CHUNK = 64  # tokens, in torch
 
 
 def chunk_gated_linear_attention(
@@ -33,7 +37,7 @@ def chunk_gated_linear_attention(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention with a decay per key channel over whole sequences, in chunks.
@@ -50,15 +54,14 @@ def chunk_gated_linear_attention(
             batch size, or the number of packed sequences.
         return_state: also return the state after the last token. The decay of the next token is not
             yet applied to it.
-        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
-            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
-            torch backend reads it on the host: keep it on the CPU to spare a GPU the
-            synchronisation.
-        chunk_size: tokens a chunk of the torch backend, >= 1; powers of two are the fast ones.
-            Changes speed and rounding only.
-        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" is
-            triton on a GPU where triton can run, torch elsewhere. A backend that cannot run raises;
-            none falls back to another.
+        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
+            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
+            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
+        chunk_size: tokens per chunk in torch, >= 1; powers of two are fastest. It changes speed and
+            rounding only. Triton has its own chunks.
+        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
+            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
+            A backend that is asked for by name runs or raises.
 
     Returns:
         Output [B, T, Hq, V] in value.dtype, and the final state or None. The state is float32, or
@@ -68,17 +71,11 @@ def chunk_gated_linear_attention(
     Raises:
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
-    _check_inputs(query, key, value, log_decay, bonus)
-    sequences = checks.check_packing("query", query, cu_seqlens)
-    state = checks.check_state(initial_state, query, key, value, sequences)
-    backend = choose(OPERATION, backend, query, key, value, log_decay)
-    inputs = (query, key, value, log_decay, bonus, state)
-    if backend == "reference":
-        output, end = _reference(*inputs, cu_seqlens, scale)
-    else:
-        output, end = operator.forward(*inputs, cu_seqlens, scale, chunk_size, backend)
+    checks.check_positive(chunk_size=chunk_size)
+    inputs = _inputs(
+        query, key, value, log_decay, bonus, initial_state, cu_seqlens, scale, chunk_size, backend
+    )
+    output, (end,) = OPERATOR.run(inputs)
     return output, end if return_state else None
 
 
@@ -99,54 +96,40 @@ def recurrent_gated_linear_attention(
 
     Arguments, results and errors are those of `chunk_gated_linear_attention`, and one more:
 
-    in_place: write the final state into the tensor initial_state and return that, so that a step
-        allocates no state. It must be contiguous, float32 (float64 for float64 inputs), and need no
-        gradient. Otherwise the state that is passed in is not changed.
+    in_place: write the final state into the tensor initial_state and return that tensor, so that a
+        step allocates no state. It must be contiguous, in the dtype of the final state, and need no
+        gradient. Otherwise the given state is not changed.
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    _check_inputs(query, key, value, log_decay, bonus)
-    state = checks.check_state(initial_state, query, key, value, query.shape[0])
-    inputs = (query, key, value, log_decay, bonus)
+    inputs = _inputs(
+        query, key, value, log_decay, bonus, initial_state, None, scale, CHUNK, backend
+    )
     if in_place:
-        dtype = checks.state_dtype(query, key, value)
-        checks.check_in_place(dtype, inputs, initial_state=initial_state)
-    backend = choose(OPERATION, backend, query, key, value, log_decay)
-    if backend == "reference":
-        output, end = _reference(*inputs, state, None, scale)
-        end = initial_state.copy_(end) if in_place else end
-    elif backend == "torch":
-        with without_autocast(query.device):
-            output, end = torch_backend.recurrent(*inputs, state, scale=scale, in_place=in_place)
-    elif checks.needs_gradient(*inputs, state):
-        output, end = operator.forward(*inputs, state, None, scale, 64, backend)
-    else:
-        end = state if in_place else checks.own_state(state, query, key, value)
-        output = operator.step(*inputs, end, scale)
+        checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
+    output, (end,) = OPERATOR.run_by_token(inputs, in_place)
     return output, end if return_state else None
 
 
-def _reference(query, key, value, log_decay, bonus, state, cu_seqlens, scale):
-    with without_autocast(query.device):
-        output, state = reference.recurrence(
-            query, key, value, log_decay, bonus, state,
-            bounds=checks.bounds(cu_seqlens, *query.shape[:2]), scale=scale,
-        )  # fmt: skip
-    return output.to(value.dtype), state.to(checks.state_dtype(query, key, value))
-
-
-def _check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, bonus: Tensor | None
-) -> None:
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    backend: str,
+) -> Inputs:
+    """The arguments, checked, with the state in the precision of the computation."""
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay, bonus=bonus)
-    if log_decay.shape != key.shape:
-        raise ValueError(
-            f"log_decay (shape {checks.shape(log_decay)}) must be {checks.shape(key)}, as key is: "
-            "a decay per token, key head and channel"
-        )
-    shape = (query.shape[2], query.shape[3])
-    if bonus is not None and bonus.shape != shape:
-        raise ValueError(
-            f"bonus (shape {checks.shape(bonus)}) must be {list(shape)} [Hq, K] to fit query"
-        )
+    checks.check_shape("log_decay", log_decay, key.shape, "[B, T, Hkv, K], as key is")
+    checks.check_shape("bonus", bonus, query.shape[2:], "[Hq, K] to fit query")
+    state = checks.check_heads_state(state, query, key, value, cu_seqlens)
+    backend = choose(OPERATION, backend, query, key, value, log_decay)
+    return Inputs(
+        query, key, value, log_decay, bonus, state, cu_seqlens, scale, chunk_size, backend
+    )

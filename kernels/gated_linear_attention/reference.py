@@ -3,44 +3,25 @@
 import torch
 from torch import Tensor
 
+from supra.kernels import checks
+from supra.kernels import recurrence as oracle
+from supra.kernels.gated_linear_attention.inputs import Inputs
 
-def recurrence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    *,
-    bounds: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, T, Hq, V] and final state, all float64.
 
-    state: before the first token, None for zeros; one per sequence.
-    bounds: first token of every sequence in the flattened [B * T] tokens, and the end.
-    """
-    batch, length, heads = query.shape[:3]
-    kv_heads, group = key.shape[2], heads // key.shape[2]
-    if state is None:
-        state = query.new_zeros(len(bounds) - 1, kv_heads, key.shape[3], value.shape[3])
-    query, key, value, log_decay = (
-        x.double().flatten(0, 1) for x in (query, key, value, log_decay)
-    )
-    decay = log_decay.exp()
+def recurrence(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output [B, T, Hq, V] and final state, all float64."""
+    group = x.query.shape[2] // x.key.shape[2]
+    state = checks.given_or_zeros(x.state, x)
+    query, key, value, decay = oracle.flat(x.query, x.key, x.value, x.log_decay.double().exp())
 
     def read(q: Tensor, memory: Tensor) -> Tensor:
-        return scale * torch.einsum("hk,hkv->hv", q, memory.repeat_interleave(group, 0))
+        return x.scale * torch.einsum("hk,hkv->hv", q, memory.repeat_interleave(group, 0))
 
-    outputs, ends = [], []
-    for n in range(len(bounds) - 1):
-        memory = state[n].double()
-        for t in range(bounds[n], bounds[n + 1]):
-            new = key[t, :, :, None] * value[t, :, None, :]
-            before, memory = memory, decay[t, :, :, None] * memory + new
-            if bonus is None:
-                outputs.append(read(query[t], memory))
-            else:
-                outputs.append(read(query[t], before) + read(query[t] * bonus.double(), new))
-        ends.append(memory)
-    return torch.stack(outputs).unflatten(0, (batch, length)), torch.stack(ends)
+    def step(t: int, before: Tensor) -> tuple[Tensor, Tensor]:
+        new = key[t, :, :, None] * value[t, :, None, :]
+        memory = decay[t, :, :, None] * before + new
+        if x.bonus is None:
+            return read(query[t], memory), memory
+        return read(query[t], before) + read(query[t] * x.bonus.double(), new), memory
+
+    return oracle.run(step, x.query, x.cu_seqlens, state)

@@ -22,87 +22,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.gated_linear_attention.inputs import Inputs
 from supra.kernels.packing import Layout
 
 # products with denormal numbers take 200 times as long, and what is below 1e-30 is lost in any sum
 NEGLIGIBLE = 1e-30
 
 
-def recurrent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    *,
-    scale: float,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence of api.py, token by token. Shapes and results as there."""
-    memory = _start(state, key, value, query.shape[0], checks.state_dtype(query, key, value))
-    dtype, kv_heads = memory.dtype, key.shape[2]
-    output_dtype = value.dtype
-    query = query.to(dtype).unflatten(2, (kv_heads, -1)) * scale
-    key, value, decay = key.to(dtype), value.to(dtype), log_decay.to(dtype).exp()
-    if bonus is not None:  # what the token itself adds: its score times its value
-        own = query * bonus.to(dtype).unflatten(0, (kv_heads, -1))
+def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
+    """The recurrence of api.py, token by token: output and final state."""
+    memory = checks.given_or_zeros(x.state, x)
+    dtype, kv_heads = memory.dtype, x.key.shape[2]
+    query = x.query.to(dtype).unflatten(2, (kv_heads, -1)) * x.scale
+    key, value, decay = x.key.to(dtype), x.value.to(dtype), x.log_decay.to(dtype).exp()
+    if x.bonus is not None:  # what the token itself adds: its score times its value
+        own = query * x.bonus.to(dtype).unflatten(0, (kv_heads, -1))
         own = (own @ key[..., None]) * value[..., None, :]
     outputs = []
     for t in range(query.shape[1]):
         k, v, before = key[:, t, ..., None], value[:, t, :, None], memory
         memory = torch.addcmul(before * decay[:, t, ..., None], k, v)
-        read = query[:, t] @ memory if bonus is None else own[:, t] + query[:, t] @ before
+        read = query[:, t] @ memory if x.bonus is None else own[:, t] + query[:, t] @ before
         outputs.append(read.flatten(1, 2))
-    memory = state.copy_(memory) if in_place else memory
-    return torch.stack(outputs, 1).to(output_dtype), memory
+    memory = x.state.copy_(memory) if in_place else memory
+    return torch.stack(outputs, 1).to(x.value.dtype), memory
 
 
-def chunk_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The same function in chunks; arguments and results are those of operator.forward."""
-    tiles = _Tiles(query, key, value, log_decay, bonus, cu_seqlens, chunk_size)
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """The same function in chunks."""
+    tiles = _Tiles(x)
     scores, _ = tiles.climb()
-    states, end = tiles.states(state)
+    states, end = tiles.states(x.state)
     out = torch.bmm(tiles.entering, states.flatten(0, 1).mT).baddbmm_(scores, tiles.value)
-    output = tiles.to_heads(out if scale == 1 else out.mul_(scale), query)
-    return output.to(value.dtype), end[tiles.layout.place].mT.contiguous()
+    output = tiles.to_heads(out if x.scale == 1 else out.mul_(x.scale), x.query)
+    return output.to(x.value.dtype), end[tiles.layout.place].mT.contiguous()
 
 
-def chunk_backward(
-    d_output: Tensor,
-    d_end: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, log_decay, bonus and state; all else is computed again.
+def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors; all that the forward pass computed is computed again.
 
     The gradient of a decay is collected on the way down the tree, from products that this decay
     is in. The usual difference of running sums of q dq and k dk cancels where decay is strong.
     """
-    tiles = _Tiles(query, key, value, log_decay, bonus, cu_seqlens, chunk_size)
+    tiles = _Tiles(x)
     scores, levels = tiles.climb(keep=True)
-    states, _ = tiles.states(state)
+    states, _ = tiles.states(x.state)
     d_out = tiles.of_heads(d_output, clear=True)
-    d_out = d_out if scale == 1 else d_out.mul_(scale)
+    d_out = d_out if x.scale == 1 else d_out.mul_(x.scale)
 
     d_scores = torch.bmm(d_out, tiles.value.mT)
     d_value = torch.bmm(scores.mT, d_out)
@@ -113,38 +79,41 @@ def chunk_backward(
     d_value.baddbmm_(tiles.leaving, d_states.mT)
     d_leaving = torch.bmm(tiles.value, d_states)
     d_totals = (states.flatten(0, 1) * d_states).sum(1)
+    d_totals = _descend(levels, d_scores, d_entering, d_leaving, d_totals)
+    d_query, d_key = d_entering.view_as(tiles.query), d_leaving
+    d_decay = d_totals.view_as(tiles.decay)
+    if x.bonus is None:  # an output reads the state after its own token's decay
+        d_decay = d_decay + (tiles.query * d_query).sum(2)
+        d_query *= tiles.decay[:, :, None]
+    d_bonus = tiles.own_backward(d_scores, d_query, d_key)
+    return (
+        tiles.to_heads(d_query.flatten(1, 2), x.query).to(x.query.dtype),
+        tiles.to_kv_heads(d_key, x.key).to(x.key.dtype),
+        tiles.to_kv_heads(d_value, x.key).to(x.value.dtype),
+        tiles.to_kv_heads(d_decay * tiles.decay, x.key).to(x.log_decay.dtype),
+        None if x.bonus is None else d_bonus.to(x.bonus.dtype),
+        None if x.state is None else d_start[tiles.layout.place].mT.to(x.state.dtype),
+    )
+
+
+def _descend(
+    levels: list["_Level"],
+    d_scores: Tensor,
+    d_entering: Tensor,
+    d_leaving: Tensor,
+    d_totals: Tensor,
+) -> Tensor:
+    """Gradients of the decays of all tokens [n * C, K], from that of the chunks' decays.
+
+    d_entering and d_leaving become the gradients of the rows of queries and keys, in place.
+    """
     for level in reversed(levels):
         block = level.of(d_scores).flatten(0, 1)
         rows, columns = level.halves(d_entering, d_leaving)
         d_totals = level.totals_backward(d_totals, rows, columns)
         _decay(rows, level.row_decay).add_(_product(block, level.earlier))
         _decay(columns, level.column_decay).add_(_product(block.mT, level.later))
-    d_query, d_key = d_entering.view_as(tiles.query), d_leaving
-    d_decay = d_totals.view_as(tiles.decay)
-    if bonus is None:  # an output reads the state after its own token's decay
-        d_decay = d_decay + (tiles.query * d_query).sum(2)
-        d_query *= tiles.decay[:, :, None]
-    d_log_decay = tiles.to_kv_heads(d_decay * tiles.decay, key)
-    d_bonus = tiles.own_backward(d_scores, d_query, d_key)
-
-    d_start = d_start[tiles.layout.place].mT
-    return (
-        tiles.to_heads(d_query.flatten(1, 2), query).to(query.dtype),
-        tiles.to_kv_heads(d_key, key).to(key.dtype),
-        tiles.to_kv_heads(d_value, key).to(value.dtype),
-        d_log_decay.to(log_decay.dtype),
-        None if bonus is None else d_bonus.to(bonus.dtype),
-        None if state is None else d_start.to(state.dtype).contiguous(),
-    )
-
-
-def _start(
-    state: Tensor | None, key: Tensor, value: Tensor, sequences: int, dtype: torch.dtype
-) -> Tensor:
-    """The given state, or zeros."""
-    if state is None:
-        return key.new_zeros(sequences, *key.shape[2:], value.shape[3], dtype=dtype)
-    return state.to(dtype)
+    return d_totals
 
 
 def _decay(x: Tensor, factor: Tensor) -> Tensor:
@@ -208,30 +177,20 @@ class _Tiles:
     [n, C, K], keys times the decay until it ends; whole [n, 1, K], the decay of the chunk.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_decay: Tensor,
-        bonus: Tensor | None,
-        cu_seqlens: Tensor | None,
-        chunk_size: int,
-    ):
-        bounds = checks.bounds(cu_seqlens, *query.shape[:2])
-        self.layout = Layout.of(bounds, chunk_size, query.device)
-        self.dtype = checks.state_dtype(query, key, value)
+    def __init__(self, x: Inputs):
+        self.layout = Layout.of(x.query, x.cu_seqlens, x.chunk_size)
+        self.dtype = checks.state_dtype(*x[:3])
         self.tokens = self.layout.tokens.shape[1]
         self.padding = (1 << (self.tokens - 1).bit_length()) - self.tokens
-        self.kv_heads = key.shape[2]
-        self.query = self.of_heads(query).unflatten(1, (self.tokens + self.padding, -1))
-        self.key = self._of_kv_heads(key)
-        self.value = self._of_kv_heads(value, clear=True)
-        self.decay = self._of_kv_heads(log_decay, clear=True).exp_()
+        self.kv_heads = x.key.shape[2]
+        self.query = self.of_heads(x.query).unflatten(1, (self.tokens + self.padding, -1))
+        self.key = self._of_kv_heads(x.key)
+        self.value = self._of_kv_heads(x.value, clear=True)
+        self.decay = self._of_kv_heads(x.log_decay, clear=True).exp_()
         torch.hardshrink(self.decay, NEGLIGIBLE, out=self.decay)
         self.bonus = None
-        if bonus is not None:
-            bonus = bonus.to(self.dtype).unflatten(0, (self.kv_heads, -1))
+        if x.bonus is not None:
+            bonus = x.bonus.to(self.dtype).unflatten(0, (self.kv_heads, -1))
             self.bonus = bonus.repeat(len(self.layout.tokens), 1, 1)[:, None]  # [n, 1, G, K]
 
     def climb(self, keep: bool = False) -> tuple[Tensor, list[_Level]]:

@@ -14,15 +14,27 @@ token is the scalar-gated family, Mamba-2 among it (Dao & Gu 2024).
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.backends import choose, without_autocast
-from supra.kernels.linear_attention import operator, reference
+from supra.kernels.backends import choose
+from supra.kernels.linear_attention import reference
 from supra.kernels.linear_attention import torch as torch_backend
+from supra.kernels.linear_attention.inputs import Inputs
+from supra.kernels.operators import Operator
 
 OPERATION = "linear_attention"
+CHUNK = 64  # tokens, in torch
+OPERATOR = Operator(
+    OPERATION,
+    Inputs,
+    torch_backend,
+    reference,
+    state=("memory", "normalizer"),
+    results=("output", "memory", "normalizer", "weights"),
+    saved=("output", "weights"),
+    package=__package__,
+)
 
 
 class LinearAttentionState(NamedTuple):
@@ -51,7 +63,7 @@ def chunk_linear_attention(
     initial_state: LinearAttentionState | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK,
     backend: str = "auto",
 ) -> tuple[Tensor, LinearAttentionState | None]:
     """Causal linear attention over whole sequences, in chunks; for training and prefill.
@@ -70,14 +82,14 @@ def chunk_linear_attention(
         eps: added to the sum of the weights.
         initial_state: state before the first token, shaped as LinearAttentionState says.
         return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
-            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
-            torch backend reads it on the host; Triton does not, and trusts one that is on a GPU.
-        chunk_size: tokens a chunk in torch, >= 1. Changes speed and rounding only; Triton has its
-            own.
+        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
+            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
+            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
+        chunk_size: tokens per chunk in torch, >= 1; it changes speed and rounding only. Triton has
+            its own chunks.
         backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            "triton" on a GPU that it runs on, for float32 and 16-bit inputs, and "torch" for all
-            else. A backend that cannot run raises; none falls back to another.
+            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
+            A backend that is asked for by name runs or raises.
 
     Returns:
         Output [B, T, Hq, V] in value.dtype, and the final state or None. Everything is computed in
@@ -87,23 +99,13 @@ def chunk_linear_attention(
     Raises:
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
-    _check_inputs(query, key, value, log_decay)
-    sequences = checks.check_packing("query", query, cu_seqlens)
-    state = _check_state(initial_state, normalize, query, key, value, log_decay, sequences)
-    backend = choose(OPERATION, backend, query, key, value)
-    if backend == "reference":
-        return _reference(
-            query, key, value, log_decay, state, cu_seqlens, normalize, scale, eps, return_state
-        )
-    output, memory, normalizer, _ = operator.forward(
-        query, key, value, log_decay, *state, cu_seqlens,
-        normalize == "sum", scale, eps, chunk_size, backend,
+    checks.check_positive(chunk_size=chunk_size)
+    inputs = _inputs(
+        query, key, value, log_decay, initial_state, cu_seqlens, normalize, scale, eps, chunk_size,
+        backend,
     )  # fmt: skip
-    if not return_state:
-        return output, None
-    return output, LinearAttentionState(memory, normalizer if normalize else None)
+    output, end = OPERATOR.run(inputs)
+    return output, LinearAttentionState(*end) if return_state else None
 
 
 def recurrent_linear_attention(
@@ -124,67 +126,55 @@ def recurrent_linear_attention(
 
     Arguments, results and errors are those of `chunk_linear_attention`, and one more:
 
-    in_place: write the final state into the tensors of initial_state and return these, so that a
-        step allocates no state. They must be contiguous, float32 (float64 for float64 inputs), and
-        need no gradient. Otherwise the state that is passed in is not changed.
+    in_place: write the final state into the tensors of initial_state and return those tensors, so
+        that a step allocates no state. They must be contiguous, in the dtypes of the final state,
+        and need no gradient. Otherwise the given state is not changed.
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    _check_inputs(query, key, value, log_decay)
-    state = _check_state(initial_state, normalize, query, key, value, log_decay, query.shape[0])
-    backend = choose(OPERATION, backend, query, key, value)
+    inputs = _inputs(
+        query, key, value, log_decay, initial_state, None, normalize, scale, eps, CHUNK, backend
+    )
     if in_place:
-        _check_in_place(initial_state, query, key, value, log_decay)
-    if backend == "reference":
-        output, end = _reference(
-            query, key, value, log_decay, state, None, normalize, scale, eps, return_state=True
-        )
-        if in_place:
-            for given, part in zip(state, end, strict=True):
-                if part is not None:
-                    given.copy_(part)
-            end = LinearAttentionState(*state)
-        return output, end if return_state else None
-    if backend == "torch":
-        with without_autocast(query.device):
-            output, end = torch_backend.recurrent(
-                query, key, value, log_decay, state,
-                normalized=normalize == "sum", scale=scale, eps=eps, in_place=in_place,
-            )  # fmt: skip
-        return output, LinearAttentionState(*end) if return_state else None
-    if checks.needs_gradient(query, key, value, log_decay, *state):
-        output, *end, _ = operator.forward(
-            query, key, value, log_decay, *state, None,
-            normalize == "sum", scale, eps, 64, backend,
-        )  # fmt: skip
-        end = end[0], end[1] if normalize else None
-    else:
-        end = state if in_place else _own_state(state, query, key, value, log_decay, normalize)
-        output = operator.step(query, key, value, log_decay, *end, scale, eps)
+        _check_in_place(inputs, initial_state)
+    output, end = OPERATOR.run_by_token(inputs, in_place)
     return output, LinearAttentionState(*end) if return_state else None
 
 
-def _reference(
-    query, key, value, log_decay, state, cu_seqlens, normalize, scale, eps, return_state
-):
-    bounds = checks.bounds(cu_seqlens, *query.shape[:2])
-    with without_autocast(query.device):
-        output, end = reference.recurrence(
-            query, key, value, log_decay, state,
-            bounds=bounds, normalized=normalize == "sum", scale=scale, eps=eps,
-        )  # fmt: skip
-    if not return_state:
-        return output.to(value.dtype), None
-    dtype = checks.state_dtype(query, key, value)
-    state = LinearAttentionState(*(part if part is None else part.to(dtype) for part in end))
-    return output.to(value.dtype), state
-
-
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> None:
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    state: LinearAttentionState | None,
+    cu_seqlens: Tensor | None,
+    normalize: str | None,
+    scale: float,
+    eps: float,
+    chunk_size: int,
+    backend: str,
+) -> Inputs:
+    """The arguments, checked, with the state in the precision of the computation."""
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay)
-    if log_decay is None:
-        return
+    if log_decay is not None:
+        _check_log_decay(query, key, log_decay)
+    if normalize not in (None, "sum"):
+        raise ValueError(checks.unknown("normalize", normalize, ("None", "sum")))
+    count = checks.check_packing("query", query, cu_seqlens)
+    memory = normalizer = None
+    if state is not None:
+        heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
+        shape = (count, heads, key.shape[3], value.shape[3])
+        memory, normalizer = _check_state(state, shape, normalize, query, key, value)
+    backend = choose(OPERATION, backend, query, key, value)
+    return Inputs(
+        query, key, value, log_decay, memory, normalizer, cu_seqlens, normalize == "sum", scale,
+        eps, chunk_size, backend,
+    )  # fmt: skip
+
+
+def _check_log_decay(query: Tensor, key: Tensor, log_decay: Tensor) -> None:
     batch, length, heads = query.shape[:3]
     kv_heads = key.shape[2]
     lead, last = log_decay.shape[:-1], log_decay.shape[-1:]
@@ -197,73 +187,32 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor |
 
 
 def _check_state(
-    state: LinearAttentionState | None,
+    state: LinearAttentionState,
+    shape: tuple[int, ...],
     normalize: str | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    log_decay: Tensor | None,
-    sequences: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Memory and normalizer of the given state in the precision of the computation, or Nones."""
-    if normalize not in (None, "sum"):
-        raise ValueError(checks.unknown("normalize", normalize, ("None", "sum")))
-    if state is None:
-        return None, None
-    heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
-    shape = (sequences, heads, key.shape[3], value.shape[3])
+) -> tuple[Tensor, Tensor | None]:
+    """Memory and normalizer in the precision of the computation."""
     memory, normalizer = state
-    checks.check_tensors(query=query, initial_state=memory, normalizer=normalizer)
-    if memory.shape != shape:
-        raise ValueError(
-            f"initial_state.memory (shape {checks.shape(memory)}) must be {list(shape)} "
-            "[N, H, K, V]"
-        )
+    dtype = checks.state_dtype(query, key, value)
+    memory = checks.check_state(
+        "initial_state.memory", memory, shape, "[N, H, K, V]", dtype, query=query
+    )
     if (normalizer is None) != (normalize is None):
         given = "None" if normalizer is None else checks.shape(normalizer)
         raise ValueError(
             f"initial_state.normalizer (={given}) must be given exactly when normalize "
             f"(={normalize!r}) is 'sum'"
         )
-    if normalizer is not None and normalizer.shape != shape[:3]:
-        raise ValueError(
-            f"initial_state.normalizer (shape {checks.shape(normalizer)}) must be "
-            f"{list(shape[:3])} [N, H, K]"
-        )
-    dtype = checks.state_dtype(query, key, value)
-    return memory.to(dtype), None if normalizer is None else normalizer.to(dtype)
+    name = "initial_state.normalizer"
+    return memory, checks.check_state(name, normalizer, shape[:3], "[N, H, K]", dtype, query=query)
 
 
-def _own_state(
-    state: tuple[Tensor | None, Tensor | None],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    normalize: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    """A copy of the state, or zeros, for a kernel that writes into it."""
-    if state[0] is not None:
-        memory, normalizer = (
-            x if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
-        )
-        return memory, normalizer
-    heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
-    shape = (query.shape[0], heads, key.shape[3], value.shape[3])
-    memory = query.new_zeros(shape, dtype=checks.state_dtype(query, key, value))
-    return memory, memory.new_zeros(shape[:3]) if normalize else None
-
-
-def _check_in_place(
-    state: LinearAttentionState | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-) -> None:
+def _check_in_place(inputs: Inputs, state: LinearAttentionState | None) -> None:
     given = {"initial_state": None}
     if state is not None:
         names = ("initial_state.memory", "initial_state.normalizer")
         given = {name: x for name, x in zip(names, state, strict=True) if x is not None}
-    dtype = checks.state_dtype(query, key, value)
-    checks.check_in_place(dtype, (query, key, value, log_decay), **given)
+    checks.check_in_place(inputs, inputs.memory, **given)

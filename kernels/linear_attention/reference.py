@@ -3,60 +3,32 @@
 import torch
 from torch import Tensor
 
+from supra.kernels import recurrence as oracle
+from supra.kernels.linear_attention.inputs import Inputs
 
-def recurrence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    state: tuple[Tensor | None, Tensor | None],
-    *,
-    bounds: list[int],
-    normalized: bool,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Output [B, T, Hq, V] and final state, all float64.
 
-    state: memory and normalizer before the first token, None for zeros; one per sequence.
-    bounds: first token of every sequence in the flattened [B * T] tokens, and the end.
-    """
-    batch, length, heads = query.shape[:3]
-    state_heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
-    decay = torch.ones((), dtype=torch.float64, device=query.device)
-    decay = decay if log_decay is None else log_decay.double().exp()
-    decay = decay.expand(batch, length, state_heads).flatten(0, 1)
-    zeros = torch.zeros(
-        len(bounds) - 1, state_heads, key.shape[3], value.shape[3],
-        dtype=torch.float64, device=query.device,
-    )  # fmt: skip
-    first = zeros if state[0] is None else state[0]
-    first_normalizer = zeros[..., 0] if state[1] is None else state[1]
-    query, key, value = (x.double().flatten(0, 1) for x in (query, key, value))
+def recurrence(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output [B, T, Hq, V], final memory and normalizer, all float64."""
+    heads = x.query.shape[2]
+    decay = oracle.decay_by_token(x.log_decay, x.query, x.state_heads)
+    zeros = torch.zeros_like(x.empty_results()[1])
+    state = [zeros if x.memory is None else x.memory]
+    if x.normalized:
+        state.append(zeros[..., 0] if x.normalizer is None else x.normalizer)
+    query, key, value = oracle.flat(x.query, x.key, x.value)
 
-    def per_query_head(x: Tensor) -> Tensor:
-        return x.repeat_interleave(heads // x.shape[0], 0)
+    def per_head(part: Tensor, heads: int) -> Tensor:
+        return part.repeat_interleave(heads // part.shape[0], 0)
 
-    def per_state_head(x: Tensor) -> Tensor:
-        return x.repeat_interleave(state_heads // x.shape[0], 0)
+    def step(t: int, memory: Tensor, normalizer: Tensor | None = None) -> tuple[Tensor, ...]:
+        k, v = per_head(key[t], x.state_heads), per_head(value[t], x.state_heads)
+        memory = decay[t, :, None, None] * memory + k[:, :, None] * v[:, None, :]
+        output = torch.einsum("hk,hkv->hv", query[t], per_head(memory, heads))
+        if normalizer is None:
+            return x.scale * output, memory
+        normalizer = decay[t, :, None] * normalizer + k
+        weight = (query[t] * per_head(normalizer, heads)).sum(-1, keepdim=True)
+        return output / (weight + x.eps), memory, normalizer
 
-    outputs, memories, normalizers = [], [], []
-    for n in range(len(bounds) - 1):
-        memory = first[n].double()
-        normalizer = first_normalizer[n].double() if normalized else None
-        for t in range(bounds[n], bounds[n + 1]):
-            k, v = per_state_head(key[t]), per_state_head(value[t])
-            memory = decay[t, :, None, None] * memory + k[:, :, None] * v[:, None, :]
-            output = torch.einsum("hk,hkv->hv", query[t], per_query_head(memory))
-            if normalizer is None:
-                output = scale * output
-            else:
-                normalizer = decay[t, :, None] * normalizer + k
-                weight = (query[t] * per_query_head(normalizer)).sum(-1, keepdim=True)
-                output = output / (weight + eps)
-            outputs.append(output)
-        memories.append(memory)
-        normalizers.append(normalizer)
-    memory = torch.stack(memories)
-    normalizer = torch.stack(normalizers) if normalized else None
-    return torch.stack(outputs).unflatten(0, (batch, length)), (memory, normalizer)
+    found = oracle.run(step, x.query, x.cu_seqlens, *state)
+    return found if x.normalized else (*found, None)

@@ -8,35 +8,30 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.linear_attention.torch_blocks import Block, Blocks, State, split_groups
+from supra.kernels.linear_attention.inputs import Inputs
+from supra.kernels.linear_attention.torch_blocks import (
+    Block,
+    Blocks,
+    State,
+    split_rows,
+    state_of,
+)
 
 
-def recurrent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    state: State,
-    *,
-    normalized: bool,
-    scale: float,
-    eps: float,
-    in_place: bool = False,
-) -> tuple[Tensor, State]:
-    """The recurrence of api.py, token by token. Shapes and results as there."""
+def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The recurrence of api.py, token by token: output and final state."""
     multiply, insert, add = torch.mul, torch.addcmul, torch.add
     if in_place:
         multiply, insert, add = Tensor.mul_, Tensor.addcmul_, Tensor.add_
-    memory, normalizer = _start(*state, query, key, value, log_decay, normalized, query.shape[0])
-    dtype, (heads, kv_heads) = memory.dtype, (memory.shape[1], key.shape[2])
-    decay = None if log_decay is None else log_decay.to(dtype).exp()
-    output_dtype = value.dtype
-    query, key, value = (x.to(dtype) for x in (query, key, value))
+    memory, normalizer = _start(x, x.memory, x.normalizer)
+    dtype, (heads, kv_heads) = memory.dtype, (memory.shape[1], x.key.shape[2])
+    decay = None if x.log_decay is None else x.log_decay.to(dtype).exp()
+    query, key, value = (y.to(dtype) for y in x[:3])
     query = query.unflatten(2, (heads, -1))
     if heads > kv_heads:
         key, value = (
-            x[:, :, :, None].expand(-1, -1, -1, heads // kv_heads, -1).flatten(2, 3)
-            for x in (key, value)
+            y[:, :, :, None].expand(-1, -1, -1, heads // kv_heads, -1).flatten(2, 3)
+            for y in (key, value)
         )
     outputs = []
     for t in range(query.shape[1]):
@@ -48,106 +43,89 @@ def recurrent(
         memory = insert(memory, k[..., None], v[..., None, :])
         output = q @ memory
         if normalizer is None:
-            output = output * scale
+            output = output * x.scale
         else:
             normalizer = add(normalizer, k)
-            output = output / (q @ normalizer[..., None] + eps)
+            output = output / (q @ normalizer[..., None] + x.eps)
         outputs.append(output.flatten(1, 2))
     output = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, 1)
-    return output.to(output_dtype), (memory, normalizer)
+    return output.to(x.value.dtype), memory, normalizer
 
 
-def chunk_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    normalized: bool,
-    scale: float,
-    eps: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The same function in chunks; arguments and results are those of operator.forward."""
-    groups = split_groups(query, key, cu_seqlens, chunk_size)
-    inputs = (query, key, value, log_decay, normalized, checks.sequences(query, cu_seqlens))
-    memory, normalizer = _copies(*_start(memory, normalizer, *inputs))
-    output = value.new_empty(*query.shape[:3], value.shape[3])
-    weights = memory.new_empty(*query.shape[:3], 1) if normalized else None
-    for group in groups:
-        state = group.state(memory, normalizer)
-        blocks = Blocks(group, query, key, value, log_decay, chunk_size, state[0])
+def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The same function in chunks."""
+    memory, normalizer = _copies(*_start(x, x.memory, x.normalizer))
+    output = x.value.new_empty(*x.query.shape[:3], x.value.shape[3])
+    weights = memory.new_empty(*x.query.shape[:3], 1) if x.normalized else None
+    for group in split_rows(x):
+        state = state_of(group, memory, normalizer)
+        blocks = Blocks(group, x, state[0])
         outputs = blocks.split(output)
-        weighed = blocks.split(weights) if normalized else None
+        weighed = blocks.split(weights) if x.normalized else None
         for i, block in enumerate(blocks):
             s, z = block.states(*state)
             scores = block.scores()
             out = torch.bmm(block.query, s).baddbmm_(scores, block.value)
-            if normalized:
+            if x.normalized:
                 weight = torch.bmm(block.query, z[..., None]) + scores.sum(-1, keepdim=True)
                 block.write(weighed[i], weight)
-                out /= weight + eps
-            elif scale != 1:
-                out *= scale
+                out /= weight + x.eps
+            elif x.scale != 1:
+                out *= x.scale
             block.write(outputs[i], out)
-    return output, memory, normalizer, weights[..., 0] if normalized else None
+    return output, memory, normalizer, weights[..., 0] if x.normalized else None
 
 
-def chunk_backward(
+def backward(
+    x: Inputs,
     d_output: Tensor,
     d_memory: Tensor | None,
     d_normalizer: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    cu_seqlens: Tensor | None,
     output: Tensor,
     weights: Tensor,
-    *,
-    normalized: bool,
-    scale: float,
-    eps: float,
-    chunk_size: int,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, log_decay, memory and normalizer.
-
-    States and scores are computed again, a span of chunks at a time.
-    """
-    groups = split_groups(query, key, cu_seqlens, chunk_size)
-    inputs = (query, key, value, log_decay, normalized, checks.sequences(query, cu_seqlens))
-    start = _start(memory, normalizer, *inputs)
-    d_state = _copies(*_start(d_memory, d_normalizer, *inputs))
-    d_inputs = [x.new_empty(x.shape) for x in (query, key, value)]
-    if log_decay is not None:
-        d_decays = start[0].new_empty(*query.shape[:2], log_decay.shape[-1], 1)
+    """States and scores are computed again, a span of chunks at a time."""
+    start = _start(x, x.memory, x.normalizer)
+    d_state = _copies(*_start(x, d_memory, d_normalizer))
+    d_inputs = [y.new_empty(y.shape) for y in x[:3]]
+    if x.log_decay is not None:
+        d_decays = start[0].new_empty(*x.query.shape[:2], x.state_heads, 1)
         d_inputs.append(d_decays)
-    for group in groups:
-        state, d_end = _copies(*group.state(*start)), group.state(*d_state)
-        blocks = Blocks(group, query, key, value, log_decay, chunk_size, state[0])
-        states = [block.states(*state) for block in blocks]
-        given = [d_output, output, weights[..., None]] if normalized else [d_output]
-        given = list(zip(*map(blocks.split, given), strict=True))
-        found = list(zip(*map(blocks.split, d_inputs), strict=True))
-        for i in reversed(range(len(states))):
-            block = blocks[i]
-            do, delta = _output_gradient(block, *given[i], scale=scale, eps=eps)
-            gradients = _block_gradients(block, do, delta, *states.pop(), *d_end)
-            for out, x in zip(found[i], gradients, strict=True):
-                block.write(out, x)
+    given = (d_output, output, weights[..., None]) if x.normalized else (d_output,)
+    for group in split_rows(x):
+        state, d_end = _copies(*state_of(group, *start)), state_of(group, *d_state)
+        _group_backward(Blocks(group, x, state[0]), x, state, d_end, given, d_inputs)
 
     d_log_decay = None
-    if log_decay is not None:
-        d_log_decay = d_decays[..., 0] if log_decay.dim() == 3 else d_decays.sum((0, 1, 3))
-        lost = log_decay < checks.LOWEST_LOG_DECAY
-        d_log_decay = d_log_decay.masked_fill(lost, 0).to(log_decay.dtype)
-    d_memory = None if memory is None else d_state[0]
-    return *d_inputs[:3], d_log_decay, d_memory, None if normalizer is None else d_state[1]
+    if x.log_decay is not None:
+        d_log_decay = d_decays[..., 0] if x.log_decay.dim() == 3 else d_decays.sum((0, 1, 3))
+        lost = x.log_decay < checks.LOWEST_LOG_DECAY
+        d_log_decay = d_log_decay.masked_fill(lost, 0).to(x.log_decay.dtype)
+    d_memory = None if x.memory is None else d_state[0]
+    return *d_inputs[:3], d_log_decay, d_memory, None if x.normalizer is None else d_state[1]
+
+
+def _group_backward(
+    blocks: Blocks,
+    x: Inputs,
+    state: State,
+    d_end: State,
+    given: tuple[Tensor, ...],
+    d_inputs: list[Tensor],
+) -> None:
+    """Write the gradients of a group's inputs into d_inputs; d_end becomes that of its state.
+
+    given: d_output and, when normalized, output and weights.
+    """
+    states = [block.states(*state) for block in blocks]
+    given = list(zip(*map(blocks.split, given), strict=True))
+    found = list(zip(*map(blocks.split, d_inputs), strict=True))
+    for i in reversed(range(len(states))):
+        block = blocks[i]
+        do, delta = _output_gradient(block, *given[i], scale=x.scale, eps=x.eps)
+        gradients = _block_gradients(block, do, delta, *states.pop(), *d_end)
+        for out, gradient in zip(found[i], gradients, strict=True):
+            block.write(out, gradient)
 
 
 def _output_gradient(
@@ -210,24 +188,12 @@ def _block_gradients(
     return block.rescale(dq, block.rise), block.rescale(dk, block.fall), dv, d_log_decay
 
 
-def _start(
-    memory: Tensor | None,
-    normalizer: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    normalized: bool,
-    sequences: int,
-) -> State:
+def _start(x: Inputs, memory: Tensor | None, normalizer: Tensor | None) -> State:
     """The given state, or zeros where it is None."""
-    heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
-    dtype = checks.state_dtype(query, key, value)
-    if memory is None:
-        memory = query.new_zeros(sequences, heads, key.shape[3], value.shape[3], dtype=dtype)
-    if normalized and normalizer is None:
-        normalizer = query.new_zeros(sequences, heads, key.shape[3], dtype=dtype)
-    return memory, normalizer if normalized else None
+    memory = checks.given_or_zeros(memory, x)
+    if x.normalized and normalizer is None:
+        normalizer = memory.new_zeros(memory.shape[:3])
+    return memory, normalizer if x.normalized else None
 
 
 def _copies(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

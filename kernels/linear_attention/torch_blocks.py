@@ -11,13 +11,14 @@ a lane, which make one tile of R * C rows. Key heads that serve several lanes ar
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.linear_attention.inputs import Inputs
+from supra.kernels.packing import Group, split_groups
 
 # Tiles that a product should have: with fewer the calls cost more than the work
 TILES = 32
@@ -28,63 +29,34 @@ WIDEST_DECAY = 80.0
 State = tuple[Tensor | None, Tensor | None]
 
 
-class Group(NamedTuple):
-    """Sequences of one length that go together: rows of a batch, or one of a packed row."""
-
-    rows: slice
-    begin: int
-    end: int
-    states: slice
-
-    def state(self, memory: Tensor, normalizer: Tensor | None) -> State:
-        """Their part of a state, [lanes, K, V] and [lanes, K], as views."""
-        s = memory[self.states].flatten(0, 1)
-        return s, None if normalizer is None else normalizer[self.states].flatten(0, 1)
+def split_rows(x: Inputs) -> list[Group]:
+    """Groups of as many rows as fill TILES."""
+    tokens = x.key.shape[2] * min(x.query.shape[1], x.chunk_size)
+    return split_groups(x.query, x.cu_seqlens, -(-TILES * x.chunk_size // tokens))
 
 
-def split_groups(
-    query: Tensor, key: Tensor, cu_seqlens: Tensor | None, chunk_size: int
-) -> list[Group]:
-    batch, length = query.shape[:2]
-    bounds = checks.bounds(cu_seqlens, batch, length)
-    if cu_seqlens is not None:
-        row = slice(0, 1)
-        spans = enumerate(pairwise(bounds))
-        return [Group(row, *span, slice(n, n + 1)) for n, span in spans if span[0] < span[1]]
-    tokens = key.shape[2] * min(length, chunk_size)
-    rows = -(-TILES * chunk_size // tokens)
-    slices = [slice(at, min(at + rows, batch)) for at in range(0, batch, rows)]
-    return [Group(part, 0, length, part) for part in slices]
+def state_of(group: Group, memory: Tensor, normalizer: Tensor | None) -> State:
+    """The group's part of a state, [lanes, K, V] and [lanes, K], as views."""
+    s = memory[group.states].flatten(0, 1)
+    return s, None if normalizer is None else normalizer[group.states].flatten(0, 1)
 
 
 class Blocks:
     """The blocks of a group, each made when it is asked for."""
 
-    def __init__(
-        self,
-        group: Group,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_decay: Tensor | None,
-        chunk_size: int,
-        state: Tensor,
-    ):
+    def __init__(self, group: Group, x: Inputs, state: Tensor):
         self.group, self.lanes, self.dtype = group, len(state), state.dtype
         length = group.end - group.begin
-        self.bounds = [*range(0, length, chunk_size), length]
+        self.bounds = [*range(0, length, x.chunk_size), length]
         self.decay = None
-        if log_decay is not None:
-            if log_decay.dim() == 1:
-                logs = log_decay.expand(group.rows.stop - group.rows.start, length, -1)
-            else:
-                logs = log_decay[group.rows, group.begin : group.end]
+        if x.log_decay is not None:
+            logs = x.log_decay.expand(*x.query.shape[:2], -1)[group.rows, group.begin : group.end]
             logs = logs.to(_sum_dtype(logs.device)).clamp(min=checks.LOWEST_LOG_DECAY)
             sums = logs.cumsum(1).transpose(1, 2).flatten(0, 1)
             self.bounds = _narrow_bounds(sums, self.bounds)
             self.decay = self._factors(sums)
         self.spans = self._spans()
-        self.inputs = list(zip(*map(self.split, (query, key, value)), strict=True))
+        self.inputs = list(zip(*map(self.split, x[:3]), strict=True))
 
     def _spans(self) -> list[tuple[int, int]]:
         """First chunk of every block and the chunk after it; a block has chunks of one size."""

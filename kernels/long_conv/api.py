@@ -21,15 +21,18 @@ head with the same kernel.
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
 from supra.kernels import checks
 from supra.kernels.backends import choose, without_autocast
-from supra.kernels.long_conv import modes, operator, reference
+from supra.kernels.long_conv import fft, modes, reference
 from supra.kernels.long_conv import torch as torch_backend
+from supra.kernels.long_conv.inputs import FftInputs, Inputs
+from supra.kernels.operators import Operator
 
 OPERATION = "long_conv"
+OPERATOR = Operator("ssm_conv", Inputs, torch_backend, reference, package=__package__)
+FFT_OPERATOR = Operator("fft_conv", FftInputs, fft)
 CHUNK, FEW_TOKENS = 64, 4096  # few tokens do not repay larger matrices
 
 Segment = tuple[Tensor | None, Tensor | None, Tensor]
@@ -66,15 +69,14 @@ def chunk_ssm_conv(
         initial_state: [N, H, M, 2, K, V], real and imaginary part of the state before the first
             token; None for zeros. N is the batch size, or the number of packed sequences.
         return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
-            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
-            torch backend reads it on the host: keep it on the CPU to spare a GPU the
-            synchronisation.
+        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
+            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
+            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
         chunk_size: tokens a chunk of the torch backend, >= 1; None for 64, or 32 where B * T is at
             most 4096. Changes speed and rounding only.
-        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" is
-            triton on a GPU where triton can run, torch elsewhere. A backend that cannot run raises;
-            none falls back to another.
+        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
+            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
+            A backend that is asked for by name runs or raises.
 
     Returns:
         Output [B, T, H, V] in value.dtype, and the final state or None. The state is float32, or
@@ -84,17 +86,12 @@ def chunk_ssm_conv(
     Raises:
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size (={chunk_size}) must be >= 1")
-    gates, model, dtype = _check(query, key, value, log_decay, frequency, weight, skip)
-    sequences = checks.check_packing("value", value, cu_seqlens)
-    state = _check_state(initial_state, key, value, log_decay, sequences, dtype)
-    backend = choose(OPERATION, backend, *_present(value, *gates, *model))
-    if backend == "reference":
-        output, end = _reference(*gates, value, *model, state, cu_seqlens)
-    else:
-        size = chunk_size or (CHUNK if value.shape[:2].numel() > FEW_TOKENS else CHUNK // 2)
-        output, end = operator.forward(*gates, value, *model, state, cu_seqlens, size, backend)
+    checks.check_positive(chunk_size=chunk_size)
+    inputs = _inputs(
+        query, key, value, (log_decay, frequency, weight, skip), initial_state, cu_seqlens,
+        chunk_size, backend,
+    )  # fmt: skip
+    output, (end,) = OPERATOR.run(inputs)
     return output, end if return_state else None
 
 
@@ -116,30 +113,17 @@ def recurrent_ssm_conv(
 
     Arguments, results and errors are those of `chunk_ssm_conv`, and one more:
 
-    in_place: write the final state into the tensor initial_state and return that, so that a step
-        allocates no state. It must be contiguous, float32 (float64 for float64 inputs), and need no
-        gradient. Otherwise the state that is passed in is not changed.
+    in_place: write the final state into the tensor initial_state and return that tensor, so that a
+        step allocates no state. It must be contiguous, in the dtype of the final state, and need no
+        gradient. Otherwise the given state is not changed.
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    gates, model, dtype = _check(query, key, value, log_decay, frequency, weight, skip)
-    state = _check_state(initial_state, key, value, log_decay, value.shape[0], dtype)
-    inputs = (*gates, value, *model)
+    model = (log_decay, frequency, weight, skip)
+    inputs = _inputs(query, key, value, model, initial_state, None, CHUNK, backend)
     if in_place:
-        checks.check_in_place(dtype, inputs, initial_state=initial_state)
-    backend = choose(OPERATION, backend, *_present(value, *gates, *model))
-    if backend == "reference":
-        output, end = _reference(*inputs, state, None)
-        end = initial_state.copy_(end) if in_place else end
-    elif backend == "torch":
-        with without_autocast(value.device):
-            output, end = torch_backend.recurrent(*inputs, state, in_place=in_place)
-    elif checks.needs_gradient(*inputs, state):
-        output, end = operator.forward(*inputs, state, None, CHUNK, backend)
-    else:
-        rows = value.shape[0]
-        end = state if in_place else torch_backend.start(state, key, value, model[0], rows)
-        output = operator.step(*inputs, end)
+        checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
+    output, (end,) = OPERATOR.run_by_token(inputs, in_place)
     return output, end if return_state else None
 
 
@@ -188,13 +172,11 @@ def ssm_kernel(
 
     Arguments and precision are those of `chunk_ssm_conv`; `fft_conv` takes the result.
     """
-    if length < 1:
-        raise ValueError(f"length (={length}) must be >= 1")
+    checks.check_positive(length=length)
     _check_model(log_decay, frequency, weight, skip)
-    dtype = checks.state_dtype(*_present(log_decay, frequency, weight, skip))
-    model = modes.Model(
-        *(x if x is None else x.to(dtype) for x in (log_decay, frequency, weight, skip))
-    )
+    given = (log_decay, frequency, weight, skip)
+    dtype = checks.state_dtype(*checks.present(*given))
+    model = modes.Model(*(x if x is None else x.to(dtype) for x in given))
     with without_autocast(log_decay.device):
         return modes.kernel(model, length)
 
@@ -231,8 +213,7 @@ def fft_conv(
     Raises:
         ValueError: shapes or sizes that do not fit.
     """
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size (={block_size}) must be >= 1")
+    checks.check_positive(block_size=block_size)
     if input.dim() != 4:
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, T, H, D]")
     checks.check_not_empty("input", input)
@@ -240,38 +221,29 @@ def fft_conv(
         raise ValueError(
             f"kernel (shape {checks.shape(kernel)}) must be [{input.shape[2]}, L] to fit input"
         )
-    checks.check_tensors(input=input, kernel=kernel, initial_state=initial_state)
-    sequences = checks.check_packing("input", input, cu_seqlens)
-    wanted = (sequences, kernel.shape[1] - 1, *input.shape[2:])
-    if initial_state is not None and initial_state.shape != wanted:
-        raise ValueError(
-            f"initial_state (shape {checks.shape(initial_state)}) must be {list(wanted)} "
-            "[N, L - 1, H, D]"
-        )
+    checks.check_tensors(input=input, kernel=kernel)
     dtype = checks.state_dtype(input, kernel)
-    state = None if initial_state is None else initial_state.to(dtype)
-    output, end = operator.fft_forward(input, kernel.to(dtype), state, cu_seqlens, block_size)
+    count = checks.check_packing("input", input, cu_seqlens)
+    wanted = (count, kernel.shape[1] - 1, *input.shape[2:])
+    state = checks.check_state(
+        "initial_state", initial_state, wanted, "[N, L - 1, H, D]", dtype, input=input
+    )
+    inputs = FftInputs(input, kernel.to(dtype), state, cu_seqlens, block_size)
+    output, (end,) = FFT_OPERATOR.run(inputs)
     return output, end if return_state else None
 
 
-def _reference(*inputs_and_bounds):
-    *inputs, cu_seqlens = inputs_and_bounds
-    value, log_decay = inputs[2:4]
-    with without_autocast(value.device):
-        output, state = reference.recurrence(
-            *inputs, bounds=checks.bounds(cu_seqlens, *value.shape[:2])
-        )
-    return output.to(value.dtype), state.to(log_decay.dtype)
-
-
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
-
-
-def _check(
-    query: Tensor | None, key: Tensor | None, value: Tensor, *model: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], torch.dtype]:
-    """Gates, the model in the dtype that is computed in, and that dtype."""
+def _inputs(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    model: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    backend: str,
+) -> Inputs:
+    """The arguments, checked, with model and state in the precision of the computation."""
     if value.dim() != 4:
         raise ValueError(f"value (shape {checks.shape(value)}) must be [B, T, H, V]")
     checks.check_not_empty("value", value)
@@ -279,55 +251,34 @@ def _check(
     if None in (query, key) and width != 1:
         name = "key" if key is None else "query"
         raise ValueError(f"{name} (=None) is ones of width 1 and the other has {width}; give both")
-    for name, x in (("query", query), ("key", key)):
-        wanted = (*value.shape[:3], width)
-        if x is not None and x.shape != wanted:
-            raise ValueError(
-                f"{name} (shape {checks.shape(x)}) must be {list(wanted)} to fit value"
-            )
-    log_decay, frequency, weight, skip = model
+    checks.check_shape("query", query, (*value.shape[:3], width), "to fit value")
+    checks.check_shape("key", key, (*value.shape[:3], width), "to fit value")
     _check_model(*model)
-    if len(log_decay) != value.shape[2]:
+    if len(model[0]) != value.shape[2]:
         raise ValueError(
-            f"log_decay (shape {checks.shape(log_decay)}) must be [{value.shape[2]}, M] "
-            "to fit value"
+            f"log_decay (shape {checks.shape(model[0])}) must be [{value.shape[2]}, M] to fit value"
         )
-    checks.check_tensors(
-        value=value, query=query, key=key,
-        log_decay=log_decay, frequency=frequency, weight=weight, skip=skip,
-    )  # fmt: skip
-    dtype = checks.state_dtype(*_present(query, key, value, *model))
-    return (query, key), tuple(x if x is None else x.to(dtype) for x in model), dtype
+    named = dict(zip(("log_decay", "frequency", "weight", "skip"), model, strict=True))
+    checks.check_tensors(value=value, query=query, key=key, **named)
+    present = checks.present(value, query, key, *model)
+    dtype, count = checks.state_dtype(*present), checks.check_packing("value", value, cu_seqlens)
+    wanted = (count, *model[0].shape, 2, width, value.shape[3])
+    state = checks.check_state(
+        "initial_state", state, wanted, "[N, H, M, 2, K, V]", dtype, value=value
+    )
+    backend = choose(OPERATION, backend, *present)
+    model = (x if x is None else x.to(dtype) for x in model)
+    size = chunk_size or (CHUNK if value.shape[:2].numel() > FEW_TOKENS else CHUNK // 2)
+    return Inputs(query, key, value, *model, state, cu_seqlens, size, backend)
 
 
 def _check_model(log_decay: Tensor, frequency: Tensor, weight: Tensor, skip: Tensor | None) -> None:
     if log_decay.dim() != 2 or log_decay.shape[1] < 1:
         raise ValueError(f"log_decay (shape {checks.shape(log_decay)}) must be [H, M] with M >= 1")
     heads, count = log_decay.shape
-    wanted = {"frequency": (heads, count), "weight": (heads, count, 2), "skip": (heads,)}
-    for (name, shape), x in zip(wanted.items(), (frequency, weight, skip), strict=True):
-        if x is not None and x.shape != shape:
-            raise ValueError(
-                f"{name} (shape {checks.shape(x)}) must be {list(shape)} to fit log_decay"
-            )
-
-
-def _check_state(
-    state: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    log_decay: Tensor,
-    sequences: int,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """The given state in the precision of the computation."""
-    if state is None:
-        return None
-    checks.check_tensors(value=value, initial_state=state)
-    key_width = 1 if key is None else key.shape[3]
-    wanted = (sequences, *log_decay.shape, 2, key_width, value.shape[3])
-    if state.shape != wanted:
-        raise ValueError(
-            f"initial_state (shape {checks.shape(state)}) must be {list(wanted)} [N, H, M, 2, K, V]"
-        )
-    return state.to(dtype)
+    for name, x, wanted in (
+        ("frequency", frequency, (heads, count)),
+        ("weight", weight, (heads, count, 2)),
+        ("skip", skip, (heads,)),
+    ):
+        checks.check_shape(name, x, wanted, "to fit log_decay")

@@ -14,27 +14,21 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.long_conv.inputs import FftInputs
 
 LEAST_BLOCK = 1024  # tokens: a block as short as a short kernel would be all calls
 WORK = 1 << 20  # numbers that are transformed at once: 4 MiB in float32
 
 
-def forward(
-    input: Tensor,
-    kernel: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    block_size: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results are those of operator.fft_forward."""
-    rest = kernel.shape[1] - 1
-    sequences = checks.sequences(input, cu_seqlens)
-    end = kernel.new_zeros(sequences, rest, *input.shape[2:]) if state is None else state.clone()
+def forward(x: FftInputs) -> tuple[Tensor, Tensor]:
+    """Output and final state."""
+    input, kernel, rest = x.input, x.kernel, x.kernel.shape[1] - 1
+    end = checks.given_or_zeros(x.state, x).clone()
     output = input.new_empty(input.shape)
-    block, length = _sizes(input, kernel, block_size)
+    block, length = _sizes(x)
     for heads in _slices(input, length):
         spectrum = torch.fft.rfft(kernel[heads], length)[:, None]
-        for n, row, begin, stop in _spans(input, cu_seqlens):
+        for n, row, begin, stop in _spans(x):
             tail = _columns(end[n, :, heads], kernel)
             for at in range(begin, stop, block):
                 tokens = slice(at, min(at + block, stop))
@@ -49,31 +43,23 @@ def forward(
 
 
 def backward(
-    d_output: Tensor,
-    d_end: Tensor | None,
-    input: Tensor,
-    kernel: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    block_size: int | None,
+    x: FftInputs, d_output: Tensor, d_end: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Arguments and results are those of operator.fft_backward.
+    """Gradients of input, kernel and state.
 
     An output is the sum of what is input up to L - 1 tokens before it, so the gradient of a block
     of inputs is the correlation of the kernel with the gradients of outputs up to L - 1 tokens
     after it; the final state is the outputs after the last.
     """
-    rest = kernel.shape[1] - 1
+    input, kernel, rest = x.input, x.kernel, x.kernel.shape[1] - 1
     d_input, d_kernel = input.new_empty(input.shape), torch.empty_like(kernel)
-    sequences = checks.sequences(input, cu_seqlens)
-    if d_end is None:
-        d_end = kernel.new_zeros(sequences, rest, *input.shape[2:])
+    d_end = checks.given_or_zeros(d_end, x)
     d_state = torch.empty_like(d_end)
-    block, length = _sizes(input, kernel, block_size)
+    block, length = _sizes(x)
     for heads in _slices(input, length):
         spectrum = torch.fft.rfft(kernel[heads], length).conj_physical()[:, None]
         d_spectrum = torch.zeros_like(spectrum)
-        for n, row, begin, stop in _spans(input, cu_seqlens):
+        for n, row, begin, stop in _spans(x):
             later = _Later(d_output[row, begin:stop, heads], d_end[n, :, heads])
             for at in range(begin, stop, block):
                 tokens = slice(at, min(at + block, stop))
@@ -86,7 +72,7 @@ def backward(
                 d_spectrum += products.sum(1, keepdim=True)
             d_state[n, :, heads] = later[:rest]
         d_kernel[heads] = torch.fft.irfft(d_spectrum[:, 0], length)[:, : rest + 1]
-    return d_input, d_kernel, None if state is None else d_state
+    return d_input, d_kernel, None if x.state is None else d_state
 
 
 class _Later:
@@ -104,12 +90,12 @@ class _Later:
         return torch.cat((first.to(second.dtype), second))
 
 
-def _sizes(input: Tensor, kernel: Tensor, block_size: int | None) -> tuple[int, int]:
+def _sizes(x: FftInputs) -> tuple[int, int]:
     """Tokens of a block, and of its transform: a power of two that holds block and tail."""
-    rest = kernel.shape[1] - 1
-    block = min(block_size or max(kernel.shape[1], LEAST_BLOCK), input.shape[1])
-    length = 1 << (block + rest - 1).bit_length()
-    return (block if block_size else length - rest), length
+    taps = x.kernel.shape[1]
+    block = min(x.block_size or max(taps, LEAST_BLOCK), x.input.shape[1])
+    length = 1 << (block + taps - 2).bit_length()
+    return (block if x.block_size else length - taps + 1), length
 
 
 def _slices(input: Tensor, length: int) -> Iterator[slice]:
@@ -119,12 +105,12 @@ def _slices(input: Tensor, length: int) -> Iterator[slice]:
     return (slice(at, min(at + step, heads)) for at in range(0, heads, step))
 
 
-def _spans(input: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[int, int, int, int]]:
+def _spans(x: FftInputs) -> Iterator[tuple[int, int, int, int]]:
     """Sequence, its row, first token and end."""
-    batch, length = input.shape[:2]
-    if cu_seqlens is None:
+    batch, length = x.input.shape[:2]
+    if x.cu_seqlens is None:
         return ((n, n, 0, length) for n in range(batch))
-    bounds = checks.bounds(cu_seqlens, batch, length)
+    bounds = checks.bounds(x.cu_seqlens, batch, length)
     return ((n, 0, *span) for n, span in enumerate(pairwise(bounds)))
 
 

@@ -10,126 +10,84 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.long_conv.modes import Model, polar, wide
-from supra.kernels.long_conv.torch_blocks import Filters, lanes_of, split_groups, state_of
+from supra.kernels.long_conv.inputs import Inputs
+from supra.kernels.long_conv.modes import polar, wide
+from supra.kernels.long_conv.torch_blocks import (
+    Filters,
+    lanes_of,
+    split_blocks,
+    split_rows,
+    state_of,
+)
 
 
-def chunk_forward(
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    log_decay: Tensor,
-    frequency: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results are those of operator.forward."""
-    filters = Filters(log_decay, frequency, weight, skip, min(chunk_size, value.shape[1]))
-    end = start(state, key, value, log_decay, checks.sequences(value, cu_seqlens))
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and final state."""
+    filters = Filters(x.model, min(x.chunk_size, x.value.shape[1]))
+    end = _copy(x, x.state)
     columns = end[0, :, 0, 0].numel()
-    output = value.new_empty(value.shape)
-    for group in split_groups(value, cu_seqlens, columns, filters.size):
+    output = x.value.new_empty(x.value.shape)
+    for group in split_rows(x, columns, filters.size):
         memory = lanes_of(end[group.states])
-        for block in group.blocks(filters, columns):
-            found, memory = block.convolve(block.outer(key, value), memory)
-            block.contract(found, query, 2, output)
+        for block in split_blocks(group, filters, columns):
+            found, memory = block.convolve(block.outer(x.key, x.value), memory)
+            block.contract(found, x.query, 2, output)
         end[group.states] = state_of(memory)
     return output, end
 
 
-def chunk_backward(
-    d_output: Tensor,
-    d_end: Tensor | None,
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    log_decay: Tensor,
-    frequency: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    chunk_size: int,
-) -> tuple[Tensor | None, ...]:
-    """Arguments and results are those of operator.backward; the states are computed again."""
-    filters = Filters(log_decay, frequency, weight, skip, min(chunk_size, value.shape[1]))
-    sequences = checks.sequences(value, cu_seqlens)
-    first = start(state, key, value, log_decay, sequences)
-    d_state = start(d_end, key, value, log_decay, sequences)
+def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors; the states are computed again."""
+    filters = Filters(x.model, min(x.chunk_size, x.value.shape[1]))
+    first, d_state = checks.given_or_zeros(x.state, x), _copy(x, d_end)
     columns = first[0, :, 0, 0].numel()
-    d_query, d_key, d_value = (
-        None if x is None else x.new_empty(x.shape) for x in (query, key, value)
-    )
-    for group in split_groups(value, cu_seqlens, columns, filters.size):
+    d_query, d_key, d_value = (None if y is None else y.new_empty(y.shape) for y in x[:3])
+    for group in split_rows(x, columns, filters.size):
         memory, d_memory = lanes_of(first[group.states]), lanes_of(d_state[group.states])
-        blocks, before = list(group.blocks(filters, columns)), []
+        blocks, before = list(split_blocks(group, filters, columns)), []
         for block in blocks:
             before.append(memory)
             if block is not blocks[-1]:
-                _, memory = block.states(block.outer(key, value), memory)
+                _, memory = block.states(block.outer(x.key, x.value), memory)
         for block in reversed(blocks):
-            inputs, d_found = block.outer(key, value), block.outer(query, d_output)
+            inputs, d_found = block.outer(x.key, x.value), block.outer(x.query, d_output)
             states, _ = block.states(inputs, before.pop())
-            if query is not None:
+            if x.query is not None:
                 block.contract(block.read(inputs, states), d_output, 3, d_query)
             d_inputs, d_memory = block.d_convolve(inputs, states, d_found, d_memory)
-            if key is not None:
-                block.contract(d_inputs, value, 3, d_key)
-            block.contract(d_inputs, key, 2, d_value)
+            if x.key is not None:
+                block.contract(d_inputs, x.value, 3, d_key)
+            block.contract(d_inputs, x.key, 2, d_value)
         d_state[group.states] = state_of(d_memory)
-    return d_query, d_key, d_value, *filters.gradients(), None if state is None else d_state
+    return d_query, d_key, d_value, *filters.gradients(), None if x.state is None else d_state
 
 
-def recurrent(
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    log_decay: Tensor,
-    frequency: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    state: Tensor | None,
-    *,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence of api.py, token by token. Shapes and results as there."""
-    dtype = log_decay.dtype
-    if state is None:
-        state = start(None, key, value, log_decay, value.shape[0])
+def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
+    """The recurrence of api.py, token by token: output and final state."""
+    dtype, state = x.log_decay.dtype, checks.given_or_zeros(x.state, x)
     # in real numbers, which a step needs to be exported
-    sizes, angles = polar(Model(log_decay, frequency, weight, skip), 1)
+    sizes, angles = polar(x.model, 1)
     keep, turn = sizes * angles.cos(), sizes * angles.sin()
     keep, turn = keep[..., None, None, None], torch.stack((-turn, turn), -1)[..., None, None]
-    read = 2 * torch.stack((weight[..., 0], -weight[..., 1]), -1).flatten(1)[:, None]
+    read = 2 * torch.stack((x.weight[..., 0], -x.weight[..., 1]), -1).flatten(1)[:, None]
     outputs = []
-    for t in range(value.shape[1]):
-        new = value[:, t, :, None].to(dtype)
-        if key is not None:
-            new = key[:, t, :, :, None].to(dtype) * new
+    for t in range(x.value.shape[1]):
+        new = x.value[:, t, :, None].to(dtype)
+        if x.key is not None:
+            new = x.key[:, t, :, :, None].to(dtype) * new
         before = wide(state)
         after = torch.addcmul(before * keep, before.flip(3), turn)
         after[:, :, :, 0] += new[:, :, None]
         state = state.copy_(after) if in_place else after.to(dtype)
         seen = torch.matmul(read, state.flatten(4).flatten(2, 3)).view(new.shape)
-        if skip is not None:
-            seen = seen + skip[:, None, None] * new
-        if query is not None:
-            seen = query[:, t, :, :, None].to(dtype) * seen
-        outputs.append(seen.sum(2).to(value.dtype))
+        if x.skip is not None:
+            seen = seen + x.skip[:, None, None] * new
+        if x.query is not None:
+            seen = x.query[:, t, :, :, None].to(dtype) * seen
+        outputs.append(seen.sum(2).to(x.value.dtype))
     return torch.stack(outputs, 1), state
 
 
-def start(
-    state: Tensor | None, key: Tensor | None, value: Tensor, log_decay: Tensor, sequences: int
-) -> Tensor:
+def _copy(x: Inputs, state: Tensor | None) -> Tensor:
     """A copy of the given state [N, H, M, 2, K, V], or zeros."""
-    if state is not None:
-        return state.clone(memory_format=torch.contiguous_format)
-    key_width = 1 if key is None else key.shape[3]
-    shape = (sequences, *log_decay.shape, 2, key_width, value.shape[3])
-    return value.new_zeros(shape, dtype=log_decay.dtype)
+    return checks.given_or_zeros(state, x).clone(memory_format=torch.contiguous_format)

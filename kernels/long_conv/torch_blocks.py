@@ -8,13 +8,11 @@ Legend: columns [H, B, K, V, T], time innermost; states [H, B, K, V, chunks, M],
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from supra.kernels import checks
+from supra.kernels.long_conv.inputs import Inputs
 from supra.kernels.long_conv.modes import (
     Matrices,
     Model,
@@ -25,42 +23,27 @@ from supra.kernels.long_conv.modes import (
     transition,
     wide,
 )
+from supra.kernels.packing import Group, split_groups
 
 BLOCK = 1 << 23  # numbers in the columns of a block, at the most: 32 MiB in float32
 PIECE = 128  # tokens that are transposed at a time, which a cache holds
 
 
-class Group(NamedTuple):
-    """Sequences of one length that go together: rows of a batch, or one of a packed row."""
-
-    rows: slice
-    begin: int
-    end: int
-    states: slice
-
-    def blocks(self, filters: "Filters", columns: int) -> Iterator["Block"]:
-        """columns: K * V of all heads."""
-        size, rows = filters.size, self.rows.stop - self.rows.start
-        chunks = (self.end - self.begin) // size
-        full = self.begin + chunks * size
-        count = -(-chunks // max(1, BLOCK // (rows * columns * size)))  # of blocks of equal sizes
-        step = -(-chunks // max(1, count)) * size
-        for at in range(self.begin, full, max(1, step)):
-            yield Block(self.rows, at, min(at + step, full), filters[size])
-        if full < self.end:
-            yield Block(self.rows, full, self.end, filters[self.end - full])
+def split_rows(x: Inputs, columns: int, size: int) -> list[Group]:
+    """Groups of which a chunk fits into a block. columns: K * V of all heads."""
+    return split_groups(x.value, x.cu_seqlens, max(1, BLOCK // (columns * size)))
 
 
-def split_groups(value: Tensor, cu_seqlens: Tensor | None, columns: int, size: int) -> list[Group]:
-    batch, length = value.shape[:2]
-    bounds = checks.bounds(cu_seqlens, batch, length)
-    if cu_seqlens is not None:
-        row = slice(0, 1)
-        spans = enumerate(pairwise(bounds))
-        return [Group(row, *span, slice(n, n + 1)) for n, span in spans if span[0] < span[1]]
-    rows = max(1, BLOCK // (columns * size))
-    slices = [slice(at, min(at + rows, batch)) for at in range(0, batch, rows)]
-    return [Group(part, 0, length, part) for part in slices]
+def split_blocks(group: Group, filters: "Filters", columns: int) -> Iterator["Block"]:
+    size, rows = filters.size, group.rows.stop - group.rows.start
+    chunks = (group.end - group.begin) // size
+    full = group.begin + chunks * size
+    count = -(-chunks // max(1, BLOCK // (rows * columns * size)))  # of blocks of equal sizes
+    step = -(-chunks // max(1, count)) * size
+    for at in range(group.begin, full, max(1, step)):
+        yield Block(group.rows, at, min(at + step, full), filters[size])
+    if full < group.end:
+        yield Block(group.rows, full, group.end, filters[group.end - full])
 
 
 class Block:
@@ -212,15 +195,8 @@ class Filter:
 class Filters:
     """The filters for chunks of every size up to `size`, each made when it is asked for."""
 
-    def __init__(
-        self,
-        log_decay: Tensor,
-        frequency: Tensor,
-        weight: Tensor,
-        skip: Tensor | None,
-        size: int,
-    ):
-        self.model, self.size = Model(log_decay, frequency, weight, skip), size
+    def __init__(self, model: Model, size: int):
+        self.model, self.size = model, size
         self.matrices = matrices(self.model, size)
         self.made: dict[int, Filter] = {}
 

@@ -10,29 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supra.kernels.checks import present
 from supra.kernels.launch import (
     ALL_CHANNELS,
     Table,
     Tiling,
     blocks,
     common_dtype,
-    launch,
     precision,
     sequences,
     storage_dtype,
     strides,
-    tiling,
 )
 from supra.kernels.long_conv import triton_backward, triton_columns, triton_forward
+from supra.kernels.long_conv.inputs import Inputs
 from supra.kernels.long_conv.modes import (
     Matrices,
-    Model,
     d_model,
     d_toeplitz,
     matrices,
     toeplitz,
     transition,
 )
+from supra.kernels.plan import Plan, contiguous_rows
 
 CHUNK = 64
 PARTS = 16  # programs that share the rows of a matrix's gradient, at the most
@@ -52,61 +52,33 @@ TILINGS: Table = {
 }
 
 
-def chunk_forward(
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    log_decay: Tensor,
-    frequency: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results are those of operator.forward; the kernels choose their chunks."""
-    model = Model(log_decay, frequency, weight, skip)
-    plan = _Plan(query, key, value, model, state is not None, cu_seqlens)
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and final state; the kernels choose their chunks."""
+    plan, has_initial = _Plan(x), x.state is not None
     columns = plan.gather(plan.key, plan.value)
-    states, end = plan.states(columns, state)
+    states, end = plan.states(columns, x.state)
     found = plan.convolve(columns, states, plan.toeplitz, plan.read.mT)
-    output = plan.contract(found, plan.query, "key", first=state is not None)
-    return output.view(value.shape).to(value.dtype), plan.state_of(end)
+    output = plan.contract(found, plan.query, "key", first=has_initial)
+    return output.view(x.value.shape).to(x.value.dtype), plan.state_of(end)
 
 
-def chunk_backward(
-    d_output: Tensor,
-    d_end: Tensor | None,
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    log_decay: Tensor,
-    frequency: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    chunk_size: int,
-) -> tuple[Tensor | None, ...]:
-    """Arguments and results are those of operator.backward; the states are computed again."""
-    model = Model(log_decay, frequency, weight, skip)
-    plan = _Plan(query, key, value, model, state is not None, cu_seqlens)
+def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors; the states are computed again."""
+    plan, has_initial = _Plan(x), x.state is not None
     d_output = plan.rows(d_output)
     columns = plan.gather(plan.key, plan.value)
-    states, _ = plan.states(columns, state)
+    states, _ = plan.states(columns, x.state)
     d_query = d_key = None
-    if query is not None:
+    if x.query is not None:
         found = plan.convolve(columns, states, plan.toeplitz, plan.read.mT)
-        d_query = plan.contract(found, d_output, "value", first=state is not None)
-        d_query = d_query.view(query.shape).to(query.dtype)
-    d_found = plan.gather(plan.query, d_output, first=state is not None)
+        d_query = plan.contract(found, d_output, "value", first=has_initial)
+        d_query = d_query.view(x.query.shape).to(x.query.dtype)
+    d_found = plan.gather(plan.query, d_output, first=has_initial)
     d_states, d_state, whole = plan.d_states(d_found, states, d_end)
     d_columns = plan.convolve(d_found, d_states, plan.toeplitz.mT, plan.write.mT)
-    if key is not None:
+    if x.key is not None:
         d_key = plan.contract(d_columns, plan.value, "value")
-        d_key = d_key.view(key.shape).to(key.dtype)
+        d_key = d_key.view(x.key.shape).to(x.key.dtype)
     d_value = plan.contract(d_columns, plan.key, "key")
 
     found = Matrices(
@@ -117,85 +89,62 @@ def chunk_backward(
     return (
         d_query,
         d_key,
-        d_value.view(value.shape).to(value.dtype),
-        *d_model(model, found, whole),
-        None if state is None else plan.state_of(d_state),
+        d_value.view(x.value.shape).to(x.value.dtype),
+        *d_model(x.model, found, whole),
+        None if x.state is None else plan.state_of(d_state),
     )
 
 
-def recurrent(
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    log_decay: Tensor,
-    frequency: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    state: Tensor,
-) -> Tensor:
+def recurrent(x: Inputs) -> Tensor:
     """Output of the recurrence token by token; the state is updated in place."""
-    batch, length, heads, width = value.shape
-    model = Model(log_decay, frequency, weight, skip)
-    modes, dtype = log_decay.shape[1], storage_dtype(common_dtype(value, *_present(query, key)))
-    given: dict[str, Any] = {"output": value.new_empty(value.shape, dtype=dtype)}
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        x = x if x is None else x.to(dtype)
-        x = x if x is None or x.stride(-1) == 1 else x.contiguous()
-        given |= {name: x, **strides(name, value if x is None else x)}
-    launch(
-        triton_forward.recurrent_steps,
-        (batch * heads,),
-        given,
-        tiling(TILINGS, "recurrent_steps", 1, 1, value.device),
-        power=torch.view_as_real(transition(model, 1)), weight=weight.contiguous(), skip=skip,
-        state=state, length=length, heads=heads,
-        MODES=modes, KEY_WIDTH=state.shape[4], VALUE_WIDTH=width,
+    batch, length, heads, width = x.value.shape
+    modes, dtype = x.log_decay.shape[1], storage_dtype(common_dtype(*present(x.value, *x[:2])))
+    output = x.value.new_empty(x.value.shape, dtype=dtype)
+    plan = Plan(TILINGS, (1, 1), output.device)
+    for name, y in (("query", x.query), ("key", x.key), ("value", x.value)):
+        y = y if y is None else contiguous_rows(y.to(dtype))
+        plan.given |= {name: y, **strides(name, x.value if y is None else y)}
+    plan.launch(
+        triton_forward.recurrent_steps, (batch * heads,), output=output,
+        power=torch.view_as_real(transition(x.model, 1)), weight=x.weight.contiguous(),
+        skip=x.skip, state=x.state, length=length, heads=heads,
+        MODES=modes, KEY_WIDTH=x.key_width, VALUE_WIDTH=width,
         BLOCK_M=_power_of_2(modes), BLOCK_V=_power_of_2(width),
-        HAS_QUERY=query is not None, HAS_KEY=key is not None, HAS_SKIP=skip is not None,
+        HAS_QUERY=x.query is not None, HAS_KEY=x.key is not None, HAS_SKIP=x.skip is not None,
     )  # fmt: skip
-    return given["output"].to(value.dtype)
+    return output.to(x.value.dtype)
 
 
-class _Plan:
-    """What all launches of one call share: inputs, sizes, sequences and the model's matrices."""
+class _Plan(Plan):
+    """With the inputs as rows, and the model's matrices."""
 
-    def __init__(
-        self,
-        query: Tensor | None,
-        key: Tensor | None,
-        value: Tensor,
-        model: Model,
-        has_initial: bool,
-        cu_seqlens: Tensor | None,
-    ):
-        present = (value, *_present(query, key))
-        self.precision, self.dtype = precision(*present), storage_dtype(common_dtype(*present))
-        self.stored = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        self.query, self.key, self.value = map(self.rows, (query, key, value))
-        self.batch, self.length, self.heads, self.value_width = value.shape
-        self.key_width = 1 if key is None else key.shape[3]
-        found, self.chunks = sequences(value, cu_seqlens, CHUNK)
+    def __init__(self, x: Inputs):
+        given = present(x.value, *x[:2])
+        self.dtype = storage_dtype(common_dtype(*given))
+        self.query, self.key, self.value = map(self.rows, x[:3])
+        self.batch, self.length, self.heads, self.v_width = x.value.shape
+        self.k_width = x.key_width
+        found, self.chunks = sequences(x.value, x.cu_seqlens, CHUNK)
         self.count, self.packed = found["sequences"], found["PACKED"]
-        self.slots = self.chunks + (self.count if has_initial else 0)
-        self.columns = self.key_width * self.value_width
+        self.slots = self.chunks + (0 if x.state is None else self.count)
+        self.columns = self.k_width * self.v_width
         self.lines, self.lanes = self.columns * self.slots, self.heads * self.columns
 
-        self.known = model.log_decay.shape[1]
+        self.known = x.log_decay.shape[1]
         self.modes = max(8, _power_of_2(self.known))
-        made = matrices(model, CHUNK)
+        made = matrices(x.model, CHUNK)
         self.toeplitz = toeplitz(made.taps)
         self.read, self.write = map(self.padded, (made.read, made.write))
-        self.whole = self.padded(torch.view_as_real(transition(model, CHUNK)))
-        self.counts = self._first_counts(cu_seqlens, value.device)
-        self.early = self.padded(torch.view_as_real(transition(model, self.counts)))
-        self.given: dict[str, Any] = {
-            **found, "chunks": self.chunks, "slots": self.slots, "rows": self.lines,
-            "lanes": self.lanes, "heads": self.heads, "whole": self.whole, "early": self.early,
-            "HAS_INITIAL": has_initial,
-            "COLUMNS": self.columns, "KEY_WIDTH": self.key_width, "VALUE_WIDTH": self.value_width,
-            "MODES": 2 * self.modes, "CHUNK": CHUNK,
-            "PRECISION": self.precision,
-        }  # fmt: skip
+        self.counts = self._first_counts(x.cu_seqlens, x.value.device)
+        whole, early = (transition(x.model, count) for count in (CHUNK, self.counts))
+        super().__init__(
+            TILINGS, (CHUNK, CHUNK), x.value.device, precision(*given), **found,
+            chunks=self.chunks, slots=self.slots, rows=self.lines, lanes=self.lanes,
+            heads=self.heads, whole=self.padded(torch.view_as_real(whole)),
+            early=self.padded(torch.view_as_real(early)), HAS_INITIAL=x.state is not None,
+            COLUMNS=self.columns, KEY_WIDTH=self.k_width, VALUE_WIDTH=self.v_width,
+            MODES=2 * self.modes, CHUNK=CHUNK,
+        )  # fmt: skip
 
     def _first_counts(self, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
         """Tokens of every sequence's first chunk [N, 1, 1]; any number where it has none."""
@@ -208,8 +157,7 @@ class _Plan:
         """[B, T, H, D] -> [B, T, H * D] in the dtype of the inputs, stride 1 along the last."""
         if x is None:
             return None
-        x = x.to(self.dtype).flatten(2)
-        return x if x.stride(2) == 1 else x.contiguous()
+        return contiguous_rows(x.to(self.dtype).flatten(2))
 
     def padded(self, x: Tensor) -> Tensor:
         """[..., M, 2] -> [..., MODES], modes of zeros added."""
@@ -218,22 +166,17 @@ class _Plan:
     def modes_of(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, 2))[..., : self.known, :]
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], **own: Any) -> None:
-        cut = self.tiling(kernel.__name__)
-        block_m = min(cut.value, 2 * self.modes)
-        launch(kernel, grid, self.given, cut, **{"BLOCK": cut.key, "BLOCK_M": block_m, **own})
-
-    def tiling(self, kernel: str) -> Tiling:
-        return tiling(TILINGS, kernel, CHUNK, CHUNK, self.value.device, self.precision)
+    def sizes(self, cut: Tiling) -> dict[str, int]:
+        return {"BLOCK": cut.key, "BLOCK_M": min(cut.value, 2 * self.modes)}
 
     def gather(self, left: Tensor | None, right: Tensor, *, first: bool = False) -> Tensor:
         """Products of key and value, or of query and d_output, as columns [H, lines, CHUNK].
 
         first: in the slots of first tokens too.
         """
-        columns = right.new_empty(self.heads, self.lines, CHUNK, dtype=self.stored)
-        key, value, heads = self.tile("gather_columns")
-        across = blocks(self.key_width, key) * blocks(self.value_width, value)
+        columns = right.new_empty(self.heads, self.lines, CHUNK, dtype=self.kept)
+        key, value, heads = self.tile(triton_columns.gather_columns)
+        across = blocks(self.k_width, key) * blocks(self.v_width, value)
         self.launch(
             triton_columns.gather_columns, (self.slots, blocks(self.heads, heads), across),
             left=left, right=right, columns=columns,
@@ -252,8 +195,8 @@ class _Plan:
 
         first: with what the slots of first tokens hold.
         """
-        key, value, heads = self.tile("contract_columns")
-        width, block = (self.value_width, value) if over == "key" else (self.key_width, key)
+        key, value, heads = self.tile(triton_columns.contract_columns)
+        width, block = (self.v_width, value) if over == "key" else (self.k_width, key)
         output = self.value.new_empty(self.batch, self.length, self.heads * width)
         grid = blocks(self.heads, heads), blocks(width, block)
         for slots in (False, True) if first else (False,):
@@ -268,23 +211,23 @@ class _Plan:
             )  # fmt: skip
         return output
 
-    def tile(self, kernel: str) -> tuple[int, int, int]:
+    def tile(self, kernel: Any) -> tuple[int, int, int]:
         """Channels of K and of V in a tile of columns, and heads.
 
         At least 16 channels of V, so that 64 tokens of them are 128 bits for each thread.
         """
         columns = self.tiling(kernel).key
-        value = min(_power_of_2(self.value_width), columns)
-        key = min(_power_of_2(self.key_width), columns // value)
+        value = min(_power_of_2(self.v_width), columns)
+        key = min(_power_of_2(self.k_width), columns // value)
         return key, value, max(columns // (key * value), 16 // value, 1)
 
     def steps(self, columns: Tensor, matrix: Tensor) -> Tensor:
         steps = columns.new_empty(self.heads, self.lines, 2 * self.modes, dtype=torch.float32)
-        cut = self.tiling("chunk_steps")
+        cut = self.tiling(triton_forward.chunk_steps)
         self.launch(
             triton_forward.chunk_steps,
             (blocks(self.lines, cut.key), self.heads, blocks(2 * self.modes, cut.value)),
-            columns=columns, matrix=matrix.to(self.stored).contiguous(), steps=steps,
+            columns=columns, matrix=matrix.to(self.kept).contiguous(), steps=steps,
         )  # fmt: skip
         return steps
 
@@ -292,7 +235,7 @@ class _Plan:
         """States that the chunks enter with [H, lines, MODES], and the end [N, lanes, MODES]."""
         states, end = self.slots_of_states(), self.lane_states()
         self.launch(
-            triton_forward.chunk_states, self.by_lane("chunk_states"),
+            triton_forward.chunk_states, self.by_lane(triton_forward.chunk_states),
             steps=self.steps(columns, self.write), states=states, end=end,
             initial=self.lanes_of(initial),
         )  # fmt: skip
@@ -305,7 +248,7 @@ class _Plan:
         d_states = self.slots_of_states()
         d_initial, d_whole, d_early = (self.lane_states() for _ in range(3))
         self.launch(
-            triton_backward.chunk_d_states, self.by_lane("chunk_d_states"),
+            triton_backward.chunk_d_states, self.by_lane(triton_backward.chunk_d_states),
             steps=self.steps(d_found, self.read), states=states, d_states=d_states,
             d_end=self.lanes_of(d_end), d_initial=d_initial, d_whole=d_whole, d_early=d_early,
             HAS_END=d_end is not None,
@@ -321,17 +264,17 @@ class _Plan:
         return torch.view_as_complex(by_head.contiguous())
 
     def convolve(self, columns: Tensor, states: Tensor, near: Tensor, far: Tensor) -> Tensor:
-        output, cut = torch.empty_like(columns), self.tiling("chunk_convolve")
+        output, cut = torch.empty_like(columns), self.tiling(triton_forward.chunk_convolve)
         self.launch(
             triton_forward.chunk_convolve, (blocks(self.lines, cut.key), self.heads),
             columns=columns, states=states, output=output,
-            near=near.to(self.stored).contiguous(), far=far.to(self.stored).contiguous(),
+            near=near.to(self.kept).contiguous(), far=far.to(self.kept).contiguous(),
         )  # fmt: skip
         return output
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """Sums over lines of left [H, lines, L] times right [H, lines, R] -> [H, L, R]."""
-        cut = self.tiling("chunk_products")
+        cut = self.tiling(triton_backward.chunk_products)
         parts = min(PARTS, blocks(self.lines, cut.key))
         sizes = left.shape[2], right.shape[2]
         block_m = min(cut.value, *sizes)
@@ -344,7 +287,7 @@ class _Plan:
         )  # fmt: skip
         return products.sum(0)
 
-    def by_lane(self, kernel: str) -> tuple[int, int, int]:
+    def by_lane(self, kernel: Any) -> tuple[int, int, int]:
         cut = self.tiling(kernel)
         return self.count, blocks(self.lanes, cut.key), blocks(2 * self.modes, cut.value)
 
@@ -352,7 +295,7 @@ class _Plan:
         """Packed rows may have fewer chunks than slots, and what is there is multiplied by zero."""
         shape = (self.heads, self.lines, 2 * self.modes)
         new = self.value.new_zeros if self.packed else self.value.new_empty
-        return new(shape, dtype=self.stored)
+        return new(shape, dtype=self.kept)
 
     def lane_states(self) -> Tensor:
         shape = (self.count, self.lanes, 2 * self.modes)
@@ -365,12 +308,8 @@ class _Plan:
         return self.padded(state.permute(0, 1, 4, 5, 2, 3).flatten(1, 3))
 
     def state_of(self, lanes: Tensor) -> Tensor:
-        widths = (self.heads, self.key_width, self.value_width)
+        widths = (self.heads, self.k_width, self.v_width)
         return self.modes_of(lanes).unflatten(1, widths).permute(0, 1, 4, 5, 2, 3).contiguous()
-
-
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
 
 
 def _power_of_2(size: int) -> int:

@@ -21,12 +21,23 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.backends import choose, without_autocast
-from supra.kernels.nonlinear_gated import operator, reference
+from supra.kernels.backends import choose
+from supra.kernels.nonlinear_gated import reference
 from supra.kernels.nonlinear_gated import torch as torch_backend
+from supra.kernels.nonlinear_gated.inputs import Inputs
+from supra.kernels.operators import Operator
 
 OPERATION = "nonlinear_gated"
-CHUNK_SIZES = {"torch": 64, "triton": 16}
+OPERATOR = Operator(
+    OPERATION,
+    Inputs,
+    torch_backend,
+    reference,
+    results=("output", "end", "states", "solved"),
+    saved=("states",),
+    package=__package__,
+)
+CHUNK_SIZES = {"torch": 64, "triton": 16, "reference": 1}
 LARGEST_CHUNK = 64
 SWEEPS, TOLERANCE = 4, 1e-6
 
@@ -75,22 +86,21 @@ def chunk_nonlinear_gated(
             batch size, or the number of packed sequences.
         return_state: also return the state after the last token.
         return_convergence: return a third value, Convergence.
-        cu_seqlens: [N + 1] integers 0 <= ... <= T, the bounds of N sequences packed in one row
-            (B = 1); empty sequences are allowed. Each has its own state; none crosses a bound. The
-            torch backend reads it on the host: keep it on the CPU to spare a GPU the
-            synchronisation.
-        sweeps: of Newton's method that every chunk gets without a look at its residual, >= 1; of
-            the triton backend, as the next.
-        tolerance: of the residual, >= 0; a chunk that is above it is swept on. States are within
-            one, or the largest number that they began with, and a residual is seldom below 2e-7.
-        chunk_size: tokens that the triton backend solves for at once, a power of two up to 64, and
-            after which any backend keeps a state for the backward pass, K * V numbers a head; None
-            for 16 in triton, whose tiles are cut for that, and 64 in torch. Changes speed, memory
-            and rounding only. The triton backward pass also holds what each tile adds to a
-            gradient: 3 KB a token and head of 64 x 64, 12 KB of 128 x 128.
-        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" is
-            triton on a GPU where triton can run, torch elsewhere. A backend that cannot run raises;
-            none falls back to another.
+        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
+            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
+            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
+        sweeps: sweeps of Newton's method that every chunk gets before its residual is looked at,
+            >= 1. For triton only, as is tolerance.
+        tolerance: a chunk whose residual is above it gets more sweeps, >= 0. States stay within
+            one, or within the largest number they began with; residuals are seldom below 2e-7.
+        chunk_size: tokens that triton solves for at once, a power of two up to 64. After so many
+            tokens every backend keeps a state, K * V numbers per head, for the backward pass. None
+            for 16 in triton and 64 in torch. It changes speed, memory and rounding only. Triton's
+            backward pass also holds what each tile adds to a gradient: 3 KB per token and head of
+            64 x 64, 12 KB of 128 x 128.
+        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
+            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
+            A backend that is asked for by name runs or raises.
 
     Returns:
         Output [B, T, H, V] in value.dtype, and the final state or None. The state is float32, or
@@ -100,19 +110,16 @@ def chunk_nonlinear_gated(
     Raises:
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
-    _check_inputs(query, key, value, log_decay, weight)
     _check_options(sweeps, tolerance, chunk_size)
-    count = checks.check_packing("query", query, cu_seqlens)
-    state = checks.check_state(initial_state, query, key, value, count)
-    backend = choose(OPERATION, backend, query, key, value, log_decay, weight)
-    inputs = (query, key, value, log_decay, weight, state)
-    if backend == "reference":
-        output, end = _reference(*inputs, cu_seqlens, scale)
-        solved = end.new_zeros(2, count, query.shape[2])
+    inputs = _inputs(
+        query, key, value, log_decay, weight, initial_state, cu_seqlens, scale, sweeps, tolerance,
+        chunk_size, backend,
+    )  # fmt: skip
+    if inputs.backend == "reference":
+        output, (end,) = OPERATOR.run(inputs)
+        solved = end.new_zeros(2, *end.shape[:2])
     else:
-        output, end, _, solved = _chunks(
-            inputs, cu_seqlens, scale, sweeps, tolerance, chunk_size, backend
-        )
+        output, end, _, solved = OPERATOR.forward(*inputs)
     end = end if return_state else None
     if not return_convergence:
         return output, end
@@ -136,53 +143,37 @@ def recurrent_nonlinear_gated(
 
     Arguments, results and errors are those of `chunk_nonlinear_gated`, and one more:
 
-    in_place: write the final state into the tensor initial_state and return that, so that a step
-        allocates no state. It must be contiguous, float32 (float64 for float64 inputs), and need no
-        gradient. Otherwise the state that is passed in is not changed.
+    in_place: write the final state into the tensor initial_state and return that tensor, so that a
+        step allocates no state. It must be contiguous, in the dtype of the final state, and need no
+        gradient. Otherwise the given state is not changed.
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    _check_inputs(query, key, value, log_decay, weight)
-    state = checks.check_state(initial_state, query, key, value, query.shape[0])
-    inputs = (query, key, value, log_decay, weight)
+    inputs = _inputs(
+        query, key, value, log_decay, weight, initial_state, None, scale, SWEEPS, TOLERANCE, None,
+        backend,
+    )  # fmt: skip
     if in_place:
-        dtype = checks.state_dtype(query, key, value)
-        checks.check_in_place(dtype, inputs, initial_state=initial_state)
-    backend = choose(OPERATION, backend, *inputs)
-    if backend == "reference":
-        output, end = _reference(*inputs, state, None, scale)
-        end = initial_state.copy_(end) if in_place else end
-    elif backend == "torch":
-        with without_autocast(query.device):
-            output, end = torch_backend.recurrent(*inputs, state, scale=scale, in_place=in_place)
-    elif checks.needs_gradient(*inputs, state):
-        output, end, *_ = _chunks((*inputs, state), None, scale, SWEEPS, TOLERANCE, None, backend)
-    else:
-        end = state if in_place else checks.own_state(state, query, key, value)
-        output = operator.step(*inputs, end, scale)
+        checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
+    output, (end,) = OPERATOR.run_by_token(inputs, in_place)
     return output, end if return_state else None
 
 
-def _chunks(inputs, cu_seqlens, scale, sweeps, tolerance, chunk_size, backend):
-    chunk_size = chunk_size or CHUNK_SIZES[backend]
-    save_states = checks.needs_gradient(*inputs)
-    return operator.forward(
-        *inputs, cu_seqlens, scale, sweeps, tolerance, chunk_size, save_states, backend
-    )
-
-
-def _reference(query, key, value, log_decay, weight, state, cu_seqlens, scale):
-    with without_autocast(query.device):
-        output, state = reference.recurrence(
-            query, key, value, log_decay, weight, state,
-            bounds=checks.bounds(cu_seqlens, *query.shape[:2]), scale=scale,
-        )  # fmt: skip
-    return output.to(value.dtype), state.to(checks.state_dtype(query, key, value))
-
-
-def _check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, weight: Tensor
-) -> None:
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    sweeps: int,
+    tolerance: float,
+    chunk_size: int | None,
+    backend: str,
+) -> Inputs:
+    """The arguments, checked, with the state in the precision of the computation."""
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay, weight=weight)
     heads = query.shape[2]
@@ -190,21 +181,21 @@ def _check_inputs(
         raise ValueError(
             f"key (shape {checks.shape(key)}) must have {heads} heads, as query has; repeat them"
         )
-    if log_decay.shape != query.shape[:3]:
-        raise ValueError(
-            f"log_decay (shape {checks.shape(log_decay)}) must be {list(query.shape[:3])} [B, T, H]"
-        )
-    shape = [heads, query.shape[3], value.shape[3]]
-    if checks.shape(weight) != shape:
-        raise ValueError(
-            f"weight (shape {checks.shape(weight)}) must be {shape} [H, K, V]: one number for each "
-            "of the state"
-        )
+    checks.check_shape("log_decay", log_decay, query.shape[:3], "[B, T, H]")
+    shape = (heads, query.shape[3], value.shape[3])
+    checks.check_shape("weight", weight, shape, "[H, K, V]: one number for each of the state")
+    state = checks.check_heads_state(state, query, key, value, cu_seqlens)
+    tensors = (query, key, value, log_decay, weight)
+    backend = choose(OPERATION, backend, *tensors)
+    chunk_size = chunk_size or CHUNK_SIZES[backend]
+    save_states = checks.needs_gradient(*tensors, state)
+    return Inputs(
+        *tensors, state, cu_seqlens, scale, sweeps, tolerance, chunk_size, save_states, backend
+    )
 
 
 def _check_options(sweeps: int, tolerance: float, chunk_size: int | None) -> None:
-    if sweeps < 1:
-        raise ValueError(f"sweeps (={sweeps}) must be >= 1")
+    checks.check_positive(sweeps=sweeps)
     if not tolerance >= 0:
         raise ValueError(f"tolerance (={tolerance}) must be >= 0")
     sizes = [1 << n for n in range(LARGEST_CHUNK.bit_length())]

@@ -3,37 +3,20 @@
 import torch
 from torch import Tensor
 
+from supra.kernels import checks
+from supra.kernels import recurrence as oracle
+from supra.kernels.nonlinear_gated.inputs import Inputs
 
-def recurrence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    *,
-    bounds: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H, V] and final state, all float64.
 
-    state: before the first token, None for zeros; one per sequence.
-    bounds: first token of every sequence in the flattened [B * T] tokens, and the end.
-    """
-    batch, length = query.shape[:2]
-    weight = weight.double()
-    if state is None:
-        state = query.new_zeros(len(bounds) - 1, *weight.shape)
-    query, key, value, log_decay = (
-        x.double().flatten(0, 1) for x in (query, key, value, log_decay)
-    )
-    keep, write = log_decay.exp()[..., None, None], -torch.expm1(log_decay)[..., None, None]
-    outputs, ends = [], []
-    for n in range(len(bounds) - 1):
-        memory = state[n].double()
-        for t in range(bounds[n], bounds[n + 1]):
-            written = key[t, :, :, None] * value[t, :, None, :]
-            memory = keep[t] * memory + write[t] * (weight * memory + written).tanh()
-            outputs.append(scale * torch.einsum("hk,hkv->hv", query[t], memory))
-        ends.append(memory)
-    return torch.stack(outputs).unflatten(0, (batch, length)), torch.stack(ends)
+def recurrence(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, V] and final state, all float64; there is nothing to sweep."""
+    weight = x.weight.double()
+    query, key, value, logs = oracle.flat(*x[:3], x.log_decay[..., None, None])
+    keep, write = logs.exp(), -torch.expm1(logs)
+
+    def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        written = key[t, :, :, None] * value[t, :, None, :]
+        memory = keep[t] * memory + write[t] * (weight * memory + written).tanh()
+        return x.scale * torch.einsum("hk,hkv->hv", query[t], memory), memory
+
+    return oracle.run(step, x.query, x.cu_seqlens, checks.given_or_zeros(x.state, x))

@@ -6,14 +6,14 @@ kept every `chunk_size` tokens; the backward pass runs through a chunk again, th
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.packing import count_chunks
+from supra.kernels.nonlinear_gated.inputs import Inputs
+from supra.kernels.packing import count_chunks, split_groups
 
 
 class _Run(NamedTuple):
@@ -36,86 +36,53 @@ class _Run(NamedTuple):
         return [x[:, self.tokens].transpose(0, 1).to(dtype).contiguous() for x in tensors]
 
 
-def chunk_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    scale: float,
-    sweeps: int,
-    tolerance: float,
-    chunk_size: int,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and results are those of operator.forward; there is nothing to sweep."""
-    dtype = checks.state_dtype(query, key, value)
-    shape = (checks.sequences(query, cu_seqlens), *weight.shape)
-    end = query.new_zeros(shape, dtype=dtype)
-    if state is not None:
-        end.copy_(state)
-    room = count_chunks(query, cu_seqlens, chunk_size) if save_states else 0
-    kept = end.new_zeros(room, *weight.shape)  # of packed sequences some are spare
-    output, weight = value.new_empty(value.shape), weight.to(dtype)
-    for run in _runs(query, cu_seqlens, chunk_size):
-        q, k, v, g = run.tensors(query, key, value, log_decay, dtype=dtype)
+def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, final state, kept states, and zeros: there is nothing to sweep."""
+    output, end, kept, solved = (torch.zeros_like(y) for y in x.empty_results())
+    if x.state is not None:
+        end.copy_(x.state)
+    weight = x.weight.to(end.dtype)
+    for run in _runs(x):
+        q, k, v, g = run.tensors(*x[:4], dtype=end.dtype)
         q, k, v = q[..., None, :], k[..., None], v[..., None, :]
         write = -torch.expm1(g)[..., None, None]
         memory, found = end[run.sequences], torch.empty_like(v)
         new = torch.empty_like(memory)
         for t in range(len(q)):
-            if save_states and t % chunk_size == 0:
-                run.slots(kept, t // chunk_size).copy_(memory)
+            if x.save_states and t % x.chunk_size == 0:
+                run.slots(kept, t // x.chunk_size).copy_(memory)
             _advance(memory, k[t], v[t], write[t], weight, new=new, after=memory)
             torch.matmul(q[t], memory, out=found[t])
-        output[:, run.tokens] = (found.squeeze(3) * scale).transpose(0, 1)
-    return output, end, kept, end.new_zeros(2, *shape[:2])
+        output[:, run.tokens] = (found.squeeze(3) * x.scale).transpose(0, 1)
+    return output, end, kept, solved
 
 
-def chunk_backward(
-    d_output: Tensor,
-    d_end: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    *,
-    scale: float,
-    sweeps: int,
-    tolerance: float,
-    chunk_size: int,
+def backward(
+    x: Inputs, d_output: Tensor, d_end: Tensor | None, states: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Arguments and results are those of operator.backward."""
-    dtype, inputs = states.dtype, (query, key, value, log_decay)
-    shape = (checks.sequences(query, cu_seqlens), *weight.shape)
-    d_state = states.new_zeros(shape) if d_end is None else d_end.clone()
-    d_weight = states.new_zeros(shape)
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    for run in _runs(query, cu_seqlens, chunk_size):
+    """Gradients of all tensors, from the states before every chunk."""
+    size, dtype, inputs = x.chunk_size, states.dtype, x[:4]
+    d_weight = torch.zeros_like(x.empty_results()[1])
+    d_state = torch.zeros_like(d_weight) if d_end is None else d_end.clone()
+    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in inputs]
+    for run in _runs(x):
         q, k, v, g, d = run.tensors(*inputs, d_output, dtype=dtype)
-        tokens = (q[..., None], k[..., None], v[..., None, :], (d * scale)[..., None, :])
+        tokens = (q[..., None], k[..., None], v[..., None, :], (d * x.scale)[..., None, :])
         tokens = (*tokens, g.exp()[..., None, None], -torch.expm1(g)[..., None, None])
-        found = [torch.empty_like(x) for x in (*tokens[:3], g[..., None, None])]
+        found = [torch.empty_like(y) for y in (*tokens[:3], g[..., None, None])]
         totals = d_state[run.sequences], d_weight[run.sequences]
-        room = states.new_empty(2, chunk_size + 1, *totals[0].shape)
-        for chunk in reversed(range(-(-len(q) // chunk_size))):
-            some = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+        room = states.new_empty(2, size + 1, *totals[0].shape)
+        for chunk in reversed(range(-(-len(q) // size))):
+            some = slice(chunk * size, (chunk + 1) * size)
             room[0, 0] = run.slots(states, chunk)
-            here = [[x[some] for x in xs] for xs in (tokens, found)]
-            _chunk_backward(*here, weight.to(dtype), *totals, *room)
-        for x, result in zip(gradients, found, strict=True):
-            x[:, run.tokens] = result.transpose(0, 1).reshape(x[:, run.tokens].shape)
+            here = [[y[some] for y in ys] for ys in (tokens, found)]
+            _chunk_backward(*here, x.weight.to(dtype), *totals, *room)
+        for y, result in zip(gradients, found, strict=True):
+            y[:, run.tokens] = result.transpose(0, 1).reshape(y[:, run.tokens].shape)
     return (
         *gradients,
-        d_weight.sum(0).to(weight.dtype),
-        None if state is None else d_state.to(state.dtype),
+        d_weight.sum(0).to(x.weight.dtype),
+        None if x.state is None else d_state.to(x.state.dtype),
     )
 
 
@@ -167,40 +134,23 @@ def _advance(
     torch.lerp(state, new, write, out=after)
 
 
-def recurrent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    *,
-    scale: float,
-    in_place: bool,
-) -> tuple[Tensor, Tensor]:
+def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     """Output and final state of the recurrence token by token."""
-    dtype = checks.state_dtype(query, key, value)
-    if state is None:
-        state = query.new_zeros(query.shape[0], *weight.shape, dtype=dtype)
-    given, weight, outputs = state, weight.to(dtype), []
-    q, k, v, g = (x.to(dtype).unbind(1) for x in (query, key, value, log_decay))
-    for t in range(query.shape[1]):
+    state = checks.given_or_zeros(x.state, x)
+    dtype, outputs = state.dtype, []
+    weight = x.weight.to(dtype)
+    q, k, v, g = (y.to(dtype).unbind(1) for y in x[:4])
+    for t in range(len(q)):
         new = (weight * state + k[t][..., None] * v[t][..., None, :]).tanh()
         state = torch.lerp(state, new, -torch.expm1(g[t])[..., None, None])
-        outputs.append((q[t][..., None, :] @ state).squeeze(-2) * scale)
-    output = torch.stack(outputs, dim=1).to(value.dtype)
-    return output, given.copy_(state) if in_place else state
+        outputs.append((q[t][..., None, :] @ state).squeeze(-2) * x.scale)
+    output = torch.stack(outputs, dim=1).to(x.value.dtype)
+    return output, x.state.copy_(state) if in_place else state
 
 
-def _runs(query: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Iterator[_Run]:
-    batch, length = query.shape[:2]
-    bounds = checks.bounds(cu_seqlens, batch, length)
-    room = count_chunks(query, cu_seqlens, chunk_size)
-    if cu_seqlens is None:
-        yield _Run(slice(0, batch), slice(0, length), 0, room // batch)
-        return
-    first = 0
-    for n, (begin, end) in enumerate(pairwise(bounds)):
-        if begin < end:
-            yield _Run(slice(n, n + 1), slice(begin, end), first, room)
-        first += -(-(end - begin) // chunk_size)
+def _runs(x: Inputs) -> Iterator[_Run]:
+    batch, first = len(x.query), 0
+    step = count_chunks(x.query, x.cu_seqlens, x.chunk_size) // batch
+    for group in split_groups(x.query, x.cu_seqlens, batch):
+        yield _Run(group.states, slice(group.begin, group.end), first, step)
+        first += -(-(group.end - group.begin) // x.chunk_size)

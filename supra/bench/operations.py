@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,16 +30,15 @@ def head_sizes(operation: str) -> tuple[int, ...]:
 
 
 class Call(NamedTuple):
-    """function(*arguments, **options), which writes to `changed`, some of its arguments."""
+    """function(*arguments), which writes to `changed`, some of its arguments."""
 
     part: str  # "forward", "backward" or "recurrent"
     function: Callable[..., Any]
     arguments: tuple
-    options: dict[str, Any]
     changed: tuple[Tensor | None, ...] = ()
 
     def __call__(self) -> Any:
-        return self.function(*self.arguments, **self.options)
+        return self.function(*self.arguments)
 
 
 Calls = Generator[Call, Any, None]
@@ -63,13 +63,13 @@ class Sizes:
         bounds = [0, self.tokens // 2, self.tokens]
         return torch.tensor(bounds, dtype=torch.int32, device=self.device) if self.packed else None
 
-    def rows(self, tokens: int | None = None) -> Tensor:
+    def rows(self, tokens: int) -> Tensor:
         """[B, T, H, width] in bf16."""
         batch = 1 if self.packed else self.batch
-        shape = (batch, tokens or self.tokens, self.heads, self.width)
+        shape = (batch, tokens, self.heads, self.width)
         return torch.ones(shape, dtype=torch.bfloat16, device=self.device)
 
-    def log_decay(self, tokens: int | None = None) -> Tensor:
+    def log_decay(self, tokens: int) -> Tensor:
         """[B, T, H] in float32."""
         return torch.zeros_like(self.rows(tokens)[..., 0], dtype=torch.float32)
 
@@ -80,125 +80,121 @@ class Sizes:
         )
 
 
+def passes(
+    backend: ModuleType,
+    inputs: Any,
+    step: Any,
+    state: tuple[Tensor | None, ...],
+    saved: tuple[int, ...] = (),
+) -> Calls:
+    """Forward, backward, and recurrent where rows are not packed: `step`, which writes to `state`.
+
+    saved: places of the results that the backward pass takes.
+    """
+    output, *rest = results = yield Call("forward", backend.forward, (inputs,))
+    packed = inputs.cu_seqlens is not None
+    d_end = rest[: len(state)] if packed else [None] * len(state)
+    arguments = (inputs, torch.ones_like(output), *d_end, *(results[i] for i in saved))
+    yield Call("backward", backend.backward, arguments)
+    if not packed:
+        yield Call("recurrent", backend.recurrent, (step,), state)
+
+
 def linear_attention(sizes: Sizes, *, decay: bool = False, normalized: bool = False) -> Calls:
     from supra.kernels.linear_attention import triton as backend
+    from supra.kernels.linear_attention.inputs import Inputs
 
-    width, options = sizes.width, {"scale": 1.0, "eps": 1e-6}
+    width, options = sizes.width, (normalized, 1.0, 1e-6, 64, "triton")
     state = (sizes.state(width, width), sizes.state(width) if normalized else None)
-    query, key, value = (sizes.rows() for _ in range(3))
-    log_decay = sizes.log_decay() if decay else None
-    before = state if sizes.packed else (None, None)
-    inputs = (query, key, value, log_decay, *before, sizes.cu_seqlens)
-    chunked = {"normalized": normalized, "chunk_size": 64, **options}
-    output, *end, weights = yield Call("forward", backend.chunk_forward, inputs, chunked)
-    gradients = (torch.ones_like(output), *(end if sizes.packed else (None, None)))
-    arguments = (*gradients, *inputs, output, weights)
-    yield Call("backward", backend.chunk_backward, arguments, chunked)
-    if not sizes.packed:
-        query, key, value = (sizes.rows(1) for _ in range(3))
-        arguments = (query, key, value, sizes.log_decay(1) if decay else None, *state)
-        yield Call("recurrent", backend.recurrent, arguments, options, state)
+
+    def inputs(tokens: int, *state_and_bounds: Tensor | None) -> Inputs:
+        rows = (sizes.rows(tokens) for _ in range(3))
+        log_decay = sizes.log_decay(tokens) if decay else None
+        return Inputs(*rows, log_decay, *state_and_bounds, *options)
+
+    whole = inputs(sizes.tokens, *(state if sizes.packed else (None, None)), sizes.cu_seqlens)
+    return passes(backend, whole, inputs(1, *state, None), state, saved=(0, 3))
 
 
 def gated_linear_attention(sizes: Sizes, *, bonus: bool = False) -> Calls:
     from supra.kernels.gated_linear_attention import triton as backend
+    from supra.kernels.gated_linear_attention.inputs import Inputs
 
-    options, state = {"scale": 1.0}, sizes.state(sizes.width, sizes.width)
-    query, key, value, log_decay = (sizes.rows() for _ in range(4))
-    weights = log_decay[0, 0].clone() if bonus else None
-    before = state if sizes.packed else None
-    inputs = (query, key, value, log_decay.float(), weights, before, sizes.cu_seqlens)
-    chunked = {"chunk_size": 64, **options}
-    output, end = yield Call("forward", backend.chunk_forward, inputs, chunked)
-    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
-    yield Call("backward", backend.chunk_backward, arguments, chunked)
-    if not sizes.packed:
-        query, key, value, log_decay = (sizes.rows(1) for _ in range(4))
-        arguments = (query, key, value, log_decay.float(), weights, state)
-        yield Call("recurrent", backend.recurrent, arguments, options, (state,))
+    state = sizes.state(sizes.width, sizes.width)
+
+    def inputs(tokens: int, *state_and_bounds: Tensor | None) -> Inputs:
+        *rows, log_decay = (sizes.rows(tokens) for _ in range(4))
+        weights = log_decay[0, 0].clone() if bonus else None
+        return Inputs(*rows, log_decay.float(), weights, *state_and_bounds, 1.0, 64, "triton")
+
+    whole = inputs(sizes.tokens, state if sizes.packed else None, sizes.cu_seqlens)
+    return passes(backend, whole, inputs(1, state, None), (state,))
 
 
 def gated_delta_rule(sizes: Sizes, *, decay: bool = False) -> Calls:
     from supra.kernels.gated_delta_rule import triton as backend
+    from supra.kernels.gated_delta_rule.inputs import Inputs
 
-    options, state = {"scale": 1.0}, sizes.state(sizes.width, sizes.width)
-    query, key, value = (sizes.rows() for _ in range(3))
-    log_decay = sizes.log_decay() if decay else None
-    before = state if sizes.packed else None
-    inputs = (query, key, value, query[..., 0].clone(), log_decay, before, sizes.cu_seqlens)
-    chunked = {"chunk_size": 64, **options}
-    output, end = yield Call("forward", backend.chunk_forward, inputs, chunked)
-    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
-    yield Call("backward", backend.chunk_backward, arguments, chunked)
-    if not sizes.packed:
-        query, key, value = (sizes.rows(1) for _ in range(3))
-        log_decay = sizes.log_decay(1) if decay else None
-        arguments = (query, key, value, query[..., 0].clone(), log_decay, state)
-        yield Call("recurrent", backend.recurrent, arguments, options, (state,))
+    state = sizes.state(sizes.width, sizes.width)
+
+    def inputs(tokens: int, *state_and_bounds: Tensor | None) -> Inputs:
+        query, key, value = (sizes.rows(tokens) for _ in range(3))
+        log_decay, beta = sizes.log_decay(tokens) if decay else None, query[..., 0].clone()
+        return Inputs(query, key, value, beta, log_decay, *state_and_bounds, 1.0, 64, "triton")
+
+    whole = inputs(sizes.tokens, state if sizes.packed else None, sizes.cu_seqlens)
+    return passes(backend, whole, inputs(1, state, None), (state,))
 
 
 def causal_conv(sizes: Sizes, *, bias: bool = False, silu: bool = False) -> Calls:
     """Over 4 tokens; the channels are those of all heads."""
     from supra.kernels.causal_conv import triton as backend
+    from supra.kernels.causal_conv.inputs import Inputs
 
-    input, options = sizes.rows().flatten(2), {"silu": silu}
+    input = sizes.rows(sizes.tokens).flatten(2)
     channels = input.shape[2]
-    weight = input.new_ones(channels, 4)
-    added = input.new_ones(channels) if bias else None
+    weights = (input.new_ones(channels, 4), input.new_ones(channels) if bias else None)
     state = input.new_zeros(2 if sizes.packed else sizes.batch, 3, channels)
     before = state if sizes.packed else None
-    inputs = (input, weight, added, before, sizes.cu_seqlens)
-    output, end = yield Call("forward", backend.forward, inputs, options)
-    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
-    yield Call("backward", backend.backward, arguments, options)
-    if not sizes.packed:
-        arguments = (sizes.rows(1).flatten(2)[:, 0], weight, added, state)
-        yield Call("recurrent", backend.step, arguments, options, (state,))
+    whole = Inputs(input, *weights, before, sizes.cu_seqlens, silu, "triton")
+    step = Inputs(sizes.rows(1).flatten(2), *weights, state, None, silu, "triton")
+    return passes(backend, whole, step, (state,))
 
 
 def long_conv(sizes: Sizes, *, width: int = 1, skip: bool = False) -> Calls:
     """H3's heads, of 1 or more channels; there are as many channels as all heads have."""
     from supra.kernels.long_conv import triton as backend
+    from supra.kernels.long_conv.inputs import Inputs
 
-    def heads(x: Tensor) -> Tensor:
-        return x.flatten(2).unflatten(2, (-1, width))
-
-    query, key, value = (heads(sizes.rows()) for _ in range(3))
-    log_decay = torch.zeros(query.shape[2], LONG_CONV_MODES, device=sizes.device)
+    heads = sizes.heads * sizes.width // width
+    log_decay = torch.zeros(heads, LONG_CONV_MODES, device=sizes.device)
     weight = log_decay[..., None].repeat(1, 1, 2)
     model = (log_decay, log_decay.clone(), weight, log_decay[:, 0].clone() if skip else None)
     sequences = 2 if sizes.packed else sizes.batch
     state = torch.zeros(sequences, *log_decay.shape, 2, width, width, device=sizes.device)
-    before = state if sizes.packed else None
-    inputs = (query, key, value, *model, before, sizes.cu_seqlens)
-    options = {"chunk_size": 64}
-    output, end = yield Call("forward", backend.chunk_forward, inputs, options)
-    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs)
-    yield Call("backward", backend.chunk_backward, arguments, options)
-    if not sizes.packed:
-        query, key, value = (heads(sizes.rows(1)) for _ in range(3))
-        arguments = (query, key, value, *model, state)
-        yield Call("recurrent", backend.recurrent, arguments, {}, (state,))
+
+    def inputs(tokens: int, *state_and_bounds: Tensor | None) -> Inputs:
+        rows = (sizes.rows(tokens).flatten(2).unflatten(2, (-1, width)) for _ in range(3))
+        return Inputs(*rows, *model, *state_and_bounds, 64, "triton")
+
+    whole = inputs(sizes.tokens, state if sizes.packed else None, sizes.cu_seqlens)
+    return passes(backend, whole, inputs(1, state, None), (state,))
 
 
 def nonlinear_gated(sizes: Sizes) -> Calls:
     """With two sweeps, whatever they leave: what is moved does not depend on it."""
     from supra.kernels.nonlinear_gated import triton as backend
+    from supra.kernels.nonlinear_gated.inputs import Inputs
 
-    query, key, value = (sizes.rows() for _ in range(3))
-    state = sizes.state(sizes.width, sizes.width)
+    state, options = sizes.state(sizes.width, sizes.width), (1.0, 2, math.inf, 16, True, "triton")
     weight = torch.zeros_like(state[0])
-    inputs = (query, key, value, sizes.log_decay(), weight, state if sizes.packed else None)
-    inputs = (*inputs, sizes.cu_seqlens)
-    options = {"scale": 1.0, "sweeps": 2, "tolerance": math.inf, "chunk_size": 16}
-    found = yield Call("forward", backend.chunk_forward, inputs, {**options, "save_states": True})
-    output, end, states, _ = found
-    arguments = (torch.ones_like(output), end if sizes.packed else None, *inputs, states)
-    yield Call("backward", backend.chunk_backward, arguments, options)
-    if not sizes.packed:
-        query, key, value = (sizes.rows(1) for _ in range(3))
-        arguments = (query, key, value, sizes.log_decay(1), weight, state)
-        yield Call("recurrent", backend.recurrent, arguments, {"scale": 1.0}, (state,))
+
+    def inputs(tokens: int, *state_and_bounds: Tensor | None) -> Inputs:
+        rows = (sizes.rows(tokens) for _ in range(3))
+        return Inputs(*rows, sizes.log_decay(tokens), weight, *state_and_bounds, *options)
+
+    whole = inputs(sizes.tokens, state if sizes.packed else None, sizes.cu_seqlens)
+    return passes(backend, whole, inputs(1, state, None), (state,), saved=(2,))
 
 
 class Case(NamedTuple):

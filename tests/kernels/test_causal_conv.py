@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from supra.kernels.causal_conv import causal_conv, causal_conv_step, operator
+from supra.kernels.causal_conv import causal_conv, causal_conv_step
+from supra.kernels.causal_conv.api import OPERATOR
 
 OPTIONS = tuple(product((False, True), (None, "silu")))  # with bias, activation
 # taps, sequence bounds or None for a batch; sequences shorter than W - 1, empty and one-token ones
@@ -256,7 +257,7 @@ def test_custom_op_is_sound(bounds):
     inputs = make_inputs(2 if bounds is None else 1, 9, 5, 4, sequences=sequences)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     for silu in (False, True):
-        torch.library.opcheck(operator.forward, (*inputs, cu_seqlens, silu, "torch"))
+        torch.library.opcheck(OPERATOR.forward, (*inputs, cu_seqlens, silu, "torch"))
 
 
 def test_compiles_without_a_graph_break():

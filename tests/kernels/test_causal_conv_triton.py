@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from supra.kernels import launch
-from supra.kernels.causal_conv import causal_conv, causal_conv_step, operator
+from supra.kernels.causal_conv import causal_conv, causal_conv_step
+from supra.kernels.causal_conv.api import OPERATOR
+from supra.kernels.causal_conv.inputs import Inputs
 from tests.kernels.test_causal_conv import assert_close, make_inputs, run_with_gradients
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -85,10 +87,12 @@ def test_custom_ops_are_sound(bounds):
     batch = 2 if bounds is None else 1
     inputs = make_inputs(batch, 9, 5, 4, dtype=torch.float32, sequences=sequences)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
-    torch.library.opcheck(operator.forward, (*inputs, cu_seqlens, True, "triton"))
+    torch.library.opcheck(OPERATOR.forward, (*inputs, cu_seqlens, True, "triton"))
     input, weight, bias, state = (x.detach() for x in inputs)
     if bounds is None:
-        torch.library.opcheck(operator.step, (input[:, 0], weight, bias, state, True))
+        torch.library.opcheck(
+            OPERATOR.step, (input[:, :1], weight, bias, state, None, True, "triton")
+        )
 
 
 def test_launches_can_be_listed_without_a_device():
@@ -99,8 +103,9 @@ def test_launches_can_be_listed_without_a_device():
     )
     cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
     with launch.recording() as launches:
-        output, end = backend.forward(input, weight, bias, state, cu_seqlens, silu=True)
-        backend.backward(output, end, input, weight, bias, state, cu_seqlens, silu=True)
-        backend.step(input[:, 0], weight, bias, state[:1], True)
+        inputs = Inputs(input, weight, bias, state, cu_seqlens, True, "triton")
+        output, end = backend.forward(inputs)
+        backend.backward(inputs, output, end)
+        backend.recurrent(Inputs(input[:, :1], weight, bias, state[:1], None, True, "triton"))
     names = [x.kernel.__name__ for x in launches]
     assert names == ["forward", "backward_sums", "backward_window", "step"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from supra.kernels.long_conv import fft, fft_conv
+from supra.kernels.long_conv.inputs import FftInputs
 from tests.kernels.test_long_conv import assert_close, run_with_gradients
 
 
@@ -170,6 +171,6 @@ def test_mistakes_are_named(message):
 def test_blocks_of_any_size_hold_block_and_tail():
     for length, taps, block_size in product((1, 5, 3000), (1, 7, 2000), (None, 1, 100)):
         input, kernel = torch.empty(1, length, 1, 1), torch.empty(1, taps)
-        block, size = fft._sizes(input, kernel, block_size)
+        block, size = fft._sizes(FftInputs(input, kernel, None, None, block_size))
         assert size >= block + taps - 1
         assert block >= 1

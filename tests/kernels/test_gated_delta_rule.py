@@ -11,9 +11,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 from supra.kernels.gated_delta_rule import (
     chunk_gated_delta_rule,
-    operator,
     recurrent_gated_delta_rule,
 )
+from supra.kernels.gated_delta_rule.api import OPERATOR
 
 DECAYS = (None, "head", "token")
 FORMS = (chunk_gated_delta_rule, recurrent_gated_delta_rule)
@@ -282,10 +282,10 @@ def test_the_custom_ops_keep_what_torch_asks_of_them(decay):
     inputs = make_inputs(1, 9, 4, 2, 5, 4, decay, torch.float32)
     arguments = (*inputs.values(), *[None] * (decay is None), make_state(inputs))
     cu_seqlens = torch.tensor([0, 9])
-    torch.library.opcheck(operator.forward, (*arguments, cu_seqlens, 0.7, 4, "torch"))
+    torch.library.opcheck(OPERATOR.forward, (*arguments, cu_seqlens, 0.7, 4, "torch"))
     d_output, d_state = torch.ones(1, 9, 4, 4), torch.ones(1, 2, 5, 4)
     detached = [x if x is None else x.detach() for x in (*arguments, cu_seqlens)]
-    torch.library.opcheck(operator.backward, (d_output, d_state, *detached, 0.7, 4, "torch"))
+    torch.library.opcheck(OPERATOR.backward, (d_output, d_state, *detached, 0.7, 4, "torch"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

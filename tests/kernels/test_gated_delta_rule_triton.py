@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from supra.kernels import launch
 from supra.kernels.gated_delta_rule import (
     chunk_gated_delta_rule,
-    operator,
     recurrent_gated_delta_rule,
 )
+from supra.kernels.gated_delta_rule.api import OPERATOR
 
 FORMS = (
     *((decay, torch.float32) for decay in (None, "head", "token")),
@@ -186,7 +186,7 @@ def test_recurrent_form_with_gradients_runs_the_chunked_kernels():
 def test_the_step_keeps_what_torch_asks_of_it():
     inputs = {name: x.detach() for name, x in make_inputs(2, "token").items()}
     state = make_state(inputs, 1).detach()
-    torch.library.opcheck(operator.step, (*inputs.values(), state, 0.7))
+    torch.library.opcheck(OPERATOR.step, (*inputs.values(), state, None, 0.7, 64, "triton"))
 
 
 def test_keys_too_wide_are_refused():
@@ -202,6 +202,6 @@ def test_custom_ops_are_sound():
     }
     state = make_state(inputs, 2).detach()
     arguments = (*inputs.values(), state, torch.tensor([0, 3, 5]), 0.7, 64, "triton")
-    torch.library.opcheck(operator.forward, arguments)
-    output, end = operator.forward(*arguments)
-    torch.library.opcheck(operator.backward, (output, end, *arguments))
+    torch.library.opcheck(OPERATOR.forward, arguments)
+    output, end = OPERATOR.forward(*arguments)
+    torch.library.opcheck(OPERATOR.backward, (output, end, *arguments))

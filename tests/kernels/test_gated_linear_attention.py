@@ -9,9 +9,9 @@ import torch
 
 from supra.kernels.gated_linear_attention import (
     chunk_gated_linear_attention,
-    operator,
     recurrent_gated_linear_attention,
 )
+from supra.kernels.gated_linear_attention.api import OPERATOR
 
 KINDS = ("gla", "rwkv6")
 FORMS = (chunk_gated_linear_attention, recurrent_gated_linear_attention)
@@ -299,10 +299,10 @@ def test_the_operators_keep_torchs_rules(kind):
     cu_seqlens = torch.tensor([0, 4, 9])
     state = make_state(inputs, sequences=2)
     inputs = (*[inputs.get(name) for name in (*BY_TOKEN, "bonus")], state, cu_seqlens)
-    torch.library.opcheck(operator.forward, (*inputs, 0.7, 4, "torch"))
+    torch.library.opcheck(OPERATOR.forward, (*inputs, 0.7, 4, "torch"))
     d_output = torch.ones(1, 9, 2, 3)
     detached = [x if x is None else x.detach() for x in inputs]
-    torch.library.opcheck(operator.backward, (d_output, None, *detached, 0.7, 4, "torch"))
+    torch.library.opcheck(OPERATOR.backward, (d_output, None, *detached, 0.7, 4, "torch"))
 
 
 @pytest.mark.parametrize("function", FORMS)

@@ -19,7 +19,7 @@ MISTAKES = {
     "log_decay (dtype torch.int64) must be floating point": {
         "log_decay": torch.zeros(2, 7, 2, 5, dtype=torch.long)
     },
-    "log_decay (shape [2, 7, 2]) must be [2, 7, 2, 5], as key is": {
+    "log_decay (shape [2, 7, 2]) must be [2, 7, 2, 5] [B, T, Hkv, K], as key is": {
         "log_decay": torch.zeros(2, 7, 2)
     },
     "bonus (shape [2, 5]) must be [4, 5] [Hq, K]": {"bonus": torch.zeros(2, 5)},

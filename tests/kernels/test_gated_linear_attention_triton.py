@@ -5,9 +5,9 @@ import torch
 
 from supra.kernels.gated_linear_attention import (
     chunk_gated_linear_attention,
-    operator,
     recurrent_gated_linear_attention,
 )
+from supra.kernels.gated_linear_attention.api import OPERATOR
 
 # measured relative errors are at most 2.2e-6, 3.2e-4 (7e-4 on an H100) and 5.0e-3: sums of logs are
 # rounded to 2^-18, and operands to 11 and to 8 bits
@@ -144,11 +144,12 @@ def test_custom_ops_are_sound():
     inputs = make_inputs(1, 5, 2, 1, 20, 12, "rwkv6", torch.float32, 2)
     names = ("query", "key", "value", "log_decay", "bonus", "initial_state")
     arguments = (*(inputs[name] for name in names), torch.tensor([0, 3, 5]), 0.7, 64, "triton")
-    torch.library.opcheck(operator.forward, arguments)
-    output, end = operator.forward(*arguments)
-    torch.library.opcheck(operator.backward, (output, end, *arguments))
+    torch.library.opcheck(OPERATOR.forward, arguments)
+    output, end = OPERATOR.forward(*arguments)
+    torch.library.opcheck(OPERATOR.backward, (output, end, *arguments))
     step = [inputs[name][:, :1] for name in names[:4]]
-    torch.library.opcheck(operator.step, (*step, inputs["bonus"], end[:1], 0.7))
+    given = (*step, inputs["bonus"], end[:1], None, *arguments[-3:])
+    torch.library.opcheck(OPERATOR.step, given)
 
 
 def test_bounds_are_checked_where_that_waits_for_nothing():

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from supra.kernels.linear_attention import (
     LinearAttentionState,
     chunk_linear_attention,
-    operator,
     recurrent_linear_attention,
 )
+from supra.kernels.linear_attention.api import OPERATOR
 
 DECAYS = (None, ("head", "query"), ("head", "key"), ("token", "query"), ("token", "key"))
 FORMS = tuple(product(DECAYS, (None, "sum")))
@@ -399,12 +399,12 @@ def test_custom_ops_are_sound(decay, normalize):
         *(inputs.get(name) for name in ("query", "key", "value", "log_decay")),
         *state, cu_seqlens, normalize == "sum", 0.7, 1e-6, 16, "torch",
     )  # fmt: skip
-    torch.library.opcheck(operator.forward, arguments)
-    output, memory, normalizer, weights = (x.detach() for x in operator.forward(*arguments))
+    torch.library.opcheck(OPERATOR.forward, arguments)
+    output, memory, normalizer, weights = (x.detach() for x in OPERATOR.forward(*arguments))
     d_normalizer = torch.ones_like(normalizer) if normalize else None
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     torch.library.opcheck(
-        operator.backward,
+        OPERATOR.backward,
         (output, memory, d_normalizer, *arguments[:7], output, weights, *arguments[7:]),
     )
 

@@ -14,10 +14,11 @@ from supra.kernels import launch
 from supra.kernels.linear_attention import (
     LinearAttentionState,
     chunk_linear_attention,
-    operator,
     recurrent_linear_attention,
 )
 from supra.kernels.linear_attention import triton as triton_backend
+from supra.kernels.linear_attention.api import OPERATOR
+from supra.kernels.linear_attention.inputs import Inputs
 
 DECAYS = (None, ("head", "query"), ("head", "key"), ("token", "query"), ("token", "key"))
 FORMS = tuple(product(DECAYS, (None, "sum")))
@@ -239,12 +240,12 @@ def test_custom_ops_are_sound():
     memory, normalizer = torch.ones(2, 2, 20, 12), torch.ones(2, 2, 20)
     options = (True, 0.7, 1e-6, 64, "triton")
     arguments = (*inputs, memory, normalizer, torch.tensor([0, 3, 5]))
-    torch.library.opcheck(operator.forward, (*arguments, *options))
-    output, memory, normalizer, weights = operator.forward(*arguments, *options)
+    torch.library.opcheck(OPERATOR.forward, (*arguments, *options))
+    output, memory, normalizer, weights = OPERATOR.forward(*arguments, *options)
     gradients = (output, memory, normalizer)
-    torch.library.opcheck(operator.backward, (*gradients, *arguments, output, weights, *options))
+    torch.library.opcheck(OPERATOR.backward, (*gradients, *arguments, output, weights, *options))
     step = [x[:, :1] for x in inputs]
-    torch.library.opcheck(operator.step, (*step, memory[:1], normalizer[:1], 0.7, 1e-6))
+    torch.library.opcheck(OPERATOR.step, (*step, memory[:1], normalizer[:1], None, *options))
 
 
 def test_launches_need_no_host_and_no_device():
@@ -253,10 +254,9 @@ def test_launches_need_no_host_and_no_device():
     query, value = torch.empty(1, 300, 4, 64, **meta), torch.empty(1, 300, 2, 64, **meta)
     bounds = torch.empty(5, dtype=torch.int64, device="meta")
     with launch.recording() as launches:
-        triton_backend.chunk_forward(
-            query, query[:, :, :2], value, None, None, None, bounds,
-            normalized=True, scale=1.0, eps=1e-6, chunk_size=64,
-        )  # fmt: skip
+        options = (True, 1.0, 1e-6, 64, "triton")
+        inputs = Inputs(query, query[:, :, :2], value, None, None, None, bounds, *options)
+        triton_backend.forward(inputs)
     assert [x.kernel.__name__ for x in launches] == ["chunk_states", "chunk_output"]
 
 

@@ -10,11 +10,11 @@ import torch
 from supra.kernels.long_conv import (
     chunk_ssm_conv,
     fft_conv,
-    operator,
     recurrent_ssm_conv,
     ssm_kernel,
     stream_ssm_conv,
 )
+from supra.kernels.long_conv.api import FFT_OPERATOR, OPERATOR
 
 FORMS = (chunk_ssm_conv, recurrent_ssm_conv)
 BY_TOKEN = ("query", "key", "value")
@@ -376,9 +376,9 @@ def test_the_operators_keep_torchs_rules(widths):
     cu_seqlens = torch.tensor([0, 4, 9])
     state = make_state(inputs, sequences=2)
     given = (*[inputs[name] for name in (*BY_TOKEN, *MODEL)], state, cu_seqlens, 4, "torch")
-    torch.library.opcheck(operator.forward, given)
+    torch.library.opcheck(OPERATOR.forward, given)
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
-    torch.library.opcheck(operator.backward, (*operator.forward(*given), *given))
+    torch.library.opcheck(OPERATOR.backward, (*OPERATOR.forward(*given), *given))
 
 
 def test_the_operators_of_the_fft_keep_torchs_rules():
@@ -386,9 +386,9 @@ def test_the_operators_of_the_fft_keep_torchs_rules():
     shapes = ((1, 9, 2, 3), (2, 5), (2, 4, 2, 3))
     given = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     given = (*given, torch.tensor([0, 4, 9]), 2)
-    torch.library.opcheck(operator.fft_forward, given)
+    torch.library.opcheck(FFT_OPERATOR.forward, given)
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
-    torch.library.opcheck(operator.fft_backward, (*operator.fft_forward(*given), *given))
+    torch.library.opcheck(FFT_OPERATOR.backward, (*FFT_OPERATOR.forward(*given), *given))
 
 
 def test_without_triton_it_imports_and_runs():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from supra.kernels.long_conv import chunk_ssm_conv, operator, recurrent_ssm_conv
+from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
+from supra.kernels.long_conv.api import OPERATOR
 from tests.kernels.test_long_conv import BY_TOKEN, MODEL, make_inputs, make_state, probe_like
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
@@ -125,7 +126,8 @@ def test_custom_ops_are_sound():
     inputs = make_all(1, 5, 2, (2, 3), 3, torch.float32, 2)
     given = [inputs[name] for name in (*BY_TOKEN, *MODEL, "initial_state")]
     arguments = (*given, torch.tensor([0, 3, 5]), 64, "triton")
-    torch.library.opcheck(operator.forward, arguments)
-    output, end = operator.forward(*arguments)
-    torch.library.opcheck(operator.backward, (output, end, *arguments))
-    torch.library.opcheck(operator.step, (*(x[:, :1] for x in given[:3]), *given[3:7], end[:1]))
+    torch.library.opcheck(OPERATOR.forward, arguments)
+    output, end = OPERATOR.forward(*arguments)
+    torch.library.opcheck(OPERATOR.backward, (output, end, *arguments))
+    step = (*(x[:, :1] for x in given[:3]), *given[3:7], end[:1], None, *arguments[-2:])
+    torch.library.opcheck(OPERATOR.step, step)

@@ -10,9 +10,9 @@ import torch
 
 from supra.kernels.nonlinear_gated import (
     chunk_nonlinear_gated,
-    operator,
     recurrent_nonlinear_gated,
 )
+from supra.kernels.nonlinear_gated.api import OPERATOR
 
 FORMS = (chunk_nonlinear_gated, recurrent_nonlinear_gated)
 BY_TOKEN = ("query", "key", "value", "log_decay")
@@ -287,12 +287,12 @@ def test_the_operators_keep_torchs_rules(packed, keep):
     if not keep:
         tensors = [x if x is None else x.detach() for x in tensors]
     options = (0.7, 4, 1e-6, 4)
-    torch.library.opcheck(operator.forward, (*tensors, *options, keep, "torch"))
+    torch.library.opcheck(OPERATOR.forward, (*tensors, *options, keep, "torch"))
     if keep:
         tensors = [x if x is None else x.detach() for x in tensors]
-        output, end, states, _ = operator.forward(*tensors, *options, True, "torch")
-        arguments = (output, end, *tensors, states, *options, "torch")
-        torch.library.opcheck(operator.backward, arguments)
+        output, end, states, _ = OPERATOR.forward(*tensors, *options, True, "torch")
+        arguments = (output, end, *tensors, states, *options, True, "torch")
+        torch.library.opcheck(OPERATOR.backward, arguments)
 
 
 @pytest.mark.parametrize("function", FORMS)
@@ -342,7 +342,7 @@ def test_states_are_saved_for_the_backward_pass_alone():
         chunk_nonlinear_gated(**inputs)
     assert sum(saved) == sum(x.numel() for x in inputs.values()) + 3 * 2 * 8 * 8
     detached = [x.detach() for x in inputs.values()]
-    kept = operator.forward(*detached, None, None, 1.0, 4, 1e-6, 64, False, "torch")[2]
+    kept = OPERATOR.forward(*detached, None, None, 1.0, 4, 1e-6, 64, False, "torch")[2]
     assert kept.numel() == 0
 
 

@@ -8,10 +8,10 @@ import triton.language as tl
 from supra.kernels import launch
 from supra.kernels.nonlinear_gated import (
     chunk_nonlinear_gated,
-    operator,
     recurrent_nonlinear_gated,
     triton_newton,
 )
+from supra.kernels.nonlinear_gated.api import OPERATOR
 
 CONTRACTING, BISTABLE = 0.9, 2.4  # largest |a|
 SOLVED = 1e-6  # the default tolerance of the residual
@@ -183,13 +183,14 @@ def test_inputs_need_not_be_contiguous():
 
 def test_custom_ops_are_sound():
     inputs = make_inputs(1, 5, 2, 20, 12, CONTRACTING, sequences=2)
-    tensors, options = (*inputs.values(), torch.tensor([0, 3, 5])), (0.7, 2, 1e-6, 4)
-    torch.library.opcheck(operator.forward, (*tensors, *options, True, "triton"))
-    output, end, states, _ = operator.forward(*tensors, *options, True, "triton")
+    tensors, options = (*inputs.values(), torch.tensor([0, 3, 5])), (0.7, 2, 1e-6, 4, True)
+    torch.library.opcheck(OPERATOR.forward, (*tensors, *options, "triton"))
+    output, end, states, _ = OPERATOR.forward(*tensors, *options, "triton")
     arguments = (output, end, *tensors, states, *options, "triton")
-    torch.library.opcheck(operator.backward, arguments)
+    torch.library.opcheck(OPERATOR.backward, arguments)
     step = [inputs[name][:, :1] for name in ("query", "key", "value", "log_decay")]
-    torch.library.opcheck(operator.step, (*step, inputs["weight"], end[:1], 0.7))
+    given = (*step, inputs["weight"], end[:1], None, *options, "triton")
+    torch.library.opcheck(OPERATOR.step, given)
 
 
 @triton.jit
