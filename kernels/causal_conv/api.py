@@ -139,8 +139,8 @@ def _inputs(
             f"weight (shape {checks.shape(weight)}) must be [{width}, W] to fit input; "
             "from a Conv1d take weight[:, 0]"
         )
-    if not 1 <= weight.shape[1] <= MOST_TAPS:
-        raise ValueError(f"weight (shape {checks.shape(weight)}) must have 1 to {MOST_TAPS} taps")
+    if not 1 <= weight.shape[1] <= MAX_TAPS:
+        raise ValueError(f"weight (shape {checks.shape(weight)}) must have 1 to {MAX_TAPS} taps")
     checks.check_shape("bias", bias, (width,), "to fit input")
     if activation not in ACTIVATIONS:
         raise ValueError(checks.unknown("activation", activation, ("None", "silu")))

@@ -25,7 +25,7 @@ from supra.kernels.operators import Operator
 OPERATION = "gated_delta_rule"
 OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
 CHUNK = 64  # tokens, in torch
-MOST_KEY_CHANNELS = 256  # of the chunked Triton kernels
+MAX_KEY_CHANNELS = 256  # of the chunked Triton kernels
 
 
 def chunk_gated_delta_rule(
@@ -141,9 +141,9 @@ def _inputs(
 
 
 def _limit(key: Tensor) -> str | None:
-    if key.shape[3] <= MOST_KEY_CHANNELS:
+    if key.shape[3] <= MAX_KEY_CHANNELS:
         return None
     return (
-        f"key (width {key.shape[3]}) must have at most {MOST_KEY_CHANNELS} channels, which its "
+        f"key (width {key.shape[3]}) must have at most {MAX_KEY_CHANNELS} channels, which its "
         "kernels hold all at once; use 'auto' or 'torch'"
     )

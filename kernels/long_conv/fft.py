@@ -16,7 +16,7 @@ from torch import Tensor
 from supra.kernels import checks
 from supra.kernels.long_conv.inputs import FftInputs
 
-LEAST_BLOCK = 1024  # tokens: a block as short as a short kernel would be all calls
+MIN_BLOCK = 1024  # tokens: a block as short as a short kernel would be all calls
 WORK = 1 << 20  # numbers that are transformed at once: 4 MiB in float32
 
 
@@ -93,7 +93,7 @@ class _Later:
 def _sizes(x: FftInputs) -> tuple[int, int]:
     """Tokens of a block, and of its transform: a power of two that holds block and tail."""
     taps = x.kernel.shape[1]
-    block = min(x.block_size or max(taps, LEAST_BLOCK), x.input.shape[1])
+    block = min(x.block_size or max(taps, MIN_BLOCK), x.input.shape[1])
     length = 1 << (block + taps - 2).bit_length()
     return (block if x.block_size else length - taps + 1), length
 

@@ -38,7 +38,7 @@ OPERATOR = Operator(
     package=__package__,
 )
 CHUNK_SIZES = {"torch": 64, "triton": 16, "reference": 1}
-LARGEST_CHUNK = 64
+MAX_CHUNK = 64
 SWEEPS, TOLERANCE = 4, 1e-6
 
 
@@ -198,6 +198,6 @@ def _check_options(sweeps: int, tolerance: float, chunk_size: int | None) -> Non
     checks.check_positive(sweeps=sweeps)
     if not tolerance >= 0:
         raise ValueError(f"tolerance (={tolerance}) must be >= 0")
-    sizes = [1 << n for n in range(LARGEST_CHUNK.bit_length())]
+    sizes = [1 << n for n in range(MAX_CHUNK.bit_length())]
     if chunk_size is not None and chunk_size not in sizes:
-        raise ValueError(f"chunk_size (={chunk_size}) must be a power of two up to {LARGEST_CHUNK}")
+        raise ValueError(f"chunk_size (={chunk_size}) must be a power of two up to {MAX_CHUNK}")
