@@ -97,10 +97,9 @@ class HeadsPlan(Plan):
             CHUNK=chunk, QUERIES=self.heads // state_heads,
         )  # fmt: skip
 
-    def add_d_output(self, d_output: Tensor) -> Tensor:
+    def add_d_output(self, d_output: Tensor) -> None:
         (d_output,) = operands(d_output.to(self.query.dtype))
         self.given |= {"d_output": d_output, **strides("d", d_output)}
-        return d_output
 
     def by_key(self, kernel: Any, heads: int) -> tuple[int, int]:
         return self.chunks * self.tiles * self.blocks(kernel)[0], heads

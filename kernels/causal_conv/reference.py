@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra.kernels import checks
-from supra.kernels import recurrence as oracle
+from supra.kernels import checks, oracle
 from supra.kernels.causal_conv.inputs import Inputs
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from supra.kernels import recurrence as oracle
+from supra.kernels import oracle
 from supra.kernels.linear_attention.inputs import Inputs
 
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from supra.kernels import checks
-from supra.kernels import recurrence as oracle
+from supra.kernels import checks, oracle
 from supra.kernels.long_conv.inputs import Inputs
 
 
