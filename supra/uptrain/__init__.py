@@ -8,15 +8,18 @@
 model end to end (end_to_end.py).
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from supra.uptrain import shipped, tree
-from supra.uptrain.config import UptrainConfig
+from supra.uptrain import shipped
+
+if TYPE_CHECKING:
+    from supra.uptrain.config import UptrainConfig
 
 STOPPED = 130  # exit code of a run that was stopped before its end, as shells have it
 
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="supra uptrain",
         description="Train a converted checkpoint on text, with or without its teacher.",
-        epilog=f"{_shipped()}\n\nSettings and their defaults:\n{_defaults()}",
+        epilog=f"{_shipped()}\n\nSettings and their defaults:\n{outline()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of a recipe below")
@@ -45,11 +48,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
     """The settings of a YAML file, or of a recipe that comes with supra, by name. `a.b=c` replaces
     one of its values. Raises UserError."""
-    return tree.load(UptrainConfig, shipped.find_recipe(path), overrides)
+    from supra.uptrain import tree
+
+    return tree.load(shipped.find_recipe(path), overrides)
+
+
+def outline() -> str:
+    """All settings with their defaults and meanings, as lines for a terminal."""
+    from supra.settings.outline import outline
+    from supra.uptrain.config import UptrainConfig
+
+    return outline(UptrainConfig)
 
 
 def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
     """Train as `config` says; the result is config.out/final. See `supra.uptrain.loop`."""
+    from supra.uptrain.rules import check
+
+    check(config)  # of one that was made by hand, only single settings have been checked
     # a wrong config is reported before the seconds that torch and transformers take
     from supra.uptrain.loop import train
 
@@ -64,8 +80,10 @@ def _shipped() -> str:
     )
 
 
-def _defaults() -> str:
-    return "\n".join(
-        f"  {key} = {'(required)' if default is MISSING else json.dumps(default)}"
-        for key, default in tree.keys(UptrainConfig).items()
-    )
+def __getattr__(name: str) -> Any:
+    # on demand, since pydantic takes 0.1 s, and `supra --help` needs none of it
+    if name != "UptrainConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from supra.uptrain.config import UptrainConfig
+
+    return UptrainConfig

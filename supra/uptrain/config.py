@@ -1,96 +1,143 @@
 """Every setting of an uptraining run: the YAML file has the tree of these classes.
 
-Defaults here, then the file, then `a.b=c` on the command line; see `supra.uptrain.tree`. What is
-wrong between settings is found in `supra.uptrain.rules`.
+Defaults here, then the file, then `a.b=c` on the command line; see `supra.uptrain.tree`. A field
+states its own bounds; rules between settings are in `supra.uptrain.rules`.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from supra.uptrain.rules import check
+from pydantic import Field
 
+from supra.settings.model import Names, Settings
+from supra.uptrain.limits import PASS, SEED, STEP, TEXT, VOCABULARY, WIDTH
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Training text, and the held-out text of which exactly one source may be given."""
-
-    path: str  # a hub name, or a file, folder or glob of .jsonl, .jsonl.gz, .txt, .parquet
-    name: str | None = None  # the hub data set's configuration
-    split: str = "train"  # of a hub data set, as eval_split
-    text_field: str = "text"
-    streaming: bool = False
-    sequence_length: int = 2048
-    shuffle_seed: int | None = 0  # null: the files' own order, every epoch
-    shuffle_buffer: int = 10_000  # documents; only streamed data is shuffled through a buffer
-    min_document_tokens: int = 0  # shorter documents are not trained on
-    eval_path: str | None = None
-    eval_split: str | None = None
-    eval_documents: int = 0  # the first n documents are never trained on
+# how fast AdamW forgets: 0 at once, and at 1 it would never
+Forgetting = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """Starting values of the mixers from the teacher's attention on the first tokens of the text,
-    before the first step (supra/conversion/calibrate.py). 0: they stay what conversion wrote.
+class DataConfig(Settings):
+    """Training text, and the held-out text, which has at most one source."""
 
-    projections: also fit the attention modules' output projections to what the mixers return; takes
-        four rows of data.sequence_length at least, and no lora.
-    """
+    path: str = Field(
+        description="Training text: a hub data set, or a file, folder or glob pattern of .jsonl, "
+        ".jsonl.gz, .txt or .parquet files."
+    )
+    name: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set to train on.")
+    text_field: str = Field("text", description="Field of a record that holds the text.")
+    streaming: bool = Field(
+        False, description="Read a hub data set while training instead of downloading it first."
+    )
+    sequence_length: int = Field(2048, ge=2, le=PASS, description="Tokens of a row.")
+    shuffle_seed: int | None = Field(
+        0, ge=0, le=SEED, description="Seed of the documents' order; null keeps the files' order."
+    )
+    shuffle_buffer: int = Field(
+        10_000, ge=1, le=TEXT, description="Documents that are shuffled at a time when streaming."
+    )
+    min_document_tokens: int = Field(
+        0, ge=0, le=TEXT, description="Shorter documents are not trained on."
+    )
+    eval_path: str | None = Field(
+        None, description="Held-out text in another place; takes what data.path takes."
+    )
+    eval_split: str | None = Field(None, description="Split of the hub data set to hold out.")
+    eval_documents: int = Field(
+        0, ge=0, le=TEXT, description="Hold out the first documents of the training text."
+    )
 
-    tokens: int = 0
-    projections: bool = False
+
+class CalibrateConfig(Settings):
+    """Starting values of the mixers from the teacher's attention on the first tokens of the text
+    (supra/conversion/calibrate.py)."""
+
+    tokens: int = Field(
+        0, ge=0, le=PASS, description="Tokens to calibrate on; 0 keeps what conversion wrote."
+    )
+    projections: bool = Field(
+        False,
+        description="Also fit the attention modules' output projections. Needs at least four rows "
+        "of data.sequence_length, and no lora.",
+    )
 
 
-@dataclass(frozen=True)
-class BudgetConfig:
+class BudgetConfig(Settings):
     """Tokens of the whole run: a number, or a share of the teacher's pretraining tokens.
 
     Both null: what the stages say. SUPRA's own budget is a share of about 0.05 (arXiv 2405.06640,
     abstract).
     """
 
-    tokens: int | None = None
-    share: float | None = None
-    teacher_tokens: int | None = None
+    tokens: int | None = Field(None, ge=1, le=TEXT, description="Tokens of the whole run.")
+    share: float | None = Field(
+        None, gt=0, le=1000, description="Tokens of the run as a share of budget.teacher_tokens."
+    )
+    teacher_tokens: int | None = Field(
+        None, ge=1, le=TEXT, description="Tokens that the teacher was pretrained on."
+    )
 
     @property
     def total(self) -> int | None:
         return self.tokens if self.share is None else math.ceil(self.share * self.teacher_tokens)
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW. Parameters whose rate is 0 do not move."""
 
-    lr: float = 3e-4
-    attention_lr: float | None = None  # inherited weights of the attention modules; null: lr
-    new_lr: float | None = None  # what conversion added (`.mixer.` in the name); null: lr
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm, in orient and align of each layer; 0: no clipping
+    lr: float = Field(3e-4, ge=0, description="Highest learning rate; 0 freezes.")
+    attention_lr: float | None = Field(
+        None, ge=0, description="Rate of the attention modules' inherited weights; null: lr."
+    )
+    new_lr: float | None = Field(
+        None,
+        ge=0,
+        description="Rate of the parameters that conversion added (`.mixer.` in their names); "
+        "null: lr.",
+    )
+    betas: tuple[Forgetting, Forgetting] = Field(
+        (0.9, 0.95), description="Decay of the averages of gradients and of their squares."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay, decoupled from gradients.")
+    clip: float = Field(
+        1.0,
+        ge=0,
+        description="Largest norm of the gradient; in orient and align, of each layer's gradient. "
+        "0: no clipping.",
+    )
 
 
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Learning rate over a stage; `warmup` is a number of steps, or a share of them when < 1."""
+class ScheduleConfig(Settings):
+    """The learning rate over a stage."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: float = 0.05
-    min_ratio: float = 0.1  # the last step's rate over the highest; cosine and wsd
+    kind: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine",
+        description="Shape after warmup: a cosine; warmup, stable, decay; or constant.",
+    )
+    warmup: float = Field(
+        0.05, ge=0, le=TEXT, description="Steps of warmup; below 1, a share of the stage's steps."
+    )
+    min_ratio: float = Field(
+        0.1, ge=0, le=1, description="Last rate divided by the highest one, for cosine and wsd."
+    )
 
 
-@dataclass(frozen=True)
-class StageConfig:
-    """A part of the run, with its own rates: so many tokens, or a share of the budget.
+class StageConfig(Settings):
+    """A part of the run, with its own rates.
 
-    At most one stage may give neither: it gets what the others leave.
+    At most one stage may give neither tokens nor a share: it gets what the others leave.
     """
 
-    tokens: int | None = None
-    share: float | None = None
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    tokens: int | None = Field(None, ge=1, le=TEXT, description="Tokens of the stage.")
+    share: float | None = Field(
+        None, gt=0, le=1, description="Tokens of the stage as a share of the budget."
+    )
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="AdamW and its learning rates."
+    )
+    schedule: ScheduleConfig = Field(
+        default_factory=ScheduleConfig, description="The learning rate over the stage."
+    )
 
     @property
     def segments(self) -> int | None:
@@ -99,7 +146,6 @@ class StageConfig:
         return None
 
 
-@dataclass(frozen=True)
 class OrientConfig(StageConfig):
     """Each layer learns its teacher's attention matrix (MOHAWK's first stage, arXiv 2408.10189).
 
@@ -107,7 +153,6 @@ class OrientConfig(StageConfig):
     """
 
 
-@dataclass(frozen=True)
 class AlignConfig(StageConfig):
     """Each layer learns what its teacher's attention makes of the teacher's own hidden states.
 
@@ -115,49 +160,63 @@ class AlignConfig(StageConfig):
     new ones alone.
     """
 
-    # before the output projection (LoLCATs, arXiv 2410.10254), or after it (RADLADS, 2505.03005)
-    target: Literal["output", "hidden"] = "hidden"
+    # LoLCATs (arXiv 2410.10254) learns the first, RADLADS (2505.03005) the second
+    target: Literal["output", "hidden"] = Field(
+        "hidden",
+        description="What a layer learns: its attention's output before the output projection, or "
+        "the hidden states after it.",
+    )
 
 
-@dataclass(frozen=True)
 class DistillConfig(StageConfig):
-    """End to end, towards the teacher's distribution: weights of KL(teacher || student) at a
-    temperature, and of next-token cross entropy.
+    """End to end, towards the teacher's distribution.
 
-    `top_k`: the teacher is its k likeliest tokens and one bucket for all others. They can be kept
-    in the folder `cache`, at 6 bytes each: 64 of them are 384 bytes a token, 3.8 GB for 10M tokens.
-    A run whose text is all there does not load the teacher.
+    `cache` takes 6 bytes for each of the `top_k` tokens: with 64 of them 384 bytes a token, 3.8 GB
+    for 10M tokens. A run whose text is all there does not load the teacher.
     """
 
-    kl: float = 1.0
-    next_token: float = 0.0
-    temperature: float = 1.0
-    top_k: int | None = None
-    cache: str | None = None
+    kl: float = Field(1.0, ge=0, description="Weight of KL(teacher || student).")
+    next_token: float = Field(0.0, ge=0, description="Weight of the next-token cross entropy.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of both distributions in KL.")
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        le=VOCABULARY,
+        description="Keep the teacher's k likeliest tokens, and one bucket for all others.",
+    )
+    cache: str | None = Field(
+        None, description="Folder that keeps the teacher's top_k tokens for later runs."
+    )
 
 
-@dataclass(frozen=True)
 class TuneConfig(StageConfig):
     """End to end, next-token cross entropy alone; needs no teacher."""
 
 
-@dataclass(frozen=True)
 class ExtendConfig(StageConfig):
     """End to end, next-token cross entropy, on documents longer than data.sequence_length.
 
-    A row is `state_passing` segments of one document. They are read one after the other, each from
-    the state in which the one before ended and without a gradient into it: back-propagation through
-    time, truncated (Chen et al., arXiv 2410.07145v2). A step's gradient is that of the mean over
-    all tokens of all rows.
+    The segments of a row are read one after the other, each from the state in which the one before
+    ended and without a gradient into it: back-propagation through time, truncated (Chen et al.,
+    arXiv 2410.07145v2). A step's gradient is that of the mean over all tokens of all rows.
 
-    initial_state: what a row's first segment begins from (Buitrago & Gu, arXiv 2507.02782): "zero";
-        "noise", Gaussian, as large as the states at the ends of rows are where the stage begins; or
-        "carried", where the row in the same place of the step before ended. Layers that keep
-        softmax attention hold tokens and not a state: they begin every row with nothing.
+    initial_state (Buitrago & Gu, arXiv 2507.02782): "noise" is Gaussian, as large as the states at
+    the ends of rows are where the stage begins; "carried" is where the row in the same place of the
+    step before ended. Layers that keep softmax attention hold tokens and not a state: they begin
+    every row with nothing.
     """
 
-    state_passing: int = 12
-    initial_state: Literal["zero", "noise", "carried"] = "zero"
+    state_passing: int = Field(
+        12,
+        ge=1,
+        le=PASS,
+        description="Segments of data.sequence_length tokens that a row has, of one document.",
+    )
+    initial_state: Literal["zero", "noise", "carried"] = Field(
+        "zero",
+        description="The state before a row's first segment: zero, Gaussian noise, or carried over "
+        "from the row before.",
+    )
 
     @property
     def segments(self) -> int:
@@ -168,68 +227,103 @@ STAGES = ("orient", "align", "distill", "tune", "extend")  # in the order in whi
 LAYERWISE = ("orient", "align")
 
 
-@dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(Settings):
     """A step sees size x accumulation x processes rows of data.sequence_length tokens, in the stage
     extend of state_passing times as many."""
 
-    size: int = 8  # rows of one forward pass of one process
-    accumulation: int = 1
+    size: int = Field(8, ge=1, le=PASS, description="Rows of one forward pass of one process.")
+    accumulation: int = Field(
+        1, ge=1, le=STEP, description="Forward passes of each process in a step."
+    )
 
 
-@dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Low-rank adapters on the pretrained projections; what conversion added trains in full."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()  # none: all projections of the attention
+    rank: int = Field(16, ge=1, le=WIDTH, description="Rank of an adapter.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's output is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of an adapter's input.")
+    targets: Names = Field(
+        (), description="Names of modules to adapt; none: all projections of the attention."
+    )
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """Held-out perplexity at the start, after calibration and every stage, and every `every` steps
-    (0: not within a stage)."""
+class EvalConfig(Settings):
+    """Held-out perplexity at the start, after calibration and after every stage."""
 
-    every: int = 0
-    tokens: int = 100_000
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Full training state at the end and every `every` steps (0: at the end alone, or when it is
-    interrupted); the last `keep` stay."""
-
-    every: int = 500
-    keep: int = 2
+    every: int = Field(
+        0, ge=0, le=TEXT, description="Steps between evaluations within a stage; 0: none."
+    )
+    tokens: int = Field(
+        100_000, ge=1, le=TEXT, description="Tokens of the held-out text to evaluate on, at most."
+    )
 
 
-@dataclass(frozen=True)
-class UptrainConfig:
-    student: str  # the converted checkpoint
-    out: str  # folder of the run
-    data: DataConfig
-    seed: int = 0
-    teacher: str | None = None
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    orient: OrientConfig | None = None
-    align: AlignConfig | None = None
-    distill: DistillConfig | None = None
-    tune: TuneConfig | None = None
-    extend: ExtendConfig | None = None
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: autocast over float32 weights
-    gradient_checkpointing: bool = False
-    lora: LoraConfig | None = None
-    trackers: tuple[str, ...] = ()  # names that accelerate's log_with knows
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    resume: bool = True  # continue from the last checkpoint in `out`, if there is one
+class CheckpointConfig(Settings):
+    """Full training state, at the end of the run and when it is interrupted."""
 
-    def __post_init__(self):
-        check(self)
+    every: int = Field(
+        500, ge=0, le=TEXT, description="Steps between checkpoints during the run; 0: none."
+    )
+    keep: int = Field(2, ge=1, le=TEXT, description="Checkpoints that stay; older ones go.")
+
+
+class UptrainConfig(Settings):
+    """A run: calibration, and up to five stages in the order orient, align, distill, tune, extend.
+
+    A stage that is null does not run; `tune: {}` runs with its defaults.
+    """
+
+    student: str = Field(description="Converted checkpoint to train: a folder or hub id.")
+    out: str = Field(description="Folder of the run; the result is in its folder final.")
+    data: DataConfig = Field(description="Training text, and held-out text.")
+    seed: int = Field(0, ge=0, le=SEED, description="Seed of all random numbers.")
+    teacher: str | None = Field(
+        None, description="Transformer that distill learns from: a folder or hub id."
+    )
+    calibrate: CalibrateConfig = Field(
+        default_factory=CalibrateConfig,
+        description="Starting values of the mixers from the teacher's attention, before step 1.",
+    )
+    budget: BudgetConfig = Field(
+        default_factory=BudgetConfig,
+        description="Tokens of the whole run, for the stages to share.",
+    )
+    orient: OrientConfig | None = Field(
+        None, description="Stage 1: each layer learns its teacher's attention matrix."
+    )
+    align: AlignConfig | None = Field(
+        None, description="Stage 2: each layer learns its teacher's attention output."
+    )
+    distill: DistillConfig | None = Field(
+        None, description="Stage 3: end to end, towards the teacher's distribution."
+    )
+    tune: TuneConfig | None = Field(
+        None, description="Stage 4: end to end, next-token loss; needs no teacher."
+    )
+    extend: ExtendConfig | None = Field(
+        None, description="Stage 5: next-token loss on documents longer than a row."
+    )
+    batch: BatchConfig = Field(default_factory=BatchConfig, description="Rows of a step.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16 computes in bfloat16 where that is safe; weights stay float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass, to save memory."
+    )
+    lora: LoraConfig | None = Field(
+        None, description="Train low-rank adapters instead of the pretrained projections."
+    )
+    trackers: Names = Field(
+        (), description="Experiment trackers that Accelerate knows, such as tensorboard or wandb."
+    )
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="Held-out perplexity.")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="Full training state, to resume from."
+    )
+    resume: bool = Field(
+        True, description="Continue from the last checkpoint in out, if there is one."
+    )
 
     @property
     def stages(self) -> dict[str, StageConfig]:

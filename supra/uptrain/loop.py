@@ -406,7 +406,7 @@ class Run:
 
 
 def _tracker_config(config: UptrainConfig) -> dict:
-    flat = tree.flatten(tree.to_dict(config))
+    flat = tree.flatten(config.model_dump(mode="json"))
     return {
         key: value if isinstance(value, int | float | str) else str(value)
         for key, value in flat.items()

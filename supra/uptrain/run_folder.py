@@ -127,7 +127,7 @@ class RunFolder:
             old = tree.flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
             return ["its config.yaml is missing or damaged"]
-        new = tree.flatten(tree.to_dict(config))
+        new = tree.flatten(config.model_dump(mode="json"))
         return [
             f"{key}: {old.get(key)} there, {new.get(key)} here"
             for key in sorted(old.keys() | new.keys())
@@ -136,7 +136,7 @@ class RunFolder:
 
     def write_config(self, config: UptrainConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(tree.to_dict(config), sort_keys=False)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         _write(self.config, text)
 
     def truncate_log(self, step: int) -> int:

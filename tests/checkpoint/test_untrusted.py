@@ -21,7 +21,6 @@ from supra.model.configuration import AUTO_MAP
 from supra.serving.http import serve
 from supra.testing import tiny_checkpoint
 from supra.uptrain import tree
-from supra.uptrain.config import UptrainConfig
 from supra.uptrain.models import export, load_student
 
 SECRET = "the secret of another folder"
@@ -125,7 +124,7 @@ def test_no_code_of_the_student_is_exported(base, tmp_path, ran, monkeypatch):
     convert(base, tmp_path / "rnn")
     plant(tmp_path / "rnn")
     settings = {"student": str(tmp_path / "rnn"), "data": {"path": "x"}, "out": "y"}
-    config = tree.build(UptrainConfig, settings | {"budget": {"tokens": 1}, "tune": {}})
+    config = tree.build(settings | {"budget": {"tokens": 1}, "tune": {}})
     state = load_student(config).state_dict()
     tokenizer = find_checkpoint(config.student).tokenizer()
     (tmp_path / "final").mkdir()

@@ -29,7 +29,6 @@ from supra.model.attention import attention_modules
 from supra.model.auto import converted_config
 from supra.model.families import FAMILIES
 from supra.uptrain import loop, tree
-from supra.uptrain.config import UptrainConfig
 
 # one way of naming projections each; gpt2's are transposed, and one attention layer is kept
 KEPT = {"llama": [], "gpt2": [1], "gpt_neox": []}
@@ -172,7 +171,7 @@ def test_a_lora_uptrained_student_loads_merged_and_as_an_adapter(llama, tokens, 
         "precision": "fp32",
         "lora": {"rank": 4},
     }
-    loop.train(tree.build(UptrainConfig, values))
+    loop.train(tree.build(values))
     final = tmp_path / "run" / "final"
     merged, student = load(final), load(llama)
     expected = logits(merged, tokens)

@@ -13,7 +13,6 @@ from supra.data.packing import encode, pack
 from supra.data.text import hub_name
 from supra.errors import UserError
 from supra.uptrain import tree
-from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import (
     BlockStream,
     Documents,
@@ -219,7 +218,7 @@ def test_home(tmp_path, monkeypatch):
 
 def with_data(**data):
     values = {"student": "s", "out": "o", "data": data, "tune": {"tokens": 1}}
-    return tree.build(UptrainConfig, values)
+    return tree.build(values)
 
 
 def test_local_files_have_no_splits(tokenizer, tmp_path):

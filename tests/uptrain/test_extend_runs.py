@@ -14,7 +14,6 @@ from supra.data.text import Documents
 from supra.errors import UserError
 from supra.model.positions import learned_positions
 from supra.uptrain import loop, tree
-from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream
 from supra.uptrain.initial_state import MOST_POSITIONS, InitialState, check_extends
 from supra.uptrain.stages import plan, tokens_read
@@ -145,7 +144,7 @@ MINIMAL = {"student": "s", "out": "o", "data": {"path": "p", "sequence_length": 
 
 def test_tokens_are_counted_by_stage():
     stages = {"tune": {"tokens": 100}, "extend": {"tokens": 500, "state_passing": 3}}
-    stages = plan(tree.build(UptrainConfig, MINIMAL | stages), tokens_per_step=30)
+    stages = plan(tree.build(MINIMAL | stages), tokens_per_step=30)
     assert [(x.start, x.end, x.tokens_per_step) for x in stages] == [(0, 4, 30), (4, 10, 90)]
     assert [tokens_read(stages, step) for step in (0, 3, 4, 5, 10)] == [0, 90, 120, 210, 660]
 
@@ -166,7 +165,7 @@ def test_tokens_are_counted_by_stage():
 def test_mistakes_in_settings(changes, message):
     changes = changes | {"extend": {"tokens": 1} | changes.get("extend", {})}
     with pytest.raises(UserError, match=message):
-        tree.build(UptrainConfig, MINIMAL | changes)
+        tree.build(MINIMAL | changes)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +181,7 @@ def test_students_that_cannot(mixer, family, extend, message):
     model = testing.untrained_model(testing.tiny_config(family), mixer)
     extend = {"tokens": 1, "state_passing": 60} | extend
     with pytest.raises(UserError, match=message):
-        check_extends(model, tree.build(UptrainConfig, MINIMAL | {"extend": extend}))
+        check_extends(model, tree.build(MINIMAL | {"extend": extend}))
 
 
 def test_positions():
@@ -221,7 +220,7 @@ def config(files, out, **changes):
         "precision": "fp32",
         "extend": STAGE,
     }
-    return tree.build(UptrainConfig, merged(values, changes))
+    return tree.build(merged(values, changes))
 
 
 TUNED = {"tune": {"tokens": 2 * 2 * 2 * ROW, "optimizer": {"lr": 3e-3}}}

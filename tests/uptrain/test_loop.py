@@ -17,7 +17,6 @@ from supra.conversion.convert import convert
 from supra.errors import UserError
 from supra.evaluate import blocks_from_text, perplexity
 from supra.uptrain import loop, tree
-from supra.uptrain.config import UptrainConfig
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.run_folder import RunFolder
 
@@ -75,7 +74,7 @@ def config(files, out, **changes):
         "batch": {"size": 2, "accumulation": 2},
         "precision": "fp32",
     }
-    return tree.build(UptrainConfig, merged(values, changes))
+    return tree.build(merged(values, changes))
 
 
 def merged(values, changes):
@@ -189,7 +188,7 @@ def test_an_export_that_fails_is_done_again(files, tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_stopped_has_an_exit_code(files, tmp_path, monkeypatch):
-    settings = tree.to_dict(config(files, tmp_path / "run"))
+    settings = config(files, tmp_path / "run").model_dump(mode="json")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     interrupt_after(monkeypatch, 2)
     with pytest.raises(SystemExit) as stopped:

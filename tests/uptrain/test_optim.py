@@ -110,7 +110,10 @@ def test_rates_of_a_stage():
 
 def test_what_no_stage_trains_is_frozen():
     model = student()
-    stages = {"align": AlignConfig(), "tune": TuneConfig(optimizer=OptimizerConfig(0.0, None, 0.1))}
+    stages = {
+        "align": AlignConfig(),
+        "tune": TuneConfig(optimizer=OptimizerConfig(lr=0.0, new_lr=0.1)),
+    }
     optimizer = build_optimizer(model, stages)
     freeze_unused(model, optimizer)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

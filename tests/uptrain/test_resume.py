@@ -13,7 +13,6 @@ import yaml
 from supra import cli, testing, uptrain
 from supra.errors import Diverged, UserError
 from supra.uptrain import loop, tree
-from supra.uptrain.config import UptrainConfig
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.run_folder import RunFolder
 from tests.checkpoint.test_files import another_process, small_files
@@ -61,7 +60,7 @@ def config(files, out, **changes):
         "precision": "fp32",
         "checkpoint": {"every": 2, "keep": 2},
     }
-    return tree.build(UptrainConfig, merged(values, changes))
+    return tree.build(merged(values, changes))
 
 
 @pytest.fixture
@@ -292,7 +291,7 @@ def test_a_place_that_the_text_does_not_have_is_never_gone_to(files, run, tmp_pa
 
 
 def test_another_rate_from_the_command_line(files, run, tmp_path, capsys):
-    settings = tree.to_dict(config(files, run))
+    settings = config(files, run).model_dump(mode="json")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     arguments = ["--config", str(tmp_path / "config.yaml"), "distill.optimizer.lr=1e-4"]
     with pytest.raises(UserError, match="--accept-changed to go on from step-00000004"):
@@ -449,7 +448,7 @@ def test_signals_before_the_first_step(files, tmp_path, monkeypatch, capsys, num
     """Signals end the run at once while models and text are loading, and later after the step. The
     same command then gives the same result."""
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(tree.to_dict(config(files, tmp_path / "run"))))
+    file.write_text(yaml.safe_dump(config(files, tmp_path / "run").model_dump(mode="json")))
     act = getattr(loop.Run, where)
 
     def signalled(*inputs, **options):

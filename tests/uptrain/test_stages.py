@@ -14,7 +14,7 @@ from supra import testing
 from supra.conversion.convert import convert
 from supra.errors import UserError
 from supra.uptrain import load_config, loop, tree
-from supra.uptrain.config import STAGES, UptrainConfig
+from supra.uptrain.config import STAGES
 from tests.uptrain.test_loop import assert_same_weights, interrupt_after, log, merged, weights
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "configs"
@@ -61,7 +61,7 @@ def config(files, out, **changes):
     }
     if "distill" in changes:
         values["teacher"] = str(files / "teacher")
-    return tree.build(UptrainConfig, merged(values, changes))
+    return tree.build(merged(values, changes))
 
 
 @pytest.mark.parametrize("step", [2, 3, 4, 6, 8])

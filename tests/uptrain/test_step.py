@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from supra import testing
 from supra.data.packing import collate, shifted_labels
 from supra.uptrain import end_to_end, loop, tree
-from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream, training_documents
 
 
@@ -45,7 +44,7 @@ def run_of(files, tmp_path, monkeypatch):
             "batch": {"size": 2, "accumulation": 2},
             "precision": "fp32",
         }
-        runs.append(loop.Run(tree.build(UptrainConfig, values | changes)))
+        runs.append(loop.Run(tree.build(values | changes)))
         return runs[-1]
 
     yield make

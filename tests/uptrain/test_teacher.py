@@ -13,7 +13,6 @@ from supra.checkpoint.files import held
 from supra.data.packing import collate
 from supra.errors import UserError
 from supra.uptrain import loop, teacher, tree
-from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream, training_documents
 from supra.uptrain.teacher import Teacher
 from tests.checkpoint.test_files import another_process
@@ -48,7 +47,7 @@ def config(files, out, teacher=None, **distill):
         "batch": {"size": 2, "accumulation": 2},
         "precision": "fp32",
     }
-    return tree.build(UptrainConfig, merged(values, {"distill": distill}))
+    return tree.build(merged(values, {"distill": distill}))
 
 
 def blocks(run, count=2):
