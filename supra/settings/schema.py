@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 Node = dict[str, Any]
 """A schema, or a part of one: of a section, or of a value."""
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 WORDS = {
     "integer": "a whole number",
     "number": "a finite number",
@@ -18,6 +19,19 @@ WORDS = {
     "object": "a mapping of settings",
 }
 PLURALS = {"number": "numbers", "string": "strings"}
+
+
+def json_schema(kind: type, title: str) -> Node:
+    """The schema of a settings file, for editors and other tools.
+
+    No key is required in it: what is missing in the file can stand on the command line.
+    """
+    schema = TypeAdapter(kind).json_schema()
+    for part in (schema, *schema.get("$defs", {}).values()):
+        part.pop("required", None)
+        for node in (part, *part["properties"].values()):
+            node.pop("title", None)  # pydantic's: the key in other letters
+    return {"$schema": DIALECT, "title": title, **schema}
 
 
 @cache

@@ -61,6 +61,14 @@ def outline() -> str:
     return outline(UptrainConfig)
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of the settings, for editors and other tools; recipes/schema.json is this."""
+    from supra.settings.schema import json_schema
+    from supra.uptrain.config import UptrainConfig
+
+    return json_schema(UptrainConfig, "Settings of `supra uptrain`")
+
+
 def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
     """Train as `config` says; the result is config.out/final. See `supra.uptrain.loop`."""
     from supra.uptrain.rules import check
