@@ -11,6 +11,7 @@ from supra.mixers.h3 import H3
 from supra.mixers.inputs import AttentionShape, MixerInputs, Rotary
 from supra.mixers.mamba2 import Mamba2
 from supra.mixers.nonlinear_gated import NonlinearGatedMixer
+from supra.mixers.options import read_options
 from supra.mixers.retention import Retention
 from supra.mixers.rwkv import Rwkv
 from supra.mixers.softmax import Softmax
@@ -87,7 +88,7 @@ def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str
         if not known:
             raise UserError(f"mixer {name!r} has no options, got {key!r}: leave it out")
         check_choice(f"option of mixer {name!r}", key, known)
-    resolved = MIXERS[name].Options(**{**preset.options, **(options or {})})
+    resolved = read_options(MIXERS[name].Options, {**preset.options, **(options or {})})
     return name, dataclasses.asdict(resolved)
 
 

@@ -1,0 +1,22 @@
+"""Options of mixers as a user writes them."""
+
+import pytest
+
+from supra.mixers import resolve_mixer
+from supra.settings.yaml_text import parse_yaml
+
+
+@pytest.mark.parametrize(
+    ("mixer", "name", "text", "value"),
+    [
+        ("window", "dropout", "1e-1", 0.1),
+        ("window", "size", "1.28e2", 128),
+        ("rwkv", "rank", "64.0", 64),
+        ("nonlinear_gated", "largest", "2.4e0", 2.4),
+        ("supra", "decay", "none", "none"),
+        ("h3", "gates", "false", False),
+    ],
+)
+def test_values_are_read_as_numbers_however_they_are_written(mixer, name, text, value):
+    _, options = resolve_mixer(mixer, {name: parse_yaml(text, "text")})
+    assert (options[name], type(options[name])) == (value, type(value))
