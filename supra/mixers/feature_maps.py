@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from supra.errors import UserError, check_whole
+from supra.errors import UserError
 from supra.mixers.base import Mixer
 from supra.mixers.inputs import AttentionShape, MixerInputs
 
@@ -174,7 +174,6 @@ MAX_EXPANSION = 256  # a head's state is then as large as the keys and values of
 
 def check_expansion(expansion: int, feature_map: str) -> None:
     """Raises UserError for a width that the feature map cannot have."""
-    check_whole("expansion", expansion, 1, MAX_EXPANSION)
     if expansion > 1 and not issubclass(FEATURE_MAPS[feature_map], _PerHead):
         raise UserError(
             f"expansion (={expansion}) needs features with weights of a head's own, which "

@@ -6,19 +6,19 @@ The state is a memory of values by keys; what it holds under a key is moved towa
 by the share β, where linear attention would only add to it.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from supra.errors import check_choice, check_flags
 from supra.mixers.base import Mixer
 from supra.mixers.feature_maps import FEATURE_MAPS, choose_sharpness, map_features
 from supra.mixers.gates import DecayGate, HeadLogits
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import GATED_DELTA_RULE, scan
+from supra.settings.model import STRICT
 
 HALF_LIVES = tuple(4**n for n in range(1, 7))  # tokens; what calibration chooses from
 STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # of writing
@@ -28,20 +28,16 @@ STRENGTH = 0.12  # at the start
 KEY_SHARPNESS = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class GatedDeltaOptions:
     """feature_map: of queries and keys, which are then brought to length one; "hedgehog",
         "identity" or "sign_pair" (supra/mixers/feature_maps.py).
     output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
     """
 
-    feature_map: str = "hedgehog"
+    feature_map: Literal["hedgehog", "identity", "sign_pair"] = "hedgehog"
     output_gate: bool = True
     scale: bool = True
-
-    def __post_init__(self):
-        check_choice("feature_map", self.feature_map, ("hedgehog", "identity", "sign_pair"))
-        check_flags(self, "scale", "output_gate")
 
 
 class GatedDeltaState(NamedTuple):

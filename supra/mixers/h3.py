@@ -10,13 +10,15 @@ attention are cut into heads of `head_size` channels, of which each has a model 
 
 import functools
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from supra.errors import UserError, check_choice, check_flags, check_whole
+from supra.errors import LARGEST, UserError
 from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.mixers.base import Mixer
@@ -27,6 +29,7 @@ from supra.mixers.padding import rows_and_padding
 from supra.mixers.read_out import OutputGate
 from supra.mixers.short_conv import ShortConv
 from supra.mixers.state_policy import PolicyRun
+from supra.settings.model import STRICT
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D
@@ -37,7 +40,7 @@ OTHER_MODES = 1e-4  # C of these at the start: at 0 their A would not learn
 MIN_DT, MAX_DT = 1e-3, 1e-1  # dt, as published
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class H3Options:
     """head_size: channels of a head, of which the keys' and the values' number is a multiple. The
         state has head_size numbers a channel and mode, so 1 is what hybrids were published with.
@@ -52,22 +55,17 @@ class H3Options:
     output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
     """
 
-    head_size: int = 1
-    d_state: int = 64
-    shift_size: int = MAX_TAPS
+    head_size: int = Field(1, ge=1, le=LARGEST)
+    d_state: int = Field(64, ge=1, le=MAX_STATE)
+    shift_size: int = Field(MAX_TAPS, ge=1, le=MAX_TAPS)
     gates: bool = True
-    init: str = "teacher"
+    init: Literal["teacher", "published"] = "teacher"
     scale: bool = True
     output_gate: bool = True
 
     def __post_init__(self):
-        check_whole("head_size", self.head_size, 1)
-        check_whole("d_state", self.d_state, 1, MAX_STATE)
-        check_whole("shift_size", self.shift_size, 1, MAX_TAPS)
         if self.d_state % 2:
             raise UserError(f"d_state (={self.d_state}) must be even: a mode holds two numbers")
-        check_choice("init", self.init, ("teacher", "published"))
-        check_flags(self, "gates", "scale", "output_gate")
 
 
 class H3State(NamedTuple):

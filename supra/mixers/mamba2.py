@@ -10,14 +10,15 @@ attention with a decay per head whose weights sum to about one: Î” is nearly 1 â
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
@@ -26,6 +27,7 @@ from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.read_out import SiLUGate, rms_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import ShortConv, convolved_identity
+from supra.settings.model import STRICT
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 # biases of B and C in units of keys and queries: weights come near a constant and the score, as the
@@ -34,7 +36,7 @@ KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
 SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D; unnormalised sums can hold too much
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Mamba2Options:
     """conv_size: taps of the convolution over x, B and C; 1 for none.
     activation: after it, "none" or, as published, "silu", which the teacher's features do not
@@ -44,17 +46,11 @@ class Mamba2Options:
     output_gate: whether SiLU(z), z = Wu + b from the hidden states, multiplies the output.
     """
 
-    conv_size: int = 4
-    activation: str = "none"
-    normalize: str = "none"
+    conv_size: int = Field(4, ge=1, le=MAX_TAPS)
+    activation: Literal["none", "silu"] = "none"
+    normalize: Literal["none", "rms"] = "none"
     scale: bool = True
     output_gate: bool = True
-
-    def __post_init__(self):
-        check_whole("conv_size", self.conv_size, 1, MAX_TAPS)
-        check_choice("activation", self.activation, ("none", "silu"))
-        check_choice("normalize", self.normalize, ("none", "rms"))
-        check_flags(self, "scale", "output_gate")
 
 
 class Mamba2State(NamedTuple):

@@ -10,13 +10,13 @@ give way to a loop.
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import Mixer
 from supra.mixers.gates import DecayGate, bounded_exp, fill_heads
@@ -24,6 +24,7 @@ from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, NONLINEAR_GATED, scan
 from supra.parallel import METHODS, NonlinearGated, solve
+from supra.settings.model import STRICT
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 # queries and keys are moved by these in units of themselves, as in mamba2
@@ -33,7 +34,7 @@ MAX_SWEEPS = 1024  # published ones are below 20, and reading token by token cos
 SEGMENT = 128  # tokens whose states are in memory together, K V numbers a head each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class NonlinearGatedOptions:
     """largest: bound of |a|, up to 2.4. Below 1 the recurrence contracts; it takes more to count.
     solver: "auto", the kernels (supra/kernels/nonlinear_gated), which on a GPU take Newton's method
@@ -43,21 +44,11 @@ class NonlinearGatedOptions:
     output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
     """
 
-    largest: float = 0.9
-    solver: str = "auto"
-    sweeps: int = 8
+    largest: float = Field(0.9, gt=0, le=2.4)
+    solver: Literal["auto", *METHODS] = "auto"
+    sweeps: int = Field(8, ge=1, le=MAX_SWEEPS)
     scale: bool = True
     output_gate: bool = True
-
-    def __post_init__(self):
-        largest = self.largest
-        if not isinstance(largest, int | float) or isinstance(largest, bool):
-            raise UserError(f"largest (={largest!r}) must be a number > 0 and <= 2.4")
-        if not 0 < largest <= 2.4:
-            raise UserError(f"largest (={largest!r}) must be > 0 and <= 2.4")
-        check_choice("solver", self.solver, ("auto", *METHODS))
-        check_whole("sweeps", self.sweeps, 1, MAX_SWEEPS)
-        check_flags(self, "scale", "output_gate")
 
 
 class NonlinearGatedState(NamedTuple):

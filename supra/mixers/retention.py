@@ -8,23 +8,23 @@ in the place of the paper's. The paper divides the weights of each token by thei
 (section 2.1): the norm of a token's sums cancels every factor that its weights share.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from supra.errors import check_choice, check_flags
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.read_out import SiLUGate, group_norm, rms_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
+from supra.settings.model import STRICT
 
 NORMS = {"group": group_norm, "rms": rms_norm}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RetentionOptions:
     """normalize: "group", GroupNorm with one group per head, as in the paper; or "rms", RMSNorm
         per head, as in the authors' code.
@@ -32,13 +32,9 @@ class RetentionOptions:
     output_gate: whether SiLU(Wu + b) of the hidden states u multiplies the output.
     """
 
-    normalize: str = "group"
+    normalize: Literal[*NORMS] = "group"
     scale: bool = True
     output_gate: bool = True
-
-    def __post_init__(self):
-        check_choice("normalize", self.normalize, NORMS)
-        check_flags(self, "scale", "output_gate")
 
 
 class RetentionState(NamedTuple):

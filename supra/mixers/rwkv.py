@@ -9,13 +9,14 @@ is read without, and a weight u of the token itself.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from supra.errors import check_choice, check_flags, check_whole
 from supra.kernels.backends import without_autocast
 from supra.mixers.base import Mixer
 from supra.mixers.gates import bounded_exp, fill_heads, slope_of_half_life
@@ -23,6 +24,7 @@ from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import GATED_LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve, convolved_identity
+from supra.settings.model import STRICT
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
 # r and k are moved by these in units of queries and keys: weights come near a constant and the
@@ -34,7 +36,7 @@ MAX_RANK = 4096  # published models have 64 and 128
 SMALL = 1e-3  # entries of B at the start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RwkvOptions:
     """rank: of the decay's part that depends on the token, columns of A.
     balance_state: whether k is multiplied by 1 − w, which makes the sums averages.
@@ -45,17 +47,12 @@ class RwkvOptions:
     output_gate: whether g = 2σ(Wx + b) of the hidden states multiplies the output.
     """
 
-    rank: int = 64
+    rank: int = Field(64, ge=1, le=MAX_RANK)
     balance_state: bool = True
     token_shift: bool = False
-    normalize: str = "none"
+    normalize: Literal["none", "group"] = "none"
     scale: bool = True
     output_gate: bool = True
-
-    def __post_init__(self):
-        check_whole("rank", self.rank, 1, MAX_RANK)
-        check_choice("normalize", self.normalize, ("none", "group"))
-        check_flags(self, "balance_state", "token_shift", "scale", "output_gate")
 
 
 class RwkvState(NamedTuple):

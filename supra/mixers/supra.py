@@ -7,16 +7,19 @@ presets of `supra.mixers` give these their names.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from supra.errors import UserError, check_choice, check_flags
+from supra.errors import UserError
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.feature_maps import (
     FEATURE_MAPS,
+    MAX_EXPANSION,
     build_feature_map,
     check_expansion,
     choose_sharpness,
@@ -26,6 +29,7 @@ from supra.mixers.gates import DecayGate, bounded_exp, slope_of_half_life
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
+from supra.settings.model import STRICT
 
 HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; what calibration chooses from
 # of hedgehog's features; 1 for keys and queries, as published, leaves SmolLM2-135M at 1,087, this
@@ -33,7 +37,7 @@ HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; what calibrat
 KEY_SHARPNESS = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SupraOptions:
     """The defaults keep the teacher's function at the start.
 
@@ -50,19 +54,15 @@ class SupraOptions:
     output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
     """
 
-    feature_map: str = "sign_pair"
-    expansion: int = 1
-    decay: str = "learnable"
-    normalize: str = "group"
+    feature_map: Literal[*FEATURE_MAPS] = "sign_pair"
+    expansion: int = Field(1, ge=1, le=MAX_EXPANSION)
+    decay: Literal["learnable", "fixed", "gated", "none"] = "learnable"
+    normalize: Literal["group", "sum", "none"] = "group"
     scale: bool = True
     output_gate: bool = False
 
     def __post_init__(self):
-        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_expansion(self.expansion, self.feature_map)
-        check_choice("decay", self.decay, ("learnable", "fixed", "gated", "none"))
-        check_choice("normalize", self.normalize, ("group", "sum", "none"))
-        check_flags(self, "scale", "output_gate")
         if self.normalize == "sum" and not FEATURE_MAPS[self.feature_map].after_rotary:
             raise UserError(
                 f"normalize (='sum') needs features that stay nonnegative, which those of "

@@ -8,22 +8,29 @@ and Lizard (2025); the first tokens, which softmax attention leans on, stay exac
 (Xiao et al. 2023).
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from supra.errors import UserError, check_choice, check_flags, check_whole
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.band import band_distance, band_scores, band_sums
 from supra.mixers.base import Mixer
-from supra.mixers.feature_maps import build_feature_map, check_expansion, map_features
+from supra.mixers.feature_maps import (
+    MAX_EXPANSION,
+    build_feature_map,
+    check_expansion,
+    map_features,
+)
 from supra.mixers.gates import DecayGate, HeadLogits
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import pick, tokens_first
 from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
+from supra.settings.model import STRICT
 
 MAX_TOKENS = 2**15  # in a window or in sinks: every token computes that many scores per head
 MIN_MASS = 1e-30  # of what has left the window, where nothing has
@@ -31,7 +38,7 @@ WEIGHTS = tuple(range(-4, 15, 2))  # of the linear part, in nats; what calibrati
 HALF_LIVES = tuple(4.0**n for n in range(2, 7))  # tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class WindowOptions:
     """size: tokens of the window, the current one included.
     sinks: first tokens of a document that never leave.
@@ -43,23 +50,16 @@ class WindowOptions:
         linear part learns to do without.
     """
 
-    size: int = 64
-    sinks: int = 4
-    feature_map: str = "hedgehog"
-    expansion: int = 1
-    decay: str = "gated"
+    size: int = Field(64, ge=1, le=MAX_TOKENS)
+    sinks: int = Field(4, ge=0, le=MAX_TOKENS)
+    feature_map: Literal["hedgehog", "relu"] = "hedgehog"
+    expansion: int = Field(1, ge=1, le=MAX_EXPANSION)
+    decay: Literal["gated", "none"] = "gated"
     output_gate: bool = True
-    dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1)
 
     def __post_init__(self):
-        check_choice("feature_map", self.feature_map, ("hedgehog", "relu"))
         check_expansion(self.expansion, self.feature_map)
-        check_choice("decay", self.decay, ("gated", "none"))
-        check_whole("size", self.size, 1, MAX_TOKENS)
-        check_whole("sinks", self.sinks, 0, MAX_TOKENS)
-        check_flags(self, "output_gate")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise UserError(f"dropout (={self.dropout!r}) must be >= 0 and < 1")
 
 
 class WindowState(NamedTuple):

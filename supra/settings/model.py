@@ -6,10 +6,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from supra.errors import shown
 
-STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+# also for dataclasses, which say for themselves that they are frozen
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True):
     """A section of settings, frozen. A value of another type is refused: `true` is no number, and
     `"7"` is none either.
 

@@ -127,8 +127,8 @@ def test_gradients_reach_every_parameter():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"largest": 3}, r"largest \(=3\) must be > 0 and <= 2.4"),
-        ({"largest": "big"}, r"largest \(='big'\) must be a number"),
+        ({"largest": 3}, r"largest \(=3\) must be a finite number > 0 and <= 2.4"),
+        ({"largest": "big"}, r"largest \(='big'\) must be a finite number > 0 and <= 2.4"),
         ({"solver": "newton"}, "solver"),
         ({"sweeps": 0}, r"sweeps \(=0\) must be a whole number from 1 to 1024"),
         ({"sweeps": 1025}, r"sweeps \(=1025\) must be a whole number from 1 to 1024"),

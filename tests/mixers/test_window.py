@@ -137,7 +137,7 @@ def test_bands(tokens, size, block):
         ({"size": 32769}, r"size \(=32769\) must be a whole number from 1 to 32768"),
         ({"sinks": -1}, r"sinks \(=-1\) must be a whole number from 0 to 32768"),
         ({"sinks": 32769}, r"sinks \(=32769\) must be a whole number from 0 to 32768"),
-        ({"dropout": 1}, r"dropout \(=1\) must be >= 0 and < 1"),
+        ({"dropout": 1}, r"dropout \(=1\) must be a finite number >= 0 and < 1"),
         ({"feature_map": "identity"}, "hedgehog, relu"),
     ],
 )
