@@ -65,7 +65,7 @@ def main() -> None:
     if arguments.table:
         write_page()
         return
-    heads = parse_integers("heads", arguments.heads)
+    heads = parse_integers("--heads", arguments.heads)
     seeds = parse_seeds(arguments.seeds)
     for count in heads:
         if count < 1 or WIDTH % count:

@@ -61,7 +61,10 @@ def main() -> None:
         write_page()
         return
     seeds = parse_seeds(arguments.seeds)
-    tasks, mixers = parse_names(arguments.tasks), parse_names(arguments.mixers)
+    tasks, mixers = (
+        parse_names("--tasks", arguments.tasks),
+        parse_names("--mixers", arguments.mixers),
+    )
     for name, values, known in (("task", tasks, TASKS), ("mixer", mixers, MIXERS)):
         for value in values:
             check_choice(name, value, known)

@@ -1,7 +1,8 @@
 """accelerate launch recipes/uptrain.py --config supra data.path=foo.jsonl"""
 
-from supra.errors import command
-from supra.uptrain import main
+import sys
+
+from supra.cli import main
 
 if __name__ == "__main__":
-    command(main)()
+    main(["uptrain", *sys.argv[1:]])

@@ -49,8 +49,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     choices = sorted(choices)
     if value not in choices:
         near = difflib.get_close_matches(shown(value).strip("'"), choices, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown {name} {shown(value)}: {hint}(known: {', '.join(choices)})")
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"unknown {name} {shown(value)}{hint} (known: {', '.join(choices)})")
 
 
 def check_flags(options: object, *names: str) -> None:

@@ -29,9 +29,9 @@ def run(arguments: list[str], environment: dict[str, str]) -> None:
     """`supra uptrain ARGUMENTS` in this process, with the variables that a launcher sets."""
     os.environ.update(environment)
     shard_on_cpus()
-    from supra.uptrain import main
+    from supra.cli import main
 
-    main(arguments)
+    main(["uptrain", *arguments])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ OURS = {"supra", "recipes", "tests", "kernels"}  # a bare `import kernels` is al
 # Rooms and modules, the top ones first. A file imports from its own line and from those below.
 LEVELS = [
     ["recipes"],
-    ["supra.__main__"],
+    ["supra.__main__", "supra.uptrain.__main__"],
     ["supra.cli"],
     ["supra.uptrain", "supra.bench", "supra.testing"],
     ["supra.long_context"],
@@ -113,6 +113,8 @@ def test_there_are_no_circles():
 
 
 def room(module):
+    if module.endswith(".__main__"):  # starts a command, so it stands above its folder
+        return module
     parts = module.split(".")
     nested = parts[:2] == ["supra", "evaluate"] and parts[2:3] in (["ablate"], ["tasks"])
     return ".".join(parts[: 3 if nested else 2])

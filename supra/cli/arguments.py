@@ -1,40 +1,84 @@
-"""Values of command line arguments, out of their text."""
+"""Values of command line options, read from their text.
 
-import argparse
+Each function takes the option's name for its messages, and raises UserError for a wrong value.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
-from supra.errors import UserError, shown
-from supra.uptrain.limits import check_options
+from supra.errors import UserError, check_choice, shown
+from supra.uptrain import limits
 
 
-def folder(text: str) -> Path:
-    """A folder to make; an empty name would mean the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("names no folder")
-    return Path(text)
+def parse_whole(option: str, text: str, least: int | None, most: int) -> int:
+    """A whole number from `least` to `most`."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise UserError(f"{option} (={shown(text)}) must be a whole number") from None
+    _check_range(option, value, least, most)
+    return value
 
 
-def parse_names(text: str) -> list[str]:
-    """`"a,b"` as a list; empty text is none."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def parse_integers(argument: str, text: str) -> list[int]:
-    """`"3,7"` as a list; empty text is none."""
+def parse_integers(
+    option: str, text: str, least: int | None = None, most: int | None = None
+) -> list[int]:
+    """`"3,7"` as a list of whole numbers from `least` to `most`; empty text is none."""
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(
-            f"--{argument} {shown(text)} must be integers with commas, as 3,7"
-        ) from None
-    if values:
-        check_options({argument.replace("-", "_"): max(values)})
+        raise UserError(f"{option} {shown(text)} must be integers with commas, as 3,7") from None
+    for value in values:
+        _check_range(option, value, least, most)
     return values
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`"0,1,2"` as a list of one at least."""
-    seeds = parse_integers("seeds", text)
+    """`"0,1,2"` as a list with at least one seed."""
+    seeds = parse_integers("--seeds", text, most=limits.SEED)
     if not seeds or min(seeds) < 0:
         raise UserError(f"--seeds {text!r} must name seeds from 0 on, as 0,1,2")
     return seeds
+
+
+def parse_number(option: str, text: str) -> float:
+    """Any number, also inf and nan."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option} (={shown(text)}) must be a number") from None
+
+
+def parse_names(option: str, text: str) -> list[str]:
+    """`"a,b"` as a list; empty text is none."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_choice(option: str, text: str, choices: Sequence[str]) -> str:
+    """One of `choices`."""
+    check_choice(option, text, choices)
+    return text
+
+
+def parse_text(option: str, text: str) -> str:
+    """The text as it is, also where it is not valid UTF-8."""
+    return text
+
+
+def parse_file(option: str, text: str) -> Path:
+    """The path of a file."""
+    return Path(text)
+
+
+def parse_folder(option: str, text: str) -> Path:
+    """The path of a folder to make; an empty name would mean the current folder."""
+    if not text.strip():
+        raise UserError(f"{option} (={shown(text)}) must name a folder")
+    return Path(text)
+
+
+def _check_range(option: str, value: int, least: int | None, most: int | None) -> None:
+    if least is not None and value < least:
+        raise UserError(f"{option} (={shown(value)}) must be at least {least}")
+    if most is not None and value > most:
+        raise UserError(f"{option} (={shown(value)}) must be at most {most}")

@@ -1,94 +1,142 @@
-"""`supra bench kernels | compile | parallel`: their arguments, and what runs."""
+"""`supra bench kernels | compile | parallel`."""
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from supra.cli.arguments import parse_integers, parse_names
+import typer
 
+from supra.cli.help import DEVELOP, Command, Group
+from supra.cli.options import (
+    DTYPES,
+    Json,
+    choice,
+    file,
+    flag,
+    integers,
+    names,
+    string,
+    whole,
+)
+from supra.uptrain import limits
 
-def add_bench(commands: Any) -> None:
-    add_bench_parallel(commands)
-    add = commands.add_parser("kernels", help="speed of the operations, and of their rivals")
-    add.add_argument("--ops", default="", metavar="A,B", help="operations; default: all")
-    add.add_argument(
-        "--lengths", default="2048", metavar="A,B",
-        help="tokens; several show how time and memory grow, without rivals but in decoding",
-    )  # fmt: skip
-    add.add_argument("--heads", type=int, default=8)
-    add.add_argument("--head-size", type=int, default=64)
-    add.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    add.add_argument("--batch", type=int, default=1)
-    add.add_argument("--repeats", type=int, default=10, help="measurements of each")
-    add.add_argument("--json", action="store_true", help="JSON")
-    add.set_defaults(run=run_bench_kernels)
+SOLVER_DTYPES = ("float32", "float64")
 
-    add = commands.add_parser("compile", help="registers, spills and traffic; needs no GPU")
-    add.add_argument("--ops", default="", metavar="A,B", help="operations; default: all")
-    add.add_argument("--case", action="append", help="options of them; may be repeated")
-    add.add_argument("--archs", default="", metavar="A,B", help="sm_80,sm_90,sm_100,small")
-    add.add_argument("--head-sizes", default="", metavar="A,B", help="32,64,128,256")
-    add.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    add.add_argument("--json", action="store_true", help="JSON")
-    add.add_argument("--check", action="store_true", help="exit code 1 if a kernel breaks a gate")
-    add.add_argument("--out", type=Path, metavar="FILE", help="write there and not to the terminal")
-    add.set_defaults(run=run_bench_compile)
+Operations = Annotated[Sequence[str], names("--ops", "Operations. Default: all.")]
+Batch = Annotated[int, whole("--batch", "Rows of a batch.", limits.COUNT)]
+Repeats = Annotated[int, whole("--repeats", "Measurements of each.", limits.COUNT)]
+
+app = typer.Typer(
+    name="bench", cls=Group, rich_help_panel=DEVELOP, help="Measure kernels and solvers."
+)
 
 
-def add_bench_parallel(commands: Any) -> None:
-    add = commands.add_parser("parallel", help="solvers of nonlinear recurrences against a loop")
-    add.add_argument("--cells", default="", metavar="A,B", help="default: all")
-    add.add_argument("--methods", default="", metavar="A,B", help="default: all, and auto")
-    add.add_argument("--lengths", default="256,2048,8192", metavar="A,B", help="tokens")
-    add.add_argument("--widths", default="16", metavar="A,B", help="channels of a cell")
-    add.add_argument("--batch", type=int, default=1)
-    add.add_argument("--dtype", default="float32", help="float32 or float64")
-    add.add_argument("--repeats", type=int, default=3, help="measurements of each")
-    add.add_argument("--json", action="store_true", help="JSON")
-    add.set_defaults(run=run_bench_parallel)
-
-
-def run_bench_kernels(arguments: argparse.Namespace) -> None:
+@app.command(
+    cls=Command, epilog="supra bench kernels --ops linear_attention --lengths 2048,8192,32768"
+)
+def kernels(
+    ops: Operations = (),
+    lengths: Annotated[
+        Sequence[int],
+        integers(
+            "--lengths",
+            "Tokens. Several lengths show how time and memory grow; rivals then only decode.",
+            limits.PASS,
+        ),
+    ] = (2048,),
+    heads: Annotated[int, whole("--heads", "Heads.", limits.WIDTH)] = 8,
+    head_size: Annotated[int, whole("--head-size", "Channels of a head.", limits.WIDTH)] = 64,
+    dtype: Annotated[str, choice("--dtype", f"{', '.join(DTYPES)}.", DTYPES, "DTYPE")] = "float32",
+    batch: Batch = 1,
+    repeats: Repeats = 10,
+    json: Json = False,
+) -> None:
+    """Measure how fast the operations are, and what one would use in their place."""
     from supra.bench.kernels import report
     from supra.checkpoint.opening import parse_dtype
 
     report(
-        operations=parse_names(arguments.ops),
-        lengths=parse_integers("lengths", arguments.lengths),
-        heads=arguments.heads,
-        head_size=arguments.head_size,
-        dtype=parse_dtype(arguments.dtype),
-        batch=arguments.batch,
-        repeats=arguments.repeats,
-        as_json=arguments.json,
+        operations=ops,
+        lengths=lengths,
+        heads=heads,
+        head_size=head_size,
+        dtype=parse_dtype(dtype),
+        batch=batch,
+        repeats=repeats,
+        as_json=json,
     )
 
 
-def run_bench_compile(arguments: argparse.Namespace) -> None:
+@app.command(cls=Command, epilog="supra bench compile --archs sm_90 --check")
+def compile(
+    ops: Operations = (),
+    case: Annotated[
+        list[str] | None, string("--case", "Variant of an operation; repeatable.", "NAME")
+    ] = None,
+    archs: Annotated[
+        Sequence[str], names("--archs", "Architectures: sm_80,sm_90,sm_100,small. Default: all.")
+    ] = (),
+    head_sizes: Annotated[
+        Sequence[int],
+        integers(
+            "--head-sizes",
+            "Channels of a head, e.g. 32,64. Default: depends on the kernel.",
+            limits.WIDTH,
+        ),
+    ] = (),
+    jobs: Annotated[int, whole("--jobs", "Processes that compile.", limits.BEAMS)] = 2,
+    json: Json = False,
+    check: Annotated[
+        bool, flag("--check", "End with exit code 1 if a kernel breaks a gate.")
+    ] = False,
+    out: Annotated[
+        Path | None, file("--out", "Write into this file and not to the terminal.")
+    ] = None,
+) -> None:
+    """Show registers, spills and memory traffic of the compiled kernels. It needs no GPU."""
     from supra.bench.compile import report
 
     report(
-        operations=parse_names(arguments.ops),
-        cases=arguments.case,
-        targets=parse_names(arguments.archs),
-        widths=parse_integers("head-sizes", arguments.head_sizes),
-        processes=arguments.jobs,
-        as_json=arguments.json,
-        check=arguments.check,
-        out=arguments.out,
+        operations=ops,
+        cases=case,
+        targets=archs,
+        widths=head_sizes,
+        processes=jobs,
+        as_json=json,
+        check=check,
+        out=out,
     )
 
 
-def run_bench_parallel(arguments: argparse.Namespace) -> None:
+@app.command(cls=Command, epilog="supra bench parallel --lengths 256,2048,8192 --repeats 2")
+def parallel(
+    cells: Annotated[Sequence[str], names("--cells", "Recurrences to solve. Default: all.")] = (),
+    methods: Annotated[Sequence[str], names("--methods", "Solvers. Default: all, and auto.")] = (),
+    lengths: Annotated[Sequence[int], integers("--lengths", "Tokens.", limits.PASS)] = (
+        256,
+        2048,
+        8192,
+    ),
+    widths: Annotated[Sequence[int], integers("--widths", "Channels of a cell.", limits.WIDTH)] = (
+        16,
+    ),
+    batch: Batch = 1,
+    dtype: Annotated[
+        str, choice("--dtype", f"{' or '.join(SOLVER_DTYPES)}.", SOLVER_DTYPES, "DTYPE")
+    ] = "float32",
+    repeats: Repeats = 3,
+    json: Json = False,
+) -> None:
+    """Compare the solvers of nonlinear recurrences with a loop over the tokens."""
     from supra.bench.parallel import report
 
     report(
-        cells=parse_names(arguments.cells),
-        methods=parse_names(arguments.methods),
-        lengths=parse_integers("lengths", arguments.lengths),
-        widths=parse_integers("widths", arguments.widths),
-        batch=arguments.batch,
-        dtype=arguments.dtype,
-        repeats=arguments.repeats,
-        as_json=arguments.json,
+        cells=cells,
+        methods=methods,
+        lengths=lengths,
+        widths=widths,
+        batch=batch,
+        dtype=dtype,
+        repeats=repeats,
+        as_json=json,
     )

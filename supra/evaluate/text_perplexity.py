@@ -1,4 +1,4 @@
-"""`supra eval`: perplexity of one model on one text."""
+"""`supra eval text`: perplexity of one model on one text."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

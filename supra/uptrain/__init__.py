@@ -10,45 +10,18 @@ model end to end (end_to_end.py).
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supra.uptrain import shipped
-
 if TYPE_CHECKING:
     from supra.uptrain.config import UptrainConfig
-
-STOPPED = 130  # exit code of a run that was stopped before its end, as shells have it
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, build the config and train."""
-    parser = argparse.ArgumentParser(
-        prog="supra uptrain",
-        description="Train a converted checkpoint on text, with or without its teacher.",
-        epilog=f"{_shipped()}\n\nSettings and their defaults:\n{outline()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="YAML file, or the name of a recipe below")
-    parser.add_argument(
-        "--accept-changed",
-        action="store_true",
-        help="continue a run even if its config, student, tokenizer, teacher or text has changed",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="replace one of its values")
-    arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    if not train(config, arguments.accept_changed):
-        sys.exit(STOPPED)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
     """The settings of a YAML file, or of a recipe that comes with supra, by name. `a.b=c` replaces
     one of its values. Raises UserError."""
-    from supra.uptrain import tree
+    from supra.uptrain import shipped, tree
 
     return tree.load(shipped.find_recipe(path), overrides)
 
@@ -78,14 +51,6 @@ def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
     from supra.uptrain.loop import train
 
     return train(config, accept_changed)
-
-
-def _shipped() -> str:
-    return (
-        f"Recipes that come with supra, and files for accelerate launch --config_file:\n"
-        f"  {', '.join(shipped.names())}\n"
-        f"  {shipped.LAUNCH}/{{{','.join(x.stem for x in sorted(shipped.LAUNCH.iterdir()))}}}.yaml"
-    )
 
 
 def __getattr__(name: str) -> Any:

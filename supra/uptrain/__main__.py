@@ -1,6 +1,7 @@
 """`accelerate launch -m supra.uptrain --config supra …`, wherever the package is installed."""
 
-from supra.errors import command
-from supra.uptrain import main
+import sys
 
-command(main)()
+from supra.cli import main
+
+main(["uptrain", *sys.argv[1:]])

@@ -104,7 +104,7 @@ def test_ratios_are_of_pairs():
         (["--lengths", ""], "--lengths must name at least one length"),
         (["--heads", "0"], "--heads (=0) must be at least 1"),
         (["--repeats", "-1"], "--repeats (=-1) must be at least 1"),
-        (["--dtype", "float31"], "unknown dtype 'float31': did you mean 'float32'?"),
+        (["--dtype", "float31"], "unknown --dtype 'float31': did you mean 'float32'?"),
     ],
 )
 def test_mistakes_are_named(capsys, arguments, message):

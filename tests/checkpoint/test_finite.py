@@ -64,13 +64,13 @@ def test_convert_refuses_a_dtype_that_overflows(home, tmp_path, capsys):
 
 
 TEXT = ["--text", "text.txt", "--sequence-length", "32", "--tokens", "128"]
-PASSKEY = ["--task", "passkey", "--lengths", "400", "--samples", "1", "--depths", "1"]
+PASSKEY = ["--lengths", "400", "--samples", "1", "--depths", "1"]
 COMMANDS = {
-    "eval": ["eval", *TEXT, "--model"],
-    "json": ["eval", *TEXT, "--json", "--model"],
-    "ablate": ["eval", *TEXT, "--ablate", "floors", "--model"],
-    "task": ["eval", "--task", "induction", "--lengths", "16", "--samples", "2", "--model"],
-    "passkey": ["eval", *PASSKEY, "--model"],
+    "eval": ["eval", "text", *TEXT, "--model"],
+    "json": ["eval", "text", *TEXT, "--json", "--model"],
+    "ablate": ["eval", "ablate", *TEXT, "--parts", "floors", "--model"],
+    "task": ["eval", "task", "--task", "induction", "--lengths", "16", "--samples", "2", "--model"],
+    "passkey": ["eval", "passkey", *PASSKEY, "--model"],
     "generate": ["generate", "--prompt", "The", "--max-new-tokens", "3", "--model"],
     "sample": ["generate", "--prompt", "The", "--temperature", "1", "--model"],
     "diagnose": ["diagnose", "--text", "text.txt", "--to", "256", "--trained-length", "32"],

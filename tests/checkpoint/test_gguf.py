@@ -155,7 +155,7 @@ def parses(monkeypatch):
     "command",
     [
         ["convert", "--out", "rnn", "--model"],
-        ["eval", "--text", "t.txt", "--sequence-length", "32", "--model"],
+        ["eval", "text", "--text", "t.txt", "--sequence-length", "32", "--model"],
         ["generate", "--prompt", "The", "--max-new-tokens", "2", "--model"],
         ["inspect"],
     ],

@@ -158,10 +158,10 @@ COMMANDS = {
     "inspect": "inspect {model}",
     "convert": "convert --model {model} --out {out}",
     "generate": "generate --model {model} --prompt river",
-    "eval": "eval --model {model} --text {text} --sequence-length 8",
-    "ablate": "eval --model {model} --text {text} --ablate samples",
-    "task": "eval --model {model} --task induction",
-    "teacher": "eval --model {base} --text {text} --ablate layers --teacher {model}",
+    "eval": "eval text --model {model} --text {text} --sequence-length 8",
+    "ablate": "eval ablate --model {model} --text {text} --parts samples",
+    "task": "eval task --model {model} --task induction",
+    "teacher": "eval ablate --model {base} --text {text} --parts layers --teacher {model}",
     "diagnose": "diagnose {model} --text {text} --to 64 --trained-length 16",
     "uptrain": "uptrain --config {config} student={model} data.path={text} out={out}",
 }
@@ -392,7 +392,7 @@ def test_a_server_opens_none_either(folder, tmp_path):
     pytest.importorskip("transformers.cli.serving.model_manager", reason="the extra serve")
     _, message = pickled(folder, tmp_path / "ran")
     with pytest.raises(UserError, match=message):
-        serve([str(folder)])
+        serve(str(folder), [])
 
 
 def test_the_states_of_a_run_are_loaded_without_objects(tmp_path):

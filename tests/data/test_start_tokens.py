@@ -290,11 +290,11 @@ def beginnings(monkeypatch):
 
 
 COMMANDS = {
-    "eval": "eval --model {student} --text {text} --sequence-length 48 --tokens 500",
-    "ablate": "eval --model {student} --text {text} --sequence-length 48 --tokens 500 --ablate "
+    "eval": "eval text --model {student} --text {text} --sequence-length 48 --tokens 500",
+    "ablate": "eval ablate --model {student} --text {text} --sequence-length 48 --tokens 500 "
     "--teacher {teacher} --recall-lengths 200",
-    "task": "eval --model {student} --task mqar --lengths 16 --pairs 2 --samples 4",
-    "passkey": "eval --model {student} --task passkey --lengths 260 --depths 2 --samples 1",
+    "task": "eval task --model {student} --task mqar --lengths 16 --pairs 2 --samples 4",
+    "passkey": "eval passkey --model {student} --lengths 260 --depths 2 --samples 1",
     "diagnose": "diagnose {student} --text {text} --to 400 --trained-length 64 --fix auto",
     "convert": "convert --model {teacher} --out {out} --keep-attention auto:0.5 --text {text}",
     "generate": "generate --model {student} --prompt river --max-new-tokens 2",

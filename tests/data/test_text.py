@@ -147,8 +147,8 @@ def models(tmp_path_factory):
 
 
 COMMANDS = {
-    "eval": "eval --model {student} --text {text}",
-    "ablate": "eval --model {student} --text {text} --ablate",
+    "eval": "eval text --model {student} --text {text}",
+    "ablate": "eval ablate --model {student} --text {text}",
     "diagnose": "diagnose {student} --text {text} --to 128 --trained-length 16",
     "fix": "diagnose {student} --text {good} --to 128 --trained-length 16 --fix auto "
     "--fix-text {text}",

@@ -1,4 +1,4 @@
-"""What the parts of `supra eval --ablate` say of models whose answers are known."""
+"""What the parts of `supra eval ablate` say of models whose answers are known."""
 
 import json
 
@@ -216,18 +216,18 @@ def test_samples_go_on_from_the_text(load, tokenizer):
     assert found[1].continuation == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def run(folders, capsys, name, *arguments):
-    main(["eval", "--model", str(folders / name), "--text", str(folders / "text.jsonl"),
+def run(folders, capsys, name, command, *arguments):
+    main(["eval", command, "--model", str(folders / name), "--text", str(folders / "text.jsonl"),
           "--sequence-length", "64", "--tokens", "512", *map(str, arguments)])  # fmt: skip
     return capsys.readouterr().out
 
 
 def test_the_command_as_json(folders, capsys, monkeypatch):
     monkeypatch.setattr("supra.evaluate.tasks.recall.QUERIES", 64)
-    given = ("--ablate", "--teacher", folders / "teacher", "--recall-lengths", "128")
-    found = json.loads(run(folders, capsys, "window", *given, "--json"))
+    given = ("--teacher", folders / "teacher", "--recall-lengths", "128")
+    found = json.loads(run(folders, capsys, "window", "ablate", *given, "--json"))
     assert set(PARTS) < set(found) and found["left_out"] == {}
-    plain = json.loads(run(folders, capsys, "window", "--json"))
+    plain = json.loads(run(folders, capsys, "window", "text", "--json"))
     assert plain == {name: found[name] for name in plain}
     intact = found["floors"]["variants"][0]
     assert intact["perplexity"] == plain["perplexity"] and intact["ratio"] == 1
@@ -237,32 +237,39 @@ def test_the_command_as_json(folders, capsys, monkeypatch):
 
 
 def test_the_command_as_text(folders, capsys):
-    printed = run(folders, capsys, "gated_delta", "--ablate", "floors,lookback,samples")
+    printed = run(folders, capsys, "gated_delta", "ablate", "--parts", "floors,lookback,samples")
     for heading in ("perplexity", "floors:", "no mixing", "look-back", "samples:"):
         assert heading in printed
     assert "labels:" not in printed and "without" not in printed
 
 
 def test_a_model_that_is_not_converted(folders, capsys):
-    printed = run(folders, capsys, "teacher", "--ablate", "--recall-lengths", "128")
+    printed = run(folders, capsys, "teacher", "ablate", "--recall-lengths", "128")
     assert "without floors: the model has no mixers" in printed
     assert "without layers: " in printed and "without lookback: " in printed
     for heading in ("recall:", "labels:", "samples:"):
         assert heading in printed
 
 
+RECALL = ["ablate", "--parts", "recall"]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("teacher", ["--ablate", "floors"], "the model has no mixers: it is not converted"),
-        ("supra", ["--ablate", "layers"], "give --teacher"),
-        ("supra", ["--ablate", "flors"], "unknown part 'flors': did you mean 'floors'?"),
-        ("supra", ["--ablate", "recall", "--recall-lengths", "9"], "recall length (=9) must be"),
-        ("supra", ["--ablate", "recall", "--recall-lengths", "0"], "must be at least 1"),
-        ("supra", ["--ablate", "labels", "--teacher", "teacher"], "--teacher is for floors, lay"),
-        ("supra", ["--ablate", "--teacher", "nowhere/at/all"], "there is no such folder"),
-        ("supra", ["--teacher", "teacher"], "--teacher is for --ablate"),
-        ("supra", ["--recall-lengths", "256"], "--recall-lengths is for --ablate"),
+        (
+            "teacher",
+            ["ablate", "--parts", "floors"],
+            "the model has no mixers: it is not converted",
+        ),
+        ("supra", ["ablate", "--parts", "layers"], "give --teacher"),
+        ("supra", ["ablate", "--parts", "flors"], "unknown part 'flors': did you mean 'floors'?"),
+        ("supra", [*RECALL, "--recall-lengths", "9"], "recall length (=9) must be"),
+        ("supra", [*RECALL, "--recall-lengths", "0"], "--recall-lengths (=0) must be at least 1"),
+        ("supra", ["ablate", "--parts", "labels", "--teacher", "teacher"], "is for floors, lay"),
+        ("supra", ["ablate", "--teacher", "nowhere/at/all"], "there is no such folder"),
+        ("supra", ["text", "--teacher", "teacher"], "it belongs to supra eval ablate"),
+        ("supra", ["text", "--recall-lengths", "256"], "it belongs to supra eval ablate"),
     ],
 )
 def test_mistakes_are_named(folders, capsys, monkeypatch, name, arguments, message):

@@ -244,7 +244,7 @@ def test_a_hit_comes_first(said, hit):
 
 
 def run(folder, name, *words):
-    main(["eval", "--model", str(folder / name), "--task", "passkey", *map(str, words)])
+    main(["eval", "passkey", "--model", str(folder / name), *map(str, words)])
 
 
 SMALL = ("--lengths", "480,520", "--depths", 3, "--samples", 1)
@@ -285,11 +285,11 @@ def test_a_picture_of_many_lengths(tmp_path):
         (["--keys", 100_001], "--keys (=100001) must be at most 100000"),
         (["--lengths", "600,100"], "--lengths (=100) must be at least"),
         (["--lengths", "x"], "must be integers"),
-        (["--pairs", 3], "--pairs is not for --task passkey"),
-        (["--vocabulary", 3], "--vocabulary is not for --task passkey"),
+        (["--pairs", 3], "--pairs: it belongs to supra eval task"),
+        (["--vocabulary", 3], "--vocabulary: it belongs to supra eval task"),
         (["--picture", "no/such/folder/map.png"], "the folder no/such/folder does not exist"),
         (["--picture", "map.pdf"], "must be a file that ends in .png"),
-        (["--text", "a.txt"], "--text is not for --task"),
+        (["--text", "a.txt"], "--text: it belongs to supra eval text and supra eval ablate"),
     ],
 )
 def test_mistakes(folder, capsys, words, message):
@@ -303,15 +303,15 @@ def test_mistakes(folder, capsys, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "induction", "--keys", "2"], "--keys is not for --task induction"),
-        (["--task", "mqar", "--picture", "a.png"], "--picture is not for --task mqar"),
-        (["--task", "passkeys"], "did you mean 'passkey'?"),
-        (["--text", "a.txt", "--depths", "2"], "--depths is for --task: give both"),
+        (["task", "--task", "induction", "--keys", "2"], "belongs to supra eval passkey"),
+        (["task", "--task", "mqar", "--picture", "a.png"], "belongs to supra eval passkey"),
+        (["passkeys"], "did you mean 'passkey'?"),
+        (["text", "--text", "a.txt", "--depths", "2"], "belongs to supra eval passkey"),
     ],
 )
 def test_options_of_other_tasks(folder, capsys, words, message):
     with pytest.raises(SystemExit):
-        main(["eval", "--model", str(folder / "softmax"), *words])
+        main(["eval", *words, "--model", str(folder / "softmax")])
     assert message in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""`supra eval` as a function: how much it reads, and what it says of arguments and texts."""
+"""`supra eval text` as a function: how much it reads, and what it says of arguments and texts."""
 
 import json
 

@@ -17,12 +17,12 @@ from tests.faults.case import (
 
 CONVERT = "convert --model {model} --out {out}"
 INSPECT = "inspect {model}"
-EVAL = "eval --model {model} --text {text} --sequence-length 16"
+EVAL = "eval text --model {model} --text {text} --sequence-length 16"
 GENERATE = "generate --model {model} --prompt river --max-new-tokens 2"
 STUDENT = "uptrain --config {yaml} out={out} student={model}"
 TEACHER = "uptrain --config {yaml} out={out} teacher={model}"
 DIAGNOSE = "diagnose {model} --text {text} --to 64 --trained-length 16"
-TASK = "eval --model {model} --task induction --lengths 12 --samples 1"
+TASK = "eval task --model {model} --task induction --lengths 12 --samples 1"
 SERVE = "serve {model}"
 
 # a source's fields -> what the line names, which is more than the field where it takes two to err

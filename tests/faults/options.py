@@ -4,9 +4,10 @@ from supra.parallel import METHODS
 from tests.faults.case import Case, accepted, copied, fields, refused, written
 
 CONVERT = "convert --model {base} --out {out}"
-EVAL = "eval --model {rnn} --text {text} --sequence-length 16"
-ABLATE = EVAL + " --tokens 64 --ablate"
-TASK = "eval --model {rnn} --task"
+EVAL = "eval text --model {rnn} --text {text} --sequence-length 16"
+ABLATE = "eval ablate --model {rnn} --text {text} --sequence-length 16 --tokens 64 --parts"
+TASK = "eval task --model {rnn} --task"
+PASSKEY = "eval passkey --model {rnn}"
 DIAGNOSE = "diagnose {rnn} --text {text} --to 64 --trained-length 16"
 GENERATE = "generate --model {rnn} --max-new-tokens 2"
 
@@ -15,16 +16,20 @@ REFUSED = {
     "": [
         ("nothing", "nothing"),
         ("convrt", "convrt"),
-        ("--verbose", "command"),
-        ("''", "invalid choice"),
-        ("bench", "what"),
-        ("bench kernel", "kernel"),
+        ("--verbose", "no option --verbose"),
+        ("--versoin", "did you mean --version?"),
+        ("''", "unknown supra command ''"),
+        ("bench", "kernels, compile, parallel"),
+        ("bench kernel", "did you mean 'kernels'?"),
+        ("eval", "text, ablate, task, passkey"),
+        ("eval txt", "did you mean 'text'?"),
     ],
     "convert": [
         ("", "--model"),
         ("--model {base}", "--out"),
-        ("--model {base} --out", "--out"),
-        ("--model --out {out}", "--model"),
+        ("--model {base} --out", "--out needs a value"),
+        ("--model --out {out}", "--model needs a value, and --out follows it"),
+        ("--modle {base}", "did you mean --model?"),
         ("--model '' --out {out}", "model ''"),
         ("--model ' ' --out {out}", "model ' '"),
         ("--model {here}/none --out {out}", "no such folder"),
@@ -134,8 +139,9 @@ REFUSED = {
         ("--shard-size -1", "shard"),
         ("--shard-size nan", "shard"),
         ("--shard-size big", "--shard-size"),
-        ("--shards 4", "--shards"),
-        ("more", "more"),
+        ("--shards 4", "did you mean --shard-size?"),
+        ("-x", "no option -x"),
+        ("more", "unexpected argument 'more'"),
     ],
     "inspect": [
         ("", "model"),
@@ -143,6 +149,8 @@ REFUSED = {
         ("{text}", "text.txt"),
         ("''", "model ''"),
         ("{rnn} {base}", "base"),
+        ("{rnn} --json=yes", "--json takes no value"),
+        ("--model {rnn}", "no option --model"),
         ("{rnn} --context 0", "context"),
         ("{rnn} --context=-5", "context"),
         ("{rnn} --context x", "context"),
@@ -166,15 +174,15 @@ REFUSED = {
         ("--sequence-length 10000000", "--sequence-length"),
         ("--dtype double", "dtype"),
         ("--text-field ''", "text"),
-        ("--teacher {base}", "--ablate"),
-        ("--recall-lengths 16", "--ablate"),
-        ("--lengths 16", "--task"),
-        ("--pairs 2", "--task"),
-        ("--picture x.png", "--task"),
+        ("--teacher {base}", "supra eval ablate"),
+        ("--recall-lengths 16", "supra eval ablate"),
+        ("--lengths 16", "supra eval task and supra eval passkey"),
+        ("--pairs 2", "supra eval task"),
+        ("--picture x.png", "supra eval passkey"),
         ("--seed x", "--seed"),
-        ("--task mqar", "--task"),
+        ("--task mqar", "supra eval task"),
     ],
-    "eval": [
+    "eval text": [
         ("", "--model"),
         ("--model {rnn}", "--text"),
         ("--model {rnn} --text", "--text"),
@@ -192,7 +200,7 @@ REFUSED = {
         ("recall --recall-lengths x", "recall-lengths"),
         ("recall --recall-lengths=-8", "recall-lengths"),
         ("recall --recall-lengths 4", "recall"),
-        ("recall --seed -1 --recall-lengths 2", "recall"),
+        ("recall --seed -1 --recall-lengths 2", "--seed"),
     ],
     TASK: [
         ("", "--task"),
@@ -209,10 +217,10 @@ REFUSED = {
         ("induction --vocabulary -5", "vocabulary"),
         ("induction --vocabulary 100000", "vocabulary"),
         ("induction --pairs 2", "pairs"),
-        ("induction --depths 2", "depths"),
-        ("induction --keys 2", "keys"),
-        ("induction --text {text}", "text"),
-        ("induction --ablate", "ablate"),
+        ("induction --depths 2", "supra eval passkey"),
+        ("induction --keys 2", "supra eval passkey"),
+        ("induction --text {text}", "supra eval text"),
+        ("induction --parts floors", "supra eval ablate"),
         ("induction --batch 2", "batch"),
         ("induction --dtype half", "dtype"),
         ("mqar --pairs 0 --lengths 32", "pairs"),
@@ -220,16 +228,31 @@ REFUSED = {
         ("mqar --pairs x --lengths 32", "pairs"),
         ("associative-recall --lengths 1", "length"),
         ("recent-recall --lengths 2", "length"),
-        ("passkey --lengths 3 --samples 1", "length"),
-        ("passkey --lengths 0", "lengths"),
-        ("passkey --depths 0 --lengths 256", "depths"),
-        ("passkey --keys 0 --lengths 256", "keys"),
-        ("passkey --keys 1000 --lengths 256", "--lengths"),
-        ("passkey --samples 0 --lengths 256", "samples"),
-        ("passkey --pairs 2 --lengths 256", "pairs"),
-        ("passkey --vocabulary 9 --lengths 256", "vocabulary"),
-        ("passkey --picture {text}/x.png --lengths 256 --samples 1", "x.png"),
-        ("passkey --picture x.doc --lengths 256 --samples 1", "x.doc"),
+        ("passkey", "passkey"),
+    ],
+    PASSKEY: [
+        ("--lengths 3 --samples 1", "length"),
+        ("--lengths 0", "lengths"),
+        ("--depths 0 --lengths 256", "depths"),
+        ("--keys 0 --lengths 256", "keys"),
+        ("--keys 1000 --lengths 256", "--lengths"),
+        ("--samples 0 --lengths 256", "samples"),
+        ("--pairs 2 --lengths 256", "supra eval task"),
+        ("--vocabulary 9 --lengths 256", "supra eval task"),
+        ("--picture {text}/x.png --lengths 256 --samples 1", "x.png"),
+        ("--picture x.doc --lengths 256 --samples 1", "x.doc"),
+    ],
+    # as supra eval was spelled before it had commands
+    "eval --model {rnn}": [
+        ("", "--text is missing"),
+        ("--text", "--text needs a value"),
+        ("--text {text} --pairs 2", "supra eval task"),
+        ("--text {text} --ablate recal --tokens 64", "did you mean 'recall'"),
+        ("--text {text} --ablate=flors --tokens 64", "did you mean 'floors'"),
+        ("--task", "--task needs a value"),
+        ("--task inductoin", "did you mean 'induction'"),
+        ("--task mqar --ablate", "no option --ablate"),
+        ("--task passkey --depths 0", "--depths"),
     ],
     DIAGNOSE: [
         ("--to 0", "--to"),

@@ -31,9 +31,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that say what was wrong; argparse has the command's name in them."""
-        heads = [line.partition(": error: ") for line in self.err.splitlines()]
-        return [f"{a}{b}{c}" for a, b, c in heads if b and a.split()[:1] == ["supra"]]
+        """The lines that say what was wrong."""
+        return [line for line in self.err.splitlines() if line.startswith("supra: error: ")]
 
 
 def run_command(words: list[str], folder: Path, seconds: int = SECONDS) -> Outcome:

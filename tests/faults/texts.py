@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.faults.case import BINARY, DEEP, Case, Make, accepted, put, refused, written
 from tests.faults.shared import TEXT
 
-EVAL = "eval --model {rnn} --sequence-length 16 --text {here}/"
+EVAL = "eval text --model {rnn} --sequence-length 16 --text {here}/"
 UPTRAIN = "uptrain --config {yaml} out={out} data.path={here}/"
 STREAMED = UPTRAIN.replace("data.path", "data.streaming=true data.path")
 HELD_OUT = UPTRAIN.replace("data.path", "data.eval_path")
@@ -120,7 +120,7 @@ CASES = [
     refused(STREAMED + "t.jsonl", "'null' is no JSON object",
             make=written("t.jsonl", LONG * (10 * 2**20 // len(LONG) + 1) + "null\n" + LONG),
             name="a block of streamed lines that begins with null"),
-    refused("eval --model {rnn} --text nobody/no-texts", "nobody/no-texts"),
+    refused("eval text --model {rnn} --text nobody/no-texts", "nobody/no-texts"),
     refused("uptrain --config {yaml} out={out} data.path=nobody/no-texts", "nobody/no-texts"),
     refused("uptrain --config {yaml} out={out} data.path=''", "data.path"),
     refused("uptrain --config {yaml} out={out} data.split=test", "split"),

@@ -226,7 +226,7 @@ def models(tmp_path_factory):
 
 
 def evaluate(capsys, models, *words):
-    main(["eval", "--model", str(models / "model"), *map(str, words)])
+    main(["eval", "task", "--model", str(models / "model"), *map(str, words)])
     return capsys.readouterr().out
 
 
@@ -268,24 +268,22 @@ def test_eval_of_one_that_looks_up(models, monkeypatch, capsys, task):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "inducton"], "unknown task 'inducton': did you mean 'induction'?"),
+        (["--task", "inducton"], "unknown --task 'inducton': did you mean 'induction'?"),
         (["--task", "induction", "--pairs", "4"], "--pairs is for mqar"),
         (["--task", "induction", "--samples", "0"], "--samples (=0) must be at least 1"),
         (["--task", "induction", "--lengths", "x"], "--lengths 'x' must be integers"),
         (["--task", "induction", "--lengths", "2"], "length (=2) must be at least 3"),
         (["--task", "mqar", "--vocabulary", "0"], "vocabulary (=0) must be at least 8"),
         (["--task", "induction", "--vocabulary", "301"], "needs 301 words, the tokenizer has 299"),
-        (["--task", "mqar", "--text", "x"], "--text is not for --task"),
-        (["--task", "mqar", "--ablate"], "--ablate is not for --task"),
-        (["--task", "mqar", "--batch", "8"], "--batch is not for --task"),
-        (["--text", "x", "--pairs", "4"], "--pairs is for --task: give both"),
-        (["--text", "x", "--teacher", "t"], "--teacher is for --ablate: give both"),
-        ([], "--text is missing"),
+        (["--task", "mqar", "--text", "x"], "--text: it belongs to supra eval text and supra eval"),
+        (["--task", "mqar", "--parts", "recall"], "--parts: it belongs to supra eval ablate"),
+        (["--task", "mqar", "--batch", "8"], "--batch: it belongs to supra eval text and supra"),
+        ([], "--task is missing: supra eval task needs --task TASK"),
     ],
 )
 def test_mistakes_of_eval(models, capsys, words, message):
     with pytest.raises(SystemExit) as exit_:
-        main(["eval", "--model", str(models / "model"), *words])
+        main(["eval", "task", "--model", str(models / "model"), *words])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from supra import cli, testing, uptrain
+from supra import cli, testing
 from supra.conversion.convert import convert
 from supra.errors import UserError
 from supra.evaluate import blocks_from_text, perplexity
@@ -192,7 +192,7 @@ def test_a_run_that_is_stopped_has_an_exit_code(files, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     interrupt_after(monkeypatch, 2)
     with pytest.raises(SystemExit) as stopped:
-        uptrain.main(["--config", str(tmp_path / "config.yaml")])
+        cli.main(["uptrain", "--config", str(tmp_path / "config.yaml")])
     assert stopped.value.code == 130
 
 

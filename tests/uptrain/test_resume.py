@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from supra import cli, testing, uptrain
+from supra import cli, testing
 from supra.errors import Diverged, UserError
 from supra.uptrain import loop, tree
 from supra.uptrain.end_to_end import EndToEnd
@@ -293,10 +293,11 @@ def test_a_place_that_the_text_does_not_have_is_never_gone_to(files, run, tmp_pa
 def test_another_rate_from_the_command_line(files, run, tmp_path, capsys):
     settings = config(files, run).model_dump(mode="json")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    arguments = ["--config", str(tmp_path / "config.yaml"), "distill.optimizer.lr=1e-4"]
-    with pytest.raises(UserError, match="--accept-changed to go on from step-00000004"):
-        uptrain.main(arguments)
-    uptrain.main([*arguments, "--accept-changed"])
+    arguments = ["uptrain", "--config", str(tmp_path / "config.yaml"), "distill.optimizer.lr=1e-4"]
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "--accept-changed to go on from step-00000004" in capsys.readouterr().err
+    cli.main([*arguments, "--accept-changed"])
     assert "with changes: distill.optimizer.lr: 0.001 there, 0.0001 here" in capsys.readouterr().err
     whole, now = log(files / "whole", "lr"), log(run, "lr")
     assert [now[step] / whole[step] for step in (4, 5, 6)] == pytest.approx([1, 0.1, 0.1])

@@ -1,4 +1,4 @@
-"""`supra eval --ablate`: what perplexity does not say of a model, one part a file."""
+"""`supra eval ablate`: what perplexity does not say of a model, one part a file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""`supra eval --task passkey`: a number in a long text, asked for at its end, by length and depth.
+"""`supra eval passkey`: a number in a long text, asked for at its end, by length and depth.
 
 Mohtashami & Jaggi 2023 (arXiv 2305.16300), with the text and the grid of Stuffed Mamba (Chen et al.
 2024, arXiv 2410.07145). Prompts are read in pieces, so that memory is that of the cache: a

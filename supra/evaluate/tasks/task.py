@@ -1,4 +1,4 @@
-"""`supra eval --task`: how well a model answers rows of a synthetic language, by their length."""
+"""`supra eval task`: how well a model answers rows of a synthetic language, by their length."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,0 +1,212 @@
+"""`supra eval text | ablate | task | passkey`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra.cli.help import MEASURE, Command, Group
+from supra.cli.options import (
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    Text,
+    TextField,
+    choice,
+    file,
+    integers,
+    names,
+    string,
+    whole,
+)
+from supra.cli.output import print_result
+from supra.uptrain import limits
+
+TASKS = ("associative-recall", "induction", "mqar", "recent-recall")
+
+SequenceLength = Annotated[
+    int, whole("--sequence-length", "Tokens of a row.", limits.PASS, least=2, metavar="TOKENS")
+]
+Batch = Annotated[int, whole("--batch", "Rows of a forward pass.", limits.COUNT)]
+
+app = typer.Typer(
+    name="eval", cls=Group, rich_help_panel=MEASURE, help="Measure how good a model is."
+)
+
+
+@app.command(cls=Command, epilog="supra eval text --model ./rnn --text corpus.jsonl")
+def text(
+    model: Model,
+    text: Text,
+    text_field: TextField = "text",
+    sequence_length: SequenceLength = 2048,
+    tokens: Annotated[
+        int | None,
+        whole("--tokens", "Tokens to read. Default: the whole text.", limits.TEXT),
+    ] = None,
+    batch: Batch = 4,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Perplexity of a model on a text, as a whole and by position in the document."""
+    from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.evaluate.text_perplexity import evaluate_text
+
+    result = evaluate_text(
+        find_checkpoint(model),
+        text,
+        text_field=text_field,
+        sequence_length=sequence_length,
+        tokens=tokens,
+        batch=batch,
+        dtype=parse_dtype(dtype),
+    )
+    print_result(result, json)
+
+
+@app.command(
+    cls=Command,
+    epilog="supra eval ablate --model ./rnn --text corpus.jsonl \\\n"
+    "    --parts floors,layers --teacher HuggingFaceTB/SmolLM2-135M",
+)
+def ablate(
+    model: Model,
+    text: Text,
+    text_field: TextField = "text",
+    parts: Annotated[
+        Sequence[str],
+        names(
+            "--parts",
+            "What to measure: floors, layers, lookback, recall, labels, samples. Default: all that "
+            "apply to the model.",
+        ),
+    ] = (),
+    teacher: Annotated[
+        str | None,
+        string(
+            "--teacher", "Model that was converted; floors, layers and lookback use it.", "MODEL"
+        ),
+    ] = None,
+    recall_lengths: Annotated[
+        Sequence[int] | None,
+        integers("--recall-lengths", "Tokens of the prompts of recall.", limits.PASS),
+    ] = None,
+    sequence_length: SequenceLength = 2048,
+    tokens: Annotated[int, whole("--tokens", "Tokens of the text to read.", limits.TEXT)] = 8192,
+    batch: Batch = 4,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Find what each part of a converted model costs or contributes."""
+    from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.evaluate.ablate.ablation import diagnose
+
+    result = diagnose(
+        find_checkpoint(model),
+        text,
+        parts=parts,
+        teacher=None if teacher is None else find_checkpoint(teacher),
+        text_field=text_field,
+        sequence_length=sequence_length,
+        tokens=tokens,
+        batch=batch,
+        seed=seed,
+        dtype=parse_dtype(dtype),
+        progress=True,
+        **({} if recall_lengths is None else {"recall_lengths": recall_lengths}),
+    )
+    print_result(result, json)
+
+
+@app.command(
+    cls=Command, epilog="supra eval task --model ./rnn --task mqar --lengths 64,128 --pairs 4"
+)
+def task(
+    model: Model,
+    task: Annotated[str, choice("--task", f"The language: {', '.join(TASKS)}.", TASKS, "TASK")],
+    lengths: Annotated[
+        Sequence[int],
+        integers("--lengths", "Words of a row. Default: those of the paper.", limits.PASS),
+    ] = (),
+    pairs: Annotated[
+        Sequence[int],
+        integers("--pairs", "Keys that a row of mqar asks for. Default: 4,16.", limits.WIDTH),
+    ] = (),
+    vocabulary: Annotated[
+        int | None,
+        whole(
+            "--vocabulary",
+            "Words of the language. Default: depends on the task.",
+            limits.VOCABULARY,
+            least=None,
+        ),
+    ] = None,
+    samples: Annotated[int, whole("--samples", "Rows of each length.", limits.COUNT)] = 256,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Accuracy of a model in rows of a synthetic language. It reads no text."""
+    from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.evaluate.tasks.task import evaluate_task
+
+    result = evaluate_task(
+        find_checkpoint(model),
+        task,
+        lengths=lengths,
+        pairs=pairs,
+        vocabulary=vocabulary,
+        samples=samples,
+        seed=seed,
+        dtype=parse_dtype(dtype),
+        progress=True,
+    )
+    print_result(result, json)
+
+
+@app.command(
+    cls=Command,
+    epilog="supra eval passkey --model ./rnn --lengths 1024,4096 --picture passkey.png",
+)
+def passkey(
+    model: Model,
+    lengths: Annotated[
+        Sequence[int], integers("--lengths", "Tokens of the prompts.", limits.PASS)
+    ] = (
+        512,
+        1024,
+        2048,
+    ),
+    depths: Annotated[
+        int, whole("--depths", "Depths at which the number is hidden.", limits.WIDTH)
+    ] = 10,
+    keys: Annotated[int, whole("--keys", "Numbers in each prompt.", limits.COUNT)] = 1,
+    samples: Annotated[
+        int, whole("--samples", "Prompts of each length and depth.", limits.COUNT)
+    ] = 2,
+    picture: Annotated[
+        Path | None, file("--picture", "Draw the accuracies as a heat map into this file.", "PNG")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Find a number that is hidden in a long text. The text is made up."""
+    from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.evaluate.tasks.passkey import evaluate_passkey
+
+    result = evaluate_passkey(
+        find_checkpoint(model),
+        lengths=lengths,
+        depths=depths,
+        keys=keys,
+        samples=samples,
+        picture=picture,
+        seed=seed,
+        dtype=parse_dtype(dtype),
+        progress=True,
+    )
+    print_result(result, json)
