@@ -182,6 +182,7 @@ def test_help_and_mistakes_import_no_torch(arguments):
         "import supra; import transformers.models.auto.modeling_auto; AutoConfig = "
         "transformers.AutoConfig",
         "from supra.configuration import SupraConfig; from transformers import AutoConfig",
+        "import supra.model.configuration; from transformers import AutoConfig",
     ],
 )
 @pytest.mark.long  # four seconds each: every order needs a process of its own

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from supra.errors import UserError
-from supra.model.configuration import FORMAT_VERSION, config_class
+from supra.model import configuration  # may be half imported: its first import leads here
 
 
 class SupraConfig(PreTrainedConfig):
@@ -32,7 +32,11 @@ def converted_config(
 
     fields = base.to_dict()
     fields["base_model_type"] = fields.pop("model_type")
-    fields["supra"] = {"format_version": FORMAT_VERSION, "layers": layers, "options": options}
+    fields["supra"] = {
+        "format_version": configuration.FORMAT_VERSION,
+        "layers": layers,
+        "options": options,
+    }
     language_model = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[fields["base_model_type"]]
     fields["architectures"] = [f"Supra{language_model}"]
     return _registered(fields)
@@ -43,7 +47,7 @@ def _registered(fields: dict[str, Any], **kwargs):
     # not at the top: it needs AutoModel, which transformers has not imported yet
     from supra.model.modeling import register_family
 
-    config = config_class(fields["base_model_type"])
+    config = configuration.config_class(fields["base_model_type"])
     found = config.from_dict(fields, **kwargs)
     register_family(config)
     return found
