@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supra.kernels import locate, tiles
 from supra.kernels.checks import LOWEST_LOG_DECAY
 from supra.kernels.launch import Tiling, launch, strides
-from supra.kernels.tiles import offset, sequence, sequence_of, store_pairs
 
 SMALL = Tiling(1, 1, 4, 1)
 
@@ -80,6 +80,32 @@ def split_sum(x):
 
 
 @triton.jit
+def last_pair(sums, left, CHUNK: tl.constexpr):
+    """The pair of sums at the last token of a chunk; left: tokens of its sequence from it on."""
+    last = sums + tl.minimum(left, CHUNK) * 2 - 2
+    return tl.load(last), tl.load(last + 1)
+
+
+@triton.jit
+def entering_decay(own):
+    """Decay from the begin of the chunk to the tokens whose pairs of sums are `own`."""
+    return tl.exp(own[0] + own[1])
+
+
+@triton.jit
+def leaving_decay(own, last):
+    """Decay from tokens to the end of the chunk, `last`."""
+    return tl.exp((last[0] - own[0]) + (last[1] - own[1]))
+
+
+@triton.jit
+def difference(rows, columns):
+    """Pairs of sums at the tokens of the rows less those at the columns, [rows, columns]."""
+    high = rows[0][:, None] - columns[0][None, :]
+    return high + (rows[1][:, None] - columns[1][None, :])
+
+
+@triton.jit
 def decay_sums(
     log_decay, sums, cu_seqlens, chunk_offsets,
     decay_batch, decay_time, decay_head, sequences, length, total, lowest,
@@ -89,19 +115,17 @@ def decay_sums(
 
     grid: (chunks, Hs). The second number is the remainder that float32 would lose, see split_sum.
     """
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    at = (chunk - first) * CHUNK
-    if at >= tokens:
+    _, _, head, _, row, token, left = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
+    )
+    if left <= 0:
         return
     rows = tl.arange(0, CHUNK)
-    valid = rows < tokens - at
-    base = log_decay + offset(row, decay_batch, begin + at, decay_time, head, decay_head)
-    x = tl.load(base + rows * decay_time, mask=valid, other=0.0).to(tl.float64)
+    base = log_decay + locate.offset(row, decay_batch, token, decay_time, head, decay_head)
+    x = tiles.load_vector(base, decay_time, rows, left).to(tl.float64)
     high, low = split_sum(tl.cumsum(tl.maximum(x, lowest), 0))
-    base = sums + offset(row, length, begin + at, 1, head, total) * 2
-    store_pairs(base, rows, tokens - at, high, low)
+    base = sums + locate.offset(row, length, token, 1, head, total) * 2
+    tiles.store_pairs(base, rows, left, high, low)
 
 
 @triton.jit
@@ -114,26 +138,24 @@ def chunk_d_log_decay(
 
     A chunk at a time: sums over a whole sequence would cancel digits that a long text has not got.
     """
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    at = (chunk - first) * CHUNK
-    if at >= tokens:
+    chunk, _, head, _, row, token, left = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
+    )
+    if left <= 0:
         return
     rows = tl.arange(0, CHUNK)
-    valid = rows < tokens - at
-    place = row * tl.cast(length, tl.int64) + begin + at
+    place = row * tl.cast(length, tl.int64) + token
     d_sums = tl.zeros([CHUNK], tl.float32)
     for block in range(0, query_blocks):
         for r in range(0, QUERIES):
             lane = (block * heads + head) * QUERIES + r
             base = query_products + lane * tl.cast(total, tl.int64) + place
-            d_sums += tl.load(base + rows, mask=valid, other=0.0)
+            d_sums += tiles.load_vector(base, 1, rows, left)
     for block in range(0, key_blocks):
         base = key_products + (block * heads + head) * tl.cast(total, tl.int64) + place
-        d_sums -= tl.load(base + rows, mask=valid, other=0.0)
+        d_sums -= tiles.load_vector(base, 1, rows, left)
     found = tl.cumsum(d_sums, 0, reverse=True)
     for block in range(0, state_blocks):
         base = carried + (block * heads + head) * tl.cast(chunks, tl.int64)
         found += tl.load(base + chunk)
-    tl.store(d_log_decay + (place + rows) * heads + head, found, mask=valid)
+    tl.store(d_log_decay + (place + rows) * heads + head, found, mask=rows < left)

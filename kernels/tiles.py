@@ -1,7 +1,7 @@
-"""What Triton kernels share: products of tiles, tiles in memory, decay, sequences in packed rows.
+"""Tiles of matrices in Triton kernels: products, loads and stores.
 
 Legend: a tile is TILE tokens of one head; a chunk is CHUNK tokens, a few tiles, after which the
-state is kept. Token indices are int64 scalars, offsets inside a tile int32.
+state is kept.
 """
 
 import triton
@@ -33,23 +33,76 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def offset(row, batch_stride, token, time_stride, head, head_stride):
-    """Place of a token of a head in a tensor [B, T, H, D], int64."""
-    place = row * tl.cast(batch_stride, tl.int64) + token * tl.cast(time_stride, tl.int64)
-    return place + head * tl.cast(head_stride, tl.int64)
-
-
-@triton.jit
-def load_tile(base, row_stride, rows, row_end, columns, WIDTH: tl.constexpr):
+def load(base, row_stride, rows, row_end, columns, WIDTH: tl.constexpr):
     """[rows, columns] from a matrix of WIDTH columns; zero outside of it."""
     mask = (rows < row_end)[:, None] & (columns < WIDTH)[None, :]
     return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(base, row_stride, rows, row_end, columns, WIDTH: tl.constexpr, x):
+def store(base, row_stride, rows, row_end, columns, WIDTH: tl.constexpr, x):
     mask = (rows < row_end)[:, None] & (columns < WIDTH)[None, :]
     tl.store(base + rows[:, None] * row_stride + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def load_state(base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr):
+    """A block of one state [KEY_WIDTH, VALUE_WIDTH]; zero outside of it."""
+    return load(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
+
+
+@triton.jit
+def store_state(base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, x):
+    store(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, x)
+
+
+@triton.jit
+def load_vector(base, stride, places, end):
+    """One number at each place; zero from `end` on."""
+    return tl.load(base + places * stride, mask=places < end, other=0.0)
+
+
+@triton.jit
+def load_token(first, time_stride, t, columns, WIDTH: tl.constexpr):
+    """Columns of token t of one head, in float32; zero past the end. first: those of token 0."""
+    x = tl.load(first + t * tl.cast(time_stride, tl.int64), mask=columns < WIDTH, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_vector(base, places, end, x):
+    tl.store(base + places, x, mask=places < end)
+
+
+@triton.jit
+def products(
+    left, left_stride, left_end, right, right_stride, right_end, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of the rows of two matrices of WIDTH columns, [left rows, right rows]."""
+    found = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
+    for at in range(0, WIDTH, BLOCK):
+        columns = at + tl.arange(0, BLOCK)
+        x = load(left, left_stride, rows, left_end, columns, WIDTH)
+        y = load(right, right_stride, rows, right_end, columns, WIDTH)
+        found = dot(x, tl.trans(y), found, PRECISION)
+    return found
+
+
+@triton.jit
+def state_products(
+    x, stride, end, state, rows, columns_k,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of rows of x [rows, VALUE_WIDTH] with rows of a state, [rows, columns_k]."""
+    found = tl.zeros([rows.shape[0], columns_k.shape[0]], tl.float32)
+    for v0 in range(0, VALUE_WIDTH, BLOCK_V):
+        columns_v = v0 + tl.arange(0, BLOCK_V)
+        tile = load(x, stride, rows, end, columns_v, VALUE_WIDTH)
+        s = load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+        found = dot(tile, tl.trans(s), found, PRECISION)
+    return found
 
 
 @triton.jit
@@ -69,30 +122,3 @@ def store_pairs(base, rows, row_end, first, second):
     side = tl.arange(0, 2)
     mask = (rows < row_end)[:, None] & (side < 2)[None, :]
     tl.store(base + rows[:, None] * 2 + side[None, :], tl.join(first, second), mask=mask)
-
-
-@triton.jit
-def sequence(n, cu_seqlens, chunk_offsets, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """(row of the batch, first token in that row, tokens, first chunk) of sequence n."""
-    if PACKED:
-        begin = tl.load(cu_seqlens + n).to(tl.int64)
-        tokens = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32)
-        return n * 0, begin, tokens, tl.load(chunk_offsets + n).to(tl.int32)
-    else:
-        return n, tl.cast(0, tl.int64), length, n * tl.cdiv(length, CHUNK)
-
-
-@triton.jit
-def sequence_of(chunk, chunk_offsets, sequences, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """The sequence that a chunk lies in; the last one for a chunk past the end of them all."""
-    if PACKED:
-        low = chunk * 0
-        high = low + sequences
-        while high - low > 1:
-            middle = (low + high) // 2
-            before = tl.load(chunk_offsets + middle) <= chunk
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-        return low
-    else:
-        return chunk // tl.cdiv(length, CHUNK)

@@ -9,7 +9,7 @@ the first come from the cache.
 import triton
 import triton.language as tl
 
-from supra.kernels import tiles
+from supra.kernels import locate, tiles
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def place(
     """(sequence, row of the batch, its first token there, its tokens, first row of this chunk)"""
     chunk = tl.program_id(0)
     extended = length + TAPS - 1
-    n = tiles.sequence_of(chunk, chunk_offsets, sequences, extended, TILE, PACKED)
-    batch, begin, tokens, first = tiles.sequence(
+    n = locate.sequence_of(chunk, chunk_offsets, sequences, extended, TILE, PACKED)
+    batch, begin, tokens, first = locate.sequence(
         n, cu_seqlens, chunk_offsets, extended, TILE, PACKED
     )
     if not PACKED:

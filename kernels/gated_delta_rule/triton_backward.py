@@ -8,8 +8,9 @@ made of: dB = -dv e^T, d(exp(G) k) = -dv S^T. heads = Hkv throughout.
 import triton
 import triton.language as tl
 
-from supra.kernels.gated_delta_rule.triton_forward import decay_between, kept, locate, not_zero
-from supra.kernels.tiles import dot, load_pairs, load_tile, narrow, offset, sequence, store_tile
+from supra.kernels import locate, tiles
+from supra.kernels.decay import entering_decay, last_pair, leaving_decay
+from supra.kernels.gated_delta_rule.triton_forward import decay_between, not_zero
 
 
 @triton.jit
@@ -22,39 +23,39 @@ def chunk_d_written(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """du from the outputs of the chunk; grid: (chunks * blocks of V, Hkv)."""
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    chunk, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
-    _, row, token, left = locate(chunk, cu_seqlens, chunk_offsets, sequences, length, CHUNK, PACKED)
+    _, block, head, _, row, token, left = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
+    )
     if left <= 0:
         return
     rows = tl.arange(0, CHUNK)
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    query += offset(row, query_batch, token, query_time, head * QUERIES, query_head)
-    d_output += offset(row, d_batch, token, d_time, head * QUERIES, d_head)
-    key += offset(row, key_batch, token, key_time, head, key_head)
+    query += locate.offset(row, query_batch, token, query_time, head * QUERIES, query_head)
+    d_output += locate.offset(row, d_batch, token, d_time, head * QUERIES, d_head)
+    key += locate.offset(row, key_batch, token, key_time, head, key_head)
     if HAS_DECAY:
-        sums += offset(row, sums_batch, token, sums_time, head, sums_head)
+        sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
     acc = tl.zeros([CHUNK, BLOCK_V], tl.float32)
     for r in range(0, QUERIES):
-        scores = tl.zeros([CHUNK, CHUNK], tl.float32)  # [key token, query token]
-        for k0 in range(0, KEY_WIDTH, BLOCK_K):
-            columns_k = k0 + tl.arange(0, BLOCK_K)
-            k = load_tile(key, key_time, rows, left, columns_k, KEY_WIDTH)
-            q = load_tile(
-                query + r * tl.cast(query_head, tl.int64),
-                query_time, rows, left, columns_k, KEY_WIDTH,
-            )  # fmt: skip
-            scores = dot(k, tl.trans(q), scores, PRECISION)
+        query_at = query + r * tl.cast(query_head, tl.int64)
+        scores = tiles.products(  # [key token, query token]
+            key, key_time, left, query_at, query_time, left, rows, KEY_WIDTH, BLOCK_K, PRECISION
+        )
         if HAS_DECAY:
-            high, low = load_pairs(sums, rows, left)
-            scores *= decay_between(high, low)
+            scores *= decay_between(tiles.load_pairs(sums, rows, left))
         scores = tl.where(rows[:, None] <= rows[None, :], scores * scale, 0.0)
         base = d_output + r * tl.cast(d_head, tl.int64)
-        do = load_tile(base, d_time, rows, left, columns_v, VALUE_WIDTH)
-        acc = dot(scores, do, acc, PRECISION)
-    d_written += kept(row, token, length, head, heads, VALUE_WIDTH)
-    store_tile(
-        d_written, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, narrow(acc, PRECISION)
+        do = tiles.load(base, d_time, rows, left, columns_v, VALUE_WIDTH)
+        acc = tiles.dot(scores, do, acc, PRECISION)
+    d_written += locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
+    tiles.store(
+        d_written,
+        heads * VALUE_WIDTH,
+        rows,
+        left,
+        columns_v,
+        VALUE_WIDTH,
+        tiles.narrow(acc, PRECISION),
     )
 
 
@@ -74,96 +75,96 @@ def chunk_d_states(
 
     grid: (N * Hkv * blocks of V,). The mirror of chunk_states, with `upper` as there.
     """
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    lane, block = tl.program_id(0) // across, tl.program_id(0) % across
-    n, head = lane // heads, lane % heads
+    lane, n, head, _, block = locate.block_of_state(heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V)
     columns_k = tl.arange(0, BLOCK_K)
     columns_u = columns_k + BLOCK_K
     wide: tl.constexpr = KEY_WIDTH > BLOCK_K
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, CHUNK)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
 
-    query += offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
-    d_output += offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
-    key += offset(row, key_batch, begin, key_time, head, key_head)
-    beta += offset(row, beta_batch, begin, beta_time, head, beta_head)
+    query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
+    d_output += locate.offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
+    key += locate.offset(row, key_batch, begin, key_time, head, key_head)
+    beta += locate.offset(row, beta_batch, begin, beta_time, head, beta_head)
     if HAS_DECAY:
-        sums += offset(row, sums_batch, begin, sums_time, head, sums_head)
-    reading += kept(row, begin, length, head, heads, KEY_WIDTH)
-    d_written += kept(row, begin, length, head, heads, VALUE_WIDTH)
+        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
+    reading += locate.dense_offset(row, begin, length, head, heads, KEY_WIDTH)
+    d_written += locate.dense_offset(row, begin, length, head, heads, VALUE_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     step = tl.cast(heads, tl.int64)
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if HAS_END:
-        base = d_end + tl.cast(lane, tl.int64) * state_size
-        acc = load_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
+        base = d_end + lane * state_size
+        acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     if wide:
         upper = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         if HAS_END:
-            upper = load_tile(base, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH)
+            upper = tiles.load_state(base, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
     count = tl.cdiv(tokens, CHUNK)
     for back in range(0, count):
         c = count - 1 - back
         at = c * CHUNK
         left = tokens - at
-        ds = narrow(acc, PRECISION)
-        slot = d_states + ((first + c) * step + head) * state_size
-        store_tile(slot, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, ds)
+        ds = tiles.narrow(acc, PRECISION)
+        slot = d_states + locate.slot_offset(first + c, head, heads, state_size)
+        tiles.store_state(slot, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds)
         k_at = key + at * tl.cast(key_time, tl.int64)
-        k = load_tile(k_at, key_time, rows, left, columns_k, KEY_WIDTH)
-        du = dot(k, ds, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
+        k = tiles.load(k_at, key_time, rows, left, columns_k, KEY_WIDTH)
+        du = tiles.dot(k, ds, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
         if wide:
-            ds = narrow(upper, PRECISION)
-            store_tile(slot, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH, ds)
-            k = load_tile(k_at, key_time, rows, left, columns_u, KEY_WIDTH)
-            du = dot(k, ds, du, PRECISION)
+            ds = tiles.narrow(upper, PRECISION)
+            tiles.store_state(slot, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH, ds)
+            k = tiles.load(k_at, key_time, rows, left, columns_u, KEY_WIDTH)
+            du = tiles.dot(k, ds, du, PRECISION)
         entering = scale
         if HAS_DECAY:
             sums_at = sums + at * sums_time
-            high, low = load_pairs(sums_at, rows, left)
-            last = sums_at + tl.minimum(left, CHUNK) * 2 - 2
-            last_high, last_low = tl.load(last), tl.load(last + 1)
-            du *= tl.exp((last_high - high) + (last_low - low))[:, None]
-            whole = tl.exp(last_high + last_low)
+            own, last = tiles.load_pairs(sums_at, rows, left), last_pair(sums_at, left, CHUNK)
+            du *= leaving_decay(own, last)[:, None]
+            whole = entering_decay(last)
             acc *= whole
             if wide:
                 upper *= whole
-            entering = (tl.exp(high + low) * scale)[:, None]
+            entering = (entering_decay(own) * scale)[:, None]
         place = d_written + at * step * VALUE_WIDTH
-        du += load_tile(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
-        store_tile(
-            place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, narrow(du, PRECISION)
+        du += tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
+        tiles.store(
+            place,
+            heads * VALUE_WIDTH,
+            rows,
+            left,
+            columns_v,
+            VALUE_WIDTH,
+            tiles.narrow(du, PRECISION),
         )
-        b = tl.load(
-            beta + at * tl.cast(beta_time, tl.int64) + rows * beta_time, mask=rows < left, other=0.0
-        )
+        b = tiles.load_vector(beta + at * tl.cast(beta_time, tl.int64), beta_time, rows, left)
         du = -du * b[:, None]
         w_at = reading + at * step * KEY_WIDTH
-        w = load_tile(w_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH)
-        acc = dot(tl.trans(w), du, acc, PRECISION)
+        w = tiles.load(w_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH)
+        acc = tiles.dot(tl.trans(w), du, acc, PRECISION)
         if wide:
-            w = load_tile(w_at, heads * KEY_WIDTH, rows, left, columns_u, KEY_WIDTH)
-            upper = dot(tl.trans(w), du, upper, PRECISION)
+            w = tiles.load(w_at, heads * KEY_WIDTH, rows, left, columns_u, KEY_WIDTH)
+            upper = tiles.dot(tl.trans(w), du, upper, PRECISION)
         for r in range(0, QUERIES):
-            do = load_tile(
+            do = tiles.load(
                 d_output + at * tl.cast(d_time, tl.int64) + r * tl.cast(d_head, tl.int64),
                 d_time, rows, left, columns_v, VALUE_WIDTH,
             )  # fmt: skip
             do = do * entering
             q_at = query + at * tl.cast(query_time, tl.int64) + r * tl.cast(query_head, tl.int64)
-            q = load_tile(q_at, query_time, rows, left, columns_k, KEY_WIDTH)
-            acc = dot(tl.trans(q), do, acc, PRECISION)
+            q = tiles.load(q_at, query_time, rows, left, columns_k, KEY_WIDTH)
+            acc = tiles.dot(tl.trans(q), do, acc, PRECISION)
             if wide:
-                q = load_tile(q_at, query_time, rows, left, columns_u, KEY_WIDTH)
-                upper = dot(tl.trans(q), do, upper, PRECISION)
+                q = tiles.load(q_at, query_time, rows, left, columns_u, KEY_WIDTH)
+                upper = tiles.dot(tl.trans(q), do, upper, PRECISION)
 
     if HAS_INITIAL:
-        base = d_initial + tl.cast(lane, tl.int64) * state_size
-        store_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, acc)
+        base = d_initial + lane * state_size
+        tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, acc)
         if wide:
-            store_tile(base, VALUE_WIDTH, columns_u, KEY_WIDTH, columns_v, VALUE_WIDTH, upper)
+            tiles.store_state(base, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH, upper)
 
 
 @triton.jit
@@ -179,25 +180,25 @@ def chunk_d_value(
     bf16, where keys are alike.
     grid: (chunks * blocks of V, Hkv).
     """
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    chunk, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
-    _, row, token, left = locate(chunk, cu_seqlens, chunk_offsets, sequences, length, CHUNK, PACKED)
+    _, block, head, _, row, token, left = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
+    )
     if left <= 0:
         return
     rows = tl.arange(0, CHUNK)
     columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    inverse += kept(row, token, length, head, heads, CHUNK)
-    t = load_tile(inverse, heads * CHUNK, rows, left, rows, CHUNK)
-    place = kept(row, token, length, head, heads, VALUE_WIDTH)
-    du = load_tile(d_written + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH)
-    beta += offset(row, beta_batch, token, beta_time, head, beta_head)
-    b = not_zero(tl.load(beta + rows * beta_time, mask=rows < left, other=0.0))
+    inverse += locate.dense_offset(row, token, length, head, heads, CHUNK)
+    t = tiles.load(inverse, heads * CHUNK, rows, left, rows, CHUNK)
+    place = locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
+    du = tiles.load(d_written + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH)
+    beta += locate.offset(row, beta_batch, token, beta_time, head, beta_head)
+    b = not_zero(tiles.load_vector(beta, beta_time, rows, left))
     acc = tl.zeros([CHUNK, BLOCK_V], tl.float32)
-    acc = dot(tl.trans(t), du * b[:, None], acc, PRECISION)
-    e = load_tile(errors + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH)
-    base = d_beta + offset(row, length, token, 1, block * heads + head, total)
-    tl.store(base + rows, tl.sum(e.to(tl.float32) * acc, 1) / b, mask=rows < left)
-    store_tile(
+    acc = tiles.dot(tl.trans(t), du * b[:, None], acc, PRECISION)
+    e = tiles.load(errors + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH)
+    base = d_beta + locate.offset(row, length, token, 1, block * heads + head, total)
+    tiles.store_vector(base, rows, left, tl.sum(e.to(tl.float32) * acc, 1) / b)
+    tiles.store(
         d_value + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH,
-        narrow(acc, PRECISION),
+        tiles.narrow(acc, PRECISION),
     )  # fmt: skip

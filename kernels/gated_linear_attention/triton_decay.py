@@ -12,8 +12,8 @@ weight by 2e-6 at most. It does not add up over chunks, whose whole decay is kep
 import triton
 import triton.language as tl
 
+from supra.kernels import locate, tiles
 from supra.kernels.checks import LOWEST_LOG_DECAY
-from supra.kernels.tiles import load_tile, offset, sequence, sequence_of
 
 UNIT = tl.constexpr(2.0**-18)
 LOWEST = tl.constexpr(LOWEST_LOG_DECAY)
@@ -29,26 +29,21 @@ def decay_sums(
 
     grid: (chunks * blocks of K, Hkv).
     """
-    across: tl.constexpr = (KEY_WIDTH + BLOCK_K - 1) // BLOCK_K
-    chunk, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
-    n = sequence_of(chunk, chunk_offsets, sequences, length, TILE, PACKED)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, TILE, PACKED)
-    at = (chunk - first) * TILE
-    if at >= tokens:
+    chunk, block, head, _, row, token, left = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
+    )
+    if left <= 0:
         return
     rows = tl.arange(0, TILE)
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    log_decay += offset(row, decay_batch, begin + at, decay_time, head, decay_head)
-    x = load_tile(log_decay, decay_time, rows, tokens - at, columns, KEY_WIDTH).to(tl.float32)
+    log_decay += locate.offset(row, decay_batch, token, decay_time, head, decay_head)
+    x = tiles.load(log_decay, decay_time, rows, left, columns, KEY_WIDTH).to(tl.float32)
     exact = (tl.maximum(x, LOWEST) * 2.0**40).to(tl.int64)
-    total = tl.sum(exact, 0)
+    base = whole + locate.slot_offset(chunk, head, heads, KEY_WIDTH)
+    tiles.store_vector(base, columns, KEY_WIDTH, tl.exp(tl.sum(exact, 0).to(tl.float32) * 2.0**-40))
     inexact = ((tl.cumsum(exact, 0) + (1 << 21)) >> 22).to(tl.int32)
-    base = sums + (row * tl.cast(length, tl.int64) + begin + at) * heads * KEY_WIDTH
-    mask = (rows < tokens - at)[:, None] & (columns < KEY_WIDTH)[None, :]
-    place = rows[:, None] * heads * KEY_WIDTH + columns[None, :]
-    tl.store(base + head * KEY_WIDTH + place, inexact, mask=mask)
-    base = whole + (tl.cast(chunk, tl.int64) * heads + head) * KEY_WIDTH
-    tl.store(base + columns, tl.exp(total.to(tl.float32) * 2.0**-40), mask=columns < KEY_WIDTH)
+    base = sums + locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
+    tiles.store(base, heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH, inexact)
 
 
 @triton.jit

@@ -9,16 +9,8 @@ the scale.
 import triton
 import triton.language as tl
 
-from supra.kernels.tiles import (
-    dot,
-    load_pairs,
-    load_tile,
-    narrow,
-    offset,
-    sequence,
-    store_pairs,
-    store_tile,
-)
+from supra.kernels import locate, tiles
+from supra.kernels.linear_attention.triton_forward import store_both
 
 
 @triton.jit
@@ -44,7 +36,7 @@ def output_factors(
         delta -= tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     inverse = 1 / (tl.load(weights + place, mask=valid, other=1.0) + eps)
     base = factors + head * tl.cast(total, tl.int64) * 2
-    store_pairs(base, token, total, inverse, delta)
+    tiles.store_pairs(base, token, total, inverse, delta)
 
 
 @triton.jit
@@ -63,60 +55,43 @@ def chunk_d_states(
     grid: (N * Hs * blocks,). `carried` [blocks, Hs, chunks] gets <state, its gradient>, which is
     the gradient of the log of the chunk's whole decay.
     """
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    blocks: tl.constexpr = across * ((KEY_WIDTH + BLOCK_K - 1) // BLOCK_K)
-    lane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    n, head = lane // heads, lane % heads
-    columns_k = (block // across) * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns_v = (block % across) * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, block_k, block_v = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
+    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-
-    query += offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
-    d_output += offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
+    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
+    d_output += locate.offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
     query_step, d_step = tl.cast(query_time, tl.int64), tl.cast(d_time, tl.int64)
-    state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
-    slot = tl.cast(first + n, tl.int64) * heads + head
-    states += slot * state_size
-    d_states += (tl.cast(first, tl.int64) * heads + head) * state_size
-    state_step = tl.cast(heads, tl.int64) * state_size
-    normalizer_step = tl.cast(heads, tl.int64) * KEY_WIDTH
-    acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if HAS_END:
-        base = d_end_memory + tl.cast(lane, tl.int64) * state_size
-        acc = load_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
     if NORMALIZED:
-        normalizers += slot * KEY_WIDTH
-        d_normalizers += (tl.cast(first, tl.int64) * heads + head) * KEY_WIDTH
-        factors += offset(row, length, begin, 1, head * QUERIES, total) * 2
-        d_z = tl.zeros([BLOCK_K], tl.float32)
-        if HAS_END_NORMALIZER:
-            base = d_end_normalizer + tl.cast(lane, tl.int64) * KEY_WIDTH
-            d_z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
+        factors += locate.offset(row, length, begin, 1, head * QUERIES, total) * 2
     if HAS_DECAY:
-        sums += offset(row, sums_batch, begin, sums_time, head, sums_head)
-        carried += offset(0, 0, first, 1, block * heads + head, chunks)
+        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
+        block = block_k * ((VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V) + block_v
+        carried += locate.offset(0, 0, first, 1, block * heads + head, chunks)
+    acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    d_z = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_END:
+        base = d_end_memory + lane * (KEY_WIDTH * VALUE_WIDTH)
+        acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+    if HAS_END_NORMALIZER:
+        d_z = tiles.load_vector(d_end_normalizer + lane * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
 
     count = tl.cdiv(tokens, CHUNK)
     for back in range(0, count):
         c = count - 1 - back
-        store_tile(
-            d_states + c * state_step, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
-            narrow(acc, PRECISION),
+        store_both(
+            d_states, d_normalizers, locate.slot_offset(first + c, head, heads, 1),
+            tiles.narrow(acc, PRECISION), d_z, columns_k, columns_v, block_v,
+            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
         )  # fmt: skip
-        if NORMALIZED and block % across == 0:
-            base = d_normalizers + c * normalizer_step
-            tl.store(base + columns_k, d_z, mask=columns_k < KEY_WIDTH)
         if HAS_DECAY:
-            after = load_tile(
-                states + (c + 1) * state_step,
-                VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
+            along = _along(
+                states, normalizers, locate.slot_offset(first + n + c + 1, head, heads, 1),
+                acc, d_z, columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
             )  # fmt: skip
-            along = tl.sum(after.to(tl.float32) * acc)
-            if NORMALIZED and block % across == 0:
-                base = normalizers + (c + 1) * normalizer_step
-                z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
-                along += tl.sum(z * d_z)
             tl.store(carried + c, along)
             sums_c = sums + c * CHUNK * tl.cast(sums_time, tl.int64)
             last = sums_c + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
@@ -127,14 +102,14 @@ def chunk_d_states(
         for t in range(0, CHUNK, TILE):
             at = c * CHUNK + t
             if HAS_DECAY:
-                high = tl.load(sums_c + (t + rows) * 2, mask=rows < tokens - at, other=0.0)
+                high = tiles.load_vector(sums_c + t * 2, 2, rows, tokens - at)
                 entering = tl.exp(high)
             for r in range(0, QUERIES):
-                q = load_tile(
+                q = tiles.load(
                     query + at * query_step + r * tl.cast(query_head, tl.int64),
                     query_time, rows, tokens - at, columns_k, KEY_WIDTH,
                 )  # fmt: skip
-                do = load_tile(
+                do = tiles.load(
                     d_output + at * d_step + r * tl.cast(d_head, tl.int64),
                     d_time, rows, tokens - at, columns_v, VALUE_WIDTH,
                 )  # fmt: skip
@@ -142,16 +117,30 @@ def chunk_d_states(
                     q = q * entering[:, None]
                 if NORMALIZED:
                     base = factors + (at + r * tl.cast(total, tl.int64)) * 2
-                    inverse, delta = load_pairs(base, rows, tokens - at)
+                    inverse, delta = tiles.load_pairs(base, rows, tokens - at)
                     q = q * inverse[:, None]
                     d_z += tl.sum(q.to(tl.float32) * delta[:, None], 0)
                 else:
                     q = q.to(tl.float32) * scale
-                acc = dot(tl.trans(q), do, acc, PRECISION)
+                acc = tiles.dot(tl.trans(q), do, acc, PRECISION)
 
     if HAS_INITIAL:
-        base = d_memory + tl.cast(lane, tl.int64) * state_size
-        store_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, acc)
-        if NORMALIZED and block % across == 0:
-            base = d_normalizer + tl.cast(lane, tl.int64) * KEY_WIDTH
-            tl.store(base + columns_k, d_z, mask=columns_k < KEY_WIDTH)
+        store_both(
+            d_memory, d_normalizer, lane, acc, d_z, columns_k, columns_v, block_v,
+            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _along(
+    states, normalizers, slot, d_state, d_normalizer, columns_k, columns_v, block_v,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, NORMALIZED: tl.constexpr,
+):  # fmt: skip
+    """<state, its gradient> of a block, with the normalizer's in the first block of V."""
+    base = states + slot * (KEY_WIDTH * VALUE_WIDTH)
+    s = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+    along = tl.sum(s.to(tl.float32) * d_state)
+    if NORMALIZED and block_v == 0:
+        z = tiles.load_vector(normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
+        along += tl.sum(z * d_normalizer)
+    return along

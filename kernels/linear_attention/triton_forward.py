@@ -8,16 +8,37 @@ each sequence has one slot more than chunks, for the state after it.
 import triton
 import triton.language as tl
 
-from supra.kernels.tiles import (
-    dot,
-    load_pairs,
-    load_tile,
-    narrow,
-    offset,
-    sequence,
-    sequence_of,
-    store_tile,
-)
+from supra.kernels import locate, tiles
+from supra.kernels.decay import difference, entering_decay, last_pair, leaving_decay
+
+
+@triton.jit
+def decayed(
+    scores, seen, own, sums, t, rows, left, OWN_LATER: tl.constexpr, HAS_DECAY: tl.constexpr
+):
+    """Scores with the decay between their tokens, zero where not `seen`.
+
+    own: pairs of sums at the tokens of the rows, which come after those of the columns, or before.
+    The columns are the tile from token t of the chunk on.
+    """
+    if HAS_DECAY:
+        logs = difference(own, tiles.load_pairs(sums + t * 2, rows, left - t))
+        logs = logs if OWN_LATER else -logs
+        return scores * tl.exp(tl.where(seen, logs, float("-inf")))
+    else:
+        return tl.where(seen, scores, 0.0)
+
+
+@triton.jit
+def store_both(
+    states, normalizers, slot, state, normalizer, columns_k, columns_v, block_v,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, NORMALIZED: tl.constexpr,
+):  # fmt: skip
+    """A block of a state in its slot, and of the normalizer, which the first block of V stores."""
+    base = states + slot * (KEY_WIDTH * VALUE_WIDTH)
+    tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, state)
+    if NORMALIZED and block_v == 0:
+        tiles.store_vector(normalizers + slot * KEY_WIDTH, columns_k, KEY_WIDTH, normalizer)
 
 
 @triton.jit
@@ -36,79 +57,63 @@ def chunk_states(
     grid: (N * Hs * blocks,). Keys are scaled by the decay to the end of their chunk, since they
     serve the state and the normalizer both.
     """
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    blocks: tl.constexpr = across * ((KEY_WIDTH + BLOCK_K - 1) // BLOCK_K)
-    lane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    n, head = lane // heads, lane % heads
-    columns_k = (block // across) * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns_v = (block % across) * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, block_k, block_v = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
+    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-
-    key += offset(row, key_batch, begin, key_time, head // STATES, key_head)
-    value += offset(row, value_batch, begin, value_time, head // STATES, value_head)
+    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    key += locate.offset(row, key_batch, begin, key_time, head // STATES, key_head)
+    value += locate.offset(row, value_batch, begin, value_time, head // STATES, value_head)
     key_step, value_step = tl.cast(key_time, tl.int64), tl.cast(value_time, tl.int64)
-    state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
-    slot = tl.cast(first + n, tl.int64) * heads + head
-    states += slot * state_size
-    state_step = tl.cast(heads, tl.int64) * state_size
-    normalizer_step = tl.cast(heads, tl.int64) * KEY_WIDTH
-    acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if HAS_INITIAL:
-        base = memory + tl.cast(lane, tl.int64) * state_size
-        acc = load_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
-    if NORMALIZED:
-        normalizers += slot * KEY_WIDTH
-        sum_k = tl.zeros([BLOCK_K], tl.float32)
-        if HAS_INITIAL:
-            base = normalizer + tl.cast(lane, tl.int64) * KEY_WIDTH
-            sum_k = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
     if HAS_DECAY:
-        sums += offset(row, sums_batch, begin, sums_time, head, sums_head)
+        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
+    acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    z = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_INITIAL:
+        base = memory + lane * (KEY_WIDTH * VALUE_WIDTH)
+        acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+        if NORMALIZED:
+            z = tiles.load_vector(normalizer + lane * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
 
-    for c in range(0, tl.cdiv(tokens, CHUNK)):
-        store_tile(
-            states + c * state_step, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
-            narrow(acc, PRECISION),
+    count = tl.cdiv(tokens, CHUNK)
+    for c in range(0, count):
+        store_both(
+            states, normalizers, locate.slot_offset(first + n + c, head, heads, 1),
+            tiles.narrow(acc, PRECISION), z, columns_k, columns_v, block_v,
+            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
         )  # fmt: skip
-        if NORMALIZED and block % across == 0:
-            base = normalizers + c * normalizer_step
-            tl.store(base + columns_k, sum_k, mask=columns_k < KEY_WIDTH)
         if HAS_DECAY:
             sums_c = sums + c * CHUNK * tl.cast(sums_time, tl.int64)
-            last = sums_c + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
-            whole_high, whole_low = tl.load(last), tl.load(last + 1)
-            whole = tl.exp(whole_high + whole_low)
+            last = last_pair(sums_c, tokens - c * CHUNK, CHUNK)
+            whole = entering_decay(last)
             acc *= whole
             if NORMALIZED:
-                sum_k *= whole
+                z *= whole
         for t in range(0, CHUNK, TILE):
             at = c * CHUNK + t
-            k = load_tile(key + at * key_step, key_time, rows, tokens - at, columns_k, KEY_WIDTH)
-            v = load_tile(
+            k = tiles.load(key + at * key_step, key_time, rows, tokens - at, columns_k, KEY_WIDTH)
+            v = tiles.load(
                 value + at * value_step, value_time, rows, tokens - at, columns_v, VALUE_WIDTH
             )
             if HAS_DECAY:
-                high, low = load_pairs(sums_c + t * 2, rows, tokens - at)
-                k = k * tl.exp((whole_high - high) + (whole_low - low))[:, None]
+                own = tiles.load_pairs(sums_c + t * 2, rows, tokens - at)
+                k = k * leaving_decay(own, last)[:, None]
             if NORMALIZED:
-                sum_k += tl.sum(k.to(tl.float32), 0)
-            acc = dot(tl.trans(k), v, acc, PRECISION)
+                z += tl.sum(k.to(tl.float32), 0)
+            acc = tiles.dot(tl.trans(k), v, acc, PRECISION)
 
-    c = tl.cdiv(tokens, CHUNK)
-    store_tile(
-        states + c * state_step, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH,
-        narrow(acc, PRECISION),
+    store_both(
+        states, normalizers, locate.slot_offset(first + n + count, head, heads, 1),
+        tiles.narrow(acc, PRECISION), z, columns_k, columns_v, block_v,
+        KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
     )  # fmt: skip
-    if NORMALIZED and block % across == 0:
-        base = normalizers + c * normalizer_step
-        tl.store(base + columns_k, sum_k, mask=columns_k < KEY_WIDTH)
     if HAS_END:
-        base = end_memory + tl.cast(lane, tl.int64) * state_size
-        store_tile(base, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, acc)
-        if NORMALIZED and block % across == 0:
-            base = end_normalizer + tl.cast(lane, tl.int64) * KEY_WIDTH
-            tl.store(base + columns_k, sum_k, mask=columns_k < KEY_WIDTH)
+        store_both(
+            end_memory, end_normalizer, lane, acc, z, columns_k, columns_v, block_v,
+            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -126,80 +131,74 @@ def chunk_output(
 
     grid: (chunks * CHUNK / TILE * blocks of V, Hq).
     """
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    tiles: tl.constexpr = CHUNK // TILE
-    tile, block, head = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
-    chunk, part = tile // tiles, tile % tiles
-    n = sequence_of(chunk, chunk_offsets, sequences, length, CHUNK, PACKED)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    chunk_at = (chunk - first) * CHUNK
-    left = tokens - chunk_at
-    if part * TILE >= left:
+    chunk, part, block, head, n, row, token, left = locate.tile(
+        cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, TILE, PACKED
+    )
+    at = part * TILE
+    if at >= left:
         return
     rows = tl.arange(0, TILE)
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     state_head = head // QUERIES
     kv_head = state_head // STATES
-    token = begin + chunk_at
-
-    query += offset(row, query_batch, token + part * TILE, query_time, head, query_head)
-    key += offset(row, key_batch, token, key_time, kv_head, key_head)
-    value += offset(row, value_batch, token, value_time, kv_head, value_head)
-    slot = tl.cast(chunk + n, tl.int64) * (heads // QUERIES) + state_head
-    states += slot * KEY_WIDTH * VALUE_WIDTH
-    acc = tl.zeros([TILE, BLOCK_V], tl.float32)
-    weight = tl.zeros([TILE], tl.float32)
-    for k0 in range(0, KEY_WIDTH, BLOCK_K):
-        columns_k = k0 + tl.arange(0, BLOCK_K)
-        q = load_tile(query, query_time, rows, left - part * TILE, columns_k, KEY_WIDTH)
-        s = load_tile(states, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH)
-        acc = dot(q, s, acc, PRECISION)
-        if NORMALIZED:
-            base = normalizers + slot * KEY_WIDTH
-            z = tl.load(base + columns_k, mask=columns_k < KEY_WIDTH, other=0.0)
-            weight += tl.sum(q.to(tl.float32) * z[None, :], 1)
+    query += locate.offset(row, query_batch, token + at, query_time, head, query_head)
+    key += locate.offset(row, key_batch, token, key_time, kv_head, key_head)
+    value += locate.offset(row, value_batch, token, value_time, kv_head, value_head)
+    slot = locate.slot_offset(chunk + n, state_head, heads // QUERIES, 1)
+    acc, weight = _read_state(
+        query, query_time, states, normalizers, slot, rows, left - at, columns_v,
+        KEY_WIDTH, VALUE_WIDTH, BLOCK_K, NORMALIZED, PRECISION,
+    )  # fmt: skip
+    own = 0.0
     if HAS_DECAY:
-        sums += offset(row, sums_batch, token, sums_time, state_head, sums_head)
-        base = sums + part * TILE * 2
-        high, low = load_pairs(base, rows, left - part * TILE)
-        entering = tl.exp(high + low)
+        sums += locate.offset(row, sums_batch, token, sums_time, state_head, sums_head)
+        own = tiles.load_pairs(sums + at * 2, rows, left - at)
+        entering = entering_decay(own)
         acc *= entering[:, None]
         weight *= entering
 
     for j in range(0, part + 1):
-        scores = tl.zeros([TILE, TILE], tl.float32)
-        for k0 in range(0, KEY_WIDTH, BLOCK_K):
-            columns_k = k0 + tl.arange(0, BLOCK_K)
-            q = load_tile(query, query_time, rows, left - part * TILE, columns_k, KEY_WIDTH)
-            k = load_tile(
-                key + j * TILE * key_time, key_time, rows, left - j * TILE, columns_k, KEY_WIDTH
-            )
-            scores = dot(q, tl.trans(k), scores, PRECISION)
-        past = (part * TILE + rows)[:, None] >= (j * TILE + rows)[None, :]
-        if HAS_DECAY:
-            base = sums + j * TILE * 2
-            high_j, low_j = load_pairs(base, rows, left - j * TILE)
-            logs = (high[:, None] - high_j[None, :]) + (low[:, None] - low_j[None, :])
-            scores *= tl.exp(tl.where(past, logs, float("-inf")))
-        else:
-            scores = tl.where(past, scores, 0.0)
+        t = j * TILE
+        scores = tiles.products(
+            query, query_time, left - at, key + t * key_time, key_time, left - t, rows,
+            KEY_WIDTH, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        past = (at + rows)[:, None] >= (t + rows)[None, :]
+        scores = decayed(scores, past, own, sums, t, rows, left, True, HAS_DECAY)
         weight += tl.sum(scores, 1)
-        v = load_tile(
-            value + j * TILE * value_time, value_time, rows, left - j * TILE, columns_v, VALUE_WIDTH
-        )
-        acc = dot(scores, v, acc, PRECISION)
+        v = tiles.load(value + t * value_time, value_time, rows, left - t, columns_v, VALUE_WIDTH)
+        acc = tiles.dot(scores, v, acc, PRECISION)
 
-    place = (row * tl.cast(length, tl.int64) + token + part * TILE) * heads + head
     if NORMALIZED:
         if block == 0:
-            tl.store(weights + place + rows * heads, weight, mask=rows < left - part * TILE)
+            base = weights + locate.dense_offset(row, token + at, length, head, heads, 1)
+            tl.store(base + rows * heads, weight, mask=rows < left - at)
         acc /= (weight + eps)[:, None]
     else:
         acc *= scale
-    store_tile(
-        output + place * VALUE_WIDTH, heads * VALUE_WIDTH, rows, left - part * TILE,
-        columns_v, VALUE_WIDTH, acc,
-    )  # fmt: skip
+    base = output + locate.dense_offset(row, token + at, length, head, heads, VALUE_WIDTH)
+    tiles.store(base, heads * VALUE_WIDTH, rows, left - at, columns_v, VALUE_WIDTH, acc)
+
+
+@triton.jit
+def _read_state(
+    query, query_time, states, normalizers, slot, rows, end, columns_v,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of queries with a state [rows, columns_v], and with its normalizer [rows]."""
+    acc = tl.zeros([rows.shape[0], columns_v.shape[0]], tl.float32)
+    weight = tl.zeros([rows.shape[0]], tl.float32)
+    states += slot * (KEY_WIDTH * VALUE_WIDTH)
+    for k0 in range(0, KEY_WIDTH, BLOCK_K):
+        columns_k = k0 + tl.arange(0, BLOCK_K)
+        q = tiles.load(query, query_time, rows, end, columns_k, KEY_WIDTH)
+        s = tiles.load_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+        acc = tiles.dot(q, s, acc, PRECISION)
+        if NORMALIZED:
+            z = tiles.load_vector(normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
+            weight += tl.sum(q.to(tl.float32) * z[None, :], 1)
+    return acc, weight
 
 
 @triton.jit
@@ -217,46 +216,42 @@ def recurrent_steps(
     grid: (N * Hs * blocks of V,). memory is updated in place: a program reads and writes its own
     block only. The normalizer, which all blocks of a head read, ends up in end_normalizer.
     """
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    lane, block = tl.program_id(0) // across, tl.program_id(0) % across
-    n, head = tl.cast(lane // heads, tl.int64), lane % heads
+    lane, n, head, _, block = locate.block_of_state(heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V)
     columns_k = tl.arange(0, BLOCK_K)
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    valid_k, valid_v = columns_k < KEY_WIDTH, columns_v < VALUE_WIDTH
-    query += offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
-    key += offset(n, key_batch, 0, key_time, head // STATES, key_head) + columns_k
-    value += offset(n, value_batch, 0, value_time, head // STATES, value_head) + columns_v
-    output += (n * length * heads + head) * QUERIES * VALUE_WIDTH + columns_v
-    place = tl.cast(lane, tl.int64) * KEY_WIDTH
-    s = load_tile(
-        memory + place * VALUE_WIDTH, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH
+    query += locate.offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
+    key += locate.offset(n, key_batch, 0, key_time, head // STATES, key_head) + columns_k
+    value += locate.offset(n, value_batch, 0, value_time, head // STATES, value_head) + columns_v
+    output += (
+        locate.dense_offset(n, 0, length, head * QUERIES, heads * QUERIES, VALUE_WIDTH) + columns_v
     )
+    memory += lane * (KEY_WIDTH * VALUE_WIDTH)
+    s = tiles.load_state(memory, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     if NORMALIZED:
-        z = tl.load(normalizer + place + columns_k, mask=valid_k, other=0.0)
+        z = tiles.load_vector(normalizer + lane * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
     for t in range(0, length):
-        k = tl.load(key + t * tl.cast(key_time, tl.int64), mask=valid_k, other=0.0).to(tl.float32)
-        v = tl.load(value + t * tl.cast(value_time, tl.int64), mask=valid_v, other=0.0)
+        k = tiles.load_token(key, key_time, t, columns_k, KEY_WIDTH)
+        v = tiles.load_token(value, value_time, t, columns_v, VALUE_WIDTH)
         if HAS_DECAY:
-            g = tl.load(log_decay + offset(n, decay_batch, t, decay_time, head, decay_head))
+            g = tl.load(log_decay + locate.offset(n, decay_batch, t, decay_time, head, decay_head))
             a = tl.exp(g.to(tl.float32))
             s *= a
             if NORMALIZED:
                 z *= a
-        s += k[:, None] * v.to(tl.float32)[None, :]
+        s += k[:, None] * v[None, :]
         if NORMALIZED:
             z += k
         for r in range(0, QUERIES):
-            place_q = offset(0, 0, t, query_time, r, query_head)
-            q = tl.load(query + place_q, mask=valid_k, other=0.0).to(tl.float32)
+            q = tiles.load_token(
+                query + r * tl.cast(query_head, tl.int64), query_time, t, columns_k, KEY_WIDTH
+            )
             out = tl.sum(q[:, None] * s, 0)
             if NORMALIZED:
                 out /= tl.sum(q * z, 0) + eps
             else:
                 out *= scale
-            place_o = (t * tl.cast(heads, tl.int64) * QUERIES + r) * VALUE_WIDTH
-            tl.store(output + place_o, out, mask=valid_v)
-    store_tile(
-        memory + place * VALUE_WIDTH, VALUE_WIDTH, columns_k, KEY_WIDTH, columns_v, VALUE_WIDTH, s
-    )  # fmt: skip
+            base = output + locate.dense_offset(0, t, length, r, heads * QUERIES, VALUE_WIDTH)
+            tl.store(base, out, mask=columns_v < VALUE_WIDTH)
+    tiles.store_state(memory, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s)
     if NORMALIZED and block == 0:
-        tl.store(end_normalizer + place + columns_k, z, mask=valid_k)
+        tiles.store_vector(end_normalizer + lane * KEY_WIDTH, columns_k, KEY_WIDTH, z)

@@ -7,8 +7,14 @@ chunk_convolve with the matrices transposed.
 import triton
 import triton.language as tl
 
-from supra.kernels.long_conv.triton_forward import load_modes, store_modes
-from supra.kernels.tiles import dot, load_tile, narrow, sequence, store_tile
+from supra.kernels import locate, tiles
+from supra.kernels.long_conv.triton_forward import (
+    block_of_lanes,
+    load_modes,
+    multiply,
+    multiply_add,
+    store_modes,
+)
 
 
 @triton.jit
@@ -25,71 +31,49 @@ def chunk_d_states(
     and d_early [N, lanes, MODES]. grid and all else: as for triton_forward.chunk_states.
     """
     n = tl.program_id(0)
-    _, _, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    at = tl.program_id(1) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    mode = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    left, head, heads = lanes - at, (at + lane) // COLUMNS, lanes // COLUMNS
+    _, _, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    lane, left, head, heads, mode, place, here = block_of_lanes(
+        n, slots, lanes, COLUMNS, MODES, BLOCK, BLOCK_M
+    )
     stride = slots * MODES
-    place = at * tl.cast(stride, tl.int64)
     steps += place
     states += place
     d_states += place
-    here = (n * tl.cast(lanes, tl.int64) + at) * MODES
     zero = tl.zeros([BLOCK, BLOCK_M // 2], tl.float64)
-    real = zero
-    imaginary = zero
+    d_z = (zero, zero)
     if HAS_END:
-        real, imaginary = load_modes(d_end + here, MODES, lane, left, mode, MODES)
-    a, b = load_modes(whole, MODES, head, heads, mode, MODES)
-    whole_real = zero
-    whole_imaginary = zero
+        d_z = load_modes(d_end + here, MODES, lane, left, mode, MODES)
+    power = conjugate(load_modes(whole, MODES, head, heads, mode, MODES))
+    d_power = (zero, zero)
     count = tl.cdiv(tokens, CHUNK)
     for back in range(1, count):
         slot = (first + count - back) * MODES
-        store_modes(
-            d_states + slot, stride, lane, left, mode, MODES,
-            narrow(real, PRECISION), narrow(imaginary, PRECISION),
-        )  # fmt: skip
-        s, t = load_modes(states + slot, stride, lane, left, mode, MODES)
-        whole_real += s * real + t * imaginary
-        whole_imaginary += s * imaginary - t * real
-        x, y = load_modes(steps + slot, stride, lane, left, mode, MODES)
-        x += a * real + b * imaginary
-        imaginary = y + a * imaginary - b * real
-        real = x
-    store_modes(
-        d_whole + here, MODES, lane, left, mode, MODES,
-        whole_real.to(tl.float32), whole_imaginary.to(tl.float32),
-    )  # fmt: skip
+        store_modes(d_states + slot, stride, lane, left, mode, MODES, d_z, PRECISION)
+        z = conjugate(load_modes(states + slot, stride, lane, left, mode, MODES))
+        d_power = multiply_add(z, d_z, d_power)
+        step = load_modes(steps + slot, stride, lane, left, mode, MODES)
+        d_z = multiply_add(power, d_z, step)
+    store_modes(d_whole + here, MODES, lane, left, mode, MODES, d_power, "float32")
     if count > 0:
-        store_modes(
-            d_states + first * MODES, stride, lane, left, mode, MODES,
-            narrow(real, PRECISION), narrow(imaginary, PRECISION),
-        )  # fmt: skip
+        slot = first * MODES
+        store_modes(d_states + slot, stride, lane, left, mode, MODES, d_z, PRECISION)
     if HAS_INITIAL:
         slot = (chunks + n) * MODES
-        kept = narrow(zero, PRECISION)
-        store_modes(d_states + slot, stride, lane, left, mode, MODES, kept, kept)
-        early_real = zero
-        early_imaginary = zero
+        store_modes(d_states + slot, stride, lane, left, mode, MODES, (zero, zero), PRECISION)
+        d_power = (zero, zero)
         if count > 0:
-            s, t = load_modes(states + slot, stride, lane, left, mode, MODES)
-            early_real = s * real + t * imaginary
-            early_imaginary = s * imaginary - t * real
-            a, b = load_modes(early + n * heads * MODES, MODES, head, heads, mode, MODES)
-            x, y = load_modes(steps + slot, stride, lane, left, mode, MODES)
-            x += a * real + b * imaginary
-            imaginary = y + a * imaginary - b * real
-            real = x
-        store_modes(
-            d_initial + here, MODES, lane, left, mode, MODES,
-            real.to(tl.float32), imaginary.to(tl.float32),
-        )  # fmt: skip
-        store_modes(
-            d_early + here, MODES, lane, left, mode, MODES,
-            early_real.to(tl.float32), early_imaginary.to(tl.float32),
-        )  # fmt: skip
+            z = conjugate(load_modes(states + slot, stride, lane, left, mode, MODES))
+            d_power = multiply(z, d_z)
+            power = load_modes(early + n * heads * MODES, MODES, head, heads, mode, MODES)
+            step = load_modes(steps + slot, stride, lane, left, mode, MODES)
+            d_z = multiply_add(conjugate(power), d_z, step)
+        store_modes(d_initial + here, MODES, lane, left, mode, MODES, d_z, "float32")
+        store_modes(d_early + here, MODES, lane, left, mode, MODES, d_power, "float32")
+
+
+@triton.jit
+def conjugate(z):
+    return z[0], -z[1]
 
 
 @triton.jit
@@ -116,8 +100,8 @@ def chunk_products(
     count = tl.cdiv(tl.cdiv(rows, BLOCK), parts)
     for i in range(0, count):
         at = (part * count + i) * BLOCK
-        x = load_tile(left + tl.cast(at, tl.int64) * LEFT, LEFT, line, rows - at, column, LEFT)
-        y = load_tile(right + tl.cast(at, tl.int64) * RIGHT, RIGHT, line, rows - at, other, RIGHT)
-        acc = dot(tl.trans(x), y, acc, PRECISION)
+        x = tiles.load(left + tl.cast(at, tl.int64) * LEFT, LEFT, line, rows - at, column, LEFT)
+        y = tiles.load(right + tl.cast(at, tl.int64) * RIGHT, RIGHT, line, rows - at, other, RIGHT)
+        acc = tiles.dot(tl.trans(x), y, acc, PRECISION)
     base = products + (part * tl.cast(heads, tl.int64) + head) * (LEFT * RIGHT)
-    store_tile(base, RIGHT, column, LEFT, other, RIGHT, acc)
+    tiles.store(base, RIGHT, column, LEFT, other, RIGHT, acc)

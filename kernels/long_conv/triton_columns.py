@@ -12,7 +12,7 @@ A tile is HEADS heads with BLOCK_K of their K and BLOCK_V of their V columns.
 import triton
 import triton.language as tl
 
-from supra.kernels.tiles import narrow, sequence, sequence_of
+from supra.kernels import locate, tiles
 
 
 @triton.jit
@@ -24,9 +24,9 @@ def slot_of(
 
     Places below zero and from the end on are empty.
     """
-    n = sequence_of(slot, chunk_offsets, sequences, length, CHUNK, PACKED)
+    n = locate.sequence_of(slot, chunk_offsets, sequences, length, CHUNK, PACKED)
     n = tl.where(slot < chunks, n, slot - chunks)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
     count = tl.cdiv(tokens, CHUNK)
     at = tokens - (count - slot + first) * CHUNK
     early = tokens - (count - 1) * CHUNK  # where the first chunk ends
@@ -95,7 +95,7 @@ def gather_columns(
         mask = present[:, None] & inside[None, :]
         y = tl.load(left + time[:, None] * left_time + column[None, :], mask=mask, other=0.0)
         x = x * y.to(tl.float32).reshape(CHUNK, HEADS, BLOCK_K, 1)
-    x = narrow(x.reshape(CHUNK, HEADS * BLOCK_K * BLOCK_V), PRECISION)
+    x = tiles.narrow(x.reshape(CHUNK, HEADS * BLOCK_K * BLOCK_V), PRECISION)
     line, there = lines(
         head, at_k, at_v, slots, heads, KEY_WIDTH, VALUE_WIDTH, HEADS, BLOCK_K, BLOCK_V
     )

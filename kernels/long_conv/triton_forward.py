@@ -7,7 +7,7 @@ MODES] with the real and the imaginary part of a mode side by side, MODES twice 
 import triton
 import triton.language as tl
 
-from supra.kernels.tiles import dot, load_tile, narrow, sequence, store_tile
+from supra.kernels import locate, tiles
 
 
 @triton.jit
@@ -26,10 +26,10 @@ def chunk_steps(
     line, time = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
     mode = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = head * tl.cast(rows, tl.int64) + at
-    u = load_tile(columns + place * CHUNK, CHUNK, line, rows - at, time, CHUNK)
-    w = load_tile(matrix + head * (CHUNK * MODES), MODES, time, CHUNK, mode, MODES)
-    found = dot(u, w, tl.zeros([BLOCK, BLOCK_M], tl.float32), PRECISION)
-    store_tile(steps + place * MODES, MODES, line, rows - at, mode, MODES, found)
+    u = tiles.load(columns + place * CHUNK, CHUNK, line, rows - at, time, CHUNK)
+    w = tiles.load(matrix + head * (CHUNK * MODES), MODES, time, CHUNK, mode, MODES)
+    found = tiles.dot(u, w, tl.zeros([BLOCK, BLOCK_M], tl.float32), PRECISION)
+    tiles.store(steps + place * MODES, MODES, line, rows - at, mode, MODES, found)
 
 
 @triton.jit
@@ -43,31 +43,63 @@ def chunk_convolve(
     at = tl.program_id(0) * BLOCK
     line, time = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
     place = head * tl.cast(rows, tl.int64) + at
-    u = load_tile(columns + place * CHUNK, CHUNK, line, rows - at, time, CHUNK)
-    t = load_tile(near + head * (CHUNK * CHUNK), CHUNK, time, CHUNK, time, CHUNK)
-    acc = dot(u, t, tl.zeros([BLOCK, CHUNK], tl.float32), PRECISION)
+    u = tiles.load(columns + place * CHUNK, CHUNK, line, rows - at, time, CHUNK)
+    t = tiles.load(near + head * (CHUNK * CHUNK), CHUNK, time, CHUNK, time, CHUNK)
+    acc = tiles.dot(u, t, tl.zeros([BLOCK, CHUNK], tl.float32), PRECISION)
     for m0 in range(0, MODES, BLOCK_M):
         mode = m0 + tl.arange(0, BLOCK_M)
-        x = load_tile(states + place * MODES, MODES, line, rows - at, mode, MODES)
-        r = load_tile(far + head * (MODES * CHUNK), CHUNK, mode, MODES, time, CHUNK)
-        acc = dot(x, r, acc, PRECISION)
-    store_tile(output + place * CHUNK, CHUNK, line, rows - at, time, CHUNK, narrow(acc, PRECISION))
+        x = tiles.load(states + place * MODES, MODES, line, rows - at, mode, MODES)
+        r = tiles.load(far + head * (MODES * CHUNK), CHUNK, mode, MODES, time, CHUNK)
+        acc = tiles.dot(x, r, acc, PRECISION)
+    tiles.store(
+        output + place * CHUNK, CHUNK, line, rows - at, time, CHUNK, tiles.narrow(acc, PRECISION)
+    )
 
 
 @triton.jit
 def load_modes(base, stride, lines, end, modes, MODES: tl.constexpr):
     """Two tiles [lines, modes / 2] in float64, of real and of imaginary parts, which alternate."""
-    mask = (lines < end)[:, None] & (modes < MODES)[None, :]
-    both = tl.load(base + lines[:, None] * stride + modes[None, :], mask=mask, other=0.0)
-    both = both.to(tl.float64).reshape(lines.shape[0], modes.shape[0] // 2, 2)
-    return tl.split(both)
+    both = tiles.load(base, stride, lines, end, modes, MODES).to(tl.float64)
+    return tl.split(both.reshape(lines.shape[0], modes.shape[0] // 2, 2))
 
 
 @triton.jit
-def store_modes(base, stride, lines, end, modes, MODES: tl.constexpr, real, imaginary):
-    mask = (lines < end)[:, None] & (modes < MODES)[None, :]
-    both = tl.join(real, imaginary).reshape(lines.shape[0], modes.shape[0])
-    tl.store(base + lines[:, None] * stride + modes[None, :], both, mask=mask)
+def store_modes(base, stride, lines, end, modes, MODES: tl.constexpr, z, PRECISION: tl.constexpr):
+    """Store z, the real and the imaginary parts, as narrow as tiles.narrow() makes them."""
+    both = tl.join(tiles.narrow(z[0], PRECISION), tiles.narrow(z[1], PRECISION))
+    both = both.reshape(lines.shape[0], modes.shape[0])
+    tiles.store(base, stride, lines, end, modes, MODES, both)
+
+
+@triton.jit
+def multiply(x, y):
+    """Products of complex numbers, each a real and an imaginary part."""
+    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+
+
+@triton.jit
+def multiply_add(x, y, z):
+    """x y + z"""
+    found = multiply(x, y)
+    return z[0] + found[0], z[1] + found[1]
+
+
+@triton.jit
+def block_of_lanes(
+    n, slots, lanes, COLUMNS: tl.constexpr, MODES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Where a program works in a grid (sequences, blocks of lanes, blocks of modes).
+
+    (lanes of the block, lanes from its first on, heads of these lanes, heads, modes, place of the
+    block in [lanes, slots, MODES], place in [sequences, lanes, MODES])
+    """
+    at = tl.program_id(1) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    mode = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = at * tl.cast(slots * MODES, tl.int64)
+    here = (n * tl.cast(lanes, tl.int64) + at) * MODES
+    return lane, lanes - at, (at + lane) // COLUMNS, lanes // COLUMNS, mode, place, here
 
 
 @triton.jit
@@ -85,50 +117,34 @@ def chunk_states(
     initial state is taken through; both float64. initial and end [N, lanes, MODES].
     """
     n = tl.program_id(0)
-    _, _, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    at = tl.program_id(1) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    mode = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    left, head, heads = lanes - at, (at + lane) // COLUMNS, lanes // COLUMNS
+    _, _, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    lane, left, head, heads, mode, place, here = block_of_lanes(
+        n, slots, lanes, COLUMNS, MODES, BLOCK, BLOCK_M
+    )
     stride = slots * MODES
-    place = at * tl.cast(stride, tl.int64)
     steps += place + first * MODES
     states += place
-    here = (n * tl.cast(lanes, tl.int64) + at) * MODES
     zero = tl.zeros([BLOCK, BLOCK_M // 2], tl.float64)
-    real = zero
-    imaginary = zero
+    z = (zero, zero)
     count = tl.cdiv(tokens, CHUNK)
     if HAS_INITIAL:
-        real, imaginary = load_modes(initial + here, MODES, lane, left, mode, MODES)
-        store_modes(
-            states + (chunks + n) * MODES, stride, lane, left, mode, MODES,
-            narrow(real, PRECISION), narrow(imaginary, PRECISION),
-        )  # fmt: skip
+        z = load_modes(initial + here, MODES, lane, left, mode, MODES)
+        slot = states + (chunks + n) * MODES
+        store_modes(slot, stride, lane, left, mode, MODES, z, PRECISION)
     states += first * MODES
     if count > 0:
-        kept = narrow(zero, PRECISION)
-        store_modes(states, stride, lane, left, mode, MODES, kept, kept)
-        x, y = load_modes(steps, stride, lane, left, mode, MODES)
+        store_modes(states, stride, lane, left, mode, MODES, (zero, zero), PRECISION)
+        step = load_modes(steps, stride, lane, left, mode, MODES)
         if HAS_INITIAL:
-            a, b = load_modes(early + n * heads * MODES, MODES, head, heads, mode, MODES)
-            x += a * real - b * imaginary
-            y += a * imaginary + b * real
-        real = x
-        imaginary = y
-    a, b = load_modes(whole, MODES, head, heads, mode, MODES)
+            power = load_modes(early + n * heads * MODES, MODES, head, heads, mode, MODES)
+            step = multiply_add(power, z, step)
+        z = step
+    power = load_modes(whole, MODES, head, heads, mode, MODES)
     for c in range(1, count):
-        store_modes(
-            states + c * MODES, stride, lane, left, mode, MODES,
-            narrow(real, PRECISION), narrow(imaginary, PRECISION),
-        )  # fmt: skip
-        x, y = load_modes(steps + c * MODES, stride, lane, left, mode, MODES)
-        x += a * real - b * imaginary
-        imaginary = y + a * imaginary + b * real
-        real = x
-    store_modes(
-        end + here, MODES, lane, left, mode, MODES, real.to(tl.float32), imaginary.to(tl.float32)
-    )
+        store_modes(states + c * MODES, stride, lane, left, mode, MODES, z, PRECISION)
+        step = load_modes(steps + c * MODES, stride, lane, left, mode, MODES)
+        z = multiply_add(power, z, step)
+    store_modes(end + here, MODES, lane, left, mode, MODES, z, "float32")
 
 
 @triton.jit

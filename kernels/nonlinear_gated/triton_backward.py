@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from supra.kernels import locate
 from supra.kernels.nonlinear_gated.triton_newton import (
     affine_scan,
     load_block,
@@ -10,7 +11,6 @@ from supra.kernels.nonlinear_gated.triton_newton import (
     solve,
     store_block,
 )
-from supra.kernels.tiles import offset, sequence
 
 
 @triton.jit
@@ -32,31 +32,31 @@ def chunk_gradients(
     d_query, d_key: [blocks of V, B, T, H, K], d_value: [blocks of K, B, T, H, V], d_log_decay:
     [blocks, B, T, H], d_weight: [N, H, K, V].
     """
-    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
-    blocks: tl.constexpr = across * ((KEY_WIDTH + BLOCK_K - 1) // BLOCK_K)
-    lane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    n, head = lane // heads, lane % heads
-    column_k, column_v = (block // across) * BLOCK_K, (block % across) * BLOCK_V
+    lane, n, head, block_k, block_v = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
+    column_k, column_v = block_k * BLOCK_K, block_v * BLOCK_V
     left_k, left_v = KEY_WIDTH - column_k, VALUE_WIDTH - column_v
     corner = column_k * VALUE_WIDTH + column_v  # of the block in a state
     times = tl.arange(0, CHUNK)
     rows = times[:, None, None]
-    row, begin, tokens, chunk = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    row, begin, tokens, chunk = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
 
-    query += offset(row, query_batch, begin, query_time, head, query_head) + column_k
-    key += offset(row, key_batch, begin, key_time, head, key_head) + column_k
-    value += offset(row, value_batch, begin, value_time, head, value_head) + column_v
-    log_decay += offset(row, decay_batch, begin, decay_time, head, decay_head)
-    d_output += offset(row, d_batch, begin, d_time, head, d_head) + column_v
-    place = (row * tl.cast(length, tl.int64) + begin) * heads + head
-    key_place = (block % across) * tl.cast(key_block, tl.int64) + place * KEY_WIDTH
+    query += locate.offset(row, query_batch, begin, query_time, head, query_head) + column_k
+    key += locate.offset(row, key_batch, begin, key_time, head, key_head) + column_k
+    value += locate.offset(row, value_batch, begin, value_time, head, value_head) + column_v
+    log_decay += locate.offset(row, decay_batch, begin, decay_time, head, decay_head)
+    d_output += locate.offset(row, d_batch, begin, d_time, head, d_head) + column_v
+    place = locate.dense_offset(row, begin, length, head, heads, 1)
+    key_place = block_v * tl.cast(key_block, tl.int64) + place * KEY_WIDTH
     d_query += key_place
     d_key += key_place
-    d_value += (block // across) * tl.cast(value_block, tl.int64) + place * VALUE_WIDTH
+    d_value += block_k * tl.cast(value_block, tl.int64) + place * VALUE_WIDTH
+    block = block_k * ((VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V) + block_v
     d_log_decay += block * tl.cast(decay_block, tl.int64) + place
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
-    states += (tl.cast(chunk, tl.int64) * heads + head) * state_size
-    own = tl.cast(lane, tl.int64) * state_size
+    states += locate.slot_offset(chunk, head, heads, state_size)
+    own = lane * state_size
     weight += head * state_size + corner
     a = load_block(weight, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)[None, :, :]
     da = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)

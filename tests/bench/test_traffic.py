@@ -7,13 +7,13 @@ import triton.language as tl
 
 from supra.bench import traffic
 from supra.bench.operations import OPERATIONS
-from supra.kernels.tiles import load_tile, store_tile
+from supra.kernels import tiles
 
 
 @triton.jit
 def copy(x, y, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     i, j = tl.arange(0, 16), tl.arange(0, 64)
-    store_tile(y, WIDTH, i, ROWS, j, WIDTH, load_tile(x, WIDTH, i, ROWS, j, WIDTH))
+    tiles.store(y, WIDTH, i, ROWS, j, WIDTH, tiles.load(x, WIDTH, i, ROWS, j, WIDTH))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

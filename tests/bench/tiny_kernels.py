@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 
 from supra.bench.compiled import Job, compile_launch
+from supra.kernels import tiles
 from supra.kernels.launch import Launch, Tiling
-from supra.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit
 def product(a, b, c, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.arange(0, SIZE)
-    x = load_tile(a, SIZE, i, SIZE, i, SIZE)
-    y = load_tile(b, SIZE, i, SIZE, i, SIZE)
-    store_tile(c, SIZE, i, SIZE, i, SIZE, tl.dot(x, y, input_precision=PRECISION))
+    x = tiles.load(a, SIZE, i, SIZE, i, SIZE)
+    y = tiles.load(b, SIZE, i, SIZE, i, SIZE)
+    tiles.store(c, SIZE, i, SIZE, i, SIZE, tl.dot(x, y, input_precision=PRECISION))
 
 
 @triton.jit
@@ -30,8 +30,8 @@ def scale_rows(x, factors, rows, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     for row in range(0, rows, SIZE):
         factor = tl.load(factors + row + i, mask=row + i < rows, other=0.0)
-        tile = load_tile(x + row * SIZE, SIZE, i, rows - row, i, SIZE)
-        store_tile(x + row * SIZE, SIZE, i, rows - row, i, SIZE, tile * factor[:, None])
+        tile = tiles.load(x + row * SIZE, SIZE, i, rows - row, i, SIZE)
+        tiles.store(x + row * SIZE, SIZE, i, rows - row, i, SIZE, tile * factor[:, None])
 
 
 @triton.jit

@@ -1,0 +1,102 @@
+"""Where a program of a Triton kernel works: its sequence, chunk, head and block, and their places.
+
+Legend: tensors are [B, T, H, D], and packed rows have all sequences in one row of the batch. A
+chunk is CHUNK tokens of one sequence; chunks are counted over all sequences. Token indices and
+places are int64 scalars, offsets inside a tile int32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_of_state(
+    heads, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(lane, sequence, head, block of K, block of V) in a grid (sequences * heads * blocks,).
+
+    A lane is one head of one sequence; states before and after a sequence are [lanes, K, V].
+    """
+    across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
+    blocks: tl.constexpr = across * ((KEY_WIDTH + BLOCK_K - 1) // BLOCK_K)
+    lane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    return tl.cast(lane, tl.int64), lane // heads, lane % heads, block // across, block % across
+
+
+@triton.jit
+def chunk(
+    cu_seqlens, chunk_offsets, sequences, length,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Where a program works in a grid (chunks * blocks of WIDTH columns, heads).
+
+    (chunk, block, head, sequence, row of the batch, first token of the chunk, tokens from there on)
+    No tokens are left for a chunk past the end of all sequences.
+    """
+    c, _, block, head, n, row, token, left = tile(
+        cu_seqlens, chunk_offsets, sequences, length, WIDTH, BLOCK, CHUNK, CHUNK, PACKED
+    )
+    return c, block, head, n, row, token, left
+
+
+@triton.jit
+def tile(
+    cu_seqlens, chunk_offsets, sequences, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The same in a grid (chunks * tiles of a chunk * blocks, heads): the tile comes second."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    tiles: tl.constexpr = CHUNK // TILE
+    at, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    c, part = at // tiles, at % tiles
+    n = sequence_of(c, chunk_offsets, sequences, length, CHUNK, PACKED)
+    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    at = (c - first) * CHUNK
+    return c, part, block, head, n, row, begin + at, tokens - at
+
+
+@triton.jit
+def sequence(n, cu_seqlens, chunk_offsets, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """(row of the batch, first token in that row, tokens, first chunk) of sequence n."""
+    if PACKED:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        tokens = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32)
+        return n * 0, begin, tokens, tl.load(chunk_offsets + n).to(tl.int32)
+    else:
+        return n, tl.cast(0, tl.int64), length, n * tl.cdiv(length, CHUNK)
+
+
+@triton.jit
+def sequence_of(chunk, chunk_offsets, sequences, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """The sequence that a chunk lies in; the last one for a chunk past the end of them all."""
+    if PACKED:
+        low = chunk * 0
+        high = low + sequences
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = tl.load(chunk_offsets + middle) <= chunk
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        return low
+    else:
+        return chunk // tl.cdiv(length, CHUNK)
+
+
+@triton.jit
+def offset(row, batch_stride, token, time_stride, head, head_stride):
+    """Place of a token of a head in a tensor [B, T, H, D] with any strides, int64."""
+    place = row * tl.cast(batch_stride, tl.int64) + token * tl.cast(time_stride, tl.int64)
+    return place + head * tl.cast(head_stride, tl.int64)
+
+
+@triton.jit
+def dense_offset(row, token, length, head, heads, WIDTH: tl.constexpr):
+    """Place of a token of a head in a contiguous tensor [B, length, heads, WIDTH], int64."""
+    return ((row * tl.cast(length, tl.int64) + token) * heads + head) * WIDTH
+
+
+@triton.jit
+def slot_offset(slot, head, heads, SIZE: tl.constexpr):
+    """Place of a head's state in a contiguous tensor [slots, heads, SIZE], int64."""
+    return (tl.cast(slot, tl.int64) * heads + head) * SIZE
