@@ -53,13 +53,6 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise UserError(f"unknown {name} {shown(value)}{hint} (known: {', '.join(choices)})")
 
 
-def check_flags(options: object, *names: str) -> None:
-    """Raise UserError for an attribute of `options` that is neither true nor false."""
-    for name in names:
-        if not isinstance(value := getattr(options, name), bool):
-            raise UserError(f"{name} (={shown(value)}) must be true or false")
-
-
 def check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
     """Raise UserError unless `value` is a whole number from `least` to `most` (None: LARGEST)."""
     whole = isinstance(value, int) and not isinstance(value, bool)

@@ -95,7 +95,7 @@ def convert(
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """`["decay=fixed", "scale=false"]` as a dict; values are read as YAML."""
-    from supra.uptrain.tree import parse_yaml
+    from supra.settings.yaml_text import parse_yaml
 
     options = {}
     for pair in pairs:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from supra.mixers import resolve_mixer
+from supra.errors import UserError
+from supra.mixers import MIXERS, resolve_mixer
 from supra.settings.yaml_text import parse_yaml
 
 
@@ -20,3 +21,11 @@ from supra.settings.yaml_text import parse_yaml
 def test_values_are_read_as_numbers_however_they_are_written(mixer, name, text, value):
     _, options = resolve_mixer(mixer, {name: parse_yaml(text, "text")})
     assert (options[name], type(options[name])) == (value, type(value))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_option_has_a_type(mixer):
+    for name, default in resolve_mixer(mixer)[1].items():
+        for value in ({}, [default], None, 1.5 if isinstance(default, bool | int) else True):
+            with pytest.raises(UserError, match=rf"{name} .*(must be|known: )"):
+                resolve_mixer(mixer, {name: value})
