@@ -1,5 +1,6 @@
 """`supra uptrain`, `python -m supra.uptrain` and `python recipes/uptrain.py`: one parser."""
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +34,14 @@ def recipes(incomplete: str) -> list[str]:
     return [name for name in shipped.names() if name.startswith(incomplete)]
 
 
+def show_schema(asked: bool) -> None:
+    if asked:
+        from supra.uptrain import schema
+
+        print(json.dumps(schema(), indent=1, ensure_ascii=False))
+        raise typer.Exit
+
+
 @app.command(
     cls=UptrainCommand,
     rich_help_panel=MODELS,
@@ -59,6 +68,15 @@ def uptrain(
         flag(
             "--accept-changed",
             "Continue a run even if its config, student, tokenizer, teacher or text has changed.",
+        ),
+    ] = False,
+    schema: Annotated[
+        bool,
+        flag(
+            "--schema",
+            "Print the JSON schema of the settings, for editors and other tools.",
+            callback=show_schema,
+            is_eager=True,
         ),
     ] = False,
 ) -> None:
