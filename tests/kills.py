@@ -41,7 +41,7 @@ AGAIN = 1 / 3  # of the kills hit the run after a kill
 PATIENCE = 120  # seconds for a run to end
 # exit codes of a killed command: of the signal, of a shell's convention, or 0 if it was done before
 ENDS = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (-15, 143, 130, 0), signal.SIGINT: (-2, 130, 0)}
-DONE = ("holds a finished run", "holds something already")  # the errors for a finished result
+DONE = ("holds a finished run", "is not empty")  # the errors for a finished result
 KEEP = 2
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints on the disk: opened without running their code, checked, and written whole."""
+"""Checkpoints on disk: opened without running their code, checked, and written completely."""

@@ -15,11 +15,17 @@ from supra.checkpoint.conversion_report import ConversionReport, describe_layers
 from supra.checkpoint.untrusted import belongs
 
 CARD = "README.md"
-CARD_BYTES = 2**20  # the largest cards on the hub have a third of that
+CARD_BYTES = 2**20  # three times the size of the largest cards on the hub
 TAGS = ["supra", "recurrent", "linear-attention"]
 TEXTS = ("license", "license_name", "license_link", "library_name", "pipeline_tag")
-LISTS = ("language", "tags", "datasets", "base_model", "metrics")  # of strings; or a single one
-# what the first lines of these licences say -> the hub's name for them
+LISTS = (
+    "language",
+    "tags",
+    "datasets",
+    "base_model",
+    "metrics",
+)  # a list of strings, or one string
+# a pattern in the first lines of a licence -> the hub's name of the licence
 LICENSES = {
     r"apache license\s+version 2\.0": "apache-2.0",
     r"mit license": "mit",
@@ -56,13 +62,13 @@ def write_card(
     """Write the card of a fresh conversion.
 
     Args:
-        folder: of the converted checkpoint.
-        report: of its conversion.
-        teacher_folder: where the teacher's own card and licence are looked for.
-        hub_id: of the teacher; None if it has none, for a card links to nothing else.
-        state: bytes that one sequence carries along: for good, and for every token more.
+        folder: the converted checkpoint.
+        report: the report of its conversion.
+        teacher_folder: the folder with the teacher's own card and licence.
+        hub_id: the teacher's hub id, which the card links to; None if it has none.
+        state: bytes of one sequence's state: a constant part, and the growth per token.
     """
-    name = Path(report.teacher).name  # where the user keeps it is nobody's business
+    name = Path(report.teacher).name  # the card is published, so it must not show the user's paths
     teacher = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{name}`"
     data = ModelCardData(
         base_model=hub_id,
@@ -74,12 +80,12 @@ def write_card(
     text = f"""
 # {name} as a recurrent network
 
-{teacher} (`{report.family}`) with other mixers in the place of softmax(QKᵀ)V, converted with supra
+{teacher} (`{report.family}`) with other mixers in place of softmax(QKᵀ)V, converted with supra
 ([Linearizing Large Language Models](https://arxiv.org/abs/2405.06640)): \
 {describe_layers(report.layers)}.
 
 {_options(report.options)}Parameters: {report.values("copied", "transformed"):,} inherited, \
-{report.values("new"):,} new. `conversion.json` says what became of every tensor.
+{report.values("new"):,} new. `conversion.json` lists what became of every tensor.
 
 {_state(*state)}
 
@@ -102,14 +108,14 @@ def update_card(
     results: Mapping[str, Mapping[str, float]],
     dataset: str | None = None,
 ) -> None:
-    """Write what uptraining did into the card in `folder`, in the place of what it said before.
+    """Replace the section on uptraining in the card of `folder`.
 
-    A folder without a card stays as it is: a student need not come from `supra convert`.
+    A folder without a card stays as it is, because a student need not come from `supra convert`.
 
     Args:
-        tokens: that the model was trained on.
-        results: a table; by row (a model, as "teacher") and column (a measure).
-        dataset: the hub's name of the training text; None for text that is not on the hub.
+        tokens: the number of tokens that the model was trained on.
+        results: a table, by row (a model, such as "teacher") and column (a measure).
+        dataset: the hub name of the training text; None for text that is not on the hub.
     """
     path = Path(folder) / CARD
     card = read_card(path)
@@ -131,10 +137,10 @@ def update_card(
 
 
 def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True) -> None:
-    """Put the card of the checkpoint `source`, a folder or a hub id, into `folder` too.
+    """Copy the card of the checkpoint `source`, a folder or a hub id, into `folder`.
 
-    The placeholder that transformers writes when it uploads gives way, but for its tags; a card
-    that supra wrote, and the user may have gone on writing, stays.
+    It replaces the placeholder that transformers writes for an upload, but keeps the placeholder's
+    tags. A card that supra wrote stays, because the user may have edited it.
     """
     target = Path(folder) / CARD
     placeholder = read_card(target)
@@ -142,7 +148,7 @@ def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True
     if "supra" in tags:
         return
     found = None
-    with suppress(OSError):  # `source` may be neither a folder nor a name on the hub
+    with suppress(OSError):  # `source` may be neither a folder nor a hub id
         found = source and cached_file(
             source,
             CARD,
@@ -158,9 +164,10 @@ def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True
 
 
 def read_card(path: Path) -> ModelCard | None:
-    """The card in a file; None if there is none or it cannot be read.
+    """The card in a file; None if it is missing or cannot be read.
 
-    A bad card must not stop a model: what the hub would not accept is left out with a message.
+    A bad card must not stop a conversion: fields that the hub would refuse are left out, with a
+    message.
     """
     if not path.exists():
         return None
@@ -175,18 +182,18 @@ def read_card(path: Path) -> ModelCard | None:
         fields = (yaml.safe_load(match[2]) if match else None) or {}
         kept = {name: x for name, x in fields.items() if _fits(name, x)}
         if lost := [str(name) for name in fields if name not in kept]:
-            tqdm.write(f"{path.name} is taken without its {', '.join(lost)}: not valid on the hub")
+            tqdm.write(f"{path.name} is used without its {', '.join(lost)}: not valid on the hub")
             text = f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n{body}"
         card = ModelCard(text, ignore_metadata_errors=True)
-        card.data.to_yaml()  # raises here for what could not be written later
+        card.data.to_yaml()  # raises here for fields that could not be written later
         return card
     except Exception as error:  # PyYAML and the hub's library raise a dozen kinds
-        tqdm.write(f"{path.name} is taken without its front matter: {_one_line(error)}")
+        tqdm.write(f"{path.name} is used without its front matter: {_one_line(error)}")
         return _card(ModelCardData(), body)
 
 
 def teacher_metadata(folder: Path) -> dict[str, str | list[str]]:
-    """Licence and languages, for the front matter: out of a card, or out of a licence's text."""
+    """Licence and languages for the front matter, from the card or from the licence file."""
     found = {}
     if card := read_card(folder / CARD):
         names = ("license", "license_name", "license_link", "language")
@@ -197,7 +204,7 @@ def teacher_metadata(folder: Path) -> dict[str, str | list[str]]:
     try:
         with files[0].open("rb") as file:
             head = file.read(500).decode(errors="replace").strip()
-    except PermissionError:  # it is not copied either, and a line says so
+    except PermissionError:  # copying reports it
         return found
     for pattern, name in LICENSES.items():
         if re.search(pattern, head, re.IGNORECASE):
@@ -210,7 +217,7 @@ def _card_text(path: Path) -> str:
     if not belongs(path, path.parent):
         raise ValueError("it is a link that leads out of the folder")
     if not path.is_file():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     with path.open("rb") as file:
         data = file.read(CARD_BYTES + 1)
     if len(data) > CARD_BYTES:
@@ -246,10 +253,10 @@ def _options(options: Mapping[str, Mapping]) -> str:
 
 def _state(constant: int, growth: int) -> str:
     if not growth:
-        return f"A sequence carries {constant:,} bytes along, however long it is."
+        return f"The state of a sequence has {constant:,} bytes, however long the sequence is."
     return (
-        f"A sequence carries {constant:,} bytes along, and {growth:,} more for every token, which "
-        "the layers with softmax attention keep, within their window if they have one."
+        f"The state of a sequence has {constant:,} bytes, and {growth:,} more for every token: the "
+        "layers with softmax attention keep all tokens, or those within their window."
     )
 
 

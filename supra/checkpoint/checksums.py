@@ -1,4 +1,4 @@
-"""A checksum of every tensor that was written, in conversion.json: `supra inspect --verify`."""
+"""Checksums of the tensors that were written, in conversion.json; `supra inspect --verify`."""
 
 import json
 import zlib
@@ -14,17 +14,17 @@ from supra.errors import UserError
 
 
 def checksum(tensor: Tensor) -> str:
-    """CRC-32 of dtype, shape and bytes: it finds damage, but does not stop deliberate changes."""
+    """CRC-32 of dtype, shape and bytes. It finds damage, but does not stop deliberate changes."""
     start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
     data = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return f"{zlib.crc32(data, start):08x}"
 
 
 def record_checksums(folder: Path) -> list[str]:
-    """Write the checksums of the tensors in `folder` into its conversion.json, if it has one. Any
-    checksums already in the file are those of the folder it was copied from.
+    """Write the checksums of the tensors in `folder` into its conversion.json, if it has one.
 
-    Returns a line if the file is damaged; it is then replaced by one that holds checksums alone.
+    They replace the checksums of the folder that the file was copied from. Returns a message if the
+    file is damaged; it is then replaced by one with checksums only.
     """
     if not (folder / REPORT).is_file():
         return []
@@ -32,7 +32,7 @@ def record_checksums(folder: Path) -> list[str]:
     try:
         report = read_fields(folder / REPORT)
     except UserError as error:  # a damaged report must not cost a trained model
-        lines = [f"{error}; the copy says nothing of the conversion"]
+        lines = [f"{error}; the copy has checksums only, without the report of the conversion"]
     report["checksums"] = _of_folder(folder)
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return lines
@@ -48,16 +48,16 @@ def verify(folder: Path) -> int:
         expected = read_fields(folder / REPORT).get("checksums")
     if not isinstance(expected, dict) or not expected:
         raise UserError(
-            f"--verify: {folder.name} has no checksums in {REPORT}, which `supra convert` and "
-            "`supra uptrain` write today: convert the model again to have them"
+            f"--verify: {folder.name} has no checksums in {REPORT}: convert the model again with "
+            "this version of supra, which writes them"
         )
     found = _of_folder(folder)
     changed = sorted(name for name in expected if found.get(name) != expected[name])
     changed += sorted(found.keys() - expected.keys())
     if changed:
         raise UserError(
-            f"{len(changed)} of {len(expected)} tensors of {folder.name} are not what was written, "
-            f"first {changed[0]}: copy or convert the model again"
+            f"{len(changed)} of {len(expected)} tensors of {folder.name} changed since they were "
+            f"written, first {changed[0]}: copy or convert the model again"
         )
     return len(expected)
 

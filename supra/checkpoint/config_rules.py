@@ -1,7 +1,7 @@
-"""Checks of config.json before a model is built from it. Each error names the field.
+"""Checks config.json before a model is built from it. Each error names the field.
 
-transformers checks the types of fields. Other mistakes would surface as arbitrary errors in a
-family's own code, or give a model that computes nonsense.
+transformers checks the types of fields. Other mistakes would cause arbitrary errors in a family's
+own code, or give a model that computes nonsense.
 """
 
 import math
@@ -24,13 +24,13 @@ from supra.mixers import resolve_mixer
 
 CONFIG = "config.json"
 LAYERS = 1024  # building a layer takes milliseconds; the deepest trained models had 1,000
-# by the names that all families understand
+# the names that all families understand
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# endings of fields' names
+# endings of field names
 SIZES = ("_size", "_dim", "_rank", "_heads", "_experts", "_window")
 DIVISORS = (
     "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "_sparse_step",
@@ -42,7 +42,7 @@ def check_fields(given: dict[str, Any]) -> None:
     """Raise UserError for fields that transformers would not understand."""
     kind = given.get("model_type")
     if kind is not None and not isinstance(kind, str):
-        raise UserError(f"{CONFIG}: model_type (={kind!r}) must be a string, as 'llama'")
+        raise UserError(f"{CONFIG}: model_type (={kind!r}) must be a string, such as 'llama'")
     for name in ("dtype", "torch_dtype"):
         _check_dtype(name, given.get(name))
     if not isinstance(given.get("quantization_config"), dict | None):
@@ -62,13 +62,13 @@ def check_plan(given: dict[str, Any], format_version: int) -> None:
     version = (plan or {}).get("format_version")
     if version != format_version or isinstance(version, bool):
         raise UserError(
-            f"this checkpoint has supra format_version {version!r}, "
-            f"this version of supra reads {format_version}: update supra, or convert again"
+            f"this checkpoint has supra format_version {version!r}, but this version of supra "
+            f"reads {format_version}: update supra, or convert the model again"
         )
     family = given.get("base_model_type")
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
-            f"config.json: base_model_type (={family!r}) has no language model: {again}"
+            f"config.json: base_model_type (={family!r}) is not a causal language model: {again}"
         )
     layers, options = plan.get("layers"), plan.get("options")
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
@@ -77,17 +77,17 @@ def check_plan(given: dict[str, Any], format_version: int) -> None:
         )
     if not isinstance(options, dict) or not all(isinstance(x, dict) for x in options.values()):
         raise UserError(
-            f"config.json: supra.options (={options!r}) must have options by mixer: {again}"
+            f"config.json: supra.options (={options!r}) must map mixers to their options: {again}"
         )
     for name in dict.fromkeys(layers):
         _, resolved = resolve_mixer(name, options.get(name))
         if resolved and name not in options:
-            raise UserError(f"config.json: supra.options has none of mixer {name!r}: {again}")
+            raise UserError(f"config.json: supra.options has no entry for {name!r}: {again}")
 
 
 def check_generation_config(folder: Path) -> None:
-    """Raise UserError when generation_config.json is not a JSON object, or a token id in it is not
-    an integer."""
+    """Raise UserError unless generation_config.json is a JSON object whose token ids are
+    integers."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return
@@ -100,16 +100,16 @@ def check_generation_config(folder: Path) -> None:
 def check_config(config: PreTrainedConfig) -> None:
     """Raise UserError for values that make no sense, in the part of a model that reads text.
 
-    check_fields has already checked those of a file, because the config's own code may fail on
-    them. This also covers values from a GGUF file, under older names, or from defaults.
+    check_fields has already checked the fields of a file, because the config's own code may fail on
+    them. This also covers fields from a GGUF file, fields under older names, and defaults.
     """
     config = config.get_text_config(decoder=True)
     _check_values(config.to_dict(), type(config))
 
 
 def _check_dtype(name: str, value: Any) -> None:
-    """Raise UserError unless this is a dtype of weights; a composite model has a mapping of them,
-    which passes."""
+    """Raise UserError unless this is a dtype for weights. The mapping of a composite model
+    passes."""
     if value is None or isinstance(value, dict):
         return
     found = getattr(torch, str(value).removeprefix("torch."), None)
@@ -118,7 +118,7 @@ def _check_dtype(name: str, value: Any) -> None:
 
 
 def _check_values(given: dict[str, Any], family: type[PreTrainedConfig]) -> None:
-    """Check counts, activations and positions. Lists (a value per layer) and null (derived from
+    """Check counts, activations and positions. Lists (one value per layer) and null (derived from
     other fields) pass."""
 
     def field(name: str) -> tuple[str, Any]:
@@ -126,10 +126,10 @@ def _check_values(given: dict[str, Any], family: type[PreTrainedConfig]) -> None
         name = family.attribute_map.get(name, name)
         return f"{CONFIG}: {name}", given.get(name)
 
-    for name, most in [*((name, None) for name in COUNTS), ("num_hidden_layers", LAYERS)]:
+    for name, maximum in [*((name, None) for name in COUNTS), ("num_hidden_layers", LAYERS)]:
         name, value = field(name)
         if not isinstance(value, list | dict | None):
-            check_whole(name, value, 1, most)
+            check_whole(name, value, 1, maximum)
     for name in ACTIVATIONS:
         name, value = field(name)
         if isinstance(value, str):
@@ -157,8 +157,8 @@ def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
 
 
 def _check_numbers(given: dict[str, Any], known: Collection[str]) -> None:
-    """Check numbers by the endings of their names: sizes, where 0 leaves a part out, and
-    constants, because wrong ones turn every output into NaN."""
+    """Check numbers by the endings of their names: sizes, where 0 leaves a part out, and constants
+    that would turn every output into NaN."""
     for name, value in given.items():
         if name not in known or not _is_number(value):
             continue
@@ -174,7 +174,7 @@ def _check_numbers(given: dict[str, Any], known: Collection[str]) -> None:
 
 
 def _check_rope(rope: Any) -> None:
-    """Rotary positions: one mapping for all layers, or one for each kind of layer."""
+    """Check rotary positions: one mapping for all layers, or one for each kind of layer."""
     if not isinstance(rope, dict):
         return
     for value in rope.values():
@@ -192,22 +192,22 @@ def _is_number(value: Any) -> bool:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The language model without memory: names and shapes of its tensors."""
+    """The language model on the meta device: names and shapes of its tensors, without memory."""
     with torch.device("meta"), making_model(config):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 @contextmanager
 def making_model(config: PreTrainedConfig) -> Iterator[None]:
-    """Turn what a family's code raises for a config into a UserError."""
-    with foreign_errors(f"{CONFIG} makes no model"), padding_errors(config):
+    """Turn the errors of a family's code for a config into a UserError."""
+    with foreign_errors(f"{CONFIG} does not describe a model"), padding_errors(config):
         yield
 
 
 @contextmanager
 def padding_errors(config: PreTrainedConfig | None) -> Iterator[None]:
-    """Name the field when torch's embedding asserts that a padding token is out of range. Only some
-    families pass it there."""
+    """Name the field when torch's embedding refuses a padding token that is out of range. Only some
+    families pass the padding token to it."""
     try:
         yield
     except AssertionError:

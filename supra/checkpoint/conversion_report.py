@@ -1,4 +1,4 @@
-"""The conversion report: what became of every tensor, as a file and as a few lines."""
+"""The conversion report: what became of every tensor, as a file and in a few lines."""
 
 import json
 import math
@@ -31,23 +31,23 @@ class TensorFate:
 
 @dataclass
 class ConversionReport:
-    """All that a conversion did, and the command that does it again."""
+    """Everything that a conversion did, and the command that repeats it."""
 
     teacher: str
     family: str
     layers: list[str]
     options: dict[str, dict]
     command: str
-    # nats a token that converting the layer alone costs; empty where the choice was not `auto`
+    # cost of converting each layer alone, in nats per token; empty unless the choice was `auto`
     layer_costs: list[float] = field(default_factory=list)
     tensors: list[TensorFate] = field(default_factory=list)
-    checksums: dict[str, str] = field(default_factory=dict)  # of what was written, by name
+    checksums: dict[str, str] = field(default_factory=dict)  # of the written tensors, by name
 
     def write(self, folder: Path) -> None:
         (folder / REPORT).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     def values(self, *fates: str) -> int:
-        """How many numbers are in the tensors of these fates."""
+        """The number of values in all tensors with one of these fates."""
         return sum(math.prod(x.shape) for x in self.tensors if x.fate in fates)
 
     def lines(self) -> list[str]:
@@ -57,7 +57,7 @@ class ConversionReport:
             if options:
                 lines.append(f"{name}: " + ", ".join(f"{k}={v}" for k, v in options.items()))
         if self.layer_costs:
-            lines.append(" layer   nats a token")
+            lines.append(" layer nats per token")
             for layer, (cost, name) in enumerate(zip(self.layer_costs, self.layers, strict=True)):
                 lines.append(f"{layer:6d} {cost:14.6f}  {'kept' if name == 'softmax' else name}")
         for fate in ("copied", "transformed", "new", "dropped"):
@@ -70,7 +70,7 @@ class ConversionReport:
 
 
 def describe_layers(layers: list[str]) -> str:
-    """Runs of equal layers in words: `layers 0-2 supra, layer 3 softmax`."""
+    """The layers in words: `layers 0-2 supra, layer 3 softmax`."""
     parts = []
     for name, run in groupby(enumerate(layers), key=lambda pair: pair[1]):
         at = [index for index, _ in run]

@@ -1,4 +1,7 @@
-"""Folders that are complete or not there: write beside, fsync, rename. One writer at a time."""
+"""Folders appear complete or not at all: written under another name, synced, then renamed.
+
+Only one process writes a folder at a time.
+"""
 
 import errno
 import hashlib
@@ -17,8 +20,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-SAMPLES, SAMPLE_BYTES = 16, 2**16  # of a fingerprint
-# In torch's message for any file that it cannot write; it does not pass on the system's reason
+SAMPLES, SAMPLE_BYTES = 16, 2**16  # a fingerprint reads this many samples of this size
+# These names occur in torch's message for any file that it cannot write. It hides the system's
+# reason.
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
 
@@ -28,7 +32,7 @@ def check_vacant(folder: Path, argument: str = "out") -> None:
         raise UserError(f"{argument} (={folder}) is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"{argument} (={folder}) holds something already: name a new folder, or empty this one"
+            f"{argument} (={folder}) is not empty: name a new folder, or empty this one"
         )
 
 
@@ -45,9 +49,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder` to write in; it takes its name when all went well.
+    """Yield a folder beside `folder` to write in, and rename it to `folder` after success.
 
-    On any error it is removed. What a killed process left behind is removed by the next one.
+    On any error it is removed. The remains of a killed process are removed by the next process.
     Raises UserError while another process writes the same folder.
     """
     folder = folder.absolute()
@@ -82,11 +86,12 @@ def locked(folder: Path, written: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def held(path: Path, written: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder. While it is held, another process that asks for it gets a
-    UserError: another process is writing to `written`.
+    """Hold the lock of a file or folder. Meanwhile, any other process that asks for this lock gets
+    a UserError, which says that another process is writing to `written`.
 
-    It is the system's lock on the path itself: it leaves no file behind and ends with its process,
-    even if that is killed. Without such locks (Windows, some network disks) nothing is held.
+    This is the system's lock on the path itself. It leaves no file behind, and it ends with its
+    process, even if the process is killed. Without such locks (Windows, some network disks),
+    nothing is locked.
     """
     if fcntl is None:
         yield
@@ -133,7 +138,7 @@ def _empty(folder: Path) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn what safetensors and torch raise for a full disk into an OSError."""
+    """Turn the errors of safetensors and torch for a full disk into an OSError."""
     try:
         yield
     except (OSError, UserError):
@@ -142,14 +147,14 @@ def disk_errors() -> Iterator[None]:
         if number := re.search(r"(?:os error|\[Errno) (\d+)", str(error)):
             code, reason = int(number[1]), os.strerror(int(number[1]))
         elif any(name in str(error) for name in _TORCH_WRITER):
-            code, reason = errno.EIO, "a file cannot be written whole: the disk may be full"
+            code, reason = errno.EIO, "a file cannot be written completely: the disk may be full"
         else:
             raise
         raise OSError(code, reason) from error
 
 
 def fingerprint(files: Iterable[str | Path]) -> str:
-    """A digest of files by name, size and samples (64 KB at 16 places), which takes no time.
+    """A fast digest of files: names, sizes and samples (64 KB at 16 positions of each file).
     Training a model or rewriting a text changes every sample."""
     digest = hashlib.sha256()
     for path in map(Path, files):
@@ -165,10 +170,10 @@ def fingerprint(files: Iterable[str | Path]) -> str:
 def follow_umask(path: Path) -> None:
     """Give tensor files, one or all in a folder, the permissions of other new files: safetensors
     makes them readable by the owner only."""
-    mask = os.umask(0o077)  # it cannot be read without setting it
+    mask = os.umask(0o077)  # the only way to read it is to set it
     os.umask(mask)
     for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
-        with suppress(PermissionError):  # some file systems have no modes
+        with suppress(PermissionError):  # some file systems have no permissions
             file.chmod(0o666 & ~mask)
 
 
@@ -182,7 +187,7 @@ def fsync(path: Path) -> None:
 
 
 def replace_between(page: Path, name: str, text: str) -> None:
-    """Put text where a page has some between `<!-- name -->` and `<!-- end of name -->`."""
+    """Replace the text of a page between `<!-- name -->` and `<!-- end of name -->`."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
     page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")

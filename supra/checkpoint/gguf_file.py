@@ -14,8 +14,8 @@ class GgufFile:
     """Caches what was read from a file.
 
     transformers makes a new `gguf.GGUFReader` for the config, for the tokenizer and for the
-    weights. Each takes time with the size of the vocabulary: 13 s and 700 MB for the 262,144 tokens
-    of Gemma 3, whose weights are unpacked in 3 s.
+    weights. Its cost grows with the vocabulary: the 262,144 tokens of Gemma 3 take 13 s and 700 MB
+    each time, while unpacking the weights takes 3 s.
     """
 
     def __init__(self, path: Path):
@@ -24,14 +24,14 @@ class GgufFile:
         self._kept: dict[Callable, Any] = {}
 
     def kept(self, key: Callable, read: Callable[[], Any]) -> Any:
-        """A copy of what `read` returned at the first call with this key."""
+        """A copy of the value that `read` returned at the first call with this key."""
         if key not in self._kept:
             self._kept[key] = read()
         return copy.deepcopy(self._kept[key])
 
     @contextmanager
     def parsed(self) -> Iterator[None]:
-        """Inside, `gguf.GGUFReader` of this file returns the one that was made before."""
+        """Inside, `gguf.GGUFReader` returns the same reader each time it opens this file."""
         try:
             import gguf
         except ImportError:

@@ -1,4 +1,4 @@
-"""JSON files: objects are read with checks, and NaN and infinity are never written."""
+"""JSON: objects are read with checks, and NaN and infinity are never written."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def read_fields(file: Path) -> dict[str, Any]:
         raise UserError(f"{file.name} is damaged ({error}): download it again") from error
     if not isinstance(found, dict):
         raise UserError(
-            f"{file.name} is no JSON object but {type(found).__name__}: download it again"
+            f"{file.name} is not a JSON object but {type(found).__name__}: download it again"
         )
     return found
 

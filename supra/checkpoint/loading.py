@@ -1,4 +1,4 @@
-"""A model in memory whose weights, and later outputs, are checked to be finite."""
+"""Loads a model and checks that its weights, and later its outputs, are finite."""
 
 from functools import partial
 
@@ -14,16 +14,16 @@ from supra.errors import UserError
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype | None, may_overflow: bool = False
 ) -> PreTrainedModel:
-    """On the GPU where there is one.
+    """Load a model, onto the GPU if there is one.
 
-    Raises UserError for weights that are not finite. Unless it `may_overflow`, so does any later
-    call whose logits are not finite.
+    Raises UserError for weights that are not finite. Unless `may_overflow` is true, any later call
+    of the model raises it for logits that are not finite.
     """
     model = checkpoint.model(dtype)
     if name := first_not_finite(model):
         raise UserError(
-            f"model {checkpoint.name!r} gives no numbers: its tensor {name} holds NaN or infinity; "
-            "take another copy or checkpoint of it"
+            f"model {checkpoint.name!r} cannot be evaluated: its tensor {name} holds NaN or "
+            "infinity; download it again, or use an earlier checkpoint"
         )
     if not may_overflow:
         model.get_output_embeddings().register_forward_hook(partial(_check_logits, model))
@@ -39,6 +39,6 @@ def overflow(model: PreTrainedModel) -> UserError:
     """The error for a model whose weights are finite but whose outputs are not."""
     dtype = str(model.dtype).removeprefix("torch.")
     return UserError(
-        f"model {model.name_or_path!r} gives no numbers: its outputs overflow in {dtype}, though "
-        "its weights are finite; give --dtype float32, or take an earlier checkpoint"
+        f"model {model.name_or_path!r} cannot be evaluated: its outputs overflow in {dtype}, "
+        "though its weights are finite; give --dtype float32, or use an earlier checkpoint"
     )

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies and how it is opened: a local folder, a GGUF file, or a hub id."""
+"""Finds and opens a checkpoint: a local folder, a GGUF file, or a hub id."""
 
 import copy
 import logging
@@ -37,13 +37,13 @@ from supra.errors import UserError, check_choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
-# copies of the same weights in other layouts, which some repositories keep beside the shards
+# copies of the same weights in other formats, which some repositories also hold
 OTHER_FILES = ["consolidated*", "*/*"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this disk; of a hub id, weights come when they are asked for.
+    """A checkpoint on this disk. The weights of a hub id are downloaded when they are needed.
 
     `name` is what the user typed.
     """
@@ -56,8 +56,8 @@ class Checkpoint:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of every `from_pretrained` that opens it. Code of a checkpoint never runs, and
-        there is no prompt that offers to run it."""
+        """The arguments for every `from_pretrained` that opens it. The checkpoint's code never
+        runs, and no prompt offers to run it."""
         arguments = {
             "pretrained_model_name_or_path": str(self.folder),
             "trust_remote_code": False,
@@ -67,16 +67,15 @@ class Checkpoint:
         return arguments
 
     def fingerprint(self) -> str:
-        """A fingerprint of config and weights: for local files their sizes and samples, for the
-        hub the commit, so that nothing is downloaded.
-        """
+        """A fingerprint of config and weights: sizes and samples of local files, or the commit of a
+        hub id, so that nothing is downloaded."""
         if self.hub_id is not None:
-            return f"{self.hub_id}@{self.folder.name}"  # a snapshot's folder has the commit's name
+            return f"{self.hub_id}@{self.folder.name}"  # a snapshot's folder is named by its commit
         names = [self.gguf_file] if self.gguf_file else ["config.json", "*.safetensors"]
         return fingerprint(self._files(names))
 
     def tokenizer_fingerprint(self) -> str:
-        """The same of the tokenizer's files; for a GGUF file, that of the whole file."""
+        """A fingerprint of the tokenizer's files; for a GGUF file, of the whole file."""
         if self.hub_id is not None or self.gguf_file is not None:
             return self.fingerprint()
         return fingerprint(self._files(TOKENIZER_FILES))
@@ -96,13 +95,13 @@ class Checkpoint:
             check_safetensors(self.folder)
 
     def config(self) -> PreTrainedConfig:
-        """Raises UserError for values that make no sense: see supra/checkpoint/config_rules.py."""
+        """The config. Raises UserError for values that make no sense: see `config_rules`."""
         return self._small(AutoConfig.from_pretrained)
 
     def tokenizer(self, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer. Raises UserError if it has words that the model has no embeddings for.
 
-        config: the model's, if the folder has none yet.
+        config: the model's config, if the folder has none yet.
         """
         given = {} if config is None else {"config": config}
         tokenizer = self._small(AutoTokenizer.from_pretrained, **given)
@@ -111,7 +110,7 @@ class Checkpoint:
         return tokenizer
 
     def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The language model, whole, in `dtype` or its own; a GGUF file's blocks are unpacked.
+        """The whole language model, in `dtype` or in its own; blocks of a GGUF file are unpacked.
 
         Raises UserError when a tensor is missing, unexpected or of another shape, or when the
         weights are not safetensors.
@@ -157,13 +156,13 @@ class Checkpoint:
         return GgufFile(self.folder / self.gguf_file)
 
     def _small(self, opener: Callable[..., Any], **given: Any) -> Any:
-        """What `opener` returns for the checkpoint: a config or a tokenizer, not weights."""
+        """The config or tokenizer that `opener` returns for the checkpoint."""
         read = partial(_opened, self, opener, **self.arguments, **given)
         return read() if self.gguf_file is None else self._gguf.kept(opener, read)
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `name` means. Raises UserError if there is none."""
+    """The checkpoint that `name` refers to. Raises UserError if there is none."""
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -172,7 +171,9 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         return Checkpoint(name, path.parent, path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"model {name!r}: the folder has no config.json, it is no checkpoint")
+            raise UserError(
+                f"model {name!r}: the folder has no config.json: name the folder of a checkpoint"
+            )
         _check_no_revision(name, revision)
         return Checkpoint(name, path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -184,8 +185,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 def _check_no_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise UserError(
-            f"revision (={revision!r}) is only for models on the hub, and {name!r} is local: leave "
-            "it out"
+            f"revision (={revision!r}) is only for models on the hub, and {name!r} is local: "
+            "leave it out"
         )
 
 
@@ -199,7 +200,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
     if largest >= size:
         raise UserError(
             f"the tokenizer has words up to number {largest}, and the model's vocab_size is "
-            f"{size}: take the tokenizer that the model was trained with"
+            f"{size}: use the tokenizer that the model was trained with"
         )
 
 
@@ -223,7 +224,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model {name!r} is neither a folder here nor to be had from the hub: {reason}"
+            f"model {name!r} is not a local folder and cannot be fetched from the hub: {reason}"
         ) from error
 
 
@@ -243,10 +244,10 @@ def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
 
 
 def _opened_whole(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
-    """What the opener returns, with the checks of a config that transformers leaves out."""
+    """Call the opener, and make the checks of a config that transformers leaves out."""
     gguf = checkpoint.gguf_file is not None
     check_opened(checkpoint.folder, gguf=gguf)
-    # a config that is passed in was checked already; a folder in the making may have none yet
+    # a config that is passed in has been checked; a folder that is being written may have none yet
     if not gguf and "config" not in arguments:
         check_fields(read_fields(checkpoint.folder / CONFIG))
     parsed = checkpoint._gguf.parsed() if gguf else nullcontext()
@@ -261,11 +262,11 @@ def _without_code(checkpoint: Checkpoint, opener: Any) -> str:
     """The message for a checkpoint that transformers can load only by running its code."""
     if opener == AutoTokenizer.from_pretrained:
         return (
-            f"the tokenizer of {checkpoint.name!r} is code of the checkpoint, which supra does not "
-            "run: in a copy of the folder with a tokenizer.json, take auto_map and tokenizer_class "
-            "out of tokenizer_config.json"
+            f"the tokenizer of {checkpoint.name!r} needs code of the checkpoint, which supra does "
+            "not run: if the folder has a tokenizer.json, remove auto_map and tokenizer_class from "
+            "tokenizer_config.json in a copy of the folder"
         )
     return (
-        f"model {checkpoint.name!r} is code of the checkpoint, which supra does not run: take one "
-        "of a family that is part of transformers (docs/families.md)"
+        f"model {checkpoint.name!r} needs code of the checkpoint, which supra does not run: use a "
+        "model of a family that is part of transformers (docs/families.md)"
     )

@@ -1,4 +1,4 @@
-"""Opens and copies only data from a checkpoint, and only files that lie in its folder.
+"""Opens and copies only data of a checkpoint, and only files that lie in its folder.
 
 The author of a checkpoint chose its file names, links and JSON. None of these may lead out of the
 folder or make code run.
@@ -20,10 +20,10 @@ TOKENIZER_FILES = (
     "chat_template*.json", "chat_template*.jinja", f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
-# what transformers may open in a checkpoint's folder, and in the folder of a GGUF file
+# the files that transformers may open in a checkpoint's folder, and in the folder of a GGUF file
 OPENED = ("*.json", "*.safetensors", "*.jinja", *TOKENIZER_FILES)
 OPENED_BESIDE_GGUF = ("*config.json", "adapter_model*", *TOKENIZER_FILES)
-# keys by which a config names code, in its own repository or another
+# config keys that name code, in the checkpoint's repository or in another
 CODE_KEYS = ("auto_map", "custom_pipelines")
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
@@ -31,8 +31,9 @@ KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 def belongs(file: Path, folder: Path) -> bool:
     """Whether a file lies in a checkpoint's folder after all links are followed.
 
-    In a hub cache `snapshots/<commit>/<name>` is a link into a folder `blobs`, of the model or of
-    all models, so files there belong too. The folder itself may be a link.
+    In a hub cache, `snapshots/<commit>/<name>` is a link into a folder `blobs`, which belongs to
+    this model or to all models. Files there count as the checkpoint's own. The folder itself may be
+    a link.
     """
     target, home = (Path(os.path.realpath(path)) for path in (file, folder))
     homes = [home]
@@ -42,15 +43,15 @@ def belongs(file: Path, folder: Path) -> bool:
 
 
 def own_file(folder: Path, name: str, where: str) -> Path:
-    """The file that the file `where` of the folder calls `name`.
+    """The file of the folder that another of its files, `where`, calls `name`.
 
-    Raises UserError if it lies elsewhere, by name or by link.
+    Raises UserError if the name or a link leads out of the folder.
     """
     file = isinstance(name, str) and os.path.normpath(name) != "." and not os.path.isabs(name)
     if not file or not belongs(folder / name, folder):
         raise UserError(
-            f"{where} of {folder.name} names {shown(name)}, which is no file of that folder, and "
-            "nothing else is read: download the model again, or put a copy of the file there"
+            f"{where} of {folder.name} names {shown(name)}, which is not a file of that folder; "
+            "nothing else is read: download the model again, or copy the file there"
         )
     return folder / name
 
@@ -64,12 +65,12 @@ def check_opened(folder: Path, gguf: bool = False) -> None:
         if not belongs(file, folder):
             raise UserError(
                 f"{file.name} in {folder.name} is a link that leads out of the folder, and nothing "
-                "outside it is read: put a copy of the file in the link's place"
+                "outside it is read: replace the link by a copy of the file"
             )
         if not file.exists():
             raise UserError(
-                f"{file.name} in {folder.name} is a link to a file that is not there: download the "
-                "model again, or remove the link"
+                f"{file.name} in {folder.name} is a link to a file that does not exist: download "
+                "the model again, or remove the link"
             )
     config = _fields(folder / "config.json")
     if "transformers_weights" in config:
@@ -80,8 +81,8 @@ def check_opened(folder: Path, gguf: bool = False) -> None:
     for name, value in _fields_within(config):
         if name.removeprefix("_") in KERNEL_KEYS and "/" in str(value):
             raise UserError(
-                f"config.json of {folder.name} asks for the kernel {value!r} ({name}), a program "
-                "from the hub, which is not run: remove that line"
+                f"config.json of {folder.name} asks for the kernel {value!r} ({name}), which is "
+                f"code from the hub and is not run: remove {name}"
             )
     for name in _fields(folder / "tokenizer_config.json").get("fast_tokenizer_files") or ():
         own_file(folder, name, "tokenizer_config.json")
@@ -95,7 +96,7 @@ def check_opened(folder: Path, gguf: bool = False) -> None:
 def copy_data(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
     """Copy files of a checkpoint into `folder`, and drop references to code from its configs.
 
-    Returns a line for everything that is left out: code, and files that lie elsewhere.
+    Returns a line for everything that is left out: code, and links that lead out of the folder.
     """
     left_out = []
     for file in _matching(source, patterns):
@@ -114,14 +115,14 @@ def copy_data(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def drop_code(folder: Path) -> list[str]:
-    """Drop references to code from the configs in `folder`, except for config.json, which
-    `SupraConfig` writes. Returns a line for each config that had some."""
+    """Drop references to code from the configs in `folder`, except config.json, which `SupraConfig`
+    writes. Returns a line for each config that had some."""
     lines = []
     for file in sorted(folder.glob("*_config.json")):
         fields = _fields(file)
         if fields != (kept := without_code(fields)):
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            lines.append(f"{file.name} named code to run, which the copy does not")
+            lines.append(f"{file.name} named code to run: the copy does not name it")
     return lines
 
 
@@ -156,7 +157,7 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _fields(file: Path) -> dict[str, Any]:
-    """The fields of a JSON file; {} if it is missing or broken, which its reader reports."""
+    """The fields of a JSON file; {} if it is missing or damaged, which its reader will report."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read one at a time and written as shards; nothing is unpickled."""
+"""Reads the tensors of a checkpoint one at a time, and writes shards. Nothing is unpickled."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from supra.checkpoint.json_files import read_fields
 from supra.checkpoint.untrusted import check_opened, own_file
 from supra.errors import UserError, shown
 
-# what can be wrong with the tensors of a checkpoint, as `from_pretrained` lists them
+# the kinds of mistakes in a checkpoint's tensors that `from_pretrained` lists
 KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,7 +34,7 @@ _DTYPES = {
 
 
 class TensorSpec(NamedTuple):
-    """A tensor without its data."""
+    """Shape and dtype of a tensor, without its data."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -60,13 +60,13 @@ class FolderReader:
                 part = self._file(file).get_slice(name)
             if part.get_dtype() not in _DTYPES:
                 raise UserError(
-                    f"tensor {name} is stored as {part.get_dtype()}: "
-                    "quantised checkpoints do not convert, take the original"
+                    f"tensor {name} is stored as {part.get_dtype()}: a quantised checkpoint cannot "
+                    "be converted, use the original weights"
                 )
             self.specs[name] = TensorSpec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give tensors the names that the model has for them: `names` by name in the files."""
+        """Rename tensors. `names` maps a name in the files to the name in the model."""
         self.specs = {names[name]: spec for name, spec in self.specs.items()}
         self.sources = {new: old for old, new in names.items()}
 
@@ -97,16 +97,16 @@ class ModuleReader:
 
 
 def tied_names(model: nn.Module) -> Mapping[str, str]:
-    """The names that are stored under another name, as lm_head under the embeddings."""
+    """Tied tensors, each with the name that it is stored under: lm_head with the embeddings."""
     return model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
 
 
 def check_complete(
     loading_info: Mapping[str, Collection], prefix: str = "", below: Collection[str] = ()
 ) -> None:
-    """Raise UserError unless `from_pretrained` found each tensor, each once, in its shape.
+    """Raise UserError unless `from_pretrained` found exactly the model's tensors in their shapes.
 
-    For the kinds in `below`, only names that begin with `prefix` count.
+    For the kinds of mistakes in `below`, only names that begin with `prefix` count.
     """
     for kind in KINDS:
         # mismatched names come in a tuple with their shapes
@@ -116,7 +116,7 @@ def check_complete(
         if names:
             raise UserError(
                 f"{len(names)} {kind.replace('_', ' ')} in the checkpoint, first {names[0]}: "
-                "it is not what its config describes; convert or download it again"
+                "its tensors do not match its config; convert or download it again"
             )
 
 
@@ -130,8 +130,9 @@ def check_safetensors(folder: Path) -> None:
 def model_names(
     model: PreTrainedModel, stored: Iterable[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The model's name for each stored tensor, in two parts: tensors that stay alone, and tensors
-    that transformers fuses with others. Stored names may be older ones, as GPT-NeoX's head has."""
+    """The model's name for each stored tensor, as two mappings: tensors that become one parameter
+    each, and tensors that transformers fuses with others. Files may use older names, as GPT-NeoX's
+    head does."""
     mapping = get_model_conversion_mapping(model)
     renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
     converters = [x for x in mapping if isinstance(x, WeightConverter)]
@@ -143,25 +144,26 @@ def model_names(
 
 
 def check_fits(name: str, spec: TensorSpec, own: Tensor) -> None:
-    """Raise UserError unless a stored tensor has the shape of the model's own, and holds floats if
-    that one does."""
+    """Raise UserError unless a stored tensor has the shape of the model's tensor `own`, and both or
+    neither of them hold floats."""
     if spec.shape != tuple(own.shape):
         raise UserError(
-            f"tensor {name} has shape {list(spec.shape)}, its config says {list(own.shape)}: "
-            "weights and config do not belong together"
+            f"tensor {name} has shape {list(spec.shape)}, but its config says {list(own.shape)}: "
+            "weights and config do not belong together, download the model again"
         )
     if spec.dtype.is_floating_point != own.is_floating_point():
         raise UserError(
-            f"tensor {name} is stored as {str(spec.dtype).removeprefix('torch.')}, which the "
-            "model's is not: take the original weights, which are not quantised"
+            f"tensor {name} is stored as {str(spec.dtype).removeprefix('torch.')}, but the model "
+            f"needs {str(own.dtype).removeprefix('torch.')}: use the original weights, which are "
+            "not quantised"
         )
 
 
 def check_tensors(folder: Path, model: PreTrainedModel) -> None:
-    """Raise UserError unless the stored tensors are those of `model`, a model on the meta device.
+    """Raise UserError unless the stored tensors match those of `model`, a model on the meta device.
 
-    transformers allocates all that a config asks for before it compares, and accepts integers as
-    weights.
+    transformers would first allocate all the memory that a config asks for, and it would accept
+    integers as weights.
     """
     own, stored = model.state_dict(), _stored(folder)
     alone, fused = model_names(model, stored)
@@ -173,8 +175,8 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> None:
         count = sum(math.prod(stored[name][0]) for name in fused if fused[name] == known)
         if own[known].numel() > count:
             raise UserError(
-                f"tensor {known} has {own[known].numel()} values by its config, and its parts have "
-                f"{count}: weights and config do not belong together"
+                f"tensor {known} has {own[known].numel()} values by its config, but its parts have "
+                f"{count}: weights and config do not belong together, download the model again"
             )
     missing = own.keys() - {*alone.values(), *tied_names(model)}
     for pattern in model._keys_to_ignore_on_load_missing or ():
@@ -184,13 +186,13 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> None:
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the first tensor in memory that holds NaN or infinity; None if there is none."""
+    """The name of the model's first tensor with NaN or infinity; None if there is none."""
     tensors = ((name, x) for name, x in model.state_dict().items() if not x.is_meta)
     return next((name for name, x in tensors if not x.isfinite().all()), None)
 
 
 def _stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The shape of each stored tensor, and its dtype as safetensors names it."""
+    """The shape of each stored tensor, and safetensors' name of its dtype."""
     found = {}
     for file in set(_files_by_tensor(folder).values()):
         with _damage(file), safe_open(file, framework="pt") as opened:
@@ -201,8 +203,8 @@ def _stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    """The file of each tensor. If a folder has both a single file and an index, the single file
-    counts, as in transformers."""
+    """The file of each tensor. If a folder has both a single file and an index, the single file is
+    read, as in transformers."""
     check_opened(folder)
     if (folder / SINGLE).is_file():
         with _damage(folder / SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
@@ -219,14 +221,14 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
     weight_map = read_fields(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(
-            f"{INDEX} is damaged: weight_map (={shown(weight_map)}) must have the file of every "
+            f"{INDEX} is damaged: weight_map (={shown(weight_map)}) must name the file of every "
             "tensor; download the model again"
         )
     files = {name: own_file(folder, file, INDEX) for name, file in weight_map.items()}
     for file in sorted(set(files.values())):
         if file.suffix != ".safetensors":  # transformers would open a pickle
             raise UserError(
-                f"{INDEX} names {file.name!r}, and weights are read from *.safetensors alone: "
+                f"{INDEX} names {file.name!r}, but weights are only read from *.safetensors: "
                 "download the model again, or save it with save_pretrained"
             )
     return dict(sorted(files.items(), key=lambda item: (item[1], item[0])))
@@ -237,13 +239,13 @@ def _damage(shard: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        if shard.exists():  # safetensors raises this without permission to read, too
+        if shard.exists():  # safetensors also raises this for a missing permission
             raise UserError(
                 f"shard {shard.name} may not be read: permission denied; ask its owner for "
                 "permission to read it"
             ) from None
         raise UserError(f"shard {shard.name} is missing: download the model again") from None
-    except OSError as error:  # of a folder in its place, or of the disk
+    except OSError as error:  # it is a folder, or the disk fails
         raise UserError(
             f"shard {shard.name} cannot be read ({error}): download the model again"
         ) from error

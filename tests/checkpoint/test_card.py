@@ -70,7 +70,7 @@ def test_text(base, converted):
     assert "layer 0 supra, layer 1 softmax, layer 2 supra." in text
     assert "Parameters: 82,128 inherited, 1,272 new." in text
     # 2 keys and 2 values of 8 floats and whether the token is padding: 129 bytes, in one layer
-    assert "bytes along, and 129 more for every token" in text
+    assert "bytes, and 129 more for every token" in text
     assert str(base.parent) not in text, "the user's folders are nobody's business"
 
 
@@ -110,7 +110,9 @@ def test_the_code_that_loads_it_runs(converted, monkeypatch, capsys):
 def test_the_state_is_what_the_cache_holds(base, tmp_path):
     convert(str(base), tmp_path)
     text = ModelCard.load(tmp_path / CARD).text
-    carried = int(re.search(r"carries ([\d,]+) bytes along, however", text)[1].replace(",", ""))
+    carried = int(
+        re.search(r"state of a sequence has ([\d,]+) bytes, however", text)[1].replace(",", "")
+    )
     config = AutoConfig.from_pretrained(tmp_path)
     assert carried == state_bytes(config, 7) == state_bytes(config, 70)
 
@@ -258,7 +260,7 @@ def teacher_with(base, where, content):
 def test_no_card_stops_a_model(base, tmp_path, capsys, name):
     """Not a teacher's at conversion, nor a student's at saving and after uptraining."""
     content, kept, line = STRANGE_CARDS.get(
-        name, (None, {}, "README.md is left out: it is no file")
+        name, (None, {}, "README.md is left out: it is not a file")
     )
     (tmp_path / "base").mkdir()
     teacher = teacher_with(base, tmp_path / "base", content)

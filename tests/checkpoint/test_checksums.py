@@ -52,7 +52,7 @@ def test_a_flipped_bit_is_found(written, name, tmp_path, capsys):
     content[-1] ^= 4
     file.write_bytes(content)
     assert "1 of " in (line := refused(capsys, "inspect", tmp_path / name, "--verify"))
-    assert "are not what was written, first " in line
+    assert "changed since they were written, first " in line
     main(["inspect", str(tmp_path / name)])  # it reads no weights
 
 

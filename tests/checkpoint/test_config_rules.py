@@ -38,9 +38,12 @@ PLANS = [
     ({"supra": {"format_version": 1, "layers": "supra", "options": {}}}, "supra.layers"),
     ({"supra": {"format_version": 1, "layers": ["supar"] * 2, "options": {}}}, "mixer 'supar'"),
     ({"supra": {"format_version": 1, "layers": ["supra"] * 2, "options": []}}, "supra.options"),
-    ({"supra": {"format_version": 1, "layers": ["supra"] * 2, "options": {}}}, "none of mixer"),
+    (
+        {"supra": {"format_version": 1, "layers": ["supra"] * 2, "options": {}}},
+        "has no entry for 'supra'",
+    ),
     ({"base_model_type": ["llama"]}, "base_model_type"),
-    ({"base_model_type": "t5"}, "'t5'. has no language model"),
+    ({"base_model_type": "t5"}, "'t5'. is not a causal language model"),
     ({"state_policy": 7}, "state_policy .=7."),
 ]
 
@@ -111,7 +114,7 @@ def test_a_policy_of_norms_has_a_size(damaged):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{", "is damaged"), ("[]", "no JSON object"), ('{"eos_token_id": "end"}', "eos_token_id")],
+    [("{", "is damaged"), ("[]", "not a JSON object"), ('{"eos_token_id": "end"}', "eos_token_id")],
 )
 def test_generation_config(damaged, text, says):
     folder = damaged("rnn", {})

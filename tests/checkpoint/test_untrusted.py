@@ -107,7 +107,7 @@ def test_no_code_of_the_source_comes_along(folder, tmp_path, ran, monkeypatch, c
     convert(folder, tmp_path / "rnn")
     assert ran() == []
     printed = capsys.readouterr().out
-    assert "tokenizer_config.json named code to run, which the copy does not" in printed
+    assert "tokenizer_config.json named code to run: the copy does not name it" in printed
     no_code_in(tmp_path / "rnn")
     config, model, tokenizer = load_with_remote_code(tmp_path / "rnn", monkeypatch)
     assert ran() == []
@@ -140,13 +140,13 @@ def foreign_model(folder):
         "AutoModelForCausalLM": "modeling_foreign.Model",
     }
     edit(folder / "config.json", model_type="foreign", auto_map=names)
-    return "is code of the checkpoint, which supra does not run: take one of a family"
+    return "needs code of the checkpoint, which supra does not run: use a model of a family"
 
 
 def foreign_tokenizer(folder):
     edit(folder / "tokenizer_config.json", tokenizer_class="ForeignTokenizer")
     edit(folder / "config.json", model_type="arcee")  # a family without a tokenizer of its own
-    return "is code of the checkpoint, which supra does not run: in a copy of the folder"
+    return "needs code of the checkpoint, which supra does not run: if the folder has"
 
 
 def hub_kernel(folder):
@@ -230,7 +230,7 @@ def shards(name):
         place = name.format(outside.parent)
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
         (folder / INDEX).write_text(json.dumps(index))
-        return f"{INDEX} of model names {place!r}, which is no file of that folder"
+        return f"{INDEX} of model names {place!r}, which is not a file of that folder"
 
     return change
 
@@ -254,18 +254,20 @@ def chain(folder, outside):
 
 def loop(folder, outside):
     (folder / "vocab.txt").symlink_to("vocab.txt")
-    return "vocab.txt in model is a link to a file that is not there"
+    return "vocab.txt in model is a link to a file that does not exist"
 
 
 def gone(folder, outside):
     (folder / "vocab.txt").symlink_to("other.txt")
-    return "vocab.txt in model is a link to a file that is not there"
+    return "vocab.txt in model is a link to a file that does not exist"
 
 
 def config_field(file, **fields):
     def change(folder, outside):
         edit(folder / file, **fields)
-        return "file of weights (transformers_weights)" if file == "config.json" else "no file of"
+        return (
+            "file of weights (transformers_weights)" if file == "config.json" else "not a file of"
+        )
 
     return change
 

@@ -225,7 +225,7 @@ def test_no_model_there(folders, tmp_path, capsys):
     assert "no config.json" in fails(capsys, "convert", "--model", tmp_path, "--out", out)
     assert "no such folder" in fails(capsys, "convert", "--model", "~nouser/x", "--out", out)
     line = fails(capsys, "convert", "--model", "nobody/no-model", "--out", out)
-    assert "neither a folder here nor to be had from the hub" in line
+    assert "not a local folder and cannot be fetched from the hub" in line
     assert not out.exists()
 
 
@@ -251,7 +251,7 @@ def test_unknown_mixer_option_dtype_and_layer(folders, tmp_path, capsys):
 def test_occupied_output_folder(folders, tmp_path, capsys):
     (tmp_path / "precious").write_text("mine")
     line = fails(capsys, "convert", "--model", folders / "base", "--out", tmp_path)
-    assert "holds something already" in line
+    assert "is not empty" in line
     assert (tmp_path / "precious").read_text() == "mine"
 
 

@@ -320,9 +320,9 @@ def test_another_models_config(broken, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"vocab_size": 10**8}, "weight has shape .* its config says .*100000000"),
-        ({"intermediate_size": 10**8}, "weight has shape .* its config says .*100000000"),
-        ({"head_dim": 10**6}, "weight has shape .* its config says .*2000000"),
+        ({"vocab_size": 10**8}, "weight has shape .* but its config says .*100000000"),
+        ({"intermediate_size": 10**8}, "weight has shape .* but its config says .*100000000"),
+        ({"head_dim": 10**6}, "weight has shape .* but its config says .*2000000"),
         ({"num_hidden_layers": 40}, "missing keys .* first model.layers.10.input_layernorm"),
         ({"moe_intermediate_size": 10**7}, "experts.* its parts have"),
     ],
@@ -388,7 +388,7 @@ def test_layers_out_of_range(base, tmp_path):
 def test_occupied_output_folder(base, tmp_path):
     (tmp_path / "rnn").mkdir()
     (tmp_path / "rnn" / "precious").write_text("mine")
-    fails("holds something already", base, tmp_path / "rnn")
+    fails("is not empty", base, tmp_path / "rnn")
     assert (tmp_path / "rnn" / "precious").read_text() == "mine"
 
 
@@ -468,7 +468,7 @@ def test_weights_that_are_no_floats(base, broken, tmp_path, dtype):
         if name in (tensors := load_file(file)):
             save_file(tensors | {name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
     stored = str(dtype).removeprefix("torch.")
-    message = f"{name} is stored as {stored}, which the model's is not"
+    message = f"{name} is stored as {stored}, but the model needs float32"
     fails(message, broken, tmp_path / "rnn")
     with pytest.raises(UserError, match=message):
         find_checkpoint(str(broken)).model()

@@ -113,7 +113,7 @@ OTHERS = {
         ({"n_layer": 0}, "n_layer"),
         ({"n_positions": 0}, "n_positions"),
         ({"activation_function": "gulu"}, "activation_function"),
-        ({"n_inner": 0}, ("mlp.c_fc", "makes no model")),
+        ({"n_inner": 0}, ("mlp.c_fc", "does not describe a model")),
         ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon"),
     ],
     "gemma3": [

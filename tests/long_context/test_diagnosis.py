@@ -514,7 +514,7 @@ def test_pictures_need_matplotlib(folders, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").touch()
     monkeypatch.undo()
-    with pytest.raises(UserError, match="holds something already"):
+    with pytest.raises(UserError, match="is not empty"):
         run(folders, out=tmp_path / "out")
 
 
