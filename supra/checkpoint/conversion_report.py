@@ -44,6 +44,7 @@ class ConversionReport:
     checksums: dict[str, str] = field(default_factory=dict)  # of the written tensors, by name
 
     def write(self, folder: Path) -> None:
+        """Write the report into `folder` as conversion.json."""
         (folder / REPORT).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     def values(self, *fates: str) -> int:

@@ -26,9 +26,11 @@ class Inspection:
     verified: int | None = None  # tensors whose checksums match
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields, as JSON takes them."""
         return vars(self)
 
     def lines(self) -> list[str]:
+        """The fields for a terminal."""
         lines = [
             f"family:     {self.family}",
             f"layers:     {describe_layers(self.layers)}",

@@ -60,6 +60,7 @@ class Induction:
         return self.vocabulary - MARKS
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
+        """A row of these words; the last two are the marks."""
         *plain, mark, _ = words
         row = generator.choices(plain, k=self.length)
         place = generator.randrange(self.length - 2)
@@ -95,6 +96,7 @@ class AssociativeRecall:
         return (self.vocabulary - MARKS) // 2
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
+        """A row of these words; the last two are the marks."""
         *plain, mark, _ = words
         keys, values = plain[: self._keys], plain[self._keys :]
         value_of = dict(zip(keys, generator.choices(values, k=len(keys)), strict=True))
@@ -132,6 +134,7 @@ class MultiQueryRecall:
         return self.pairs
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
+        """A row of these words: the first half are keys, the others values."""
         half = len(words) // 2
         keys = generator.sample(words[:half], self.pairs)
         values = generator.sample(words[half:], self.pairs)
@@ -190,6 +193,7 @@ class RecentRecall:
         return (self.vocabulary - MARKS) // 2
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
+        """A row of these words; the last two are the marks."""
         *plain, write, ask = words
         keys, values = plain[: self._keys], plain[self._keys :]
         operations = self.length // 3

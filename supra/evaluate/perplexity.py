@@ -15,6 +15,8 @@ from supra.losses.token_losses import next_token_nats
 
 @dataclass(frozen=True)
 class Perplexity:
+    """How well a model predicts a text, as a whole and by position in the document."""
+
     loss: float  # nats per token
     perplexity: float  # exp(loss)
     tokens: int  # predicted tokens

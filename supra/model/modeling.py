@@ -129,6 +129,7 @@ class SupraModel(_SupraPreTrained):
         return ("unexpected_keys",)  # a headless model ignores the head's tensors
 
     def post_init(self) -> None:
+        """Put the mixers of the config's plan into the attention modules."""
         plan = self.config.supra
         if len(plan["layers"]) != self.config.num_hidden_layers:
             raise UserError(
