@@ -6,6 +6,7 @@
 # make test-long   fuzz, and every kernel compiled: an hour
 # make test-wheel  the wheel alone, without the checkout: a minute
 # make wheel  the files of a release, in dist/
+# make docs   the documentation as a site in site/: half a minute
 # make format write the code the way the linter wants it; make lint only says so
 # make clean  remove .venv and runs/, unfinished trainings too
 
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 KILLS ?= 100
 SEED ?= 0
 
-.PHONY: demo demo-gemma test test-faults test-kill test-long test-wheel wheel lint format clean
+.PHONY: demo demo-gemma test test-faults test-kill test-long test-wheel wheel docs lint format clean
 
 demo demo-gemma: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo demo-gemma: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
@@ -48,6 +49,10 @@ wheel: $(VENV)/dev
 	$(BIN)/python -c 'from setuptools import build_meta as b; b.build_sdist("dist"); b.build_wheel("dist")'
 	rm -rf build
 
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +62,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "supra needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -76,4 +81,8 @@ $(VENV)/demo-gemma: $(VENV)/base
 
 $(VENV)/dev: $(VENV)/base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs,gguf]'
 	touch $@

@@ -31,7 +31,7 @@ from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
-MIXER = "mamba2"  # of the mixers without a window the best at small budgets: recipes/README.md
+MIXER = "mamba2"  # of the mixers without a window the best at small budgets: docs/results.md
 PROMPTS = ("The for statement is used to", "A class definition")
 PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # of the speed measurement
 BEGINNING = 64  # first tokens of a piece of text, which are predicted from little context

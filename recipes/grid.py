@@ -2,7 +2,7 @@
 
     python recipes/grid.py gated --teacher T --train corpus_train.jsonl.gz \\
         --held-out corpus_valid.jsonl.gz --tokens 300_000
-    python recipes/grid.py --table        # the rows that there are, into recipes/README.md
+    python recipes/grid.py --table        # the rows that there are, into docs/results.md
 
 All rows take the same tokens in the same order, 2048 or 1024 a step, and are measured on the same
 windows of 1024. An interrupted row goes on where it was. What fails is a row
@@ -34,7 +34,7 @@ from supra.uptrain import load_config, train
 from supra.uptrain.run_folder import RunFolder
 
 HERE = Path(__file__).parent
-RESULTS, README = HERE / "results", HERE / "README.md"
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "results.md"
 CONTEXT, HELD_OUT_TOKENS, FLOORS_TOKENS = 1024, 65_536, 16_384
 # for budgets of a million tokens: many small steps, and warm-ups in their proportion
 SMALL = {
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000, help="of training; default 300_000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"), help="for checkpoints")
-    parser.add_argument("--table", action="store_true", help="write the table into the README")
+    parser.add_argument("--table", action="store_true", help="write the page from the results")
     arguments = parser.parse_args()
     if arguments.table:
         write_table()
@@ -305,7 +305,7 @@ def write_table() -> None:
         *(line(row, tuned.get((row["tokens"], row["seed"]))) for row in rows),
     ]
     table = "\n".join(lines)
-    replace_between(README, "grid", table)
+    replace_between(PAGE, "grid", table)
     print(table)
 
 

@@ -1,7 +1,7 @@
 """Train a small model with any mixer on a synthetic language, one row a seed.
 
     python recipes/synthetics.py --task induction --mixer supra --steps 800 --seeds 0,1,2
-    python recipes/synthetics.py --table      # the rows that there are, into recipes/README.md
+    python recipes/synthetics.py --table      # the rows that there are, into docs/synthetics.md
 
 The model is a Llama of two layers that has seen nothing: converted, then trained on fresh rows, or
 with --pool on the same ones again and again. Rows go to recipes/results/synthetics. What diverges
@@ -33,7 +33,7 @@ from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import descend, mean_loss
 
 HERE = Path(__file__).parent
-RESULTS, README = HERE / "results" / "synthetics", HERE / "README.md"
+RESULTS, PAGE = HERE / "results" / "synthetics", HERE.parent / "docs" / "synthetics.md"
 EVERY = 50  # steps between two looks at held-out rows
 HELD_OUT = 512  # rows, of which no seed trains on one but by chance
 SOLVED = 0.95
@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, help="hidden size; default: 32; the MLP has 4 times")
     parser.add_argument("--heads", type=int, help="default: 1")
     parser.add_argument("--head-size", type=int, help="default: width / heads")
-    parser.add_argument("--table", action="store_true", help="write the table into the README")
+    parser.add_argument("--table", action="store_true", help="write the page from the results")
     return parser
 
 
@@ -287,7 +287,7 @@ def write_table() -> None:
         *map(line, rows),
     ]
     table = "\n".join(lines)
-    replace_between(README, "synthetics", table)
+    replace_between(PAGE, "synthetics", table)
     print(table)
 
 

@@ -22,8 +22,8 @@ def grid(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "grid", grid)
     spec.loader.exec_module(grid)
     monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(grid, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("above\n<!-- grid -->\nold\n<!-- end of grid -->\nbelow\n")
+    monkeypatch.setattr(grid, "PAGE", tmp_path / "page.md")
+    (tmp_path / "page.md").write_text("above\n<!-- grid -->\nold\n<!-- end of grid -->\nbelow\n")
     monkeypatch.setattr(grid, "SMALL", grid.SMALL | {"data.sequence_length": 32, "eval.tokens": 64})
     monkeypatch.setattr(grid, "CONTEXT", 64)
     return grid
@@ -83,7 +83,7 @@ def test_a_row_is_made_and_shown(run, tmp_path, capsys):
     floors = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["floors"]
     assert [x["name"] for x in floors] == ["intact", "linear only", "window only", "no mixing"]
     run("--table")
-    table = (tmp_path / "README.md").read_text()
+    table = (tmp_path / "page.md").read_text()
     assert table.startswith("above\n")
     assert table.endswith("below\n")
     assert "old" not in table

@@ -326,10 +326,10 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "synthetics", recipe)
     spec.loader.exec_module(recipe)
     monkeypatch.setattr(recipe, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(recipe, "README", tmp_path / "README.md")
+    monkeypatch.setattr(recipe, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(recipe, "HELD_OUT", 16)
     monkeypatch.setattr(recipe, "EVERY", 2)
-    (tmp_path / "README.md").write_text(
+    (tmp_path / "page.md").write_text(
         "above\n<!-- synthetics -->\nold\n<!-- end of synthetics -->\nbelow\n"
     )
     return recipe
@@ -366,7 +366,7 @@ def test_rows_are_trained_and_shown(run, tmp_path, capsys):
     assert first["training_seconds"] >= 0 and "threads" in first["machine"]
     assert "held_out=" in capsys.readouterr().err
     run("--table")
-    table = (tmp_path / "README.md").read_text()
+    table = (tmp_path / "page.md").read_text()
     assert table.startswith("above\n") and table.endswith("below\n") and "old" not in table
     scores = f"{100 * first['accuracy']:.1f} / {100 * second['accuracy']:.1f}"
     assert (
@@ -392,7 +392,7 @@ def test_what_diverges_is_a_row(run, tmp_path):
     (file,) = (tmp_path / "results").iterdir()
     assert "diverged at step" in json.loads(file.read_text())["failed"]
     run("--table")
-    assert "| diverged |" in (tmp_path / "README.md").read_text()
+    assert "| diverged |" in (tmp_path / "page.md").read_text()
 
 
 def test_answers_alone_are_learned_or_all_words(recipe):
