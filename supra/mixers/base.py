@@ -145,12 +145,15 @@ class Mixer(nn.Module, ABC):
         return self.gated(self.scaled(self.normalized(output)), inputs)
 
     def normalized(self, output: Tensor) -> Tensor:
+        """The output after the norm, if the mixer has one."""
         return output if self.norm is None else self.norm(output)
 
     def scaled(self, output: Tensor) -> Tensor:
+        """The output times the scale, if the mixer has one."""
         return output if self.scale is None else output * (self.scale * self.magnitude)
 
     def gated(self, output: Tensor, inputs: MixerInputs) -> Tensor:
+        """The output times the output gate, if the mixer has one."""
         if self.output_gate is None:
             return output
         return output * self.output_gate(inputs.hidden_states)
