@@ -1,5 +1,6 @@
 """What pages promise to list completely, they do."""
 
+from supra.mixers import MIXERS, PRESETS
 from tests.docs.examples import ROOT, blocks
 
 
@@ -25,6 +26,16 @@ def test_what_differs_from_a_paper_stands_in_one_place():
         recipe = (ROOT / "recipes" / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
         assert "docs/published.md" in recipe, name
         assert f"| `{name}.yaml` |" in page, name
-    mixers = ("supra_paper", "t2r", "hedgehog", "lolcats", "mamba2", "rwkv", "gated_delta", "h3")
-    for name in mixers:
+    for name in {*MIXERS, *PRESETS} - {"softmax", "supra", "window", "gated", "nonlinear_gated"}:
         assert f"| `{name}` |" in page, name
+
+
+def test_every_mixer_is_explained():
+    """In the guide, and its options in the reference."""
+    guide = (ROOT / "docs" / "guides" / "mixers.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "reference" / "mixers.md").read_text(encoding="utf-8")
+    for name in {*MIXERS, *PRESETS}:
+        assert f"| `{name}` |" in guide, name
+    for name, mixer in MIXERS.items():
+        options = f"{mixer.Options.__module__}.{mixer.Options.__name__}"
+        assert f"::: {options}\n" in reference or name == "softmax", name
