@@ -71,9 +71,9 @@ def _refuse_gap(settings: Node, path: tuple[str | int, ...]) -> NoReturn:
 
 
 def _refuse_value(key: str, value: Any, node: Node) -> NoReturn:
+    value = list(value) if isinstance(value, tuple) else value  # as it was given
     if "enum" in node:
         check_choice(key, value, node["enum"])
-    value = list(value) if isinstance(value, tuple) else value  # as it was given
     hint = (
         "; in quotes, if it looks like a number or a date" if node.get("type") == "string" else ""
     )

@@ -153,7 +153,7 @@ def test_other_commands_stay_as_they_are(words, capsys):
         (["convert", "--model"], "--model needs a value, and nothing follows it: --model MODEL"),
         (["convert", "--model", "--out"], "--model needs a value, and --out follows it: --model"),
         (["convert", "--shard-size", "big"], "--shard-size (='big') must be a number"),
-        (["diagnose", "m", "--text", "model"], "model 'm': there is no such folder"),
+        (["diagnose", "./m", "--text", "model"], "model './m': there is no such folder"),
         (["generate", "--dtype", "bf16"], "unknown --dtype 'bf16': did you mean 'bfloat16'?"),
         (["eval", "text", "--keys", "1"], "supra eval text has no option --keys: it belongs to "),
         (["serve", "--port", "1"], "supra serve needs a model before --port: supra serve MODEL --"),

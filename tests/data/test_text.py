@@ -186,4 +186,4 @@ def test_a_text_field_without_text_is_refused(models, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         run(models, tmp_path, "convert --model {teacher} --out {out} --text-field body")
     assert exit.value.code == 2
-    assert "--text-field (=body) is of --text: give both" in capsys.readouterr().err
+    assert "--text-field (=body) needs --text: give both" in capsys.readouterr().err
