@@ -71,7 +71,9 @@ def test_a_gguf_file_is_not_to_be_saved_but_converted(base, tmp_path, monkeypatc
     monkeypatch.setattr(Checkpoint, "model", lambda *_: model_of("llama"))
     (tmp_path / "text.txt").write_text("the river")
     with pytest.raises(UserError, match="run `supra convert` on it first"):
-        diagnose(checkpoint, str(tmp_path / "text.txt"), to=64, trained_length=16, fix="auto")
+        diagnose(
+            checkpoint, str(tmp_path / "text.txt"), stream_length=64, trained_length=16, fix="auto"
+        )
 
 
 @pytest.mark.parametrize(

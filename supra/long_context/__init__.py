@@ -1,4 +1,4 @@
-"""Texts longer than those a model was trained on: what becomes of its states, and cures."""
+"""Texts longer than those a model was trained on: how its states behave there, and cures."""
 
 from supra.long_context.apply_policy import set_policy, use_policy
 from supra.mixers.state_policy import StatePolicy
@@ -7,7 +7,7 @@ __all__ = ["StatePolicy", "diagnose", "set_policy", "use_policy"]
 
 
 def __getattr__(name: str):
-    """`diagnose` when it is asked for: it imports what reads texts, which policies do not need."""
+    """Import `diagnose` only when it is used: it imports `datasets`, which policies do not need."""
     if name == "diagnose":
         from supra.long_context.diagnosis import diagnose
 

@@ -1,4 +1,4 @@
-"""Bound the states of a model that is there already."""
+"""Bound the states of a loaded model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from supra.model.attention import attention_modules
 
 
 def set_policy(model: PreTrainedModel, policy: StatePolicy | None) -> None:
-    """Bound the states of a converted model, or with None no longer; in its config too.
+    """Set the state policy of a converted model and of its config; None removes the policy.
 
-    Acts on tokens that are read from now on, with an empty cache. Raises UserError for what cannot
-    act on one of the layers, and then changes nothing.
+    Call it before a text is read, with an empty cache. Raises UserError when the policy cannot act
+    on one of the layers, and then changes nothing.
     """
     before = model.config.state_policy
     try:
@@ -27,7 +27,7 @@ def set_policy(model: PreTrainedModel, policy: StatePolicy | None) -> None:
 
 @contextmanager
 def use_policy(model: PreTrainedModel, policy: StatePolicy | None) -> Iterator[None]:
-    """`set_policy` for some calls, and then what was before."""
+    """Inside, the model has this policy; afterwards it has its previous one."""
     before = model.config.state_policy
     set_policy(model, policy)
     try:

@@ -1,12 +1,13 @@
 """`supra diagnose --fix auto`: tries the cures that need no training, and keeps the best.
 
-What is tried, L being the trained length (after Chen et al. 2024, arXiv 2410.07145v1):
+It tries these settings (after Chen et al. 2024, arXiv 2410.07145v1); L is the trained length:
 
-    decay_scale   1 − 1/(kL), k = 1/2, 1, 2, 3: whatever the gates say, a token fades within kL
+    decay_scale   1 − 1/(kL) for k = 1/2, 1, 2, 3: a token fades within kL tokens, whatever the
+                  gates are
     window        L/2, L, 2L
-    norm          per layer and head, the largest within the trained length; and half of it, which
-                  was the better of the two in docs/long_context.md
-    insert_scale  0.75, beside the best decay_scale
+    norm          the largest norm within the trained length, per layer and head; and half of it,
+                  which was the better one in docs/long_context.md
+    insert_scale  0.75, together with the best decay_scale
 """
 
 import json
@@ -26,32 +27,35 @@ from supra.long_context.stream import Bucket, Buckets, Reader, cuts, fine_edges,
 from supra.mixers.state_policy import StatePolicy
 
 NONE, CONFIGURED = "none", "as configured"
-INSIDE = 0.01  # what a cure may cost within the trained length, as a share of the loss there
-# of the loss beyond it: twice the error that the difference of two losses has on 7,000 tokens
+INSIDE = 0.01  # maximum cost of a cure within the trained length, relative to the loss there
+# Minimum gain beyond the trained length, relative to the loss there: twice the statistical error
+# of the difference of two losses over 7,000 tokens.
 GAIN = 0.002
 INSERT_SCALE = 0.75
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One policy on the validation text; losses in nats a token."""
+    """One policy on the validation text; losses in nats per token."""
 
     name: str
     policy: dict[str, Any] | None
-    inside: float | None = None  # within the trained length
-    beyond: float | None = None
-    fine: list[Bucket] | None = None  # by position
-    note: str = ""  # why a mixer refuses it, or that it cannot act
+    inside: float | None = None  # loss within the trained length
+    beyond: float | None = None  # loss beyond it
+    fine: list[Bucket] | None = None  # loss by position
+    note: str = ""  # why a mixer refuses the policy, or that the policy has no effect
 
 
 @dataclass(frozen=True)
 class Fix:
-    text: str  # what was read
+    """The result of all trials."""
+
+    text: str  # the text that was read
     tokens: int
     trained_length: int
-    trials: list[Trial]  # without any policy first
-    best: str | None  # the name of a trial; None where nothing helps
-    written: str | None  # the file that has the policy now
+    trials: list[Trial]  # the first one is without any policy
+    best: str | None  # the name of the best trial; None when nothing helps
+    written: str | None  # the file that the best policy was written to
 
     def trial(self, name: str) -> Trial:
         return next(x for x in self.trials if x.name == name)
@@ -70,19 +74,19 @@ class Fix:
         for reason, names in self.left_out().items():
             lines.append(f"  without {', '.join(names)}: {reason}")
         lines.append(
-            f"The best is that with the smallest loss beyond, of those that cost at most "
-            f"{INSIDE:.0%} within; it must gain {GAIN:.1%} over none."
+            f"The best cure has the smallest loss beyond the trained length. It may cost at most "
+            f"{INSIDE:.0%} within it, and must gain at least {GAIN:.1%} beyond it."
         )
         if self.best is None:
-            return [*lines, "None helps: config.json stays as it is."]
+            return [*lines, "No cure helps: config.json stays as it is."]
         before, after = self.trial(NONE).beyond, self.trial(self.best).beyond
         lines.append(f"Beyond the trained length: {before:.4f} before, {after:.4f} after.")
         if self.written is None:
-            return [*lines, "config.json has it already."]
+            return [*lines, "config.json already has this policy."]
         return [*lines, f"wrote state_policy into {self.written}"]
 
     def left_out(self) -> dict[str, list[str]]:
-        """Names of the trials that a mixer refused, by its reason."""
+        """The names of the trials that a mixer refused, by reason."""
         found: dict[str, list[str]] = {}
         for x in self.trials:
             if x.beyond is None:
@@ -91,11 +95,11 @@ class Fix:
 
 
 def candidates(trained: int, norms: Sequence[Sequence[float]]) -> dict[str, StatePolicy]:
-    """All but those that build on others, by name."""
+    """The policies to try, by name, without those that combine two settings."""
     found = {}
     for half_lengths in (1, 2, 4, 6):
-        fades = max(2, half_lengths * trained // 2)
-        found[f"decay_scale 1 - 1/{fades}"] = StatePolicy(decay_scale=1 - 1 / fades)
+        span = max(2, half_lengths * trained // 2)
+        found[f"decay_scale 1 - 1/{span}"] = StatePolicy(decay_scale=1 - 1 / span)
     for size in (max(1, trained // 2), trained, 2 * trained):
         found[f"window {size}"] = StatePolicy(window=size)
     for name, share in (("norm as in training", 1.0), ("half of that norm", 0.5)):
@@ -120,7 +124,7 @@ class _Trials:
         self.done: list[Trial] = []
 
     def run(self, name: str, policy: StatePolicy | None, beside: Trial | None = None) -> Trial:
-        """Read the text under a policy. `beside` is the trial that this one adds something to."""
+        """Read the text with a policy. `beside` is the trial that this policy adds a setting to."""
         fields = None if policy is None else changed_fields(policy)
         try:
             with use_policy(self.model, policy):
@@ -132,9 +136,9 @@ class _Trials:
             return self.done[-1]
         inside = mean_loss(parts, end=self.trained)
         beyond = mean_loss(parts, start=self.trained)
-        # what a policy cannot change at all comes out within rounding
+        # a setting without effect changes the loss by rounding only
         same = beside is not None and abs(beyond - beside.beyond) <= 1e-5 * abs(beside.beyond)
-        note = f"cannot act: as {beside.name} alone" if same else ""
+        note = f"no effect: same as {beside.name}" if same else ""
         self.done.append(Trial(name, fields, inside, beyond, fine, note))
         return self.done[-1]
 
@@ -160,12 +164,13 @@ def try_cures(
     configured: StatePolicy | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> tuple[list[Trial], str | None]:
-    """Every cure on tokens [T], and the name of the one to keep.
+    """Try every cure on tokens [T]. Returns all trials and the name of the best one.
 
     labels: [T], IGNORE where a token is not scored; None scores all.
-    norms: the largest norm of each head's state within the trained length, a list a layer; an empty
-    one for layers that kept attention.
-    configured: what the model's config has already.
+    norms: the largest norm of each head's state within the trained length: one list per layer,
+        which is empty for layers that kept attention.
+    configured: the policy in the model's config, if it has one.
+    advance: is called with the number of tokens after each piece of text.
     """
     trials = _Trials(model, tokens, labels, trained, chunk, advance)
     none = trials.run(NONE, None)
@@ -182,15 +187,19 @@ def try_cures(
 
 
 def trials_of(trained: int, configured: StatePolicy | None) -> int:
-    """How often `try_cures` reads its tokens: without a policy and with insert_scale, too."""
+    """How often `try_cures` reads its tokens, including the trials without a policy and with
+    insert_scale."""
     return 2 + len(candidates(trained, ())) + (configured is not None)
 
 
 def choose(none: Trial, trials: Sequence[Trial]) -> str | None:
-    """The name of the trial with the smallest loss beyond the trained length, of those that cost at
-    most INSIDE within it; None where that gains less than GAIN over none."""
-    most = (1 + INSIDE) * _order(none.inside)
-    fit = [x for x in trials if x.beyond is not None and _order(x.inside) <= most]
+    """The name of the best trial; None when it gains less than GAIN over no policy.
+
+    The best trial has the smallest loss beyond the trained length among those that cost at most
+    INSIDE within it.
+    """
+    limit = (1 + INSIDE) * _order(none.inside)
+    fit = [x for x in trials if x.beyond is not None and _order(x.inside) <= limit]
     best = min(fit, key=lambda x: _order(x.beyond), default=none)
     return best.name if _order(best.beyond) < (1 - GAIN) * _order(none.beyond) else None
 
@@ -200,13 +209,13 @@ def _order(loss: float) -> float:
 
 
 def changed_fields(policy: StatePolicy) -> dict[str, Any]:
-    """What is not as it is by default."""
+    """The fields of a policy that differ from their defaults."""
     defaults = {x.name: x.default for x in fields(policy)}
     return {name: x for name, x in asdict(policy).items() if x != defaults[name]}
 
 
 def write_policy(folder: Path, policy: dict[str, Any]) -> Path:
-    """Put a policy into the config.json of a checkpoint, which is whole at every moment."""
+    """Write a policy into a checkpoint's config.json, atomically. Returns the file's path."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"state_policy": policy}
     partial = path.with_name(f".{path.name}.partial")

@@ -1,5 +1,5 @@
-"""`supra diagnose`: reads one long text and says what becomes of loss and states beyond the length
-that a model was trained on, and what cures it."""
+"""`supra diagnose`: reads one long text, and shows how loss and states behave beyond the length
+that a model was trained on, and which cure helps."""
 
 import math
 from dataclasses import replace
@@ -27,10 +27,10 @@ from supra.long_context.stream import TokenStream, begun
 from supra.mixers.state_policy import StatePolicy
 from supra.model.positions import check_positions
 
-TO = 65536
-FIX_LENGTHS = 8  # trained lengths that cures are tried on
-# a threshold for heads whose state was empty throughout the trained length
-LEAST_NORM = 1e-6
+STREAM_LENGTH = 65536  # default number of tokens to read
+FIX_LENGTHS = 8  # default length of the text for cures, in trained lengths
+# norm threshold for heads whose state was empty throughout the trained length
+MIN_NORM = 1e-6
 
 
 def diagnose(
@@ -38,77 +38,61 @@ def diagnose(
     text: str,
     *,
     text_field: str = "text",
-    to: int = TO,
+    stream_length: int = STREAM_LENGTH,
     trained_length: int | None = None,
     chunk: int = 1024,
     every: int | None = None,
     out: Path | None = None,
     fix: str | None = None,
     fix_text: str | None = None,
-    fix_to: int | None = None,
+    fix_length: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Diagnosis:
-    """Read `to` tokens of `text` as one stream, without a reset between its documents.
+    """Read `stream_length` tokens of `text` as one stream; documents do not reset the state.
 
     Args:
-        trained_length: tokens of a row in training; None is what the run that left the checkpoint
-            says.
-        chunk: tokens of one forward pass. It changes time and memory, and no result.
-        every: tokens from one look at the states to the next, or more where those would be over
-            256. None is 1024, or less where the text is short.
-        out: folder to make, for diagnosis.json, loss.png and states.png.
+        trained_length: tokens per row in training; None reads it from the config of the run that
+            wrote the checkpoint.
+        chunk: tokens per forward pass. It changes time and memory, but no result.
+        every: tokens between two probes of the states; it is raised when there would be more than
+            256 probes. None means 1024, or less for a short text.
+        out: new folder for diagnosis.json, loss.png and states.png.
         fix: "auto" tries the cures of `supra.long_context.cures` and writes the best one into the
             checkpoint's config.json.
-        fix_text: what they are tried on. None is what follows in `text`; where that is too short,
-            its beginning.
-        fix_to: tokens of it; None is eight trained lengths.
+        fix_text: the text that cures are tried on. None continues in `text`, or starts it again if
+            too little of it is left.
+        fix_length: number of its tokens; None means eight trained lengths.
 
     Raises UserError for a model without recurrent layers, and for lengths that do not fit.
     """
     trained = recorded_length(checkpoint) if trained_length is None else trained_length
-    plan = Plan.of(to, trained, chunk, every)
-    _check_fix(checkpoint, fix, fix_text, fix_to, trained)
+    plan = Plan.of(stream_length, trained, chunk, every)
+    _check_fix(checkpoint, fix, fix_text, fix_length, trained)
     if out is not None:
         need_matplotlib("--out")
         check_vacant(out)
+
     tokenizer = checkpoint.tokenizer()
-    stream = TokenStream(tokenizer, open_documents(text, text_field))
-    other = None
-    if fix_text is not None:
-        other = TokenStream(tokenizer, open_documents(fix_text, text_field))
+
+    def open_stream(path: str) -> TokenStream:
+        return TokenStream(tokenizer, open_documents(path, text_field))
+
+    stream = open_stream(text)
+    other = None if fix_text is None else open_stream(fix_text)
     model = load_model(checkpoint, dtype, may_overflow=True).eval()  # overflow is a finding here
     layers = RecurrentLayers.of(model)
-    check_positions(model, "--to", to)
+    check_positions(model, "--to", stream_length)
     if fix is not None:
-        fix_to = fix_to or FIX_LENGTHS * trained
-        check_positions(model, "--fix-to", fix_to)
-    with tqdm(total=plan.steps, unit="token", unit_scale=True, disable=not progress) as bar:
-        found = Examination(model, layers, plan, bar)
-        found.read(stream)
-    losses = found.losses()
-    if not math.isfinite(losses.inside):
-        raise overflow(model)
-    result = Diagnosis(
-        model=checkpoint.name,
-        text=text,
-        tokens=to,
-        restarts=stream.restarts,
-        trained_length=trained,
-        policy=model.config.state_policy,
-        kept_attention=layers.kept,
-        losses=losses,
-        probes=plan.probes,
-        heads=found.heads(),
-        remembrance=found.remembrance,
-    )
+        fix_length = fix_length or FIX_LENGTHS * trained
+        check_positions(model, "--fix-to", fix_length)
+    result = _examine(checkpoint, text, model, layers, plan, stream, progress)
     if fix is not None:
-        if other is not None:
-            tokens = other.take(fix_to)
-            which = fix_text + (", read more than once" if other.restarts else "")
+        if other is None:
+            tokens, which = _following_tokens(stream, open_stream(text), fix_length, text)
         else:
-            again = TokenStream(tokenizer, open_documents(text, text_field))
-            tokens, which = _what_follows(stream, again, fix_to, text)
+            tokens = other.take(fix_length)
+            which = fix_text + (", read more than once" if other.restarts else "")
         tokens = begun(tokens, stream.start)
         cures = _fix(model, checkpoint, result, tokens, which, chunk, progress)
         result = replace(result, fix=cures)
@@ -117,16 +101,50 @@ def diagnose(
     return result
 
 
+def _examine(
+    checkpoint: Checkpoint,
+    text: str,
+    model: PreTrainedModel,
+    layers: RecurrentLayers,
+    plan: Plan,
+    stream: TokenStream,
+    progress: bool,
+) -> Diagnosis:
+    """Read the stream. Raises UserError if the loss is not finite even within the trained
+    length."""
+    with tqdm(total=plan.steps, unit="token", unit_scale=True, disable=not progress) as bar:
+        found = Examination(model, layers, plan, bar)
+        found.read(stream)
+    losses = found.losses()
+    if not math.isfinite(losses.inside):
+        raise overflow(model)
+    return Diagnosis(
+        model=checkpoint.name,
+        text=text,
+        tokens=plan.length,
+        restarts=stream.restarts,
+        trained_length=plan.trained,
+        policy=model.config.state_policy,
+        kept_attention=layers.kept,
+        losses=losses,
+        probes=plan.probes,
+        heads=found.heads(),
+        remembrance=found.remembrance,
+    )
+
+
 def recorded_length(checkpoint: Checkpoint) -> int:
-    """Tokens of a row in the run of `supra uptrain` whose folder the checkpoint lies in: the
-    state's, so all segments of a row where it was passed on. Raises UserError where there is none.
+    """The trained length in the config of the `supra uptrain` run that wrote the checkpoint.
+
+    If the run passed states from segment to segment, this is the length of all segments of a row.
+    Raises UserError if the checkpoint lies in no such run.
     """
     folder = checkpoint.folder.absolute()
     path = folder.parent / "config.yaml"
     if folder.name != "final" or not path.is_file():
         raise UserError(
-            f"--trained-length is missing: {checkpoint.name} lies in no folder of `supra uptrain` "
-            "that would say how long its rows were in training"
+            f"--trained-length is missing: {checkpoint.name} does not lie in a folder of `supra "
+            "uptrain`, whose config would give the length; give --trained-length"
         )
     try:
         config = yaml.safe_load(path.read_bytes())
@@ -134,43 +152,45 @@ def recorded_length(checkpoint: Checkpoint) -> int:
         return config["data"]["sequence_length"] * extended.get("state_passing", 1)
     except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not what `supra uptrain` wrote ({type(error).__name__}): give "
+            f"{path} is not a config of `supra uptrain` ({type(error).__name__}): give "
             "--trained-length"
         ) from error
 
 
 def _check_fix(
-    checkpoint: Checkpoint, fix: str | None, text: str | None, to: int | None, trained: int
+    checkpoint: Checkpoint, fix: str | None, text: str | None, length: int | None, trained: int
 ) -> None:
-    """Raise UserError for what would fail after all has been read."""
+    """Raise UserError for mistakes that would otherwise show after the whole text has been read."""
     if fix is None:
-        for name, value in (("fix-text", text), ("fix-to", to)):
+        for name, value in (("fix-text", text), ("fix-to", length)):
             if value is not None:
-                raise UserError(f"--{name} is for --fix auto: give both")
+                raise UserError(f"--{name} (={value}) is only for --fix auto: give both")
         return
     check_choice("fix", fix, ("auto",))
     if checkpoint.hub_id is not None:
         raise UserError(
-            f"--fix writes into the config.json of the model, and {checkpoint.name} is no folder "
-            "here: save it into one first"
+            f"--fix writes into the config.json of the model, and {checkpoint.name} is not a local "
+            "folder: save it into one first"
         )
-    if to is not None and to < 2 * trained:
+    if length is not None and length < 2 * trained:
         raise UserError(
-            f"--fix-to (={to}) must be at least twice the trained length (={trained}): cures act "
-            "beyond that"
+            f"--fix-to (={length}) must be at least twice the trained length (={trained}): cures "
+            "act beyond the trained length"
         )
 
 
-def _what_follows(
+def _following_tokens(
     stream: TokenStream, again: TokenStream, count: int, text: str
 ) -> tuple[Tensor, str]:
-    """The next tokens of the stream with their labels [2, count], and what they are. If the text
-    ends, they come from `again`, the same text from its beginning."""
+    """The next tokens of the stream with their labels [2, count], and a description of them.
+
+    If the text ends before that, they come from `again`, the same text from its beginning.
+    """
     before = stream.restarts
     tokens = stream.take(count)
     if stream.restarts == before:
-        return tokens, f"{text}, those that follow"
-    return again.take(count), f"{text}, its beginning again: too little follows"
+        return tokens, f"{text}, after the tokens read before"
+    return again.take(count), f"{text}, from its beginning: too little text follows"
 
 
 def _fix(
@@ -182,10 +202,10 @@ def _fix(
     chunk: int,
     progress: bool,
 ) -> Fix:
-    """Try the cures; write the best where it is not in the config already."""
+    """Try the cures, and write the best one into the config unless it is already there."""
     norms: list[list[float]] = [[] for _ in range(model.config.num_hidden_layers)]
     for head in found.heads:
-        norms[head.layer].append(max(head.largest_norm, LEAST_NORM))
+        norms[head.layer].append(max(head.largest_norm, MIN_NORM))
     configured = None if found.policy is None else StatePolicy.from_dict(found.policy)
     ids, labels = tokens
     steps = trials_of(found.trained_length, configured) * len(ids)

@@ -1,5 +1,8 @@
-"""The reading that a diagnosis rests on: one stream, parts of it anew, and parts without their
-beginnings."""
+"""The measurements of a diagnosis.
+
+A model reads one long stream, then parts of it again from an empty state, and then texts without
+their beginnings.
+"""
 
 import math
 from collections.abc import Sequence
@@ -32,96 +35,101 @@ from supra.long_context.stream import (
 )
 from supra.long_context.words import departure, end_norm, harm, head_verdict
 
-EVERY = 1024  # tokens
-PROBES = 256  # at most; of 270 heads they are 4 MB
-EIGHTHS = 8  # of the trained length: where states within it are looked at
-SPANS = 16  # trained lengths of the stream that are read anew
-TEXTS, ENDS = 2, 32  # of effective remembrance: texts of the trained length, last tokens of each
+EVERY = 1024  # tokens between probes of the states
+PROBES = 256  # maximum; for 270 heads this takes 4 MB
+EIGHTHS = 8  # within the trained length, states are probed at every eighth
+SPANS = 16  # number of spans of the trained length that are read again from an empty state
+TEXTS, ENDS = 2, 32  # effective remembrance: texts of the trained length, and last tokens of each
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read and where it is looked at, in tokens."""
+    """What is read, and where states are probed; all in tokens."""
 
-    to: int
+    length: int
     trained: int
     chunk: int
     probes: list[int]
-    spans: list[int] = field(init=False)  # where the parts begin that are read anew
+    spans: list[int] = field(init=False)  # where the spans begin that are read again
 
     def __post_init__(self):
-        rows = self.to // self.trained
+        rows = self.length // self.trained
         count = min(SPANS, rows)
         starts = [self.trained * (n * (rows - 1) // (count - 1)) for n in range(count)]
         object.__setattr__(self, "spans", starts)
 
     @classmethod
-    def of(cls, to: int, trained: int, chunk: int, every: int | None) -> "Plan":
-        """Raises UserError for lengths that leave nothing to be seen."""
-        for name, value, least in (("trained-length", trained, EIGHTHS), ("chunk", chunk, 1)):
-            if value < least:
-                raise UserError(f"--{name} (={value}) must be at least {least}")
-        if to < 2 * trained:
+    def of(cls, length: int, trained: int, chunk: int, every: int | None) -> "Plan":
+        """Raises UserError for lengths that are too small to show anything."""
+        for name, value, minimum in (("trained-length", trained, EIGHTHS), ("chunk", chunk, 1)):
+            if value < minimum:
+                raise UserError(f"--{name} (={value}) must be at least {minimum}")
+        if length < 2 * trained:
             raise UserError(
-                f"--to (={to}) must be at least twice the trained length (={trained}): what there "
-                "is to see lies beyond that"
+                f"--to (={length}) must be at least twice the trained length (={trained}): a "
+                "diagnosis is about tokens beyond the trained length"
             )
-        most = (to - trained) // 4
-        if every is not None and not 1 <= every <= most:
+        maximum = (length - trained) // 4
+        if every is not None and not 1 <= every <= maximum:
             raise UserError(
-                f"--every (={every}) must be from 1 to {most}: states are looked at four times "
-                "beyond the trained length at least"
+                f"--every (={every}) must be from 1 to {maximum}: states are probed at least four "
+                "times beyond the trained length"
             )
-        every = max(every or min(EVERY, max(1, most // 4)), -(-to // PROBES))
-        return cls(to, trained, chunk, sorted({*range(every, to, every), *eighths(trained), to}))
+        every = max(every or min(EVERY, max(1, maximum // 4)), -(-length // PROBES))
+        probes = sorted({*range(every, length, every), *eighths(trained), length})
+        return cls(length, trained, chunk, probes)
 
     @property
     def remembrance(self) -> dict[int, tuple[int, int]]:
-        """Lengths of texts -> how many texts, and how many last tokens of each; as many predictions
-        of every length, and all within the last quarter of the shortest rest."""
+        """Length of texts -> (number of texts, number of last tokens of each).
+
+        Every length has equally many predictions, all within the last quarter of the shortest
+        remaining text.
+        """
         wanted = {self.trained: (TEXTS, ENDS), 4 * self.trained: (1, TEXTS * ENDS)}
         return {
             length: (texts, min(ends, max(1, length // (4 * EIGHTHS))))
             for length, (texts, ends) in wanted.items()
-            if length <= self.to
+            if length <= self.length
         }
 
     @property
     def steps(self) -> int:
-        """Tokens that the model reads in all."""
+        """The number of tokens that the model reads in total."""
         rests = {n: sum(n - start for start in (0, *eighths(n)[:-1])) for n in self.remembrance}
         remembered = sum(texts * rests[n] for n, (texts, _) in self.remembrance.items())
-        return self.to + len(self.spans) * self.trained + remembered
+        return self.length + len(self.spans) * self.trained + remembered
 
 
 def eighths(length: int) -> list[int]:
+    """1/8, 2/8, … 8/8 of a length."""
     return [length * n // EIGHTHS for n in range(1, EIGHTHS + 1)]
 
 
 class Examination:
-    """What one model does with one stream. `bar` hears of every token that it reads."""
+    """How one model reads one stream. Every token read moves the progress bar `bar`."""
 
     def __init__(self, model: PreTrainedModel, layers: RecurrentLayers, plan: Plan, bar: tqdm):
         self.model, self.layers, self.plan, self.bar = model, layers, plan, bar
         half, whole = plan.trained // 2, plan.trained
-        self.by_position = Buckets(position_edges(plan.to))
-        self.fine = Buckets(fine_edges(plan.to))
-        self.parts = Buckets(sorted({0, whole, min(4 * whole, plan.to), plan.to}))
+        self.by_position = Buckets(position_edges(plan.length))
+        self.fine = Buckets(fine_edges(plan.length))
+        self.parts = Buckets(sorted({0, whole, min(4 * whole, plan.length), plan.length}))
         edges = [start + x for start in plan.spans for x in (half, whole)]
         self.in_stream = Buckets(edges)  # every other bucket is the second half of a span
         self.anew = [Buckets([half, whole]) for _ in plan.spans]
         self.statistics: dict[int, list[Tensor]] = {layer: [] for layer in layers.mixers}
-        self.largest: dict[int, Tensor] = {}  # norms, [H] a layer
+        self.largest: dict[int, Tensor] = {}  # largest norms, [H] per layer
         self.decays = DecaySums(layers)
         self.remembrance: list[Remembrance] = []
         self._tokens: dict[int, list[Tensor]] = {start: [] for start in plan.spans}
-        self._beginning: list[Tensor] = []  # as much as remembrance asks for
+        self._beginning: list[Tensor] = []  # the tokens that remembrance needs
 
     def read(self, stream: TokenStream) -> None:
         self._read_stream(stream)
         spans = {start: torch.cat(parts, dim=1) for start, parts in self._tokens.items()}
         for at, start in enumerate(self.plan.spans):
-            self.bar.set_description("read anew")
+            self.bar.set_description("read again")
             self._read_anew(begun(spans[start], stream.start), self.anew[at])
         self.bar.set_description("remembrance")
         first, last = self.plan.spans[0], self.plan.spans[-1]
@@ -133,7 +141,7 @@ class Examination:
     def _read_stream(self, stream: TokenStream) -> None:
         self.bar.set_description("stream")
         plan, reader, probes = self.plan, Reader(self.model), set(self.plan.probes)
-        for start, end in cuts(plan.to, plan.chunk, plan.probes):
+        for start, end in cuts(plan.length, plan.chunk, plan.probes):
             text = stream.take(end - start)
             positions, nats = reader.read(*text)
             for buckets in (self.by_position, self.fine, self.parts, self.in_stream):
@@ -173,7 +181,7 @@ class Examination:
         self.remembrance.append(Remembrance(length, len(texts), ends * len(texts), by_start))
 
     def losses(self) -> Losses:
-        parts, trained, to = self.parts.found(), self.plan.trained, self.plan.to
+        parts, trained, length = self.parts.found(), self.plan.trained, self.plan.length
         whole = self.in_stream.found()[::2]
         spans = [
             Span(x.start, x.end, x.loss, mean_loss(anew.found()))
@@ -185,7 +193,7 @@ class Examination:
         return Losses(
             inside=mean_loss(parts, end=trained),
             beyond=mean_loss(parts, start=trained),
-            beyond_four=mean_loss(parts, start=4 * trained) if to > 4 * trained else None,
+            beyond_four=mean_loss(parts, start=4 * trained) if length > 4 * trained else None,
             excess=(loss - anew) / len(later),
             ratio=loss / anew if anew > 0 else math.inf if loss > 0 else 1.0,
             falls_apart_from=departure(harms, [x.start for x in later], 0.0),
@@ -202,7 +210,7 @@ class Examination:
         ]
 
     def _head(self, layer: int, head: int, statistics: Tensor) -> Head:
-        """From its statistics [probes, their number]."""
+        """One head's finding from its statistics [probes, number of statistics]."""
         columns = dict(zip(StateStatistics._fields, statistics.T.tolist(), strict=True))
         beyond = [place > self.plan.trained for place in self.plan.probes]
         norms, places = (

@@ -1,4 +1,4 @@
-"""What `supra diagnose` found, as numbers, as JSON and as lines."""
+"""The results of `supra diagnose`: as numbers, as JSON and as lines of text."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,13 +9,13 @@ from supra.long_context.stream import Bucket
 from supra.long_context.words import COLLAPSES, GREW, KEEPS, MEANING
 
 WORST = 10  # heads in the terminal's table
-NAMED = 12  # heads in a sentence
+NAMED = 12  # maximum number of heads that a sentence names
 
 
 @dataclass(frozen=True)
 class Span:
-    """Mean nats of the same tokens, `start` to `end` - 1, as the stream and as a model that began
-    from an empty state half a trained length before them."""
+    """Mean nats of the tokens `start` to `end` - 1, read in two ways: in the stream (`loss`), and
+    after an empty state half a trained length before them (`anew`)."""
 
     start: int
     end: int
@@ -25,40 +25,41 @@ class Span:
 
 @dataclass(frozen=True)
 class Losses:
-    """In nats a token; places are how many tokens were read before."""
+    """Losses in nats per token. A position is the number of tokens read before."""
 
-    inside: float  # of the first trained length of the stream
-    beyond: float  # of all that follows
-    beyond_four: float | None  # of what follows four trained lengths
-    excess: float  # of the spans beyond the trained length over themselves read anew
-    ratio: float  # of the same
-    falls_apart_from: int | None  # the first token from which on that does harm, see words
+    inside: float  # the first trained length of the stream
+    beyond: float  # everything after it
+    beyond_four: float | None  # everything after four trained lengths
+    excess: float  # of the spans beyond the trained length: loss in the stream minus loss anew
+    ratio: float  # the same as a quotient
+    falls_apart_from: int | None  # the token from which on the excess is harmful, see `departure`
     spans: list[Span]
-    by_position: list[Bucket]  # buckets that double
-    fine: list[Bucket]  # equal ones
+    by_position: list[Bucket]  # buckets that double in size
+    fine: list[Bucket]  # buckets of equal size
 
 
 @dataclass(frozen=True)
 class Head:
-    """Decay is over the trained length, the mean over texts; largest_norm that of all of them."""
+    """One head. Its decay is over the trained length, as a mean over texts; `largest_norm` is the
+    maximum over texts."""
 
     layer: int
     head: int
     mixer: str
-    log_decay: float  # of the product of decays; the mean over channels that decay apart
-    log_decay_slowest: float  # of the channel that decays least
-    kept: float  # of the first token, in that channel
+    log_decay: float  # log of the product of decays; the mean over channels with own decays
+    log_decay_slowest: float  # the same for the channel that decays least
+    kept: float  # share of the first token that remains in that channel
     half_life: float  # tokens, at the mean rate
     largest_norm: float  # of the state within the trained length
-    growth: float  # norm at the end over that
-    verdict: str  # of supra.long_context.words
-    since: int | None  # token from which on the norm is out of bounds
-    statistics: dict[str, list[float]]  # one value a probe
+    growth: float  # norm at the end, divided by largest_norm
+    verdict: str  # one of those in supra.long_context.words
+    since: int | None  # the token from which on the norm is out of bounds
+    statistics: dict[str, list[float]]  # one value per probe
 
 
 @dataclass(frozen=True)
 class Remembrance:
-    """Effective remembrance by the token from which on the text is read; the mean over `places`
+    """Effective remembrance, by the token from which on the text is read: the mean over `places`
     predictions in `texts` texts."""
 
     length: int
@@ -69,25 +70,27 @@ class Remembrance:
 
 @dataclass(frozen=True)
 class Diagnosis:
+    """All results of `supra diagnose`."""
+
     model: str
     text: str
     tokens: int
-    restarts: int  # of the text, before so many tokens were read
+    restarts: int  # how often the text began again
     trained_length: int
-    policy: dict[str, Any] | None  # the state_policy that was in force
+    policy: dict[str, Any] | None  # the model's state_policy
     kept_attention: list[int]  # layers that are not recurrent
     losses: Losses
-    probes: list[int]  # how many tokens were read when the states were looked at
+    probes: list[int]  # numbers of tokens read when the states were probed
     heads: list[Head]
     remembrance: list[Remembrance]
     fix: Fix | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it; what is not finite is None."""
+        """All results; numbers that are not finite are None."""
         return plain({**asdict(self), "words": self.words()})
 
     def words(self) -> list[str]:
-        """What is to be said of it, in sentences."""
+        """The results in sentences."""
         return [*self._origin(), self._loss_words(), *self._head_words(), *self._reach_words()]
 
     def _origin(self) -> list[str]:
@@ -95,29 +98,29 @@ class Diagnosis:
         if self.restarts:
             said.append(
                 f"The text ended before {self.tokens:,} tokens and was read {self.restarts + 1} "
-                "times: what is said twice is easier to say, so take a longer one for losses."
+                "times. Repeated text is easier to predict: give a longer text to compare losses."
             )
         if self.policy is not None:
             said.append(f"The model has a state_policy: {describe(self.policy)}.")
         if self.kept_attention:
             names = ", ".join(map(str, self.kept_attention))
             said.append(
-                f"Softmax attention is kept in layers {names}: not recurrent, they have no state "
-                "that could collapse, and hold every token of the text or of their window."
+                f"Layers {names} keep softmax attention. They have no recurrent state that could "
+                "collapse; they store every token of the text or of their window."
             )
         return said
 
     def _loss_words(self) -> str:
         since = self.losses.falls_apart_from
         if not math.isfinite(self.losses.excess):
-            return f"The loss leaves the finite numbers, from {since:,} tokens on."
-        beside = (
-            f"beyond the trained length it is {self.losses.ratio:.3f} times that of the same "
+            return f"The loss is not finite from {since:,} tokens on."
+        comparison = (
+            f"beyond the trained length it is {self.losses.ratio:.3f} times the loss of the same "
             f"tokens read from an empty state ({self.losses.excess:+.4f} nats)."
         )
         if since is None:
-            return f"The loss holds up to {self.tokens:,} tokens: {beside}"
-        return f"The loss falls apart from {since:,} tokens on: {beside}"
+            return f"The loss stays good up to {self.tokens:,} tokens: {comparison}"
+        return f"The loss breaks down from {since:,} tokens on: {comparison}"
 
     def _head_words(self) -> list[str]:
         said = []
@@ -136,19 +139,20 @@ class Diagnosis:
         slow = [x for x in grown if x.kept > 0.5]
         if slow:
             said.append(
-                f"Of the {len(grown)} that outgrow training, {len(slow)} keep more than half of "
-                "the first token over the trained length: they never had to forget."
+                f"Of the {len(grown)} heads whose states leave their training range, {len(slow)} "
+                "keep more than half of the first token over the trained length: training never "
+                "made them forget."
             )
         if grown and self.losses.falls_apart_from is None:
-            said.append("So far that does the loss no harm.")
+            said.append("So far this does not harm the loss.")
         if not grown:
             said.append(f"None of {len(self.heads)} heads collapses.")
         return said
 
     def _reach_words(self) -> list[str]:
         return [
-            f"Without its first {start:,} of {x.length:,} tokens, {value:.3f} of what the model "
-            "predicts next moves elsewhere (effective remembrance)."
+            f"Without the first {start:,} of {x.length:,} tokens, {value:.3f} of the probability "
+            "of the next token moves to other tokens (effective remembrance)."
             for x in self.remembrance
             for start, value in x.by_start[:1]
         ]
@@ -157,7 +161,7 @@ class Diagnosis:
         return [x for x in self.heads if x.verdict == verdict]
 
     def worst(self, count: int) -> list[Head]:
-        """Heads by how much their states grew, those without a finite norm first."""
+        """The heads whose states grew most; heads without a finite norm come first."""
         return sorted(self.heads, key=lambda x: _order(x.growth), reverse=True)[:count]
 
     def lines(self) -> list[str]:
@@ -168,14 +172,18 @@ class Diagnosis:
             "",
             *self.words(),
             "",
-            f"loss in nats a token: {x.inside:.4f} within the trained length, {x.beyond:.4f} beyond"
-            + ("" if x.beyond_four is None else f", {x.beyond_four:.4f} beyond four of them"),
+            f"loss in nats per token: {x.inside:.4f} within the trained length, {x.beyond:.4f} "
+            "beyond it"
+            + ("" if x.beyond_four is None else f", {x.beyond_four:.4f} beyond four times it"),
             f"  {'tokens before':>23}{'loss':>10}{'perplexity':>14}",
         ]
         for bucket in x.by_position:
             place = f"{bucket.start:,} to {min(bucket.end, self.tokens) - 1:,}"
             lines.append(f"  {place:>23}{bucket.loss:10.4f}{perplexity(bucket.loss):>14}")
-        lines += ["", f"  {'the same tokens':>23}{'stream':>10}{'read anew':>14}{'difference':>12}"]
+        lines += [
+            "",
+            f"  {'the same tokens':>23}{'stream':>10}{'empty state':>14}{'difference':>12}",
+        ]
         for span in x.spans:
             place = f"{span.start:,} to {span.end - 1:,}"
             difference = span.loss - span.anew
@@ -185,10 +193,10 @@ class Diagnosis:
 
     def _worst_lines(self) -> list[str]:
         lines = [
-            f"states of the {min(WORST, len(self.heads))} heads that grew most: norm at the end "
-            "over the largest within the trained length,",
-            "  share of the first token kept, half-life in tokens, top 5 % of elements and of key "
-            "channels, kurtosis",
+            f"the {min(WORST, len(self.heads))} heads whose states grew most: norm at the end "
+            "divided by the largest within the trained length,",
+            "  share of the first token that is kept, half-life in tokens, share of the squares in "
+            "the top 5 % of elements and key channels, kurtosis",
             f"  {'layer.head':>10}{'growth':>9}{'kept':>8}{'half-life':>11}{'elements':>10}"
             f"{'channels':>10}{'kurtosis':>10}  verdict",
         ]
@@ -203,7 +211,7 @@ class Diagnosis:
         return lines
 
     def _remembrance_lines(self) -> list[str]:
-        lines = ["effective remembrance: total variation of predictions without the first tokens"]
+        lines = ["effective remembrance: change of predictions without the first tokens"]
         for x in self.remembrance:
             starts = "".join(f"{start:9,}" for start, _ in x.by_start)
             values = "".join(f"{value:9.3f}" for _, value in x.by_start)
@@ -212,8 +220,8 @@ class Diagnosis:
 
 
 def describe(policy: dict[str, Any]) -> str:
-    """Its fields, thresholds of heads not one by one."""
-    named = {k: "one a head" if isinstance(v, list | tuple) else v for k, v in policy.items()}
+    """The fields of a policy in words; per-head thresholds are not listed."""
+    named = {k: "per head" if isinstance(v, list | tuple) else v for k, v in policy.items()}
     return ", ".join(f"{name} {value}" for name, value in named.items())
 
 
@@ -222,7 +230,7 @@ def perplexity(loss: float) -> str:
 
 
 def plain(x: Any) -> Any:
-    """For JSON: floats to seven digits, None for what is not finite."""
+    """A value for JSON: floats with seven digits, and None for floats that are not finite."""
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
     if isinstance(x, list | tuple):

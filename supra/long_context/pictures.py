@@ -1,4 +1,4 @@
-"""loss.png and states.png. matplotlib is imported here only, and needs no screen."""
+"""Draws loss.png and states.png. matplotlib is only imported here, and needs no screen."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINES = 8  # heads whose growth over time is drawn
-STEADY = 64  # tokens of a point: one token's loss varies as much as the mean is
-DOTS = 150  # an inch
+STEADY = 64  # minimum tokens per point, because the loss of a single token varies too much
+DPI = 150
 
 
 def draw_loss(found: Diagnosis, path: Path) -> None:
-    """Loss by position: the stream, and parts of it read anew; below, before and after a cure."""
+    """Loss by position, in the stream and in spans read from an empty state; below it, the loss
+    before and after a cure."""
     fix = found.fix if found.fix is not None and found.fix.best is not None else None
     figure, axes = _figure(8, 4.5 if fix is None else 8, rows=1 if fix is None else 2)
     top = axes[0]
@@ -34,11 +35,11 @@ def draw_loss(found: Diagnosis, path: Path) -> None:
         for name, color in (("none", "C0"), (fix.best, "C2")):
             _line(axes[1], fix.trial(name).fine, name, color)
         _label(axes[1], found.trained_length, f"cures on {fix.text}")
-    figure.savefig(path, dpi=DOTS)
+    figure.savefig(path, dpi=DPI)
 
 
 def draw_states(found: Diagnosis, path: Path) -> None:
-    """How much each head's state grew, and that of the worst heads over time."""
+    """The growth of every head's state, and the norms of the worst heads over time."""
     figure, (left, right) = _figure(12, 5, columns=2)
     growth = heat(found.heads, found.kept_attention)
     image = left.imshow(growth, aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, origin="lower")
@@ -55,11 +56,12 @@ def draw_states(found: Diagnosis, path: Path) -> None:
     right.set_yscale("log", base=2)
     _label(right, found.trained_length, "the heads that grew most")
     right.set_ylabel("norm / largest in training")
-    figure.savefig(path, dpi=DOTS)
+    figure.savefig(path, dpi=DPI)
 
 
 def heat(heads: Sequence[Head], kept: Sequence[int]) -> list[list[float]]:
-    """log2 of growth by layer and head; NaN where there is no such head or no finite growth."""
+    """log2 of growth by layer and head; NaN where the head does not exist or growth is not
+    finite."""
     layers = 1 + max([x.layer for x in heads] + list(kept))
     table = [[math.nan] * (1 + max(x.head for x in heads)) for _ in range(layers)]
     for x in heads:
@@ -76,7 +78,8 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
 
 def joined(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Buckets of STEADY tokens at least and an eighth of an octave, in which the axis is."""
+    """Join buckets so that each has at least STEADY tokens and an eighth of an octave; the axis is
+    in octaves."""
     found: list[Bucket] = []
     for x in buckets:
         last = found[-1] if found else None
@@ -98,6 +101,6 @@ def _line(axes: "Axes", buckets: Sequence[Bucket], name: str, color: str) -> Non
 def _label(axes: "Axes", trained: int, title: str) -> None:
     axes.axvline(trained, color="black", linestyle="--", linewidth=1, label="trained length")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens read before", ylabel="nats a token")
+    axes.set(xlabel="tokens read before", ylabel="nats per token")
     axes.set_title(title, fontsize="medium", wrap=True)
     axes.legend(fontsize="small")

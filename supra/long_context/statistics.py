@@ -1,4 +1,4 @@
-"""What the state of a head looks like, how much of it decays, and how far back it reaches."""
+"""Statistics of a head's state, its decay, and how far back a model's memory reaches."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +18,11 @@ from supra.mixers import Mixer
 from supra.model.attention import attention_modules
 from supra.model.families import no_mixer
 
-TOP = 0.05  # the share of outliers whose squares are summed
+TOP = 0.05  # the share of elements, or of rows, that counts as outliers
 
 
 class StateStatistics(NamedTuple):
-    """Of the elements of each head's state; [H] float64 each."""
+    """Statistics of the elements of each head's state; [H] float64 each."""
 
     norm: Tensor  # Frobenius
     rms: Tensor
@@ -30,11 +30,11 @@ class StateStatistics(NamedTuple):
     variance: Tensor
     kurtosis: Tensor  # 3 for a Gaussian; 0 where all elements are equal
     top_elements: Tensor  # share of the sum of squares in the largest 5 % of the elements
-    top_channels: Tensor  # the same in 5 % of the rows: channels of keys, each with all values
+    top_channels: Tensor  # the same for the largest 5 % of the rows, which are key channels
 
 
 def state_statistics(memory: Tensor) -> StateStatistics:
-    """Of a state [H, K, V]. 5 % are rounded up to whole elements and rows."""
+    """Statistics of a state [H, K, V]. 5 % is rounded up to whole elements and rows."""
     memory = memory.double()
     squares = memory.square()
     total = squares.sum((1, 2))
@@ -55,18 +55,20 @@ def state_statistics(memory: Tensor) -> StateStatistics:
 
 
 def _top_share(parts: Tensor, total: Tensor) -> Tensor:
-    """[H, N] and their sums [H]."""
+    """The largest parts' share [H] of the total. parts: [H, N], squares. total: [H], their sums."""
     largest = parts.topk(math.ceil(TOP * parts.shape[1]), dim=1).values.sum(1)
     return torch.where(total > 0, largest / total, 0.0)
 
 
 @dataclass(frozen=True)
 class RecurrentLayers:
-    """The mixers of a converted model by layer, those that are recurrent and those that kept
-    attention. Raises UserError where there is none of the former."""
+    """The recurrent mixers of a converted model by layer, and the layers that kept attention.
+
+    Raises UserError when no layer is recurrent.
+    """
 
     mixers: dict[int, Mixer]
-    kept: list[int]
+    kept: list[int]  # layers
 
     @classmethod
     def of(cls, model: nn.Module) -> "RecurrentLayers":
@@ -77,8 +79,11 @@ class RecurrentLayers:
         return cls(mixers, sorted(found.keys() - mixers.keys()))
 
     def states(self, reader: Reader) -> dict[int, Tensor]:
-        """Each layer's state as [heads of attention, K, V]. Where a mixer cuts a head into several,
-        as h3, those and its modes, real and imaginary, are rows of it."""
+        """Each layer's state as [attention heads, K, V].
+
+        A mixer such as h3 divides a head into several. Their states, and the real and imaginary
+        parts of their modes, become rows of the one head.
+        """
         return {
             layer: by_head(reader.cache.layers[layer].state.memory, mixer.shape.query_heads)
             for layer, mixer in self.mixers.items()
@@ -86,14 +91,14 @@ class RecurrentLayers:
 
 
 def by_head(memory: Tensor, heads: int) -> Tensor:
-    """[1, H, …, V] as [heads, K, V], of one row."""
+    """The state [1, H, …, V] of one row as [heads, K, V]."""
     return memory[0].reshape(min(heads, memory.shape[1]), -1, memory.shape[-1])
 
 
 class DecaySums:
-    """Σ log decay of every layer over the tokens that were watched: [heads, channels] float64.
+    """The sum of log decays over the watched tokens, per layer: [heads, channels] float64.
 
-    channels is 1 where a head has one decay for all. A mixer without any decay has zeros.
+    There is one channel if all channels of a head share a decay. A mixer without decay has zeros.
     """
 
     def __init__(self, layers: RecurrentLayers):
@@ -101,7 +106,7 @@ class DecaySums:
 
     @contextmanager
     def watching(self, tokens: int) -> Iterator[None]:
-        """While the model reads so many tokens of one row."""
+        """Inside, the model reads `tokens` tokens of one row, and their decays are added."""
         for layer, mixer in self.layers.mixers.items():
             mixer.watch = partial(self._add, layer, mixer.shape.query_heads, tokens)
         try:
@@ -115,14 +120,14 @@ class DecaySums:
             found = torch.zeros(heads, 1, dtype=torch.float64)
         elif log_decay.dim() >= 3:  # [1, T, H] or [1, T, H, K]
             found = log_decay[0].detach().double().sum(0)
-        else:  # of the head, whatever the token
+        else:  # a decay per head, the same for every token
             found = log_decay.detach().double() * tokens
         found = found.reshape(heads, -1).cpu()
         self.sums[layer] = self.sums.get(layer, 0) + found
 
 
 def half_life(log_decay: float, tokens: int) -> float:
-    """Tokens after which a head that decays by `log_decay` in `tokens` tokens keeps half."""
+    """The number of tokens after which half remains, when `tokens` tokens decay by `log_decay`."""
     return math.inf if log_decay == 0 else -math.log(2) * tokens / log_decay
 
 
@@ -137,14 +142,15 @@ def effective_remembrance(
     advance: Callable[[int], object] = lambda _: None,
     start_tokens: Sequence[int] = (),
 ) -> list[float]:
-    """How much what is said next depends on the tokens before each start (Buitrago & Gu 2025,
-    arXiv 2507.02782):
+    """How much predictions depend on the tokens before each start (Buitrago & Gu 2025, arXiv
+    2507.02782):
 
         EffRem_T(t) = ½ Σ |q(· | x_{0:T}) − q(· | x_{t:T})|
 
-    the total variation between predictions from all tokens [T] and from those from t on. The mean
-    over the last `ends` tokens in the place of the T-th. `advance` hears how many tokens were read.
-    `start_tokens` replace the first tokens of each reading.
+    This is the total variation between predictions from all tokens [T] and predictions from the
+    tokens from t on. The result is its mean over the last `ends` tokens instead of the T-th alone.
+    `advance` is called with the numbers of tokens read. `start_tokens` replace the first tokens of
+    each reading.
     """
     begin = tokens.new_tensor(start_tokens)
 

@@ -1,5 +1,7 @@
-"""One long text through a model that carries its state, at constant memory: of a token nothing is
-kept but its share in the sums of some hundred buckets."""
+"""Reads one long text with a recurrent model, in constant memory.
+
+Nothing is kept of a token except its share in the sums of a few hundred buckets.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +25,12 @@ from supra.losses.chunked import chunks, logits_of
 from supra.losses.token_losses import next_token_nats
 from supra.model.cache import new_cache
 
-CHARACTERS = 2**16  # tokenised at a time: offsets and masks of a book would be 100 times its size
-FINE = 256  # equal buckets
+CHARACTERS = 2**16  # tokenised at a time; a book's offsets and masks would take 100 times its size
+FINE = 256  # maximum number of equal buckets
 
 
 class TokenStream:
-    """An endless stream of the tokens of documents: for each its start tokens, the text and
-    end-of-text.
+    """An endless stream of the tokens of documents. Each has start tokens, the text and end tokens.
 
     `restarts` counts how often the text began again. Blank documents are left out. Raises UserError
     when there is no text at all.
@@ -63,15 +64,15 @@ class TokenStream:
 
 
 def begun(text: Tensor, start: Sequence[int]) -> Tensor:
-    """Tokens and labels [2, n] for reading from an empty state: start tokens replace the first
-    tokens, so that all others keep their positions."""
+    """Tokens and labels [2, n] to read from an empty state. Start tokens replace the first tokens,
+    so that all other tokens keep their positions."""
     text, ids = text.clone(), torch.tensor(start[: text.shape[1]], dtype=text.dtype)
     text[0, : len(ids)], text[1, : len(ids)] = ids, IGNORE
     return text
 
 
 def pieces(text: str, size: int = CHARACTERS) -> Iterator[str]:
-    """A text in pieces of at most `size` characters, cut before a space where there is one."""
+    """A text in pieces of at most `size` characters, cut before a space if there is one."""
     start = 0
     while len(text) - start > size:
         cut = text.rfind(" ", start + 1, start + size + 1)
@@ -82,16 +83,16 @@ def pieces(text: str, size: int = CHARACTERS) -> Iterator[str]:
 
 
 class Reader:
-    """A model that reads one text piece by piece, and how surprised it is."""
+    """Reads one text piece by piece with a model, and gives the loss of each token."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.length = model, 0
         self.cache = new_cache(model.config.num_hidden_layers)
-        self._last: Tensor | None = None  # hidden state of the token before
+        self._last: Tensor | None = None  # hidden state of the previous token
 
     @torch.no_grad()
     def advance(self, ids: Tensor) -> Tensor:
-        """Read tokens [n]; their last hidden states [n, D]."""
+        """Read tokens [n]; returns their last hidden states [n, D]."""
         base = getattr(self.model, self.model.base_model_prefix)
         ids = ids.to(self.model.device)[None]
         output = base(input_ids=ids, past_key_values=self.cache, use_cache=True)
@@ -102,10 +103,10 @@ class Reader:
 
     @torch.no_grad()
     def read(self, ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Read tokens [n]; for each, how many stand before it in the text and its nats, float32.
+        """Read tokens [n]; returns the positions of the scored tokens and their nats, float32.
 
-        Both are [n] or shorter: the first token of the text is not predicted, and labels that are
-        IGNORE are not scored.
+        A position is the number of tokens before it in the text. Both results may be shorter than
+        n: the first token of the text is not predicted, and IGNORE labels are not scored.
         """
         last, positions = self._last, torch.arange(self.length, self.length + len(ids))
         hidden = self.advance(ids)[:-1]
@@ -122,7 +123,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tokens that have `start` to `end` - 1 others before them, and their mean nats."""
+    """The tokens at positions `start` to `end` - 1, and their mean nats."""
 
     start: int
     end: int
@@ -131,7 +132,7 @@ class Bucket:
 
 
 class Buckets:
-    """Sums of nats between rising edges; what lies outside of them is not counted."""
+    """Sums of nats between ascending edges. Positions outside the edges are not counted."""
 
     def __init__(self, edges: Sequence[int]):
         self.edges = torch.tensor(edges)
@@ -144,27 +145,27 @@ class Buckets:
         self.counts += torch.bincount(at[inside], minlength=len(self.counts))
 
     def found(self) -> list[Bucket]:
-        """Those with tokens in them."""
+        """The buckets that contain tokens."""
         edges, sums, counts = (x.tolist() for x in (self.edges, self.sums, self.counts))
         rows = zip(pairwise(edges), counts, sums, strict=True)
         return [Bucket(*ends, int(count), total / count) for ends, count, total in rows if count]
 
 
 def fine_edges(tokens: int) -> list[int]:
-    """Of at most FINE equal buckets; the last one may reach beyond the end."""
+    """The edges of at most FINE equal buckets; the last one may reach beyond the end."""
     width = -(-tokens // FINE)
     return list(range(0, tokens + width, width))
 
 
 def mean_loss(buckets: Sequence[Bucket], start: int = 0, end: float = float("inf")) -> float:
-    """Nats a token over the buckets that lie between; every token weighs the same."""
+    """Mean nats per token over the buckets between `start` and `end`."""
     inside = [x for x in buckets if start <= x.start and x.end <= end]
     return sum(x.loss * x.tokens for x in inside) / sum(x.tokens for x in inside)
 
 
 def cuts(length: int, chunk: int, marks: Iterable[int] = ()) -> Iterator[tuple[int, int]]:
-    """Where to cut a text of `length` tokens so that no piece is longer than `chunk`, and one ends
-    at every mark: (start, end) of each."""
+    """(start, end) of the pieces of a text of `length` tokens. No piece is longer than `chunk`, and
+    a piece ends at every mark."""
     start = 0
     for mark in sorted({*(x for x in marks if 0 < x < length), length}):
         while start < mark:

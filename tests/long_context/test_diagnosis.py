@@ -1,4 +1,4 @@
-"""`supra diagnose`: what it reads, measures and says of models whose answers are known."""
+"""`supra diagnose`: what it reads, measures and reports, on models whose results are known."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def stream_of(folders, text="text.jsonl"):
 
 
 def run(folders, name="mamba2", text="text.jsonl", **options):
-    settings = {"to": 256, "trained_length": 64, "chunk": 100} | options
+    settings = {"stream_length": 256, "trained_length": 64, "chunk": 100} | options
     return diagnose(find_checkpoint(str(folders / name)), str(folders / text), **settings)
 
 
@@ -232,7 +232,7 @@ def test_decay_sums_of_a_known_decay(folders, tmp_path):
 
 @pytest.mark.parametrize(("name", "channels"), [("mamba2", 1), ("rwkv", 8), ("gated_delta", 1)])
 def test_decay_sums_are_of_the_tokens_read(folders, name, channels):
-    """In pieces as in one: nothing is counted twice or left out."""
+    """Reading in pieces gives the same: nothing is counted twice or left out."""
     model, found = load(folders, name), []
     for chunk in (13, 64):
         decays, reader = DecaySums(RecurrentLayers.of(model)), Reader(model)
@@ -245,7 +245,7 @@ def test_decay_sums_are_of_the_tokens_read(folders, name, channels):
 
 
 def set_log_decay(model, layer, head, half_life):
-    """Of a mamba2 head: Δ with A = −1 whatever the token."""
+    """Set the log decay of a mamba2 head for every token: Δ with A = −1."""
     mixer = attention_modules(model)[layer].mixer
     step = math.log(2) / half_life
     with torch.no_grad():
@@ -308,8 +308,8 @@ def test_head_verdicts():
     assert head_verdict([0.0] * 8, places, 0.0, 0.5) == (STABLE, None)
 
 
-def examine(model, folders, to=768, trained=32):
-    plan = Plan.of(to, trained, 64, None)
+def examine(model, folders, stream_length=768, trained=32):
+    plan = Plan.of(stream_length, trained, 64, None)
     found = Examination(model, RecurrentLayers.of(model), plan, tqdm(disable=True))
     found.read(stream_of(folders)[0])
     return found
@@ -331,7 +331,7 @@ def test_a_head_made_slow_is_named_and_a_fast_one_is_not(folders):
 
 
 def test_the_first_part_read_anew_is_the_stream(folders):
-    losses = examine(load(folders, "supra"), folders, to=512).losses()
+    losses = examine(load(folders, "supra"), folders, stream_length=512).losses()
     assert len(losses.spans) == 16 and losses.spans[-1].end == 512
     first, *others = losses.spans
     assert (first.start, first.end) == (16, 32)
@@ -343,35 +343,35 @@ def test_the_first_part_read_anew_is_the_stream(folders):
 
 
 def test_losses_of_parts(folders):
-    found = examine(load(folders, "supra"), folders, to=300)
+    found = examine(load(folders, "supra"), folders, stream_length=300)
     losses = found.losses()
     total = sum(x.loss * x.tokens for x in losses.by_position)
     parts = 31 * losses.inside + (300 - 32) * losses.beyond
     assert total == pytest.approx(parts) and sum(x.tokens for x in losses.fine) == 299
     assert [x.start for x in losses.by_position] == [0, 64, 128, 256]
-    assert examine(load(folders, "supra"), folders, to=128).losses().beyond_four is None
+    assert examine(load(folders, "supra"), folders, stream_length=128).losses().beyond_four is None
 
 
 @pytest.mark.parametrize("name", ["mamba2", "h3", "rwkv"])
 def test_policies_are_in_force(folders, name):
-    """Thresholds are of the heads that the diagnosis has, of h3 too, which cuts them."""
+    """Thresholds are per attention head, also in h3, which divides heads."""
     model = load(folders, name)
     with use_policy(model, StatePolicy(norm=[[0.01] * 6] * 2, norm_every=8)):
-        found = examine(model, folders, to=64, trained=32)
+        found = examine(model, folders, stream_length=64, trained=32)
     looked_at = [i for i, place in enumerate(found.plan.probes) if place % 8 == 0]
     for head in found.heads():
         norms = [head.statistics["norm"][i] for i in looked_at]
         assert len(norms) > 3 and max(norms) < 0.01 * (1 + 1e-5)
     with use_policy(model, StatePolicy(window=64)):
-        windowed = examine(model, folders, to=64, trained=32).losses()
-    free = examine(model, folders, to=64, trained=32).losses()
+        windowed = examine(model, folders, stream_length=64, trained=32).losses()
+    free = examine(model, folders, stream_length=64, trained=32).losses()
     assert windowed.beyond == pytest.approx(free.beyond, rel=1e-5)
 
 
 def test_half_precision(folders):
     model = load(folders, "mamba2")
-    full = examine(model, folders, to=64).losses().beyond
-    half = examine(model.to(torch.bfloat16), folders, to=64).losses().beyond
+    full = examine(model, folders, stream_length=64).losses().beyond
+    half = examine(model.to(torch.bfloat16), folders, stream_length=64).losses().beyond
     assert half == pytest.approx(full, rel=0.02)
 
 
@@ -382,7 +382,7 @@ def test_the_package_has_it():
 
 
 def test_results_do_not_depend_on_the_chunk(folders):
-    settings = {"to": 160, "trained_length": 32}
+    settings = {"stream_length": 160, "trained_length": 32}
     one, other = (run(folders, "rwkv", chunk=x, **settings).as_dict() for x in (17, 512))
     assert one["losses"]["ratio"] == pytest.approx(other["losses"]["ratio"], rel=1e-5)
     for a, b in zip(one["heads"], other["heads"], strict=True):
@@ -414,13 +414,13 @@ def test_plan_counts_the_tokens_that_are_read(folders):
 
 @pytest.mark.parametrize("name", [*NAMES, "hybrid"])
 def test_every_mixer(folders, name):
-    found = run(folders, name, to=256)
+    found = run(folders, name, stream_length=256)
     layers = 1 if name == "hybrid" else 2
     assert len(found.heads) == 6 * layers and found.kept_attention == ([1] if layers == 1 else [])
     assert [x.length for x in found.remembrance] == [64, 256]
     text = "\n".join(found.lines())
-    assert ("Softmax attention is kept in layers 1:" in text) == (name == "hybrid")
-    assert "effective remembrance" in text and "read anew" in text
+    assert ("Layers 1 keep softmax attention." in text) == (name == "hybrid")
+    assert "effective remembrance" in text and "empty state" in text
 
 
 def test_command_writes_json_and_pictures(folders, tmp_path, capsys):
@@ -445,7 +445,7 @@ def test_command_writes_json_and_pictures(folders, tmp_path, capsys):
 
 
 def test_a_text_that_is_too_short_is_said(folders):
-    found = run(folders, text="short.jsonl", to=1024, trained_length=256, chunk=256)
+    found = run(folders, text="short.jsonl", stream_length=1024, trained_length=256, chunk=256)
     assert found.restarts >= 1
     assert "The text ended before 1,024 tokens" in found.words()[0]
 
@@ -466,14 +466,17 @@ def test_a_run_says_its_length(folders, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": 127}, r"--to \(=127\) must be at least twice the trained length \(=64\)"),
+        (
+            {"stream_length": 127},
+            r"--to \(=127\) must be at least twice the trained length \(=64\)",
+        ),
         ({"trained_length": 7}, r"--trained-length \(=7\) must be at least 8"),
         ({"chunk": 0}, r"--chunk \(=0\) must be at least 1"),
         ({"every": 49}, r"--every \(=49\) must be from 1 to 48"),
-        ({"fix_to": 99}, "--fix-to is for --fix auto"),
-        ({"fix_text": "x"}, "--fix-text is for --fix auto"),
+        ({"fix_length": 99}, r"--fix-to \(=99\) is only for --fix auto"),
+        ({"fix_text": "x"}, r"--fix-text \(=x\) is only for --fix auto"),
         ({"fix": "best"}, "unknown fix 'best'"),
-        ({"fix": "auto", "fix_to": 127}, r"--fix-to \(=127\) must be at least twice"),
+        ({"fix": "auto", "fix_length": 127}, r"--fix-to \(=127\) must be at least twice"),
         ({"text": "none.jsonl"}, "no such file"),
         ({"text_field": "body"}, "text field 'body' is not in the data"),
         ({"name": "teacher"}, "has no mixers: run `supra convert`"),
@@ -490,7 +493,7 @@ def test_a_model_without_states_is_refused(folders, tmp_path):
         diagnose(
             find_checkpoint(str(tmp_path / "softmax")),
             str(folders / "text.jsonl"),
-            to=256,
+            stream_length=256,
             trained_length=64,
         )
 
@@ -502,7 +505,7 @@ def test_learned_positions_bound_the_text(folders, tmp_path):
         diagnose(
             find_checkpoint(str(tmp_path / "rnn")),
             str(folders / "text.jsonl"),
-            to=4096,
+            stream_length=4096,
             trained_length=64,
         )
 

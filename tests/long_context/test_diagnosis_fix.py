@@ -1,4 +1,4 @@
-"""`supra diagnose --fix auto`, on a model that is made to collapse by hand."""
+"""`supra diagnose --fix auto`, on a model whose weights make it collapse."""
 
 import json
 import math
@@ -24,8 +24,9 @@ TRAINED = 32
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """`collapsing` says the token that it read, as its embeddings are tied, until the states of
-    its heads, which never forget, drown that. The text is one letter, so that this is right."""
+    """`collapsing` predicts the token that it read, because its embeddings are tied. Its heads
+    never forget, and their growing states drown that prediction. The text repeats one letter, so
+    that the prediction is right."""
     where = tmp_path_factory.mktemp("fix")
     testing.tiny_checkpoint(where / "teacher", tie_word_embeddings=True)
     for name in ("mamba2", "supra", "gated_delta"):
@@ -51,13 +52,13 @@ def private_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def collapsing(folders, tmp_path):
-    """A copy, since the policy is written into it."""
+    """A copy, because the policy is written into it."""
     shutil.copytree(folders / "collapsing", tmp_path / "rnn")
     return tmp_path / "rnn"
 
 
 def run(folder, text, **options):
-    settings = {"to": 160, "trained_length": TRAINED, "fix": "auto"} | options
+    settings = {"stream_length": 160, "trained_length": TRAINED, "fix": "auto"} | options
     return diagnose(find_checkpoint(str(folder)), str(text), **settings)
 
 
@@ -72,13 +73,13 @@ def test_the_best_cure_is_found_written_and_loaded(folders, collapsing, tmp_path
           "--out", str(tmp_path / "out")])  # fmt: skip
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
-    assert "The loss falls apart from" in printed and found["losses"]["ratio"] > 1.5
+    assert "The loss breaks down from" in printed and found["losses"]["ratio"] > 1.5
     verdicts = [x["verdict"] for x in found["heads"]]
     assert {*verdicts} <= {"collapses", "grew"} and "collapses" in verdicts
     fix = found["fix"]
     trials = {x["name"]: x for x in fix["trials"]}
     assert next(iter(trials)) == "none" and len(trials) == 11
-    assert fix["tokens"] == 8 * TRAINED and "those that follow" in fix["text"]
+    assert fix["tokens"] == 8 * TRAINED and "after the tokens read before" in fix["text"]
     best = trials[fix["best"]]
     assert best["beyond"] < 0.1 * trials["none"]["beyond"]
     assert best["inside"] <= 1.01 * trials["none"]["inside"]
@@ -102,11 +103,11 @@ def test_a_second_run_keeps_what_is_there(folders, collapsing):
     assert second.fix.trial("none").beyond == pytest.approx(first.fix.trial("none").beyond)
     assert second.fix.best == "as configured" and second.fix.written is None
     assert config(collapsing) == written
-    assert "config.json has it already." in second.lines()
+    assert "config.json already has this policy." in second.lines()
 
 
 def test_what_the_trials_measure_is_what_the_model_does(folders):
-    """With the policy given when it is loaded, and read at once."""
+    """A model that is loaded with the policy, and reads the text at once, has the same loss."""
     tokens = torch.full((96,), 77)
     model = find_checkpoint(str(folders / "collapsing")).model().eval()
     trials, best = try_cures(model, tokens, TRAINED, [[0.5] * 6] * 2, chunk=20)
@@ -140,12 +141,14 @@ def test_refused_policies_are_said_and_left_out(folders):
 
 
 def test_insertion_that_cannot_act_is_said(folders):
-    """Behind GroupNorm the size of what is written does not matter."""
+    """With a GroupNorm behind it, the scale of what is written has no effect."""
     model = find_checkpoint(str(folders / "supra")).model().eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 300, (100,), generator=generator)
     trials, _ = try_cures(model, tokens, TRAINED, [[1.0] * 6] * 2)
-    assert trials[-1].name.endswith("insert 0.75") and trials[-1].note.startswith("cannot act: as")
+    assert trials[-1].name.endswith("insert 0.75") and trials[-1].note.startswith(
+        "no effect: same as"
+    )
 
 
 def test_nothing_is_written_where_nothing_helps(folders, collapsing, monkeypatch):
@@ -154,7 +157,7 @@ def test_nothing_is_written_where_nothing_helps(folders, collapsing, monkeypatch
     fix = run(collapsing, folders / "text.txt").fix
     assert fix.best is None and fix.written is None
     assert (collapsing / "config.json").read_bytes() == before
-    assert fix.lines()[-1] == "None helps: config.json stays as it is."
+    assert fix.lines()[-1] == "No cure helps: config.json stays as it is."
 
 
 def test_what_cures_are_tried_on(folders, collapsing, tmp_path, monkeypatch):
@@ -163,18 +166,22 @@ def test_what_cures_are_tried_on(folders, collapsing, tmp_path, monkeypatch):
     other.write_text("q" * 500)
     short = tmp_path / "short.txt"
     short.write_text("z" * 200)
-    fix = run(collapsing, text, fix_text=str(other), fix_to=80).fix
+    fix = run(collapsing, text, fix_text=str(other), fix_length=80).fix
     assert fix.text == str(other) and fix.tokens == 80
-    assert run(collapsing, text, fix_text=str(other), fix_to=600).fix.text.endswith("than once")
-    assert run(collapsing, short).fix.text == f"{short}, its beginning again: too little follows"
+    assert run(collapsing, text, fix_text=str(other), fix_length=600).fix.text.endswith("than once")
+    assert (
+        run(collapsing, short).fix.text == f"{short}, from its beginning: too little text follows"
+    )
 
 
 def test_hub_models_are_not_written_into(folders):
     from dataclasses import replace
 
     checkpoint = replace(find_checkpoint(str(folders / "mamba2")), hub_id="someone/model")
-    with pytest.raises(UserError, match="is no folder here: save it into one first"):
-        diagnose(checkpoint, str(folders / "text.txt"), to=96, trained_length=32, fix="auto")
+    with pytest.raises(UserError, match="is not a local folder: save it into one first"):
+        diagnose(
+            checkpoint, str(folders / "text.txt"), stream_length=96, trained_length=32, fix="auto"
+        )
 
 
 def trial(name, inside, beyond):

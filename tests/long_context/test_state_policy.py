@@ -1,4 +1,4 @@
-"""Policies on whole models: set in the config, at load and for some calls; saved and decoded."""
+"""State policies on whole models: set in the config, at load, or for some calls; saved; decoded."""
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ def test_decode_is_prefill(folder, policy):
 
 
 def test_two_layers_see_further_than_one():
-    """Each layer's window is exact, and the second reads what the first made of its own."""
+    """Each layer's window is exact; the second layer reads the outputs of the first layer's
+    window."""
     for layers, far in ((1, False), (2, True)):
         model = untrained_model(tiny_config(num_hidden_layers=layers), "hedgehog").double().eval()
         set_policy(model, WINDOW)
