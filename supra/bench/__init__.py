@@ -1,1 +1,1 @@
-"""Measurements: kernels on a GPU, and compiled kernels without one."""
+"""Benchmarks: the speed of operations, compiled kernels without a GPU, and parallel solvers."""

@@ -1,9 +1,9 @@
 """`supra bench compile`: a report on compiled kernels, which needs no GPU.
 
-For every kernel of every operation: registers, spills, shared memory, tensor cores, width of memory
-accesses; and for every operation the bytes that it moves. `--check` fails on a row that breaks a
-gate: no stack, every product of tiles on tensor cores, 90 % of the bytes of a kernel of matrices in
-accesses of 128 bits, 64 KiB of shared memory for the target "small".
+For every kernel it reports registers, spills, shared memory, tensor cores and the width of memory
+accesses; for every operation, the bytes that it moves. `--check` fails if a row breaks a gate: no
+stack, every product of tiles on tensor cores, at least 90 % of the bytes of a kernel with matrices
+in accesses of 128 bits, and at most 64 KiB of shared memory for the target "small".
 """
 
 import sys
@@ -63,24 +63,10 @@ def report(
     out: Path | None = None,
 ) -> None:
     """Print the report, or write it to `out`; exit code 1 when `check` finds a broken gate."""
-    if find_spec("triton") is None:
-        raise UserError("triton, which compiles the kernels, is not installed: pip install triton")
-    if processes < 1:
-        raise UserError(f"--jobs (={processes}) must be at least 1")
-    for width in widths or ():
-        if not 1 <= width <= 256:
-            raise UserError(f"--head-sizes (={width}) must be 1 to 256, as the kernels' heads are")
     given = {"--ops": operations, "--case": cases, "--archs": targets, "--head-sizes": widths}
     options = "".join(f" {name} {','.join(map(str, x))}" for name, x in given.items() if x)
     operations, targets = operations or list(OPERATIONS), targets or TARGETS
-    known = {case for name in OPERATIONS for case in OPERATIONS[name]}
-    for what, names, choices in (
-        ("operation", operations, OPERATIONS),
-        ("target", targets, TARGETS),
-        ("case", cases or (), known),
-    ):
-        for name in names:
-            check_choice(what, name, choices)
+    _check(operations, cases or (), targets, widths or (), processes)
     chosen = [
         (operation, case, width)
         for operation in operations
@@ -107,8 +93,33 @@ def report(
         sys.exit(1)
 
 
+def _check(
+    operations: Sequence[str],
+    cases: Sequence[str],
+    targets: Sequence[str],
+    widths: Sequence[int],
+    processes: int,
+) -> None:
+    """Raise UserError for an unknown name or a number out of range."""
+    if find_spec("triton") is None:
+        raise UserError("triton, which compiles the kernels, is not installed: pip install triton")
+    if processes < 1:
+        raise UserError(f"--jobs (={processes}) must be at least 1")
+    for width in widths:
+        if not 1 <= width <= 256:
+            raise UserError(f"--head-sizes (={width}) must be from 1 to 256")
+    known = {case for name in OPERATIONS for case in OPERATIONS[name]}
+    for what, names, choices in (
+        ("operation", operations, OPERATIONS),
+        ("target", targets, TARGETS),
+        ("case", cases, known),
+    ):
+        for name in names:
+            check_choice(what, name, choices)
+
+
 def compile_all(jobs: list[Job], processes: int) -> list[Compiled]:
-    """Compile the jobs from nothing; what compiles to the same for several cases is listed once."""
+    """Compile the jobs with an empty cache. Cases with the same compiled code are listed once."""
     with tempfile.TemporaryDirectory(prefix="supra-compile-") as cache:
         environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": cache}
         results = run_parallel(compiled.compile_job, jobs, processes, environment, "compiling")
@@ -180,7 +191,7 @@ def traffic_row(row: Traffic) -> list[str]:
 
 
 def table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
-    """Lines of Markdown, with columns as wide as what they hold."""
+    """A Markdown table as lines, with aligned columns."""
     rows = [list(header), *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -191,7 +202,7 @@ def table(header: Iterable[str], rows: list[list[str]]) -> list[str]:
 
 
 def _order(row: Compiled) -> tuple:
-    """By kernel, as the passes launch them; then by what it was compiled for."""
+    """The order of rows: by pass and kernel, then by case, head size and target."""
     cases = list(OPERATIONS[row.job.operation])
     place = (PARTS.index(row.part), row.kernel, cases.index(row.job.case))
     return (*place, row.job.width, TARGETS.index(row.job.target))

@@ -1,7 +1,6 @@
-"""Kernels as they are compiled for a GPU that need not be there.
+"""Compiles kernels for a GPU that need not be present, and reads their machine code.
 
-Every kernel that an operation launches is compiled with the types and alignments of the arguments
-that it was launched with, and its machine code is read.
+Every kernel that an operation launches is compiled with the types and alignments of its arguments.
 """
 
 import subprocess
@@ -14,14 +13,14 @@ from supra.bench import ir, sass
 from supra.bench.operations import OPERATIONS, run_calls
 from supra.kernels import launch
 
-# No size but the width is a multiple of 16, so that no stride is aligned by chance.
+# Except the width, no size is a multiple of 16, so that no stride is aligned by chance.
 BATCH, TOKENS, HEADS = 2, 1000, 4
 SMALL_SHARED = 64 * 1024
-LEAST_WIDE = 0.9
+MIN_WIDE = 0.9
 
 
 class Processor(NamedTuple):
-    """What one multiprocessor has for the blocks it runs (CUDA C++ Programming Guide, table 30)."""
+    """The resources of one multiprocessor (CUDA C++ Programming Guide, table 30)."""
 
     architecture: int
     shared: int  # bytes
@@ -49,23 +48,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as one launch compiles it."""
+    """One kernel, as one launch compiles it."""
 
     job: Job
     part: str
     kernel: str
-    registers: int = 0  # of a thread
-    stack: int = 0  # bytes of a thread; what is there was spilled
-    shared: int = 0  # bytes of a block
-    warps: int = 0  # of a block
-    blocks: int = 0  # that one multiprocessor has room for
+    registers: int = 0  # per thread
+    stack: int = 0  # bytes per thread; these were spilled
+    shared: int = 0  # bytes per block
+    warps: int = 0  # per block
+    blocks: int = 0  # that fit on one multiprocessor
     dots: int = 0  # products of tiles in the source
-    scalar_dots: int = 0  # of these, those that are computed without tensor cores
+    scalar_dots: int = 0  # products of tiles that are computed without tensor cores
     tensor_core: dict[str, int] = field(default_factory=dict)  # instructions by kind
-    matrices: bool = True  # whether it loads or stores any; pairs of numbers are none
-    wide: float = 1.0  # share of the bytes that move 128 bits a thread, see ir.wide_share
-    narrow: int = 0  # instructions that move fewer
-    code: str = ""  # equal for launches that compile to the same
+    matrices: bool = True  # whether it loads or stores matrices; pairs of numbers do not count
+    wide: float = 1.0  # share of the bytes in accesses of 128 bits per thread, see ir.wide_share
+    narrow: int = 0  # number of instructions with narrower accesses
+    code: str = ""  # a hash, equal for launches that compile to the same code
     error: str = ""
 
     def failures(self) -> list[str]:
@@ -77,17 +76,17 @@ class Compiled:
             found.append(f"spills {self.stack} B of stack")
         if self.scalar_dots or (self.dots and not self.tensor_core):
             found.append(f"{self.scalar_dots or self.dots} dots without tensor cores")
-        if self.matrices and self.wide < LEAST_WIDE:
-            found.append(f"{self.wide:.0%} of bytes in 128 bits, less than {LEAST_WIDE:.0%}")
+        if self.matrices and self.wide < MIN_WIDE:
+            found.append(f"{self.wide:.0%} of bytes in 128 bits, less than {MIN_WIDE:.0%}")
         if self.blocks == 0:
-            found.append("one block is more than a multiprocessor has room for")
+            found.append("one block does not fit on a multiprocessor")
         if self.job.target == "small" and self.shared > SMALL_SHARED:
             found.append(f"{self.shared} B of shared memory, more than {SMALL_SHARED}")
         return found
 
 
 def compile_job(job: Job) -> list[Compiled]:
-    """Compile all that one case launches. Triton must be importable and not interpreting."""
+    """Compile all kernels that one case launches. Triton must be installed and not interpreting."""
     case = OPERATIONS[job.operation][job.case]
     found = []
 
@@ -115,14 +114,14 @@ def compile_launch(job: Job, part: str, launched: launch.Launch) -> Compiled:
             num_stages=launched.tiling.stages,
             grid=launched.grid,
         )
-    except Exception as error:  # the compiler's own, of many kinds; one must not hide the rest
+    except Exception as error:  # the compiler raises many kinds; one must not hide the other rows
         reason = str(error).splitlines() or [""]
         return Compiled(job, part, name, error=f"{type(error).__name__}: {reason[-1]}")
     return examine(job, part, compiled)
 
 
 class _Absent:
-    """A device for Triton's JIT to compile for, as if a launch were due; it cannot run anything."""
+    """A device that Triton's JIT compiles for, as if it were to launch; it cannot run anything."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -133,14 +132,14 @@ class _Absent:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # the JIT keeps one cache a device
+        return self.architecture  # the JIT has one cache per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def examine(job: Job, part: str, compiled: Any) -> Compiled:
-    """Read what Triton compiled."""
+    """Read the compiled code of a kernel."""
     metadata = compiled.metadata
     registers, stack = sass.parse_usage(disassemble(compiled, "cuobjdump", "-res-usage"))
     instructions = list(sass.parse_instructions(disassemble(compiled, "nvdisasm", "-g", "-c")))
@@ -172,7 +171,7 @@ def examine(job: Job, part: str, compiled: Any) -> Compiled:
 
 
 def disassemble(compiled: Any, tool: str, *options: str) -> str:
-    """What one of CUDA's tools, which come with Triton, prints about the machine code."""
+    """The output of one of CUDA's tools, which come with Triton, for the machine code."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -184,10 +183,10 @@ def disassemble(compiled: Any, tool: str, *options: str) -> str:
 def resident_blocks(
     processor: Processor, registers: int, shared: int, warps: int, tensor_memory: int = 0
 ) -> int:
-    """Blocks that fit on one multiprocessor.
+    """The number of blocks that fit on one multiprocessor.
 
-    A warp gets registers in units of 256, four warps at a time; a block's shared memory comes in
-    units of 128 bytes with 1 KiB on top for the system.
+    Warps get registers in units of 256, four warps at a time. Shared memory is allocated in units
+    of 128 bytes, with another 1 KiB per block for the system.
     """
     by_warp = -(-registers * 32 // 256) * 256
     rooms = [

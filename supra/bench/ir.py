@@ -1,4 +1,4 @@
-"""What a kernel does with tiles, read from Triton's intermediate code."""
+"""Reads products and memory accesses of tiles from Triton's intermediate code."""
 
 import math
 import re
@@ -15,7 +15,7 @@ ACCESS = re.compile(
 LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 FILE = re.compile(r'"(.+)":(\d+):\d+')
 LOOP = re.compile(r"\bscf\.(?:for|while)\b")
-# Times a loop is taken to run, which the code does not say: the least is the tiles of a chunk.
+# The assumed number of iterations of a loop, which the code does not say: the tiles of a chunk.
 LOOP_RUNS = 4
 
 
@@ -24,22 +24,23 @@ class Access(NamedTuple):
 
     place: Place
     shape: tuple[int, ...]
-    moved: int  # bytes in all, with every loop around it run LOOP_RUNS times
+    moved: int  # bytes in total, if every loop around it runs LOOP_RUNS times
 
 
 def count_dots(ttir: str) -> int:
-    """Products of tiles, before the compiler unrolls or splits them."""
+    """The number of products of tiles, before the compiler unrolls or splits them."""
     return len(DOT.findall(ttir))
 
 
 def count_scalar_dots(ttgir: str) -> int:
-    """Products left to fused multiply-adds: their result is laid out for threads, not for MMA."""
+    """The number of products by fused multiply-adds: their results have a layout for threads, not
+    for tensor cores."""
     scalar = set(SCALAR_LAYOUT.findall(ttgir))
     return sum(layout in scalar for layout in DOT.findall(ttgir))
 
 
 def accesses(ttir: str) -> list[Access]:
-    """Every load and store of the kernel, what is masked included."""
+    """All loads and stores of the kernel, including masked ones."""
     places = _places(ttir)
     regions: list[bool] = []  # whether each open region is a loop
     found = []
@@ -56,9 +57,10 @@ def accesses(ttir: str) -> list[Access]:
 
 
 def wide_share(accesses: list[Access], shares: dict[Place, float]) -> float:
-    """Share of the bytes of `accesses` that move 128 bits at a time; `shares`: the same by line.
+    """The share of the bytes of `accesses` that move 128 bits at a time.
 
-    A line that the machine code does not have was merged into another.
+    `shares` gives this share for each line of the machine code. A line that is missing there was
+    merged into another, and is left out.
     """
     kept = [x for x in accesses if x.place in shares]
     total = sum(x.moved for x in kept)
@@ -66,11 +68,11 @@ def wide_share(accesses: list[Access], shares: dict[Place, float]) -> float:
 
 
 def _places(ttir: str) -> dict[str, Place]:
-    """Names of locations, and the line in the function they were inlined from."""
+    """The line of each named location, in the function that it was inlined from."""
     texts = dict(LOCATION.findall(ttir))
     places = {}
     for name, text in texts.items():
-        # "name"(#loc1), callsite(#loc2 at #loc3): the first is where it was written
+        # in "name"(#loc1) and callsite(#loc2 at #loc3), the first location is in the source
         while not (found := FILE.search(text)) and (inner := re.search(r"#loc\d*", text)):
             text = texts[inner[0]]
         places[name] = (found[1], int(found[2])) if found else ("", 0)

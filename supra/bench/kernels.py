@@ -1,7 +1,7 @@
-"""`supra bench kernels`: how fast the operations are, and against what one would call otherwise.
+"""`supra bench kernels`: the speed of the operations, compared with what one would use instead.
 
 With one length: times, and ratios to every rival that is installed. With several lengths: how time
-and peak memory grow, each in a process of its own; rivals then decode only.
+and peak memory grow. Each measurement then has its own process, and rivals only decode.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ WARM_LENGTH = 64
 
 
 class Job(NamedTuple):
-    """One function to measure; rival None is ours."""
+    """One function to measure; supra's own function if rival is None."""
 
     operation: str
     direction: str
@@ -36,7 +36,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Race:
-    """Ours against one rival: median milliseconds, and how many times as long the rival takes."""
+    """supra against one rival: median milliseconds, and how many times as long the rival takes."""
 
     operation: str
     direction: str
@@ -61,7 +61,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Growth:
-    """One length: time, and what the process came to hold, inputs and state or cache included."""
+    """One length: time, and the growth of peak memory, including inputs and the state or cache."""
 
     operation: str
     direction: str
@@ -106,7 +106,7 @@ def report(
         if value < 1:
             raise UserError(f"--{name} (={value}) must be at least 1")
     if not lengths:
-        raise UserError("--lengths must name at least one length, as 2048")
+        raise UserError("--lengths must name at least one length, such as 2048")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backends = ("triton",) if device == "cuda" else ("torch",)
     settings = [Setting(batch, n, heads, head_size, dtype, device) for n in lengths]
@@ -133,7 +133,7 @@ def machine(device: str) -> dict[str, str]:
 def race(
     operation: str, direction: str, backend: str, setting: Setting, repeats: int
 ) -> list[Race]:
-    """Ours against every rival that is installed, all taking turns."""
+    """supra against every rival that is installed; they take turns."""
     rivals = _rivals(operation, direction, setting)
     jobs = [Job(operation, direction, backend, name, setting) for name in (None, *rivals)]
     times = timing.interleaved([prepare(job) for job in jobs], repeats, setting.device)
@@ -177,7 +177,7 @@ def measure_alone(work: tuple[Job, int]) -> tuple[float, int]:
 
 
 def prepare(job: Job) -> Callable[[], Any]:
-    """The function to measure, with its inputs made."""
+    """The function to measure, with its inputs already made."""
     torch.manual_seed(0)
     operation = OPERATIONS[job.operation]
     contender = operation.rivals[job.rival] if job.rival else operation.ours(job.backend)

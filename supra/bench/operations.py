@@ -1,8 +1,8 @@
-"""Every operation that has Triton kernels, and the calls that launch all of them.
+"""Every operation that has Triton kernels, and the calls that launch all of its kernels.
 
-A case is an operation with some of its options. Its calls are a generator: it yields what to call
-next and is sent what that returned, so that a backward pass gets what the forward pass made. What
-is called is the backend's module (see kernels/README.md), on any device, meta included.
+A case is an operation with some of its options. Its calls are a generator. It yields the next call,
+and is sent the result of that call, so that a backward pass gets the results of the forward pass.
+The calls are to the backend's module (see kernels/README.md), on any device, including meta.
 """
 
 import math
@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LONG_CONV_MODES = 32  # of H3 and S4D
+LONG_CONV_MODES = 32  # as in H3 and S4D
 
 
 def head_sizes(operation: str) -> tuple[int, ...]:
-    """To report on. Channels of a convolution are those of all heads: one size will do.
+    """The head sizes to report on.
 
-    What blocks of a nonlinear state add to a gradient is written once a block: 50 KB a token and
-    head of 256, which nobody would train.
+    The channels of a convolution are those of all heads, so one size is enough. In the nonlinear
+    recurrence, every block of a state writes its own part of a gradient. With heads of 256 this
+    would be 50 KB per token and head, which nobody would train.
     """
     if operation in ("causal_conv", "long_conv"):
         return (64,)
@@ -30,7 +31,7 @@ def head_sizes(operation: str) -> tuple[int, ...]:
 
 
 class Call(NamedTuple):
-    """function(*arguments), which writes to `changed`, some of its arguments."""
+    """function(*arguments). It writes to `changed`, which are some of its arguments."""
 
     part: str  # "forward", "backward" or "recurrent"
     function: Callable[..., Any]
@@ -46,9 +47,9 @@ Calls = Generator[Call, Any, None]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a batch, and the width of a head; a step of decoding is one token of each row.
+    """The sizes of a batch, and the width of a head. A decoding step has one token per row.
 
-    packed: one row of two sequences, which have a state before and after them.
+    packed: the batch is one row of two sequences, with states before and after them.
     """
 
     batch: int
@@ -147,7 +148,7 @@ def gated_delta_rule(sizes: Sizes, *, decay: bool = False) -> Calls:
 
 
 def causal_conv(sizes: Sizes, *, bias: bool = False, silu: bool = False) -> Calls:
-    """Over 4 tokens; the channels are those of all heads."""
+    """A convolution over 4 tokens; the channels are those of all heads."""
     from supra.kernels.causal_conv import triton as backend
     from supra.kernels.causal_conv.inputs import Inputs
 
@@ -162,7 +163,7 @@ def causal_conv(sizes: Sizes, *, bias: bool = False, silu: bool = False) -> Call
 
 
 def long_conv(sizes: Sizes, *, width: int = 1, skip: bool = False) -> Calls:
-    """H3's heads, of 1 or more channels; there are as many channels as all heads have."""
+    """H3 with heads of `width` channels; the channels are those of all heads."""
     from supra.kernels.long_conv import triton as backend
     from supra.kernels.long_conv.inputs import Inputs
 
@@ -182,7 +183,7 @@ def long_conv(sizes: Sizes, *, width: int = 1, skip: bool = False) -> Calls:
 
 
 def nonlinear_gated(sizes: Sizes) -> Calls:
-    """With two sweeps, whatever they leave: what is moved does not depend on it."""
+    """Two sweeps, whatever residual they leave, because the bytes moved do not depend on it."""
     from supra.kernels.nonlinear_gated import triton as backend
     from supra.kernels.nonlinear_gated.inputs import Inputs
 
@@ -205,7 +206,7 @@ class Case(NamedTuple):
         return self.calls(Sizes(*sizes, packed=self.packed))
 
 
-# operation -> case; each case asks more of the kernels than the one before
+# operation -> case; each case uses more options of the kernels than the previous one
 OPERATIONS: dict[str, dict[str, Case]] = {
     "linear_attention": {
         "plain": Case(linear_attention),
@@ -240,7 +241,7 @@ OPERATIONS: dict[str, dict[str, Case]] = {
 
 
 def run_calls(calls: Calls, run: Callable[[Call], Any]) -> None:
-    """Run every call by `run`, and send on what it returned."""
+    """Run every call with `run`, and send its result back to the generator."""
     result = None
     while True:
         try:

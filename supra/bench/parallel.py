@@ -1,8 +1,9 @@
-"""`supra bench parallel`: which solver of nonlinear recurrences wins where.
+"""`supra bench parallel`: which solver of nonlinear recurrences is fastest, and where.
 
-Cells that contract and cells that expand, by method and length: sweeps, time against a loop over
-the tokens, and the error. The exponent is Lyapunov's: the mean log of how much a small change of
-the state grows a token, from the Jacobians along the solution; below 0 it dies out.
+Some cells contract and some expand. For each cell, method and length, the table shows the sweeps,
+the time relative to a loop over the tokens, and the error. The exponent is the Lyapunov exponent:
+the mean log growth per token of a small change of the state, from the Jacobians along the solution.
+Below 0, changes die out.
 """
 
 import warnings
@@ -31,22 +32,22 @@ from supra.parallel import (
 )
 from supra.parallel.solve import on_all_tokens
 
-SWEEPS = 300  # at most; a method that needs more is not the right one
-DENSE_NUMBERS = 2**25  # of Jacobians, beyond which dense methods are left out
+SWEEPS = 300  # maximum; a method that needs more is not useful
+DENSE_NUMBERS = 2**25  # maximum elements of all Jacobians; beyond it, dense methods are left out
 DTYPES = {"float32": torch.float32, "float64": torch.float64}  # what the solvers support
 COLUMNS = ("cell", "numbers", "exponent", "tokens", "method", "sweeps", "resets", "error", "ms")
 
 
 def expanding(gain: float, width: int) -> Cell:
-    """tanh(h) Wᵀ + x with W ~ N(0, gain² / width): with x ~ N(0, 1) chaotic from a gain of
-    two or three."""
+    """tanh(h) Wᵀ + x with W ~ N(0, gain² / width). With x ~ N(0, 1), it is chaotic from a gain of
+    two or three on."""
     generator = torch.Generator().manual_seed(1)
     weight = gain / width**0.5 * torch.randn(width, width, generator=generator)
     return FunctionCell(lambda state, x: state.tanh() @ weight.to(state).T + x, width)
 
 
 def gated(largest: float, width: int) -> Cell:
-    """A head of width × width numbers."""
+    """One head with a state of width × width numbers."""
     generator = torch.Generator().manual_seed(1)
     return NonlinearGated(largest * (2 * torch.rand(1, width, width, generator=generator) - 1))
 
@@ -69,9 +70,10 @@ CELLS: dict[str, Callable[[int], Cell]] = {
 class Run:
     """One method on one cell.
 
-    error: the largest to the float64 loop's states; of a method that does not converge, that of the
-    loop that takes over. ratio: how many times as long the loop takes, the median of pairs measured
-    in turn; None as milliseconds where it did not converge.
+    error: the largest difference from the float64 loop's states. If the method does not converge,
+        this is the error of the loop that takes over.
+    ratio: how many times as long the loop takes, as the median of pairs of runs. It is None, like
+        `milliseconds`, if the method did not converge.
     """
 
     cell: str
@@ -107,7 +109,7 @@ def report(
     repeats: int = 3,
     as_json: bool = False,
 ) -> None:
-    """Print a table, or JSON. Raises UserError for a name or a number that does not fit."""
+    """Print a table, or JSON. Raises UserError for an unknown name or a number out of range."""
     for name in cells:
         check_choice("cells", name, CELLS)
     for name in methods:
@@ -116,7 +118,7 @@ def report(
     numbers = {"lengths": lengths, "widths": widths, "batch": [batch], "repeats": [repeats]}
     for name, values in numbers.items():
         if not values or min(values) < 1:
-            raise UserError(f"--{name} (={values}) must be whole numbers >= 1")
+            raise UserError(f"--{name} (={values}) must have whole numbers from 1 on")
     runs = [
         run
         for name, width, tokens in product(cells or CELLS, widths, lengths)
@@ -143,7 +145,7 @@ def report(
 def races(
     name: str, width: int, tokens: int, methods: Sequence[str], batch: int, dtype, repeats: int
 ) -> list[Run]:
-    """All methods on one cell and length, timed in turn with the loop."""
+    """All methods on one cell and length; they take turns with the loop."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     cell = CELLS[name](width).to(device)
@@ -156,9 +158,9 @@ def races(
         dense = numbers**2 * tokens * batch > DENSE_NUMBERS and cell.structure.value == "dense"
         chosen = [m for m in methods if not (dense and m not in ("sequential", "auto"))]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of loops that take over
+            warnings.simplefilter("ignore")  # about loops that take over
             solutions = [_solver(cell, inputs, method)() for method in chosen]
-        # one that does not converge is told by its sweeps, and is not worth timing
+        # a method that does not converge is not worth timing
         timed = [m for m, x in zip(chosen, solutions, strict=True) if x.converged]
         functions = [_solver(cell, inputs, method) for method in ("sequential", *timed)]
         loop, *others = timing.interleaved(functions, repeats, device)
@@ -197,7 +199,7 @@ def _as(inputs, dtype: torch.dtype):
 
 
 def lyapunov(cell: Cell, inputs, states: Tensor) -> float:
-    """The largest exponent: log growth a token of a random tangent, over the whole solution."""
+    """The largest Lyapunov exponent: log growth per token of a random tangent over the solution."""
     drive = cell.project(inputs)
     start = cell.empty_state(drive)
     before = torch.cat([start[:, None], states[:, :-1]], dim=1)
@@ -213,7 +215,7 @@ def lyapunov(cell: Cell, inputs, states: Tensor) -> float:
 
 
 def winners(runs: Sequence[Run]) -> list[str]:
-    """For each cell and length, the fastest method that converged, and what "auto" lost to it."""
+    """For each cell and length, a line with the fastest method that converged."""
     lines = []
     for name, numbers, tokens in dict.fromkeys((x.cell, x.numbers, x.tokens) for x in runs):
         some = [x for x in runs if (x.cell, x.numbers, x.tokens) == (name, numbers, tokens)]

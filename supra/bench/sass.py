@@ -1,4 +1,4 @@
-"""What a cubin holds, read from what CUDA's tools print about it."""
+"""Reads the machine code of a kernel from the output of CUDA's tools."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,13 +11,13 @@ LINE = re.compile(r'^\s*//## File "(.+)", line (\d+)')
 # /*0b20*/  @!P0 LDGSTS.E.BYPASS.128 [R27], desc[UR34][R20.64], !P1 ;
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
 GLOBAL = {"LDG", "STG", "LDGSTS"}  # LDGSTS copies to shared memory without registers (cp.async)
-WIDE = 128  # bits a thread moves at once
+WIDE = 128  # bits per thread and access
 
 Place = tuple[str, int]  # file and line
 
 
 class Instruction(NamedTuple):
-    """place: the line of the source it was made from, inside the functions that were inlined."""
+    """One instruction. place: its line of the source, also inside inlined functions."""
 
     opcode: str
     place: Place
@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Width of a memory access by one thread, 32 where the opcode does not say."""
+        """Width of one thread's memory access; 32 if the opcode does not say."""
         widths = (part.lstrip("US") for part in self.opcode.split(".")[1:])
         return next((int(x) for x in widths if x in ("8", "16", "64", "128", "256")), 32)
 
@@ -50,17 +50,18 @@ def parse_instructions(text: str) -> Iterator[Instruction]:
 
 
 def tensor_core_instructions(instructions: list[Instruction]) -> Counter[str]:
-    """HMMA (of a warp), HGMMA (of four warps), UTCHMMA (in tensor memory) and the like, by kind."""
+    """Tensor core instructions by kind, such as HMMA (one warp), HGMMA (four warps) and UTCHMMA
+    (in tensor memory)."""
     return Counter(x.name for x in instructions if x.name.endswith("MMA"))
 
 
 def narrow_accesses(instructions: list[Instruction]) -> int:
-    """Accesses to global memory of fewer than 128 bits a thread."""
+    """The number of accesses to global memory of fewer than 128 bits per thread."""
     return sum(x.name in GLOBAL and x.bits < WIDE for x in instructions)
 
 
 def wide_shares(instructions: list[Instruction]) -> dict[Place, float]:
-    """For every line that accesses global memory: the share of bytes that go 128 bits at a time."""
+    """For every line that accesses global memory: the share of bytes in accesses of 128 bits."""
     bits: dict[Place, list[int]] = defaultdict(list)
     for x in instructions:
         if x.name in GLOBAL:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 WARM_UPS = 2
-SHORTEST = 2e-3  # seconds; a shorter function is called that many times that this is reached
-MOST_CALLS = 100
+MIN_SECONDS = 2e-3  # a shorter function is called repeatedly until this is reached
+MAX_CALLS = 100
 
 STATUS, CPUINFO = Path("/proc/self/status"), Path("/proc/cpuinfo")  # on Linux
 
@@ -21,7 +21,8 @@ Function = Callable[[], Any]
 
 
 class Ratio(NamedTuple):
-    """How many times as long another function takes: by their best runs, and by the median pair."""
+    """How many times as long another function takes: from the best runs, and from the median of
+    pairs of runs."""
 
     best: float
     median: float
@@ -33,13 +34,14 @@ class Ratio(NamedTuple):
 
 
 def interleaved(functions: Sequence[Function], repeats: int, device: str) -> list[list[float]]:
-    """Seconds a call of each function, `repeats` times in turn, so that noise hits all alike."""
+    """Seconds per call of each function, `repeats` times. Functions take turns, so that noise
+    affects all of them alike."""
     calls = []
     for function in functions:
         for _ in range(WARM_UPS):
             function()
         once = seconds(function, 1, device)
-        calls.append(min(MOST_CALLS, max(1, round(SHORTEST / max(once, 1e-9)))))
+        calls.append(min(MAX_CALLS, max(1, round(MIN_SECONDS / max(once, 1e-9)))))
     found = [[] for _ in functions]
     for _ in range(repeats):
         for i, function in enumerate(functions):
@@ -48,7 +50,7 @@ def interleaved(functions: Sequence[Function], repeats: int, device: str) -> lis
 
 
 def seconds(function: Function, calls: int, device: str) -> float:
-    """Seconds a call, by the clock of the device."""
+    """Seconds per call, measured by the clock of the device."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -64,7 +66,7 @@ def seconds(function: Function, calls: int, device: str) -> float:
 
 
 def forget_peak_memory(device: str) -> None:
-    """Begin a new peak at what is held now, where the system can."""
+    """Reset the peak to the memory that is held now, if the system supports it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif STATUS.exists():
@@ -72,18 +74,18 @@ def forget_peak_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes that this process, or the GPU for it, has held."""
+    """The maximum number of bytes that this process has held, on the GPU if it is used."""
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    if STATUS.exists():  # getrusage's peak on Linux is also that of the process before exec
+    if STATUS.exists():  # on Linux, getrusage's peak includes the process before exec
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def processor(device: str) -> str:
-    """Name of the GPU, or of the CPU with the number of threads that torch uses."""
+    """The name of the GPU, or of the CPU with the number of torch's threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = "CPU"

@@ -1,10 +1,10 @@
-"""Bytes that an operation moves, against the least that it could.
+"""Counts the bytes that an operation moves, compared with the minimum.
 
-Triton's interpreter runs the kernels, at the tilings of their target, and every lane that a mask
-leaves on is counted. `requested` is the sum. `distinct` counts a sector of 32 bytes once a kernel
-for loads and once for stores, as if caches held all that a kernel touches: GPU memory sees
-something between the two. What torch does around the kernels counts as every tensor it reads or
-writes. `least` is every input read once and every output written once.
+Triton's interpreter runs the kernels with the tilings of their target, and every active lane is
+counted. `requested` is the sum. `distinct` counts each sector of 32 bytes once per kernel for loads
+and once for stores, as if caches held everything that a kernel touches. The traffic of GPU memory
+lies between the two. The operators of torch around the kernels count all tensors that they read or
+write. `least` is the minimum: every input read once, and every output written once.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ from supra.bench.operations import OPERATIONS, Call, run_calls
 from supra.kernels import launch
 
 TOKENS, HEADS = 512, 1
-SECTOR = 32  # bytes, what GPU memory is read and written in
+SECTOR = 32  # bytes; GPU memory is read and written in these units
 
 
 class Job(NamedTuple):
@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Traffic:
-    """Bytes per token and head of one call, with equal tilings on all of `targets`."""
+    """Bytes per token and head of one call; the tilings are the same on all `targets`."""
 
     operation: str
     case: str
@@ -75,7 +75,7 @@ def measure(job: Job) -> list[Traffic]:
         found[key].targets.append(target)
         return result
 
-    # bf16 stays bf16: the interpreter gets its numbers wrong, but no address depends on them
+    # The interpreter computes wrong numbers for bf16, but no address depends on them.
     with mock.patch.object(launch, "interpreting", lambda: False):
         for target in job.targets:
             with launch.target(target):
@@ -84,7 +84,7 @@ def measure(job: Job) -> list[Traffic]:
 
 
 class Counted:
-    """Loads and stores of one kernel."""
+    """The loads and stores of one kernel."""
 
     def __init__(self):
         self.requested = 0
@@ -104,7 +104,7 @@ class Counted:
 
 @contextmanager
 def counting() -> Iterator[Counted]:
-    """Count what the interpreter loads and stores meanwhile."""
+    """Inside, count what the interpreter loads and stores."""
     from triton.runtime.interpreter import ScanOps
     from triton.runtime.interpreter import interpreter_builder as builder
 

@@ -1,4 +1,4 @@
-"""Functions in fresh processes with an environment of their own."""
+"""Runs functions in fresh processes, with changed environment variables."""
 
 import multiprocessing
 import os
@@ -20,9 +20,9 @@ def run_parallel(
     changes: Mapping[str, str | None],
     title: str,
 ) -> list[Result]:
-    """[function(item) for item in items], in processes that see `changes` in their environment.
+    """[function(item) for item in items], in processes with `changes` to their environment.
 
-    Triton reads TRITON_INTERPRET when a kernel is defined, so this one cannot change its mind.
+    Triton reads TRITON_INTERPRET when a kernel is defined, so this process cannot change it.
     """
     with (
         environment(changes),
@@ -34,7 +34,7 @@ def run_parallel(
 
 @contextmanager
 def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Set variables of the environment for a while; None removes one."""
+    """Inside, environment variables are changed; None removes one."""
     before = {name: os.environ.get(name) for name in changes}
     try:
         _set(changes)

@@ -1,4 +1,4 @@
-"""What is read from compiled kernels: small ones whose machine code is known in advance."""
+"""Reading compiled kernels, tried on small kernels whose machine code is known in advance."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_resident_blocks(target, registers, shared, warps, tensor_memory, blocks
         ({"dots": 3}, "3 dots without tensor cores"),
         ({"wide": 0.89}, "89% of bytes in 128 bits, less than 90%"),
         ({"shared": 65537}, "65537 B of shared memory, more than 65536"),
-        ({"blocks": 0}, "one block is more than a multiprocessor has room for"),
+        ({"blocks": 0}, "one block does not fit on a multiprocessor"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
     ],
 )
@@ -153,7 +153,7 @@ def test_rows_are_markdown():
         ({"operations": ["linear_atention"]}, "did you mean 'linear_attention'"),
         ({"targets": ["sm_75"]}, "unknown target 'sm_75'"),
         ({"cases": ["fast"]}, "unknown case 'fast'"),
-        ({"widths": [512]}, "must be 1 to 256"),
+        ({"widths": [512]}, "must be from 1 to 256"),
         ({"processes": 0}, "--jobs"),
     ],
 )

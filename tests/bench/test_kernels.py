@@ -1,4 +1,4 @@
-"""`supra bench kernels` from end to end on tiny sizes; nothing is said about times."""
+"""`supra bench kernels` from end to end on tiny sizes, without claims about times."""
 
 import json
 from itertools import product
@@ -15,7 +15,7 @@ TINY = ["--heads", "2", "--head-size", "8", "--repeats", "2"]
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Fresh processes would import torch each."""
+    """Run jobs in this process, because every fresh process would import torch."""
     monkeypatch.setattr(kernels, "run_parallel", lambda function, items, *_: map(function, items))
 
 
@@ -70,7 +70,7 @@ def test_memory_is_that_of_a_process_of_its_own():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_rivals_compute_the_same(operation):
-    """But for softmax attention, which is what all of them stand in for."""
+    """All rivals except softmax attention, which the operations replace."""
     setting, entry = Setting(2, 20, 2, 8, torch.float32, "cpu"), OPERATIONS[operation]
     torch.manual_seed(0)
     inputs = entry.inputs(setting)

@@ -30,7 +30,7 @@ def test_the_table(capsys):
 
 
 def test_the_exponent_of_a_linear_cell():
-    """x' = A x + u with eigenvalues 0.5 and 0.25: log 0.5."""
+    """The exponent of x' = A x + u with eigenvalues 0.5 and 0.25 is log 0.5."""
     turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
     matrix = turn @ torch.diag(torch.tensor([0.5, 0.25], dtype=torch.float64)) @ turn.T
     cell = FunctionCell(lambda state, x: state @ matrix.T + x, 2)
@@ -53,8 +53,8 @@ def test_cells_expand_and_contract():
     [
         ({"cells": ["rnn"]}, "cells"),
         ({"methods": ["newton"]}, "methods"),
-        ({"lengths": [0]}, r"--lengths \(=\[0\]\) must be whole numbers >= 1"),
-        ({"widths": []}, r"--widths \(=\[\]\) must be whole numbers >= 1"),
+        ({"lengths": [0]}, r"--lengths \(=\[0\]\) must have whole numbers from 1 on"),
+        ({"widths": []}, r"--widths \(=\[\]\) must have whole numbers from 1 on"),
     ],
 )
 def test_what_is_no_option(given, message):

@@ -1,4 +1,4 @@
-"""Bytes counted in the interpreter, on kernels whose bytes are known."""
+"""Counting bytes in the interpreter, on kernels whose bytes are known."""
 
 import pytest
 import torch
@@ -66,8 +66,8 @@ def test_no_operation_moves_less_than_the_least(short, operation, case):
 
 @pytest.mark.parametrize(("case", "columns"), [("width 1", 1), ("packed", 1), ("width 8", 8)])
 def test_bytes_that_a_token_adds_to_a_long_convolution(monkeypatch, case, columns):
-    """Matrices of the model are made once, however long the text is. Wide heads hold the products
-    of their keys and values, as many columns a value as a key has channels."""
+    """The model's matrices are computed once, however long the text is. Wide heads store products
+    of keys and values: each value takes as many columns as a key has channels."""
     moved = {}
     for tokens in (128, 384):
         monkeypatch.setattr(traffic, "TOKENS", tokens)

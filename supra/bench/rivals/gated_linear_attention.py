@@ -1,0 +1,45 @@
+"""Linear attention with a decay per key channel."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from supra.bench.rivals.contender import Contender, Inputs, Operation, Setting, fla
+from supra.bench.rivals.softmax import SOFTMAX
+from supra.kernels.gated_linear_attention import (
+    chunk_gated_linear_attention,
+    recurrent_gated_linear_attention,
+)
+
+
+def gated_linear_attention_inputs(setting: Setting) -> Inputs:
+    query, key, value, gate = (setting.tokens() for _ in range(4))
+    return {"query": query, "key": key, "value": value, "log_decay": F.logsigmoid(gate) / 16}
+
+
+def gated_linear_attention(backend: str) -> Contender:
+    def whole(**inputs):
+        return chunk_gated_linear_attention(**inputs, backend=backend)[0]
+
+    def step(setting):
+        inputs = gated_linear_attention_inputs(setting.token())
+        state = setting.state()
+        return lambda: recurrent_gated_linear_attention(
+            **inputs, initial_state=state, return_state=True, in_place=True, backend=backend
+        )
+
+    return Contender(whole, step)
+
+
+def fla_gated_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor
+) -> Tensor:
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(query, key, value, log_decay, scale=1.0)[0]
+
+
+GATED_LINEAR_ATTENTION = Operation(
+    gated_linear_attention_inputs,
+    gated_linear_attention,
+    {"torch softmax attention": SOFTMAX, "fla": fla(fla_gated_linear_attention)},
+)
