@@ -90,7 +90,7 @@ def solve(
 
     Raises:
         UserError: a name, a number or a shape that does not fit, whatever the method is.
-        NotConverged, with otherwise="raise".
+        NotConverged: the sweeps did not converge, with otherwise="raise".
     """
     check_choice("estimate", estimate, ("smoother", "filter"))
     check_choice("diagonal", diagonal, ("exact", "stochastic"))
