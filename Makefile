@@ -50,7 +50,7 @@ wheel: $(VENV)/dev
 	rm -rf build
 
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "wrote site/index.html"
 
 lint: $(VENV)/dev

@@ -1,81 +1,102 @@
 """The pages that are made from the code: the command line and the settings of a run."""
 
-import argparse
-import ast
-import dataclasses
-import inspect
-import io
 import json
-import tokenize
-import typing
+from collections.abc import Iterator
+from typing import Any
 
-from supra.cli.app import build_parser
-from supra.uptrain import config as settings
-from supra.uptrain.tree import keys
+from typer.main import get_command
+
+from supra.cli.app import app
+from supra.settings.schema import Node, section, tree
+from supra.uptrain import UptrainConfig
 
 CLI = """# Command line
 
-All commands, with their options. A mistake in an option is one line on stderr and exit code 2.
-Ctrl-C ends a command with exit code 130.
+All commands, with their options. A mistake in an option is one line on stderr and exit code 2, and
+Ctrl-C ends a command with exit code 130. `supra --install-completion` lets your shell complete
+commands and options.
 """
 SETTINGS = """# Settings of a run
 
-Every setting of `supra uptrain`, made from `supra/uptrain/config.py`. A recipe is a YAML file with
-this tree; on the command line a setting is `section.name=value`. What a recipe leaves out has the
-default. `null` in YAML is no value.
+Every setting of `supra uptrain`. A recipe is a YAML file with this tree, and on the command line a
+setting is `section.name=value`. What a recipe leaves out has its default. `supra uptrain --help`
+prints the same, and `recipes/schema.json` is the JSON schema.
 """
+HIDDEN = ("help", "install_completion", "show_completion")
+BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "exclusiveMaximum": "< {}"}
+SHOWN = 10**6  # larger bounds only keep mistakes out
 
 
 def command_page() -> str:
-    """The reference of the command line, from the parser."""
-    parts = [CLI]
-    for words, parser in _commands(build_parser(), ["supra"]):
-        parts.append(f"## {' '.join(words)}\n\n{parser.description or ''}\n")
-        parts.append(f"```text\n{parser.format_help()}```\n")
-    return "\n".join(parts)
+    """The reference of the command line, from its parser."""
+    return "\n".join([CLI, *_commands(get_command(app), None, "supra")])
 
 
-def _commands(parser: argparse.ArgumentParser, words: list[str]):
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, inner in action.choices.items():
-                if inner.add_help:  # the others parse their own arguments
-                    yield from _commands(inner, [*words, name])
-            return
-    yield words, parser
+def _commands(command: Any, parent: Any, name: str) -> Iterator[str]:
+    context = command.context_class(command, info_name=name, parent=parent)
+    if inner := getattr(command, "commands", None):
+        for name, one in inner.items():
+            yield from _commands(one, context, name)
+        return
+    usage = next(x for x in command.get_usage(context).splitlines() if x.strip())
+    yield f"## {context.command_path}\n\n{command.help}\n"
+    yield f"```text\n{usage.removeprefix('Usage: ')}\n```\n"
+    yield "| option | meaning |\n| --- | --- |"
+    for param in command.get_params(context):
+        if param.name not in HIDDEN and (record := param.get_help_record(context)):
+            yield _row(_option(param, record[0]), param.help + _default(record[1]))
+    if command.epilog:
+        yield f"\n```bash\n{command.epilog}\n```\n"
+
+
+def _option(param: Any, shown: str) -> str:
+    return param.metavar if param.param_type_name == "argument" else shown
+
+
+def _default(meaning: str) -> str:
+    """What stands in brackets behind the meaning of an option."""
+    start = meaning.rfind("  [")
+    return "" if start < 0 else f" {meaning[start:].strip(' []').capitalize()}."
 
 
 def settings_page() -> str:
-    """The reference of the settings, from the tree of dataclasses."""
-    parts = [SETTINGS, _table(settings.UptrainConfig, "")]
-    for name, kind in typing.get_type_hints(settings.UptrainConfig).items():
-        if inner := _dataclass(kind):
-            parts += [f"## {name}\n", inspect.getdoc(inner) + "\n", _table(inner, f"{name}.")]
-    return "\n".join(parts)
+    """The reference of the settings, from their schema."""
+    sections: dict[str, Node] = {}
+    parts = [SETTINGS, *_table(tree(UptrainConfig), "", sections)]
+    done: set[str] = set()
+    while waiting := [name for name in sections if name not in done]:  # sections hold sections
+        name, node = waiting[0], sections[waiting[0]]
+        parts += [f"\n## {name}\n", node["description"], "", *_table(node, f"{name}.", sections)]
+        done.add(name)
+    return "\n".join(parts) + "\n"
 
 
-def _table(cls: type, prefix: str) -> str:
-    lines = ["| setting | default | |", "| --- | --- | --- |"]
-    comments = {}
-    for base in reversed(cls.__mro__[:-1]):
-        comments |= _comments(base)
-    for key, default in keys(cls, prefix).items():
-        name = key.removeprefix(prefix)
-        if prefix or "." not in name:
-            shown = "required" if default is dataclasses.MISSING else f"`{json.dumps(default)}`"
-            lines.append(f"| `{key}` | {shown} | {comments.get(name, '')} |")
-    return "\n".join(lines) + "\n"
+def _table(node: Node, prefix: str, sections: dict[str, Node]) -> list[str]:
+    rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for name, value in node["properties"].items():
+        meaning = value["description"]
+        if inner := section(value):
+            sections.setdefault(name, inner)
+            rows.append(_row(f"{prefix}{name}", "", f"{meaning} See [{name}](#{name})."))
+        else:
+            default = f"`{json.dumps(value['default'])}`" if "default" in value else "required"
+            rows.append(_row(f"{prefix}{name}", default, f"{meaning}{_rule(value)}"))
+    return rows
 
 
-def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field."""
-    source = inspect.getsource(cls)
-    fields = {x.lineno: x.target.id for x in ast.walk(ast.parse(source)) if type(x) is ast.AnnAssign}
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = (x for x in tokens if x.type == tokenize.COMMENT)
-    return {fields[x.start[0]]: x.string.lstrip("# ") for x in comments if x.start[0] in fields}
+def _rule(value: Node) -> str:
+    """The values that a setting takes, where that is not obvious."""
+    if "enum" in value:
+        return f" One of {', '.join(f'`{x}`' for x in value['enum'])}."
+    found = [
+        text.format(f"{option[name]:g}")
+        for option in (value, *value.get("anyOf", ()))
+        for name, text in (BOUNDS | {"maximum": "≤ {}"}).items()
+        if abs(option.get(name, SHOWN)) < SHOWN
+    ]
+    return f" Must be {' and '.join(dict.fromkeys(found))}." if found else ""
 
 
-def _dataclass(kind) -> type | None:
-    options = typing.get_args(kind) or (kind,)
-    return next((x for x in options if dataclasses.is_dataclass(x)), None)
+def _row(name: str, *cells: str) -> str:
+    cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+    return " | ".join([f"| `{name}`", *cells]) + " |"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from typer.main import get_command
 
-from supra.cli.app import build_parser, main
+from supra.cli.app import app, main
 from supra.uptrain import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -87,19 +88,7 @@ def run(arguments: list[str]) -> None:
             arguments += ["align.share=0.5", "distill.share=0.5"]
     if arguments[0] == "diagnose":
         arguments = [SMALL_TEXT.get(x, x) for x in arguments] + ["--trained-length", "32"]
-    main(old_spelling(arguments))
-
-
-def old_spelling(arguments: list[str]) -> list[str]:
-    """Until the command line has `eval text`, `ablate`, `task` and `passkey`."""
-    if arguments[0] != "eval":
-        return arguments
-    kind, rest = arguments[1], arguments[2:]
-    if kind == "ablate":
-        rest = ["--ablate" if x == "--parts" else x for x in rest]
-        return ["eval", *(["--ablate"] if "--ablate" not in rest else []), *rest]
-    rest = ["--task", "passkey", *rest] if kind == "passkey" else rest
-    return ["eval", *rest]
+    main(arguments)
 
 
 def parse(command: str) -> None:
@@ -127,11 +116,15 @@ def _vacate(arguments: list[str]) -> None:
 
 
 def _parse_supra(arguments: list[str]) -> None:
+    name, command, context = "supra", get_command(app), None
+    words = list(arguments)
+    while command is not None:
+        context = command.make_context(name, words, parent=context)
+        groups = hasattr(command, "commands")
+        words = [*context._protected_args, *context.args] if groups else []
+        name, command, words = command.resolve_command(context, words) if groups else (0, None, 0)
     if arguments[0] == "uptrain":
-        values = [x for x in arguments[1:] if not x.startswith("--")]
-        load_config(*values[:1], values[1:])
-    elif arguments[0] != "serve":  # transformers parses the rest
-        build_parser().parse_args(old_spelling(arguments))
+        load_config(context.params["config"], context.params["overrides"])
 
 
 def _check_extras(command: str) -> None:

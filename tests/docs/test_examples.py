@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import supra.mixers
+from supra.settings.schema import keys, tree
 from supra.testing import tiny_checkpoint
-from supra.uptrain.config import UptrainConfig
-from supra.uptrain.tree import flatten, keys
+from supra.uptrain import UptrainConfig
 from tests.docs import examples
 
 README = examples.PAGES[0]
@@ -60,22 +60,20 @@ def test_examples(page, material, tmp_path, monkeypatch):
 
 
 def check_settings(text):
-    """Every key of a YAML example is a setting, or a section of them."""
-    known = keys(UptrainConfig)
-    for key in flatten(yaml.safe_load(text)):
-        assert key in known or any(x.startswith(f"{key}.") for x in known), key
+    """Every key of a YAML example is a setting."""
+    known = set(keys(tree(UptrainConfig)))
+    waiting = [("", yaml.safe_load(text))]
+    for prefix, value in waiting:
+        if isinstance(value, dict):
+            waiting += [(f"{prefix}.{key}".strip("."), inner) for key, inner in value.items()]
+        else:
+            assert prefix in known, prefix
 
 
 SUBSTITUTIONS = [  # (as the README has it, as it is small enough)
     examples.MODELS,
     ("out=out/first", f"out=out/first {' '.join(examples.SMALL_RUN)}"),
     ("--to 65536", "--to 256 --trained-length 32"),
-]
-OLD_SPELLING = [
-    ("eval text", "eval"),
-    ("eval ablate", "eval"),
-    ("eval passkey", "eval --task passkey"),
-    ("--parts", "--ablate"),
 ]
 
 
@@ -99,7 +97,7 @@ def test_the_readme_runs_in_a_shell(material, tmp_path):
             continue
         if block.language == "text":
             continue
-        for written, small in SUBSTITUTIONS + OLD_SPELLING:
+        for written, small in SUBSTITUTIONS:
             text = text.replace(written, small)
         interpreter = [sys.executable, "-c"] if block.language == "python" else ["sh", "-ec"]
         result = subprocess.run(
