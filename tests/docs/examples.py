@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> None:
     """Run a command of supra on the small model, in this folder."""
     arguments = [x.replace(*MODELS) for x in arguments]
     _vacate(arguments)
-    if arguments[0] == "uptrain":
+    if "--config" in arguments:
         arguments = [*arguments, *SMALL_RUN]
         if "extend" in arguments:
             arguments.append("extend.state_passing=2")
@@ -88,7 +88,10 @@ def run(arguments: list[str]) -> None:
             arguments += ["align.share=0.5", "distill.share=0.5"]
     if arguments[0] == "diagnose":
         arguments = [SMALL_TEXT.get(x, x) for x in arguments] + ["--trained-length", "32"]
-    main(arguments)
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code, arguments
 
 
 def parse(command: str) -> None:
