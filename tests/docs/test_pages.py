@@ -1,7 +1,9 @@
 """What pages promise to list completely, they do."""
 
+import re
+
 from supra.mixers import MIXERS, PRESETS
-from tests.docs.examples import ROOT, blocks
+from tests.docs.examples import PAGES, ROOT, blocks
 
 
 def test_the_map_names_every_folder():
@@ -13,6 +15,13 @@ def test_the_map_names_every_folder():
         named.add("".join(path))
     rooms = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("supra/**/__init__.py")}
     assert named == {f"{room}/" for room in {*rooms, "kernels", "recipes", "docs", "tests"}}
+
+
+def test_files_that_pages_name_exist():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:supra|recipes|docs|tests)/[a-z_/\d]+\.\w+)`", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
 
 
 def test_the_readme_is_short():
