@@ -1,4 +1,4 @@
-"""Held-out text as blocks of tokens, the same for every model that is measured on it."""
+"""Text as blocks of tokens, the same blocks for every model that is evaluated on it."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,10 +15,12 @@ def blocks_from_text(
     sequence_length: int,
     tokens: int | None = None,
 ) -> list[Block]:
-    """Packed blocks of `documents`, blank ones left out; an incomplete last block is dropped.
+    """Packed blocks of `documents`. Blank documents are skipped; an incomplete last block is
+    dropped.
 
-    `tokens` bounds what is taken, and no document after that is read; one block at least.
-    Raises UserError when there is not one block of text.
+    tokens: the maximum number of tokens, but always at least one block. Documents after that are
+        not read.
+    Raises UserError when the text does not fill one block.
     """
     check_tokenizer(tokenizer)
     lengths = []
@@ -34,6 +36,6 @@ def blocks_from_text(
     if not blocks:
         raise UserError(
             f"sequence_length (={sequence_length}) is longer than the evaluation text "
-            f"({sum(lengths)} tokens)"
+            f"({sum(lengths)} tokens): lower it, or give a longer text"
         )
     return blocks

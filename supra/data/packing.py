@@ -1,15 +1,15 @@
-"""Documents, end to end, in blocks of exactly sequence_length tokens.
+"""Packs documents, end to end, into blocks of exactly sequence_length tokens.
 
-Document boundaries are where position_ids restart at 0, which is how transformers' models (and
-ours) recognise packed rows when there is neither an attention mask nor a cache.
+A document begins where position_ids restart at 0. transformers' models and supra's recognise packed
+rows by this when there is neither an attention mask nor a cache.
 
 A document gets the special tokens that its tokenizer adds to a text, and ends with end-of-sequence.
-Most tokenizers add nothing. If one adds start tokens such as `<bos>`, the model has hardly seen a
-text without them, so every piece that is read from an empty state begins with them. This includes
-a piece that continues a document in the next row, which has that much less room. Start tokens
-are not predicted. The first token of a document is predicted from them, as in pretraining. The
-first token of a continued piece is not: its context was cut off, and a model trained on it would
-learn that documents begin in the middle of a sentence.
+Most tokenizers add nothing. If one adds start tokens such as `<bos>`, the model has hardly ever
+seen a text without them, so every piece that is read from an empty state begins with them. This
+includes a piece that continues a document in the next row. Start tokens are not predicted. The
+first token of a document is predicted from them, as in pretraining. The first token of a continued
+piece is not predicted: its context was cut off, and a model trained on it would learn that
+documents begin in the middle of a sentence.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,17 +20,18 @@ from transformers import PreTrainedTokenizerBase
 
 from supra.errors import UserError
 
-IGNORE = -100  # a label that no loss counts, as everywhere in PyTorch and transformers
+IGNORE = -100  # the label that losses skip, as in PyTorch and transformers
 
 Block = dict[str, torch.Tensor]
 """input_ids, position_ids, labels: [T] int64 each.
 
-Labels stand where their token stands, as transformers expects: position t is trained on
-labels[t + 1]. Start tokens have the label -100. So has the first token of a piece, unless it begins
-a document and follows start tokens.
+A label has the position of its own token, as transformers expects: position t is trained on
+labels[t + 1]. Start tokens have the label -100. The first token of a piece also has it, unless it
+begins a document and follows start tokens.
 """
 
-# texts that most tokenizers have tokens for; if none works, this many of its own tokens are tried
+# texts that most tokenizers have tokens for; if none works, this many of the tokenizer's own tokens
+# are tried
 PROBES, OWN_PROBES = ("a", "A", "1", "."), 100
 
 
@@ -52,8 +53,9 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
             if whole[start:end] == plain:
                 return whole[:start], whole[end:]
     raise UserError(
-        "the tokenizer gives other tokens where it adds special ones, so that they cannot be told "
-        f"apart (tried with {', '.join(map(repr, PROBES))}): give a tokenizer that only adds them"
+        "the tokenizer changes a text's tokens when it adds special tokens, so the special tokens "
+        f"cannot be told apart (tried with {', '.join(map(repr, PROBES))}): use a tokenizer that "
+        "only adds tokens"
     )
 
 
@@ -70,8 +72,8 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text without start and end tokens. Start tokens that are written in the text
-    itself, as by a chat template, are dropped too."""
+    """The tokens of a text without start and end tokens. Start tokens that are spelled out in the
+    text, as a chat template does, are dropped too."""
     tokens, start = plain_tokens(tokenizer, text), start_tokens(tokenizer)
     return tokens[len(start) :] if tokens[: len(start)] == start else tokens
 
@@ -84,19 +86,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end of a document: what the tokenizer adds, and end-of-sequence if that is not in it."""
+    """The end of a document: the tokenizer's own end tokens, with end-of-sequence as the last."""
     end = added_tokens(tokenizer)[1]
     return end if end[-1:] == [tokenizer.eos_token_id] else [*end, tokenizer.eos_token_id]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos_token, which must end each document: set one")
+        raise UserError(
+            "the tokenizer has no eos_token, but each document must end with one: set eos_token in "
+            "tokenizer_config.json"
+        )
 
 
 def block(pieces: Iterable[list[int]], unpredicted: Iterable[int] = repeat(1)) -> Block:
-    """One block from pieces of documents. `unpredicted` says how many first tokens of each piece
-    have no label."""
+    """One block from pieces of documents. The first `unpredicted` tokens of each piece have no
+    label."""
     ids, positions, labels = [], [], []
     for piece, count in zip(pieces, unpredicted, strict=False):
         ids += piece
@@ -107,19 +112,20 @@ def block(pieces: Iterable[list[int]], unpredicted: Iterable[int] = repeat(1)) -
 
 
 class Row:
-    """Collects pieces of documents, each after start tokens, into a block of `length` tokens."""
+    """Collects pieces of documents, each behind the start tokens, into a block of `length`
+    tokens."""
 
     def __init__(self, length: int, start: Sequence[int]):
         if length <= len(start):
             raise UserError(
                 f"sequence_length (={length}) leaves no room for text: the tokenizer puts "
-                f"{len(start)} tokens before each, so it must be at least {len(start) + 1}"
+                f"{len(start)} tokens before each text, so it must be at least {len(start) + 1}"
             )
         self.room, self.start = length, start
         self.pieces, self.unpredicted = [], []
 
     def add(self, tokens: list[int], offset: int) -> int:
-        """Add what fits of a document from `offset` on, and return how many tokens that is.
+        """Add as many of a document's tokens as fit, from `offset` on, and return their number.
 
         It is 0 if the start tokens fill the rest of the row.
         """
@@ -137,8 +143,8 @@ class Row:
 def pack(
     documents: Iterable[list[int]], sequence_length: int, start: Sequence[int] = ()
 ) -> Iterator[Block]:
-    """Cut the documents' tokens into blocks, each piece after the start tokens. An unfinished block
-    at the end is dropped."""
+    """Pack the documents' tokens into blocks. Each piece follows the start tokens. An incomplete
+    last block is dropped."""
     row = Row(sequence_length, start)
     for tokens in documents:
         offset = 0
@@ -156,5 +162,6 @@ def collate(blocks: Iterable[Block]) -> Block:
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
-    """labels[:, t + 1] at t, -100 at the end: what the logits at t are scored on. [B, T]."""
+    """[B, T]: at t the label that the logits at t are scored on, labels[:, t + 1]; -100 at the
+    end."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)

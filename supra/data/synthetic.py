@@ -1,13 +1,16 @@
-"""The synthetic languages on which H3 was designed, and two of many questions; seeded.
+"""Synthetic languages for testing recall: the two that H3 was designed on, and two with many
+questions per row.
 
+    language              row                                  answers
     induction             f b ⇒ c a d b ⇒                      c
     associative recall    a 1 c 3 a 1 b 3 ⇒ c                  3
-    multi-query recall    a 1 b 3 c 2  b 3 f 4 a 1 c 2         3, 1 and 2 in their places
-    recent recall         ! a 1 ! b 3 ? a 1 ! c 2 ? b 3        1 and 3 in their places
+    multi-query recall    a 1 b 3 c 2  b 3 f 4 a 1 c 2         3, 1 and 2, each after its key
+    recent recall         ! a 1 ! b 3 ? a 1 ! c 2 ? b 3        1 and 3, each after its key
 
-Every answer stands in the row, and nowhere else. Words are whatever tokens the caller has: the
-first of them are keys and the last the marks, so a model in training sees each in one role only. A
-generator is a `random.Random`, so that a seed gives the same rows on every machine.
+Every answer can be read from the row, and only from there. The caller supplies the words, which may
+be any tokens. The first words are keys and the last are marks, so that a model in training sees
+each word in one role only. A generator is a `random.Random`, so that a seed gives the same rows on
+every machine.
 """
 
 from collections.abc import Sequence
@@ -21,29 +24,30 @@ from torch import Tensor
 from supra.data.packing import IGNORE
 from supra.errors import UserError
 
-MARKS = 2  # of H3's languages: "⇒", and "." for a key that is not there, which none of our rows has
-QUERY_POWER = -0.99  # of the distance from the pairs to a query, in steps of two tokens
+MARKS = 2  # in H3's languages: "⇒", and "." for a missing key, which does not occur here
+# P(gap) ~ (gap + 1) ** QUERY_POWER; the gap from the pairs to a query, in steps of two tokens
+QUERY_POWER = -0.99
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row that answers itself, so that it is also text to train on."""
+    """A row that contains its answers, so that it is also text to train on."""
 
     ids: list[int]
-    queries: list[int]  # places before the answers
-    values: list[int]  # what could be an answer; as many in every row of a language
+    queries: list[int]  # positions of the tokens before the answers
+    values: list[int]  # the possible answers; equally many in every row of a language
 
     def after(self, start: Sequence[int]) -> "Example":
-        """The same behind other tokens."""
+        """The same example behind the tokens `start`."""
         return Example([*start, *self.ids], [len(start) + x for x in self.queries], self.values)
 
 
 @dataclass(frozen=True)
 class Induction:
-    """The word that followed the mark when it came before (Fu et al. 2022, arXiv 2212.14052).
+    """Recall the word that followed the mark's first occurrence (Fu et al. 2022, arXiv 2212.14052).
 
-    `length` random words with the mark in the place of one, the mark again, and the answer. In the
-    paper 30 words of a vocabulary of 20, of which two are marks.
+    A row has `length` random words, one of them replaced by the mark; then the mark again, and the
+    answer. The paper uses 30 words from a vocabulary of 20, two of which are marks.
     """
 
     name: ClassVar[str] = "induction"
@@ -51,12 +55,12 @@ class Induction:
     vocabulary: int = 20
 
     def __post_init__(self):
-        _check("length", self.length, 3, "one word must lie between the mark and its return")
-        _check("vocabulary", self.vocabulary, 2 + MARKS, "two words and two marks")
+        _check("length", self.length, 3, "one word must lie between the two marks")
+        _check("vocabulary", self.vocabulary, 2 + MARKS, "it needs two words and two marks")
 
     @property
     def candidates(self) -> int:
-        """Among how many words one guesses; the paper's 5% is a guess among the marks too."""
+        """The number of words that a guess chooses from. The paper's 5% includes the marks."""
         return self.vocabulary - MARKS
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
@@ -68,13 +72,29 @@ class Induction:
         return Example([*row, mark, row[place + 1]], [self.length], plain)
 
 
-@dataclass(frozen=True)
-class AssociativeRecall:
-    """The value of a key that came before (Fu et al. 2022, arXiv 2212.14052).
+class _KeysAndValues:
+    """A language whose words are half keys and half values, and two marks."""
 
-    Each row draws a value for every key, values may repeat; then `length` words of keys with their
-    values, keys may repeat; then the mark, one of those keys, and its value. In the paper 20 words
-    of a vocabulary of 10, which are 4 keys, 4 values and 2 marks; or 40 of 20.
+    vocabulary: int
+
+    @property
+    def candidates(self) -> int:
+        """The number of values, among which a guess chooses."""
+        return self.vocabulary - MARKS - self._keys
+
+    @property
+    def _keys(self) -> int:
+        return (self.vocabulary - MARKS) // 2
+
+
+@dataclass(frozen=True)
+class AssociativeRecall(_KeysAndValues):
+    """Recall the value of a key that occurred before (Fu et al. 2022, arXiv 2212.14052).
+
+    Each row draws a value for every key; several keys may have the same value. A row has `length`
+    words, which are keys and their values in turn, and keys may repeat; then the mark, one of these
+    keys, and its value. The paper uses 20 words from a vocabulary of 10 (4 keys, 4 values and 2
+    marks), or 40 words from a vocabulary of 20.
     """
 
     name: ClassVar[str] = "associative-recall"
@@ -84,16 +104,7 @@ class AssociativeRecall:
     def __post_init__(self):
         _check("length", self.length, 2, "one key and its value")
         _check("vocabulary", self.vocabulary, 4 + MARKS, "two keys, two values and two marks")
-        _check_even("length", self.length, "keys and values come in turn")
-
-    @property
-    def candidates(self) -> int:
-        """Values of the language, 4 in the paper: a guess is right in 25%."""
-        return self.vocabulary - MARKS - self._keys
-
-    @property
-    def _keys(self) -> int:
-        return (self.vocabulary - MARKS) // 2
+        _check_even("length", self.length, "keys and values alternate")
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
         """A row of these words; the last two are the marks."""
@@ -108,13 +119,14 @@ class AssociativeRecall:
 
 @dataclass(frozen=True)
 class MultiQueryRecall:
-    """Several keys asked for in one row (Arora et al. 2023, arXiv 2312.04927).
+    """Recall the values of several keys in one row (Arora et al. 2023, arXiv 2312.04927).
 
-    `pairs` keys with their values, no word twice; in the rest of the `length` tokens every key
-    comes again, near the pairs more often than far from them (the gap's power is −0.99), and all
-    else are words that are no key of the row. The answer follows its key, where Arora et al. put a
-    random word and score the value in its place: so a row is text that a language model can go on
-    with. They take a vocabulary of 8192, 4 pairs in 64 tokens to 64 pairs in 512.
+    A row of `length` tokens begins with `pairs` keys and their values, and no word occurs twice
+    there. Every key returns later in the row, more often close to the pairs than far from them (see
+    QUERY_POWER). The remaining tokens are words that are not keys of this row. Here the value
+    follows its key, so that a row is text that a language model can continue. Arora et al. put a
+    random word there and score the value in its place. They use a vocabulary of 8192 and from 4
+    pairs in 64 tokens to 64 pairs in 512.
     """
 
     name: ClassVar[str] = "mqar"
@@ -124,13 +136,15 @@ class MultiQueryRecall:
 
     def __post_init__(self):
         _check("pairs", self.pairs, 1, "something must be asked for")
-        _check("length", self.length, 4 * self.pairs, f"{self.pairs} pairs come twice")
+        _check(
+            "length", self.length, 4 * self.pairs, f"each of the {self.pairs} pairs occurs twice"
+        )
         _check("vocabulary", self.vocabulary, 2 * self.pairs, f"{self.pairs} pairs of words")
-        _check_even("length", self.length, "keys and values come in turn")
+        _check_even("length", self.length, "keys and values alternate")
 
     @property
     def candidates(self) -> int:
-        """Values of one row."""
+        """The number of values in one row."""
         return self.pairs
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
@@ -140,12 +154,13 @@ class MultiQueryRecall:
         values = generator.sample(words[half:], self.pairs)
         items = list(zip(keys, values, strict=True))
         context = 2 * self.pairs
-        # a race of exponential clocks: the first to ring are a draw by weight, none twice
-        rings = [
+        # Weighted sampling without replacement: each gap draws an exponential arrival time with its
+        # weight as the rate, and the earliest arrivals are taken.
+        arrivals = [
             generator.expovariate((gap + 1) ** QUERY_POWER)
             for gap in range((self.length - context) // 2)
         ]
-        gaps = sorted(range(len(rings)), key=rings.__getitem__)[: self.pairs]
+        gaps = sorted(range(len(arrivals)), key=arrivals.__getitem__)[: self.pairs]
         ids = [word for item in items for word in item]
         while len(ids) < self.length:
             if (word := generator.choice(words)) not in keys:
@@ -157,14 +172,15 @@ class MultiQueryRecall:
 
 
 @dataclass(frozen=True)
-class RecentRecall:
-    """A stream of writes and questions about the last of them, to see whether a model forgets.
+class RecentRecall(_KeysAndValues):
+    """A stream of writes and questions about recent writes, which tests whether a model forgets.
 
-    `length` words in threes: the mark of a write, a key and its new value; or the mark of a
-    question, one of the `recent` keys written last, and its value. The first is a write, of all
-    half are questions. Writes go round all keys in an order of the row's own, so that no key gets
-    a second value before all have one: a row of so few writes, as 60 words of 24 keys, can be
-    answered without forgetting anything, and in longer ones every key is bound over and over.
+    The `length` words of a row come in threes: the mark of a write, a key and its new value; or the
+    mark of a question, one of the `recent` keys written last, and its value. The first operation is
+    a write, and half of all operations are questions. Each row writes its keys in a random order,
+    again and again, so that no key gets a second value before every key has one. A short row, such
+    as 60 words with 24 keys, can therefore be answered without forgetting anything. In longer rows
+    every key is overwritten many times.
     """
 
     name: ClassVar[str] = "recent-recall"
@@ -182,15 +198,6 @@ class RecentRecall:
         keys = max(2, self.recent)
         reason = f"{keys} keys, as many values and two marks"
         _check("vocabulary", self.vocabulary, 2 * keys + MARKS, reason)
-
-    @property
-    def candidates(self) -> int:
-        """Values of the language."""
-        return self.vocabulary - MARKS - self._keys
-
-    @property
-    def _keys(self) -> int:
-        return (self.vocabulary - MARKS) // 2
 
     def example(self, words: Sequence[int], generator: Random) -> Example:
         """A row of these words; the last two are the marks."""
@@ -221,7 +228,7 @@ LANGUAGES: dict[str, type[Language]] = {
 
 
 def draw(language: Language, generator: Random, count: int) -> list[Example]:
-    """Rows in the words 0, 1, … of a vocabulary that is the language's own."""
+    """Random rows whose words are the tokens 0, 1, …, vocabulary − 1."""
     words = range(language.vocabulary)
     return [language.example(words, generator) for _ in range(count)]
 
@@ -229,8 +236,8 @@ def draw(language: Language, generator: Random, count: int) -> list[Example]:
 def labelled(examples: Sequence[Example], every_token: bool = False) -> tuple[Tensor, Tensor]:
     """Tokens and labels of rows of equal length, int64 [N, T].
 
-    Labels stand where their token stands, as transformers has it, and are −100 but at the answers,
-    or with `every_token` nowhere.
+    A label has the position of its own token, as in transformers. Only the answers have labels, the
+    rest is −100; with `every_token`, every token has a label.
     """
     ids = torch.tensor([example.ids for example in examples])
     if every_token:
@@ -239,9 +246,9 @@ def labelled(examples: Sequence[Example], every_token: bool = False) -> tuple[Te
     return ids, torch.full_like(ids, IGNORE).scatter(1, answers, ids.gather(1, answers))
 
 
-def _check(name: str, value: int, least: int, reason: str) -> None:
-    if value < least:
-        raise UserError(f"{name} (={value}) must be at least {least}: {reason}")
+def _check(name: str, value: int, minimum: int, reason: str) -> None:
+    if value < minimum:
+        raise UserError(f"{name} (={value}) must be at least {minimum}: {reason}")
 
 
 def _check_even(name: str, value: int, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Documents out of files or data sets on the hub, in an order that a seed decides."""
+"""Documents from files or from data sets on the hub, in an order that the seed determines."""
 
 import glob
 import gzip
@@ -24,20 +24,23 @@ from datasets.exceptions import DatasetsError
 from supra.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".jsonl.gz": "json", ".txt": "text", ".parquet": "parquet"}
-TEXT_TYPES = ("string", "large_string", "null")  # of a column; null: no row has a text
-# what the readers raise for files that are empty, truncated or in another format
+TEXT_TYPES = ("string", "large_string", "null")  # column types; in a null column no row has a text
+# the readers' errors for files that are empty, truncated or in another format
 UNREADABLE = (OSError, EOFError, ValueError, StopIteration, zlib.error, DatasetsError)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A data set's texts, in an order that (seed, epoch) decides; read again in every epoch."""
+    """The texts of a data set, in an order that (seed, epoch) determines.
+
+    Every epoch reads the whole data set again.
+    """
 
     dataset: datasets.Dataset | datasets.IterableDataset
     text_field: str
     seed: int | None = None  # None: the data set's own order
-    buffer: int = 10_000  # documents of the shuffle buffer of streamed data
-    source: str | None = None  # what the data set was opened from, for messages
+    buffer: int = 10_000  # size of the shuffle buffer of streamed data, in documents
+    source: str | None = None  # where the data set was opened from, for messages
 
     def __post_init__(self):
         feature = (self.dataset.features or {}).get(self.text_field)
@@ -45,9 +48,9 @@ class Documents:
             self._refuse(str(feature))
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[str]:
-        """Every `world`-th text from `rank` on, without the first `skip` of those.
+        """Every `world`-th text, starting at `rank`, without the first `skip` of them.
 
-        Streamed data is read and thrown away up to there: its order is only known by reading it.
+        Skipped texts of streamed data are still read, because only reading gives their order.
         """
         if isinstance(self.dataset, datasets.IterableDataset):
             rows = self.dataset
@@ -78,36 +81,37 @@ class Documents:
         return text or ""
 
     def _refuse(self, kind: str) -> None:
-        """Raise UserError for a text field of another type, with file and line if found."""
+        """Raise UserError for a text field of another type, with file and line if they are
+        known."""
         found = (_fault(file, self.text_field) for file in self._files())
         what = f"text field {self.text_field!r} holds {kind}, not text"
         raise UserError(next(filter(None, found), what))
 
 
 def open_documents(path: str, text_field: str) -> Documents:
-    """The texts of local files or of a data set on the hub, in their own order."""
+    """The texts of local files or of a data set on the hub, in their original order."""
     return Documents(open_dataset(path), text_field, source=path)
 
 
 def open_dataset(
     path: str, name: str | None = None, split: str = "train", streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Local files (one .txt file is one document), or else a data set on the hub.
+    """Open local files, or a data set on the hub. One .txt file is one document.
 
-    Raises UserError with file and line for broken text: at once, or for streamed text when it is
-    reached.
+    Raises UserError with file and line for broken text: at once, or, for streamed text, when the
+    line is reached.
     """
     files = local_files(path)
     if files:
         if split != "train":
             raise UserError(
-                f"split {split!r} is a part of a data set on the hub, and {path} is local: "
-                "give that part as files of its own"
+                f"split (={split!r}) is only for data sets on the hub, and {path} is local: give "
+                "the files of that split"
             )
         if name is not None:
             raise UserError(
-                f"name {name!r} is a configuration of a data set on the hub, and {path} is local: "
-                "leave it out"
+                f"name (={name!r}) is only for data sets on the hub, and {path} is local: leave it "
+                "out"
             )
         builder = BUILDERS[_suffix(files[0])]
         options = {"sample_by": "document"} if builder == "text" else {}
@@ -117,9 +121,9 @@ def open_dataset(
     trouble = "cannot be read" if files else "is neither a local file nor a data set on the hub"
     with _reading(f"{path} {trouble}", files):
         for file in files:
-            _check_lines(file, most=1 if streaming else None)
+            _check_lines(file, count=1 if streaming else None)
         if streaming:
-            pyarrow.json.read_json = _read_rows  # datasets has no other place for it
+            pyarrow.json.read_json = _read_rows  # datasets offers no other way to replace it
         dataset = datasets.load_dataset(**source, streaming=streaming)
         if files and not streaming:
             for batch in dataset.data.to_batches():
@@ -128,7 +132,7 @@ def open_dataset(
 
 
 def hub_name(path: str) -> str | None:
-    """The data set on the hub that a name stands for; None for local files."""
+    """The hub name of a data set; None for local files."""
     return None if local_files(path) else path
 
 
@@ -141,13 +145,13 @@ def local_files(path: str) -> list[str]:
         what = f"folder {path} has no {', '.join(BUILDERS)} file"
     else:
         files = glob.glob(path, recursive=True)
-        what = f"no such file: {path}"
+        what = f"there is no such file: {path}"
     looks_local = Path(path).is_dir() or _suffix(path) or path.startswith((".", "/", "~"))
     if not files and (looks_local or glob.has_magic(path)):
         raise UserError(f"{what} (text is a file, a folder, a glob or a hub name)")
     kinds = {_suffix(file) for file in files}
     if None in kinds:
-        raise UserError(f"{path} is not one of {', '.join(BUILDERS)}")
+        raise UserError(f"{path} has another file type than {', '.join(BUILDERS)}: convert it")
     if len({BUILDERS[kind] for kind in kinds}) > 1:
         raise UserError(f"{path} mixes {', '.join(sorted(kinds))}: choose one kind with a glob")
     return sorted(files)
@@ -155,8 +159,8 @@ def local_files(path: str) -> list[str]:
 
 @contextmanager
 def _reading(trouble: str, files: Iterable[str]) -> Iterator[None]:
-    """Turn what the readers raise into a UserError that begins with `trouble` and names the file
-    and line if they are known."""
+    """Turn the readers' errors into a UserError that begins with `trouble` and names the file and
+    line if they are known."""
     try:
         yield
     except UserError:
@@ -168,32 +172,36 @@ def _reading(trouble: str, files: Iterable[str]) -> Iterator[None]:
         raise UserError(f"{trouble}: {found or ' '.join(str(reason).split())}") from error
 
 
-def _check_lines(file: str, most: int | None) -> None:
-    """Raise ValueError for lines that Arrow mishandles, among the first `most`: it accepts invalid
-    UTF-8, and it crashes on JSON null at the start of one of its blocks."""
+def _check_lines(file: str, count: int | None) -> None:
+    """Raise ValueError for lines that Arrow mishandles, among the first `count` (None: all).
+
+    Arrow accepts invalid UTF-8, and crashes on JSON null at the start of one of its blocks.
+    """
     kind = BUILDERS[_suffix(file)]
     if kind == "parquet":
         return
     with _opened(file) as lines:
-        for line in islice(lines, most):
+        for line in islice(lines, count):
             line.decode()
             if kind == "json" and line.strip() == b"null":
-                raise ValueError("null is no JSON object")
+                raise ValueError("null is not a JSON object")
 
 
 _read_json = pyarrow.json.read_json
 
 
 def _read_rows(source: Any, **options: Any) -> pyarrow.Table:
-    """pyarrow.json.read_json, which crashes if the first line is null. Blocks of streamed text come
-    to it from memory, and any of them may begin so. Raises ValueError instead."""
+    """pyarrow.json.read_json, but with a ValueError instead of a crash if the first line is null.
+
+    Streamed text reaches it in blocks from memory, and any block may begin with null.
+    """
     if isinstance(source, io.BytesIO) and source.getvalue()[:64].split()[:1] == [b"null"]:
-        raise ValueError("null is no JSON object")
+        raise ValueError("null is not a JSON object")
     return _read_json(source, **options)
 
 
 def _fault(file: str, text_field: str | None = None) -> str | None:
-    """The first fault of a local file, with its place; None if none is found."""
+    """The first fault of a local file, with its position; None if none is found."""
     kind, number = BUILDERS[_suffix(file)], 0
     try:
         if kind == "parquet":
@@ -221,15 +229,15 @@ def _check_row(line: str, text_field: str | None) -> None:
     """Raise ValueError for a line that is not a JSON object, or whose text is not a string."""
     row = json.loads(line)
     if not isinstance(row, dict):
-        raise ValueError(f"{shortened(line)} is no JSON object")
-    json.dumps(row, ensure_ascii=False).encode()  # raises for escapes of half a character
+        raise ValueError(f"{shortened(line)} is not a JSON object")
+    json.dumps(row, ensure_ascii=False).encode()  # raises for an escape that is half a character
     text = row.get(text_field)
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text field {text_field!r} holds {type(text).__name__}, not text")
 
 
 def _opened(file: str):
-    """A file of lines, as bytes."""
+    """Open a file of lines, as bytes."""
     return gzip.open(file) if file.endswith(".gz") else open(file, "rb")
 
 

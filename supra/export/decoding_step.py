@@ -1,4 +1,4 @@
-"""Decoding for other runtimes: states are passed as tensors, with torch's own operators only.
+"""Decoding for other runtimes: states are passed as tensors, and only torch's own operators run.
 
     step = DecodingStep(model)
     program = torch.export.export(step, (tokens, positions, *step.start(batch)))
@@ -21,8 +21,8 @@ from supra.model.cache import new_cache
 class DecodingStep(nn.Module):
     """A converted language model as a function of tokens and states, without a cache object.
 
-    It reads any number of tokens, so it also reads prompts. Layers that keep softmax attention have
-    states whose second dimension grows; leave it dynamic in an export.
+    A call reads any number of tokens, so it also reads prompts. In layers that keep softmax
+    attention, the second dimension of the states grows; make it dynamic in an export.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -39,7 +39,7 @@ class DecodingStep(nn.Module):
         return [f"{layer}.{name}" for layer, name, _ in self._states()]
 
     def start(self, batch: int) -> tuple[Tensor, ...]:
-        """The states before the first token: zeros, or no tokens where states grow."""
+        """The states before the first token: zeros, or empty tensors where states grow."""
         kept = [not attention.mixer.recurrent for attention in attention_modules(self.model)]
         return tuple(
             x.new_zeros(batch, 0 if kept[layer] else x.shape[1], *x.shape[2:])
@@ -53,8 +53,8 @@ class DecodingStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Logits [B, T, V] of tokens [B, T], int64, and the states after them.
 
-        position_ids: int64 [B, T], how many tokens of its text come before each.
-        states: those that the last call returned, or `start`'s.
+        position_ids: int64 [B, T], the number of tokens of the same text before each token.
+        states: the states that the previous call returned, or those of `start`.
         """
         given = iter(states)
         cache = new_cache(len(self._layers))

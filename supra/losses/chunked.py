@@ -1,8 +1,9 @@
-"""Losses from the last hidden states, without ever all logits of a batch.
+"""Losses from the last hidden states, without holding all logits of a batch.
 
-A vocabulary of 49152 and 8192 tokens are 0.8 GB of bfloat16 logits, as much again for their
-gradient, and the same for the teacher. Here logits live for one chunk of tokens: they are made from
-hidden states, scored, and taken back to a gradient of the hidden states and of the head.
+With a vocabulary of 49152, the bfloat16 logits of 8192 tokens take 0.8 GB, their gradient takes as
+much again, and so do the teacher's logits. Here logits exist for one chunk of tokens at a time:
+they are computed from hidden states, scored, and turned into gradients of the hidden states and of
+the head.
 """
 
 import copy
@@ -16,24 +17,25 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from supra.losses.token_losses import Losses, refuse_second_derivatives
 
-# Logits of one chunk: 680 and 1360 tokens of a vocabulary of 49152. Each chunk adds to the gradient
-# of the head, as large as the head, so chunks of few tokens would move more of it than of logits.
+# Logits per chunk: 680 or 1360 tokens with a vocabulary of 49152. Each chunk adds to the gradient
+# of the head, which is as large as the head. With small chunks, this would move more bytes than the
+# logits do.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
 
 ChunkLoss = Callable[[Tensor, slice], Losses]
-"""(logits [n, V], which rows of the flattened batch they are) -> their losses."""
+"""(logits [n, V], the rows of the flattened batch that they belong to) -> their losses."""
 
 
 class ScoredModel(nn.Module):
-    """A language model that returns its losses, or without `loss` its own output.
+    """A language model that returns its losses; without `loss`, it returns its own output.
 
-    Wrappers (DDP, FSDP) act on calls of a module, so the loss has to be inside of one.
+    Wrappers (DDP, FSDP) act on calls of a module, so the loss must be computed inside a module.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self._no_split_modules = model._no_split_modules  # which FSDP wraps one by one
+        self._no_split_modules = model._no_split_modules  # FSDP wraps each of these
 
     def forward(self, loss: ChunkLoss | None = None, **inputs):
         if loss is None:
@@ -43,23 +45,27 @@ class ScoredModel(nn.Module):
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:
-    """The model itself, out of peft's wrapper; its layers then hold the adapters."""
+    """The model without peft's wrapper; its layers then hold the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def hidden_states(
     model: PreTrainedModel, past_key_values: Cache | None = None, **inputs: Tensor
 ) -> Tensor:
-    """What the language model makes logits of, [B·T, D]; a cache goes on to the states after."""
+    """The hidden states [B·T, D] that the language model computes logits from.
+
+    past_key_values: a cache with the states before these tokens; it is updated in place.
+    """
     inputs |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
     output = getattr(model, model.base_model_prefix)(**inputs)
     return output.last_hidden_state.flatten(0, 1)
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The logits [N, V] that the language model makes of hidden states [N, D].
+    """The language model's logits [N, V] for hidden states [N, D].
 
-    By its own code, run with its headless model replaced, since families scale and cap them.
+    The model's own code computes them, with its headless model replaced, because some families
+    scale or cap their logits.
     """
     head = copy.copy(model)
     given = _Given(hidden.unsqueeze(0))
@@ -68,7 +74,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 class _Given(nn.Module):
-    """In the place of the headless model, it returns hidden states that are there already."""
+    """Replaces the headless model and returns given hidden states."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
@@ -79,7 +85,7 @@ class _Given(nn.Module):
 
 
 class _Output(MoeModelOutputWithPast):
-    """All that a language model may pass on of what its headless model returns."""
+    """All fields of a headless model's output that a language model may read."""
 
     cross_attentions = None
 
@@ -117,13 +123,14 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, total_gradient, *_):
         refuse_second_derivatives()
-        # in place: the buffers are ours alone, and autograd refuses a second pass over them
+        # in place, because nothing else uses the buffers, and autograd refuses a second backward
+        # pass
         hidden, *parameters = (x.mul_(total_gradient.to(x.dtype)) for x in ctx.saved_tensors)
         return hidden, None, None, *parameters
 
 
 def chunks(model: PreTrainedModel, hidden: Tensor) -> list[slice]:
-    """Rows of the hidden states [N, D] whose logits are in memory together."""
+    """The rows of the hidden states [N, D] in chunks whose logits are in memory together."""
     elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
     size = max(1, elements // model.config.get_text_config().vocab_size)
     return [slice(start, start + size) for start in range(0, len(hidden), size)]

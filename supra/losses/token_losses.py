@@ -1,8 +1,8 @@
 """Next-token cross entropy and KL(teacher || student) without a float32 copy of the logits.
 
-A vocabulary of 49152 and 2048 tokens are 403 MB of float32 per tensor, and the plain formula keeps
-half a dozen of them. Here the logits stay in the dtype of the model, float32 exists for one chunk
-of tokens at a time, and the gradient is written in the same pass, in the logits' dtype.
+With a vocabulary of 49152, a float32 tensor of 2048 tokens takes 403 MB, and the plain formula
+keeps half a dozen of them. Here the logits keep the model's dtype, float32 exists for one chunk of
+tokens at a time, and the same pass writes the gradient, in the dtype of the logits.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from supra.data.packing import IGNORE
 
-# float32 values of one chunk. On 2 cores 2048 x 49152 take 0.45 s with 2**20 (4 MB, in the cache)
-# and 1.5 s with 2**24.
+# float32 values per chunk. On 2 cores 2048 x 49152 logits take 0.45 s with 2**20 (4 MB, which fits
+# the cache) and 1.5 s with 2**24.
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 
 
@@ -29,8 +29,8 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's k likeliest tokens. The KL term takes all others as one token, whose probability
-    is what those leave."""
+    """A teacher's k most likely tokens. The KL term treats all other tokens as one, which has the
+    remaining probability."""
 
     tokens: torch.Tensor  # [N, k] int64
     log_probabilities: torch.Tensor  # [N, k] float16, at the temperature of the KL term
@@ -55,13 +55,13 @@ def token_losses(
     kl_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> Losses:
-    """Sum the losses of all tokens whose label is not -100.
+    """The sum of the losses of all tokens whose label is not -100.
 
     Args:
         logits: [N, V], any floating dtype.
         labels: [N] int64, already shifted: row n is scored on labels[n].
-        teacher: its logits [N, V], or its likeliest tokens; needed when kl_weight > 0, and without
-            a gradient.
+        teacher: the teacher's logits [N, V], or its most likely tokens; required when
+            kl_weight > 0. It gets no gradient.
         temperature: T divides both sets of logits in the KL term, which is multiplied by T^2 so
             that its gradient keeps its size (Hinton et al. 2015, arXiv 1503.02531, section 2).
     """
@@ -114,33 +114,38 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, total_gradient, *_):
         refuse_second_derivatives()
-        # in place: the buffer is ours alone, and autograd refuses a second pass over it
+        # in place, because nothing else uses the buffer, and autograd refuses a second backward
+        # pass
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(total_gradient.to(gradient.dtype)), None, None, None, None, None
 
 
 def refuse_second_derivatives() -> None:
-    """In a backward pass; torch's once_differentiable returns wrong ones of a linear sum."""
+    """For use in a backward pass: raise RuntimeError when second derivatives are asked for.
+
+    torch's once_differentiable would return wrong second derivatives of a linear sum.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "this loss has first derivatives alone: call backward() without create_graph, or take "
-            "torch.nn.functional.cross_entropy of the logits"
+            "this loss has no second derivatives: call backward() without create_graph, or use "
+            "torch.nn.functional.cross_entropy on the logits"
         )
 
 
 def _log_probabilities(
     teacher: torch.Tensor | TopK, rows: slice, log_q: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """The teacher's [n, V], in the dtype of the student's log_q.
+    """The teacher's log-probabilities [n, V], in the dtype of the student's log_q.
 
-    What top-k tokens leave is spread over the others as the student does it. That is a KL over
-    k + 1 tokens, in value and in gradient: p·(log p - log q) of the others sums to the bucket's.
+    The probability outside the top-k tokens is spread over the other tokens in the student's
+    proportions. This gives the KL over k + 1 tokens, in value and in gradient: p·(log p - log q),
+    summed over the other tokens, equals that term for all of them as one token.
     """
     if not isinstance(teacher, TopK):
         return torch.log_softmax(teacher[rows].to(log_q.dtype) / temperature, -1)
     teacher = teacher.rows(rows)
     tokens, log_p = teacher.tokens, teacher.log_probabilities.to(log_q.dtype)
-    rest_p = (1 - log_p.exp().sum(-1)).clamp(min=1e-7).log()  # rounding may leave less than nothing
+    rest_p = (1 - log_p.exp().sum(-1)).clamp(min=1e-7).log()  # rounding may make it negative
     rest_q = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1)
     return (log_q + (rest_p - rest_q).unsqueeze(-1)).scatter_(-1, tokens, log_p)
 

@@ -1,14 +1,16 @@
-"""Tiny tokenizers, checkpoints and inputs, for tests of supra and of what builds on it."""
+"""Tiny tokenizers, checkpoints and inputs, for the tests of supra and of packages built on it."""
 
-from supra.testing.tiny import (
+from supra.data.synthetic import (
     LANGUAGES,
-    MAIN_FAMILIES,
-    VOCABULARY,
     AssociativeRecall,
     Example,
     Induction,
     MultiQueryRecall,
     RecentRecall,
+)
+from supra.testing.tiny import (
+    MAIN_FAMILIES,
+    VOCABULARY,
     future_gradient,
     mixer_inputs,
     tiny_checkpoint,

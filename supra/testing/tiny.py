@@ -14,32 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from supra.checkpoint.weights import ModuleReader
 from supra.conversion.plan import plan_conversion, plan_layers
 from supra.conversion.tensors import load_converted
-from supra.data.synthetic import (
-    LANGUAGES,
-    AssociativeRecall,
-    Example,
-    Induction,
-    MultiQueryRecall,
-    RecentRecall,
-)
 from supra.mixers import AttentionShape, MixerInputs, resolve_mixer
-
-__all__ = [
-    "LANGUAGES",
-    "MAIN_FAMILIES",
-    "VOCABULARY",
-    "AssociativeRecall",
-    "Example",
-    "Induction",
-    "MultiQueryRecall",
-    "RecentRecall",
-    "future_gradient",
-    "mixer_inputs",
-    "tiny_checkpoint",
-    "tiny_config",
-    "tiny_tokenizer",
-    "untrained_model",
-]
 
 VOCABULARY = 300
 MAIN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")

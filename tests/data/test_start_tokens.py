@@ -72,7 +72,7 @@ def test_a_tokenizer_whose_tokens_change_is_refused(tokenizers, monkeypatch):
         return {"input_ids": [7, 8] if add_special_tokens else [9]}
 
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *args, **x: changing(*args, **x))
-    with pytest.raises(UserError, match="gives other tokens where it adds special ones"):
+    with pytest.raises(UserError, match="changes a text's tokens when it adds special tokens"):
         start_tokens(tokenizer)
 
 
@@ -165,7 +165,8 @@ def test_segments_share_one_start(tokenizers, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_perplexity_is_the_mean_over_pieces_alone(tokenizers, kind, tmp_path):
-    """The first token of a document is predicted from the start tokens; others' are not."""
+    """The first token of a document is predicted from the start tokens; that of a continued piece
+    is not."""
     tokenizer, (_, start, _) = tokenizers[kind], KINDS[kind]
     model = testing.tiny_checkpoint(tmp_path)
     blocks, total, count = blocks_from_text(tokenizer, TEXTS, 40), 0.0, 0

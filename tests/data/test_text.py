@@ -32,9 +32,9 @@ LINES = {
     "cut": (b'{"text": "wor\n', "JSON parse error: "),
     "more after it": (b'{"text": "a"} more\n', "JSON parse error: Extra data"),
     "zeros": (b"\0\0\0\n", "JSON parse error: Expecting value"),
-    "a string": (b'"words"\n', "'\"words\"' is no JSON object"),
-    "a number": (b"5\n", "'5' is no JSON object"),
-    "null": (b"null\n", "'null' is no JSON object"),
+    "a string": (b'"words"\n', "'\"words\"' is not a JSON object"),
+    "a number": (b"5\n", "'5' is not a JSON object"),
+    "null": (b"null\n", "'null' is not a JSON object"),
     "half a character": (b'{"text": "a\\ud800b"}\n', "surrogates not allowed"),
     "text that is a list": (b'{"text": ["a"]}\n', "text field 'text' holds list, not text"),
     "text that is a number": (b'{"text": 5}\n', "text field 'text' holds int, not text"),
@@ -91,11 +91,12 @@ def test_a_bad_file_is_named(tmp_path, name):
 
 
 def test_streamed_blocks_that_begin_with_null(tmp_path):
-    """They are of 10 MB, to the end of a line, and Arrow crashes on such a one."""
+    """Blocks are 10 MB, rounded up to whole lines. Arrow crashes on a block that begins with
+    null."""
     line = json.dumps({"text": "the river " * 1000}) + "\n"
     block = line * (10 * 2**20 // len(line) + 1)
     (tmp_path / "t.jsonl").write_text(block + "null\n" + line)
-    with pytest.raises(UserError, match=r"t.jsonl, line 1049: 'null' is no JSON object"):
+    with pytest.raises(UserError, match=r"t.jsonl, line 1049: 'null' is not a JSON object"):
         read(tmp_path / "t.jsonl", streaming=True)
 
 

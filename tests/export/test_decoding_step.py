@@ -1,4 +1,4 @@
-"""Exported models compute what the model does, in torch's own operators and in ONNX."""
+"""Exported models compute the same as the model, with torch's own operators and in ONNX."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def operators(program):
 
 
 def exported_step(model):
-    """Exported with a dynamic number of rows; states that grow have a dynamic length, too."""
+    """A step exported with a dynamic number of rows, and a dynamic length of states that grow."""
     step = DecodingStep(model)
     states = prompt_states(model, random_tokens(2, 3))
     layers = [int(name.split(".")[0]) for name in step.state_names]
@@ -62,7 +62,7 @@ def exported_step(model):
 
 
 def exported_model(model, masked):
-    """Exported for whole texts, with a dynamic number of rows and tokens."""
+    """The model exported for whole texts, with a dynamic number of rows and tokens."""
     tokens = random_tokens(2, 13)
     names = ["input_ids", *(["attention_mask", "position_ids"] if masked else [])]
     inputs = dict(zip(names, (tokens, torch.ones_like(tokens), positions(2, 0, 13)), strict=False))
@@ -72,7 +72,7 @@ def exported_model(model, masked):
 
 
 def texts(masked):
-    """Three rows, padded on either side."""
+    """Three rows, padded on the left or on the right."""
     tokens = random_tokens(3, 29)
     mask = torch.ones_like(tokens)
     if not masked:
@@ -105,7 +105,7 @@ def test_an_exported_step_decodes_as_the_model(mixer):
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", FORMS)
 def test_a_step_begins_with_nothing(mixer):
-    """The states of `start` equal no cache, and a prompt equals its single steps."""
+    """Starting from `start` equals starting without a cache; a prompt equals its single steps."""
     model = random_model(mixer, layers=2)
     step, tokens = DecodingStep(model), random_tokens(2, 9)
     logits, *states = step(tokens, positions(2, 0, 9), *step.start(2))
@@ -136,7 +136,7 @@ def run_onnx(program, inputs):
 
 @torch.no_grad()
 def check_onnx(model):
-    """Whole texts, padded and not, and a step after a prompt, with its states."""
+    """Whole texts, with and without padding, and a step after a prompt, with its states."""
     for masked in (False, True):
         inputs, kept = texts(masked)
         logits, *_ = run_onnx(exported_model(model, masked), inputs.values())

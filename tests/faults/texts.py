@@ -117,7 +117,7 @@ def _cases() -> list[Case]:
 
 CASES = [
     *_cases(),
-    refused(STREAMED + "t.jsonl", "'null' is no JSON object",
+    refused(STREAMED + "t.jsonl", "'null' is not a JSON object",
             make=written("t.jsonl", LONG * (10 * 2**20 // len(LONG) + 1) + "null\n" + LONG),
             name="a block of streamed lines that begins with null"),
     refused("eval text --model {rnn} --text nobody/no-texts", "nobody/no-texts"),

@@ -1,4 +1,5 @@
-"""Losses by chunks of tokens are those of all logits, in every family, with their gradients."""
+"""Losses computed in chunks of tokens equal those from all logits, in every family, and so do their
+gradients."""
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_losses_and_gradients(tied):
 
 @pytest.mark.parametrize("family", ["cohere", "gemma2", "granite", "gpt2"])
 def test_what_families_do_to_logits(family):
-    """A scale, a cap, another name of the headless model."""
+    """Families with scaled logits, capped logits, and another name for the headless model."""
     model = tiny(family).eval()
     assert_same(model, ScoredModel(model)(loss, **INPUTS), whole(model))
 

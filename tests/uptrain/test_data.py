@@ -223,9 +223,9 @@ def with_data(**data):
 
 def test_local_files_have_no_splits(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", texts(12))
-    with pytest.raises(UserError, match="split 'nope' is a part of a data set on the hub"):
+    with pytest.raises(UserError, match=r"split \(='nope'\) is only for data sets on the hub"):
         training_documents(with_data(path=path, split="nope"))
-    with pytest.raises(UserError, match=r"split 'test' .*a.jsonl is local"):
+    with pytest.raises(UserError, match=r"split \(='test'\) .*a.jsonl is local"):
         held_out_blocks(with_data(path=path, eval_split="test"), tokenizer)
     config = with_data(path="on/hub", split="nope", eval_path=path, sequence_length=8)
     encoded = [encode(tokenizer, text) for text in texts(12)]
@@ -248,9 +248,9 @@ def test_everything_held_out(tmp_path):
 
 
 def test_what_is_of_the_hub(tmp_path):
-    """A model card names it; files that are here have no name there."""
+    """The model card names a hub data set; local files have no hub name."""
     (tmp_path / "text.txt").write_text("a river")
     assert hub_name("valley/tales") == "valley/tales"
     assert hub_name(str(tmp_path)) is None and hub_name(f"{tmp_path}/*.txt") is None
-    with pytest.raises(UserError, match="name 'tales' is a configuration of a data set on the hub"):
+    with pytest.raises(UserError, match=r"name \(='tales'\) is only for data sets on the hub"):
         open_dataset(str(tmp_path), name="tales")
