@@ -1,4 +1,4 @@
-"""How good a model is, how fast it decodes, and how much it carries along."""
+"""How good a model is, how fast it decodes, and how large its state is."""
 
 from supra.data.blocks import blocks_from_text
 from supra.evaluate.perplexity import Perplexity, perplexity

@@ -31,14 +31,14 @@ def perplexity(
     by_position: Sequence[int] | None = None,
     batch_size: int = 8,
 ) -> Perplexity:
-    """Next-token loss of `model` on `blocks`, every predicted token weighing the same.
+    """Next-token loss of `model` on `blocks`. All predicted tokens have the same weight.
 
     Args:
-        blocks: from `blocks_from_text` or training's held-out text, all of one length.
-        by_position: rising edges, e.g. (0, 512, 1024): the loss is also reported for tokens that
-            have that many tokens of their own document before them in the block, including start
-            tokens. Ranges without tokens are left out.
-        batch_size: blocks of one forward pass; the numbers do not depend on it.
+        blocks: from `blocks_from_text` or training's held-out text, all of the same length.
+        by_position: ascending edges such as (0, 512, 1024). The result then also has the perplexity
+            by position in the document: the number of tokens of the same document before a token in
+            its block, including start tokens. Ranges without tokens are left out.
+        batch_size: blocks per forward pass; the results do not depend on it.
     """
     if not blocks:
         raise UserError("perplexity needs at least one block of text")

@@ -1,4 +1,4 @@
-"""Decoding speed, measured the way a user feels it: one token after another, greedy."""
+"""Decoding speed as a user sees it: one token after another, greedy."""
 
 import time
 
@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int) -> float:
-    """Tokens per second per sequence after the prompt [B, T], which is not timed.
+    """Tokens per second and sequence after the prompt [B, T]; reading the prompt is not timed.
 
-    Greedy and without generate()'s bookkeeping, so that models are compared and not the loop.
+    Decoding is greedy and does not use generate(), whose own cost would blur the comparison of
+    models.
     """
     output = model(prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)

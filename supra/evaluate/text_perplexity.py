@@ -32,7 +32,7 @@ class TextResult:
     def lines(self) -> list[str]:
         lines = [
             f"{self.model} on {self.text}: perplexity {self.perplexity:.3f} "
-            f"({self.loss:.4f} nats a token, {self.tokens:,} tokens)"
+            f"({self.loss:.4f} nats per token, {self.tokens:,} tokens)"
         ]
         for start, end, value in self.by_position:
             lines.append(
@@ -53,7 +53,7 @@ def evaluate_text(
 ) -> TextResult:
     """Perplexity of a model on the documents of `text`, packed into rows of `sequence_length`.
 
-    Every model sees the same windows. `tokens` bounds how many are read.
+    Every model with the same tokenizer sees the same rows. `tokens` is the maximum to read.
     """
     check_sizes(sequence_length, batch, tokens)
     documents = open_documents(text, text_field).epoch(0)
@@ -66,19 +66,19 @@ def evaluate_text(
 
 
 def check_sizes(sequence_length: int, batch: int, tokens: int | None) -> None:
-    """Raise UserError for the first that is too small."""
-    # one token predicts nothing
-    for name, value, least in (
+    """Raise UserError for the first argument that is too small."""
+    # a row of one token has nothing to predict
+    for name, value, minimum in (
         ("sequence-length", sequence_length, 2),
         ("batch", batch, 1),
         ("tokens", tokens, 1),
     ):
-        if value is not None and value < least:
-            raise UserError(f"--{name} (={value}) must be at least {least}")
+        if value is not None and value < minimum:
+            raise UserError(f"--{name} (={value}) must be at least {minimum}")
 
 
 def position_edges(sequence_length: int) -> list[int]:
-    """0, 64, 128, 256 … up to the length: buckets that double, as context does."""
+    """0, 64, 128, 256 … up to the length: the edges of buckets that double in size."""
     edges = [0, 64]
     while edges[-1] < sequence_length:
         edges.append(edges[-1] * 2)

@@ -110,7 +110,7 @@ def test_floors_of_a_hybrid_and_beside_a_teacher(load, tokenizer):
 
 
 def test_layer_errors(load, tokenizer):
-    """None with the teacher's own attention, one without output; and per layer."""
+    """The error is 0 with the teacher's own attention and 1 without output, for each layer."""
     documents = [*SHORT[:6], TEXT * 2]  # longer than the window, too
     blocks, teacher = blocks_from_text(tokenizer, documents, 128), load("teacher")
     assert (torch.stack([x["position_ids"] for x in blocks]) == 0).sum() > len(blocks)
@@ -126,7 +126,7 @@ def test_layer_errors(load, tokenizer):
 
 
 def test_layer_errors_are_of_all_tokens(load, tokenizer):
-    """And not of the batches they come in."""
+    """Errors do not depend on the batch size."""
     blocks, teacher, model = blocks_from_text(tokenizer, SHORT, 48), load("teacher"), load("supra")
     one, all_ = (
         [x.error for x in measure_layer_errors(model, teacher, blocks, batch_size=size).layers]
@@ -163,7 +163,7 @@ def test_a_teacher_of_another_shape(load, tmp_path):
 
 
 def test_weights_by_distance():
-    """The first column is left out, weights count by their size."""
+    """The first column is left out, and weights count by their absolute value."""
     matrix = torch.zeros(1, 2, 80, 80)
     matrix[0, 0, :, 0] = 9.0
     matrix[0, 0, 70, 70], matrix[0, 0, 70, 60], matrix[0, 0, 79, 9] = -1.0, 2.0, 1.0
@@ -176,7 +176,7 @@ def test_weights_by_distance():
 
 
 def test_look_back_of_known_mixers(load, monkeypatch):
-    """All heads on the token ten before, but for one that looks 70 back half of the time."""
+    """All heads look at the token ten before, except one that looks 70 back half of the time."""
     model, tokens = load("supra"), 100
 
     def mixing_matrix(inputs):
@@ -201,7 +201,7 @@ def test_rows_are_of_one_document_and_from_everywhere():
     documents = [list(range(5)), [9], list(range(10, 22)), list(range(30, 38))]
     assert cut_rows(documents, 4, 2) == [[0, 1, 2, 3], [18, 19, 20, 21]]
     assert cut_rows(documents[:2], 100, 2) == [[0, 1, 2, 3, 4]]
-    with pytest.raises(UserError, match="no document of two tokens"):
+    with pytest.raises(UserError, match="no document of two or more tokens"):
         cut_rows([[1], []])
 
 
@@ -266,7 +266,11 @@ RECALL = ["ablate", "--parts", "recall"]
         ("supra", ["ablate", "--parts", "flors"], "unknown part 'flors': did you mean 'floors'?"),
         ("supra", [*RECALL, "--recall-lengths", "9"], "recall length (=9) must be"),
         ("supra", [*RECALL, "--recall-lengths", "0"], "--recall-lengths (=0) must be at least 1"),
-        ("supra", ["ablate", "--parts", "labels", "--teacher", "teacher"], "is for floors, lay"),
+        (
+            "supra",
+            ["ablate", "--parts", "labels", "--teacher", "teacher"],
+            "is only used for floors, lay",
+        ),
         ("supra", ["ablate", "--teacher", "nowhere/at/all"], "there is no such folder"),
         ("supra", ["text", "--teacher", "teacher"], "it belongs to supra eval ablate"),
         ("supra", ["text", "--recall-lengths", "256"], "it belongs to supra eval ablate"),

@@ -1,4 +1,4 @@
-"""Prompts that are made up, and how a model's answers to them are scored."""
+"""Generated prompts, and how a model's answers to them are scored."""
 
 from random import Random
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory):
 
 
 class Fake:
-    """A model that knows its whole past; `answer` names the next token after a list of tokens."""
+    """A model that sees its whole context; `answer` gives the next token after a list of tokens."""
 
     device = torch.device("cpu")
 
@@ -65,7 +65,7 @@ class FakeCache:
 
 
 def copied(read):
-    """What followed the longest repeated end of the tokens read."""
+    """The token that followed the previous occurrence of the longest repeated suffix."""
     best, answer = 0, 0
     for at in range(1, len(read)):
         if read[at - 1] != read[-1]:
@@ -104,8 +104,8 @@ def test_a_needle_is_where_it_says(tokenizer, depth, length):
 def test_no_room_for_a_needle(tokenizer):
     with pytest.raises(UserError, match=r"recall length \(=20\) must be at least (\d+)") as error:
         needle(tokenizer, [1, 2], 20, 0.5, Random(0))
-    least = int(str(error.value).split("at least ")[1].split(":")[0])
-    assert len(needle(tokenizer, [1, 2], least, 0.5, Random(0)).prompt) == least
+    minimum = int(str(error.value).split("at least ")[1].split(":")[0])
+    assert len(needle(tokenizer, [1, 2], minimum, 0.5, Random(0)).prompt) == minimum
 
 
 def test_words_are_single_tokens(tokenizer):
@@ -148,7 +148,7 @@ def test_a_model_that_says_one_thing_recalls_nothing(tokenizer):
 
 @pytest.mark.parametrize("mixer", [None, "window", "supra", "gated_delta"])
 def test_scores_are_those_of_whole_rows(tmp_path, monkeypatch, mixer):
-    """Whatever is in a batch, and however long its prompts and continuations are."""
+    """Scores do not depend on the batch, nor on the lengths of other prompts and continuations."""
     model = testing.tiny_checkpoint(tmp_path / "teacher")
     if mixer is not None:
         convert(str(tmp_path / "teacher"), tmp_path / "rnn", mixer=mixer)
@@ -201,7 +201,9 @@ def test_questions_are_sentences_of_the_text():
             shown = question.prompt(shift).splitlines()
             letter = LETTERS[-shift % 4]
             assert f"{letter}. {question.choices[0]}" in shown
-    with pytest.raises(UserError, match="4 sentences with different last words, the text has 3"):
+    with pytest.raises(
+        UserError, match="4 sentences with different last words, but the text has 3"
+    ):
         build_questions(SENTENCES[:3])
 
 
@@ -219,7 +221,7 @@ def test_a_model_that_always_says_a(tokenizer):
 
 
 def test_a_model_that_reads_the_choices(tokenizer):
-    """It knows what is right, and chooses its letter in any order."""
+    """It knows the right answer, and chooses its letter in any order."""
     right = {question.sentence: question.choices[0] for question in build_questions(SENTENCES)}
 
     def answer(read):

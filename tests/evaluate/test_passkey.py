@@ -1,4 +1,4 @@
-"""Passkeys: what a prompt says and how long it is, reading in pieces, what counts as an answer."""
+"""Passkeys: the text and length of a prompt, reading in pieces, and what counts as an answer."""
 
 import json
 from random import Random
@@ -29,7 +29,7 @@ from supra.evaluate.tasks.prompts import plain_tokens
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A softmax model, and recurrent ones made of it."""
+    """A softmax model, and recurrent ones converted from it."""
     folder = tmp_path_factory.mktemp("passkey")
     testing.tiny_checkpoint(folder / "softmax")
     for mixer in ("mamba2", "gated_delta", "window"):
@@ -123,11 +123,11 @@ def test_special_tokens_come_first(tokenizer, monkeypatch):
 def test_no_room(tokenizer, keys):
     with pytest.raises(UserError, match=r"--lengths \(=50\) must be at least (\d+): ") as error:
         passkey(tokenizer, 50, 0.5, Random(0), keys)
-    least = int(str(error.value).split("at least ")[1].split(":")[0])
-    found = passkey(tokenizer, least, 0.5, Random(0), keys)
-    assert len(found.prompt) == least and FILLER not in tokenizer.decode(found.prompt)
-    for more in range(1, len(plain_tokens(tokenizer, FILLER)) + 2):
-        assert len(passkey(tokenizer, least + more, 0.5, Random(0), keys).prompt) == least + more
+    minimum = int(str(error.value).split("at least ")[1].split(":")[0])
+    found = passkey(tokenizer, minimum, 0.5, Random(0), keys)
+    assert len(found.prompt) == minimum and FILLER not in tokenizer.decode(found.prompt)
+    for length in range(minimum + 1, minimum + len(plain_tokens(tokenizer, FILLER)) + 2):
+        assert len(passkey(tokenizer, length, 0.5, Random(0), keys).prompt) == length
 
 
 @pytest.mark.parametrize("name", ["softmax", "mamba2", "gated_delta", "window"])
@@ -156,7 +156,7 @@ def test_answers_are_those_of_generate(folder, tokenizer, name, monkeypatch):
 
 
 class Reader:
-    """A model that has read everything and says the key whose question it sees, or `wrong`."""
+    """A model that remembers everything and gives the key that is asked for, or `wrong`."""
 
     device = torch.device("cpu")
 
@@ -287,7 +287,7 @@ def test_a_picture_of_many_lengths(tmp_path):
         (["--lengths", "x"], "must be integers"),
         (["--pairs", 3], "--pairs: it belongs to supra eval task"),
         (["--vocabulary", 3], "--vocabulary: it belongs to supra eval task"),
-        (["--picture", "no/such/folder/map.png"], "the folder no/such/folder does not exist"),
+        (["--picture", "no/such/folder/map.png"], "make the folder no/such/folder first, it is"),
         (["--picture", "map.pdf"], "must be a file that ends in .png"),
         (["--text", "a.txt"], "--text: it belongs to supra eval text and supra eval ablate"),
     ],

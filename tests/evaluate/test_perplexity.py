@@ -1,4 +1,5 @@
-"""Perplexity: token-weighted, the same for any batch size, and transformers' own loss."""
+"""Perplexity weights all tokens equally, does not depend on the batch size, and agrees with the
+loss of transformers."""
 
 import math
 from itertools import pairwise

@@ -1,1 +1,1 @@
-"""What each part of a converted model costs: floors, layers, look-back, recall, labels."""
+"""What each part of a converted model contributes: floors, layers, look-back, recall, labels."""

@@ -1,4 +1,4 @@
-"""`supra eval ablate`: what perplexity does not say of a model, one part a file."""
+"""`supra eval ablate`: what perplexity does not show about a model; each part has a file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,13 +25,13 @@ from supra.evaluate.tasks.recall import LENGTHS, measure_recall
 from supra.evaluate.text_perplexity import TextResult, check_sizes, position_edges
 from supra.model.positions import check_positions
 
-TOKENS = 8192  # of the text, unless a user says otherwise: some minutes for 135M on two cores
-COMPARED = ("floors", "layers", "lookback")  # parts that read the teacher
+TOKENS = 8192  # default number of tokens to read: some minutes for 135M parameters on two cores
+COMPARED = ("floors", "layers", "lookback")  # parts that use the teacher
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`parts` has the results by name; `left_out` says why others are not there."""
+    """`parts` has the results by name; `left_out` says why the other parts are missing."""
 
     text: TextResult
     parts: dict[str, Any] = field(default_factory=dict)
@@ -52,15 +52,15 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is tried on."""
+    """A model and what it is tested on."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     teacher: PreTrainedModel | None
-    documents: list[str]  # those that the blocks are made of
+    documents: list[str]  # the documents in the blocks
     blocks: list[Block]
-    batch: int  # blocks of one forward pass
-    edges: list[int]  # of the position buckets
+    batch: int  # blocks per forward pass
+    edges: list[int]  # edges of the position buckets
     intact: Perplexity
     recall_lengths: Sequence[int]
     seed: int
@@ -77,7 +77,7 @@ def _floors(x: Subject) -> Any:
 
 def _layers(x: Subject) -> Any:
     if x.teacher is None:
-        raise UserError("layer errors are to a teacher: give --teacher")
+        raise UserError("layer errors compare with a teacher: give --teacher")
     return measure_layer_errors(x.model, x.teacher, x.blocks, batch_size=x.batch)
 
 
@@ -126,19 +126,15 @@ def diagnose(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Diagnosis:
-    """Perplexity of a model on `text`, and the parts of PARTS that are named.
+    """Perplexity of a model on `text`, and the named parts of PARTS.
 
-    Without names, all that apply: those of mixers are left out of a model that is not converted,
-    and the layers' errors without a teacher. A named part that does not apply raises UserError.
+    Without names, all parts that apply: parts about mixers are left out for a model that is not
+    converted, and the layers' errors without a teacher. A named part that does not apply raises
+    UserError.
     """
     tokens = TOKENS if tokens is None else tokens
     check_sizes(sequence_length, batch, tokens)
-    if recall_lengths and min(recall_lengths) < 1:
-        raise UserError(f"--recall-lengths (={min(recall_lengths)}) must be at least 1")
-    for name in parts:
-        check_choice("part", name, PARTS)
-    if teacher is not None and not set(COMPARED) & set(parts or PARTS):
-        raise UserError(f"--teacher is for {', '.join(COMPARED)}: leave it out")
+    _check_parts(parts, teacher, recall_lengths)
     tokenizer, documents = checkpoint.tokenizer(), []
     read = _kept(open_documents(text, text_field).epoch(0), documents)
     blocks = blocks_from_text(tokenizer, read, sequence_length, tokens)
@@ -151,25 +147,44 @@ def diagnose(
     with tqdm(total=1 + len(parts or PARTS), unit="part", disable=not progress) as bar:
         bar.set_description("perplexity")
         intact = perplexity(model, blocks, by_position=edges, batch_size=batch)
+        bar.update()
         result = Diagnosis(TextResult(checkpoint.name, text, sequence_length, **asdict(intact)))
         subject = Subject(
             model, tokenizer, teacher, documents, blocks, batch, edges, intact, recall_lengths, seed
         )
-        for name in parts or PARTS:
-            bar.update()
-            bar.set_description(name)
-            try:
-                result.parts[name] = PARTS[name](subject)
-            except UserError as error:
-                if parts:
-                    raise
-                result.left_out[name] = str(error)
-        bar.update()
+        _measure(subject, parts, result, bar)
     return result
 
 
+def _measure(subject: Subject, parts: Sequence[str], result: Diagnosis, bar: tqdm) -> None:
+    """Add the named parts to the result; without names, all parts that apply."""
+    for name in parts or PARTS:
+        bar.set_description(name)
+        try:
+            result.parts[name] = PARTS[name](subject)
+        except UserError as error:
+            if parts:
+                raise
+            result.left_out[name] = str(error)
+        bar.update()
+
+
+def _check_parts(
+    parts: Sequence[str], teacher: Checkpoint | None, recall_lengths: Sequence[int]
+) -> None:
+    """Raise UserError for an unknown part, and for arguments that do not fit the parts."""
+    if recall_lengths and min(recall_lengths) < 1:
+        raise UserError(f"--recall-lengths (={min(recall_lengths)}) must be at least 1")
+    for name in parts:
+        check_choice("part", name, PARTS)
+    if teacher is not None and not set(COMPARED) & set(parts or PARTS):
+        raise UserError(
+            f"--teacher (={teacher.name}) is only used for {', '.join(COMPARED)}: leave it out"
+        )
+
+
 def _kept(texts: Iterator[str], kept: list[str]) -> Iterator[str]:
-    """The same texts, which are also put down."""
+    """The same texts; they are also added to `kept`."""
     for text in texts:
         kept.append(text)
         yield text

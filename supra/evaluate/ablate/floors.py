@@ -1,6 +1,8 @@
-"""How much worse a model gets when its mixers are reduced: what is cut off and not missed is not
-used. In hybrids of a window and linear attention the linear branch often is bypassed that way
-(arXiv 2510.05901)."""
+"""How much worse a model gets when parts of its mixers are switched off.
+
+A part that can go without loss is not used. In hybrids of a window and linear attention, the linear
+branch is often unused (arXiv 2510.05901).
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from supra.mixers import Mixer
 
 @dataclass(frozen=True)
 class Floor:
-    """Perplexity of one variant of the model; ratios are to the intact one's."""
+    """Perplexity of one variant of the model; ratios are relative to the intact model."""
 
     name: str
     perplexity: float
@@ -34,7 +36,7 @@ class Floors:
         heads = [f"{start:,}-{end - 1:,}" for start, end, *_ in intact.by_position]
         values = [intact.perplexity, *(x[2] for x in intact.by_position)]
         lines = [
-            "floors: perplexity of the intact model by tokens read before, and times as much for",
+            "floors: perplexity by tokens read before; for variants, relative to the intact model",
             f"  {'':16}{'all':>12}" + "".join(f"{head:>12}" for head in heads),
             f"  {intact.name:16}" + "".join(f"{value:12.3f}" for value in values),
         ]
@@ -48,7 +50,7 @@ def find_mixers(model: nn.Module) -> list[Mixer]:
     """All mixers of a converted model. Raises UserError when it has none."""
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     if not mixers:
-        raise UserError("the model has no mixers: it is not converted")
+        raise UserError("the model has no mixers: it is not converted, run `supra convert` first")
     return mixers
 
 
@@ -61,10 +63,10 @@ def measure_floors(
     intact: Perplexity | None = None,
     teacher: PreTrainedModel | None = None,
 ) -> Floors:
-    """Perplexity of the model, with one branch of its mixers alone, and without mixing.
+    """Perplexity of the model: intact, with only one branch of its mixers, and without mixing.
 
-    Where some layers kept softmax attention, also with that attention alone. `edges` are those of
-    the position buckets; `intact` spares the model's own pass, where it is known.
+    If some layers kept softmax attention, also with only that attention. `edges` are the edges of
+    the position buckets. `intact` is the intact model's perplexity if it is known already.
     """
     mixers = find_mixers(model)
 
@@ -88,7 +90,7 @@ def measure_floors(
 
 @contextmanager
 def only_branch(mixers: Sequence[Mixer], branch: str) -> Iterator[None]:
-    """Leaves that branch alone on in the mixers that have it."""
+    """Inside, mixers that have this branch compute only this branch."""
     before = [(mixer, mixer.only) for mixer in mixers if branch in mixer.branches]
     for mixer, _ in before:
         mixer.only = branch
@@ -101,7 +103,7 @@ def only_branch(mixers: Sequence[Mixer], branch: str) -> Iterator[None]:
 
 @contextmanager
 def silenced(mixers: Sequence[Mixer]) -> Iterator[None]:
-    """Lets mixers return zeros."""
+    """Inside, these mixers return zeros."""
 
     def silence(mixer, args, output):
         return output[0].new_zeros(output[0].shape), output[1]

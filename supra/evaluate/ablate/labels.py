@@ -1,7 +1,7 @@
-"""Whether a model that answers A, B, C or D reads the choices or likes a letter.
+"""Whether a model that answers A, B, C or D reads the choices or prefers a letter.
 
-Converted models often answer with one letter whatever it stands for, which accuracy alone hides.
-So every question comes four times, with its choices moved round.
+Converted models often answer with the same letter whatever it stands for, and accuracy alone hides
+this. Therefore every question is asked four times, with its choices rotated.
 """
 
 import re
@@ -20,7 +20,7 @@ from supra.evaluate.tasks.scoring import score_continuations
 LETTERS = "ABCD"
 QUESTIONS = 40
 _SENTENCE = re.compile(r"[A-Z][^.!?:;\n]*(?:\n[^.!?:;\n]+)*(?<=[a-z]{3})\.(?=\s|$)")
-_WORDS = range(8, 41)  # of a sentence
+_WORDS = range(8, 41)  # allowed numbers of words in a sentence
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Question:
     choices: tuple[str, ...]
 
     def prompt(self, shift: int) -> str:
-        """With the choices moved round by `shift`: letter n stands for choice (n + shift) % 4."""
+        """The question with rotated choices: letter n stands for choice (n + shift) % 4."""
         listed = [
             f"{letter}. {self.choices[(n + shift) % len(LETTERS)]}"
             for n, letter in enumerate(LETTERS)
@@ -46,9 +46,9 @@ class Labels:
 
     questions: int
     accuracy: float  # over questions and orders
-    letters: dict[str, float]  # share of the answers
-    consistency: float  # share of questions whose four answers name one word
-    cloze_accuracy: float  # the likeliest of the four words after the sentence, without letters
+    letters: dict[str, float]  # each letter's share of the answers
+    consistency: float  # share of questions whose four answers all mean the same word
+    cloze_accuracy: float  # without letters: the right word is the most likely of the four
 
     def lines(self) -> list[str]:
         shares = ", ".join(f"{letter} {share:.2f}" for letter, share in self.letters.items())
@@ -56,16 +56,16 @@ class Labels:
             f"labels: {self.questions} questions in {len(LETTERS)} orders",
             f"  right {self.accuracy:.2f}, the same word in all orders {self.consistency:.2f}, "
             f"answers {shares}",
-            f"  right by likelihood of the word, without letters: {self.cloze_accuracy:.2f}",
+            f"  right by the likelihood of the word, without letters: {self.cloze_accuracy:.2f}",
         ]
 
 
 def build_questions(
     documents: Iterable[str], seed: int = 0, count: int = QUESTIONS
 ) -> list[Question]:
-    """Sentences of the text, whose last words are each other's wrong choices.
+    """Questions from sentences of the text. The wrong choices are last words of other sentences.
 
-    Raises UserError when the text has fewer than four sentences with last words of their own.
+    Raises UserError when the text has fewer than four sentences with different last words.
     """
     found = {}
     for document in documents:
@@ -75,8 +75,8 @@ def build_questions(
                 found.setdefault(words[-1], " ".join(words[:-1]))
     if len(found) < len(LETTERS):
         raise UserError(
-            f"questions need {len(LETTERS)} sentences with different last words, "
-            f"the text has {len(found)}"
+            f"questions need {len(LETTERS)} sentences with different last words, but the text has "
+            f"{len(found)}: give a longer text"
         )
     generator, words = Random(seed), list(found)
     return [
@@ -91,7 +91,7 @@ def build_questions(
 def measure_labels(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Labels:
-    """Letters and words are chosen by likelihood."""
+    """Ask the questions. The answer is the letter, or word, with the highest likelihood."""
     start, orders = start_tokens(tokenizer), len(LETTERS)
     letters = [continuation_tokens(tokenizer, "Answer:", f" {letter}") for letter in LETTERS]
     prompts = [

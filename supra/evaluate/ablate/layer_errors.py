@@ -1,6 +1,6 @@
-"""How far each layer of a trained model is from its teacher's, on what the teacher's layer reads.
+"""How far each attention layer of a trained model is from the teacher's layer.
 
-So no layer answers for the errors of those below it.
+Both layers read the teacher's inputs, so the errors of lower layers do not count.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from supra.model.rows import document_boundaries
 
 @dataclass(frozen=True)
 class LayerError:
-    """|y - y*|² / |y*|² of the attention module's output: 1 is what zeros would have."""
+    """|y - y*|² / |y*|² for the attention module's output; an output of zeros has error 1."""
 
     layer: int
     mixer: str
@@ -36,13 +36,13 @@ class LayerErrors:
     def lines(self) -> list[str]:
         mean = sum(x.error for x in self.layers) / len(self.layers)
         return [
-            f"layers: squared error to the teacher's attention, relative; mean {mean:.4f}",
+            f"layers: relative squared error to the teacher's attention; mean {mean:.4f}",
             *(f"  {x.layer:4d} {x.error:10.4f}  {x.mixer}" for x in self.layers),
         ]
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise UserError when the two are not of one shape, or the teacher is converted too."""
+    """Raise UserError when the two models differ in shape, or when the teacher is converted too."""
     own, other = (x.config.get_text_config() for x in (model, teacher))
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if getattr(own, name) != getattr(other, name):
@@ -51,7 +51,7 @@ def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
                 f"{getattr(own, name)}: give the checkpoint that the model was converted from"
             )
     if teacher.config.model_type == "supra" or hasattr(other, "supra"):
-        raise UserError("the teacher is converted too: give the checkpoint before conversion")
+        raise UserError("the teacher is converted too: give the original checkpoint")
 
 
 @torch.no_grad()
@@ -62,12 +62,12 @@ def measure_layer_errors(
     *,
     batch_size: int = 8,
 ) -> LayerErrors:
-    """Every converted attention module against the teacher's, over all tokens of packed blocks."""
+    """The error of every converted attention module, over all tokens of packed blocks."""
     find_mixers(model)
     family, other = model.config.base_model_type, teacher.config.model_type
     if family != other:
         raise UserError(
-            f"the teacher is of family {other} and the model of {family}, whose layers take other "
+            f"the teacher's family is {other} and the model's is {family}, whose layers take other "
             "inputs: give the checkpoint that the model was converted from"
         )
     pairs = sorted(
@@ -102,8 +102,11 @@ def _compare(
     kwargs: dict[str, Any],
     output: tuple[Tensor, ...],
 ) -> None:
-    """A forward hook of the teacher's attention module. Its mask is [T, T], of softmax attention;
-    a mixer takes document boundaries."""
+    """A forward hook of the teacher's attention module: adds this layer's squared error to `total`.
+
+    The teacher's mask is [T, T], for softmax attention; `mask` has the document boundaries that a
+    mixer takes.
+    """
     given = dict(zip(own.forward_names, args, strict=False)) | kwargs
     found, *_ = own(**given | {"attention_mask": mask})
     found, target = found.double(), output[0].double()

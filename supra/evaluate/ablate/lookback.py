@@ -1,4 +1,4 @@
-"""How far each head looks back, by the weights with which it mixes values of earlier tokens."""
+"""How far each head looks back: from its weights on the values of earlier tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,33 +15,36 @@ from supra.evaluate.ablate.floors import find_mixers
 from supra.mixers import Mixer
 from supra.model.attention import attention_modules
 
-TOKENS = 512  # of a row
+TOKENS = 512  # per row
 ROWS = 4
 NEAR = 64  # tokens
 
 
 @dataclass(frozen=True)
 class LayerLookBack:
-    """Each list has one value a head. Shares are of the sum of |weight|, the first token's column
-    left out: many heads rest on it when they have nothing to say (arXiv 2309.17453)."""
+    """Each list has one value per head. Shares are shares of the sum of |weight|.
+
+    The first token's column is left out, because many heads put their weight on it when they have
+    nothing to contribute (arXiv 2309.17453).
+    """
 
     layer: int
     mixer: str
-    distance: list[float]  # tokens, mean weighted by |weight|
+    distance: list[float]  # mean distance in tokens, weighted by |weight|
     current: list[float]  # share on the token itself
-    near: list[float]  # share on others less than NEAR tokens back
-    far: list[float]  # share beyond
+    near: list[float]  # share on earlier tokens, fewer than NEAR tokens back
+    far: list[float]  # share on tokens NEAR or more tokens back
 
 
 @dataclass(frozen=True)
 class LookBack:
-    tokens: int  # of a row, which bounds every distance
+    tokens: int  # tokens per row, which is the limit of every distance
     model: list[LayerLookBack]
     teacher: list[LayerLookBack] | None
 
     def lines(self) -> list[str]:
         lines = [
-            f"look-back of heads in rows of {self.tokens} tokens, as least / median / most: "
+            f"look-back of heads in rows of {self.tokens} tokens, as min / median / max: "
             "mean distance in tokens,",
             f"  share of weight on the token itself, nearer than {NEAR} tokens, and beyond",
         ]
@@ -55,11 +58,13 @@ class LookBack:
 def cut_rows(
     documents: Sequence[list[int]], tokens: int = TOKENS, rows: int = ROWS
 ) -> list[list[int]]:
-    """Rows of one document each, from all over the text and of equal length: `tokens`, or that of
-    the longest document."""
+    """Rows of equal length, each from one document, spread over the whole text.
+
+    The length is `tokens`, or that of the longest document if it is shorter.
+    """
     tokens = min(tokens, max(map(len, documents), default=0))
     if tokens < 2:
-        raise UserError("the text has no document of two tokens")
+        raise UserError("the text has no document of two or more tokens: give a longer text")
     pieces = [
         document[start : start + tokens]
         for document in documents
@@ -111,7 +116,7 @@ def _teacher_look_back(teacher: PreTrainedModel, rows: Sequence[list[int]]) -> l
 
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """The implementation of attention that returns its weights."""
+    """Inside, the model uses the implementation of attention that returns its weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -121,7 +126,7 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _read(model: PreTrainedModel, rows: Sequence[list[int]]) -> None:
-    """One row at a time: the matrices of a layer are its heads times tokens squared."""
+    """Read the rows one at a time, because a layer's matrices have heads × tokens² elements."""
     for row in rows:
         ids = torch.tensor([row], device=model.device)
         getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
@@ -132,7 +137,7 @@ def _add(sums: dict[int, Tensor], layer: int, matrix: Tensor) -> None:
 
 
 def weight_by_distance(matrix: Tensor) -> Tensor:
-    """Sum of |weight| of a mixing matrix [B, H, T, T] by distance, float64 [H, T]."""
+    """The sum of |weight| of a mixing matrix [B, H, T, T] at each distance, float64 [H, T]."""
     weight = matrix.abs().double().sum(0)
     weight[..., 0] = 0
     at = torch.arange(weight.shape[-1], device=weight.device)

@@ -1,4 +1,4 @@
-"""A look at what the model writes: losses hide repetition and nonsense."""
+"""Samples of what the model writes, because losses hide repetition and nonsense."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Samples:
 def generate_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[list[int]]
 ) -> Samples:
-    """Greedy continuations of pieces of the text's documents (tokens)."""
+    """Greedy continuations of pieces of the text. `documents` are lists of tokens."""
     start = start_tokens(tokenizer)
     pieces = cut_rows(documents, PROMPT_TOKENS, rows=PROMPTS)
     prompts = torch.tensor([start + piece for piece in pieces], device=model.device)

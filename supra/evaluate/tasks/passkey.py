@@ -1,8 +1,8 @@
-"""`supra eval passkey`: a number in a long text, asked for at its end, by length and depth.
+"""`supra eval passkey`: recall of a number in a long text, by text length and depth.
 
-Mohtashami & Jaggi 2023 (arXiv 2305.16300), with the text and the grid of Stuffed Mamba (Chen et al.
-2024, arXiv 2410.07145). Prompts are read in pieces, so that memory is that of the cache: a
-recurrent model's does not grow.
+The task is by Mohtashami & Jaggi 2023 (arXiv 2305.16300), the text and the grid by Stuffed Mamba
+(Chen et al. 2024, arXiv 2410.07145). Prompts are read in pieces, so that a recurrent model needs no
+more memory for a longer prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,9 +29,9 @@ from supra.model.positions import check_positions
 TASK = "passkey"
 LENGTHS = (512, 1024, 2048)
 DEPTHS = 10
-SAMPLES = 2  # of each length and depth; published are 20
-PIECE = 2048  # tokens of one forward pass
-BATCH_TOKENS = 8192  # of prompts that are read side by side
+SAMPLES = 2  # per length and depth; 20 in the publication
+PIECE = 2048  # tokens of each prompt per forward pass
+BATCH_TOKENS = 8192  # total length of the prompts in a batch
 
 DIGITS = 5
 PREFIX = (
@@ -51,13 +51,13 @@ class Passkey:
 
     prompt: list[int]
     depth: float
-    key: str  # the one asked for, five digits
-    answer: list[int]  # its tokens after the prompt
+    key: str  # the passkey that is asked for, five digits
+    answer: list[int]  # its tokens, as they follow the prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to one prompt, in as many tokens as the key has."""
+    """A model's answer to one prompt, with as many tokens as the key has."""
 
     length: int  # tokens of the prompt
     depth: float
@@ -66,7 +66,7 @@ class Answer:
 
     @property
     def hit(self) -> bool:
-        """The key comes first; white space before it does not count."""
+        """Whether the answer begins with the key; white space before it is ignored."""
         return self.said.lstrip().startswith(self.key)
 
 
@@ -75,8 +75,8 @@ class PasskeyResult:
     model: str
     lengths: list[int]
     depths: int  # rows of the grid
-    samples: int  # of each length and row
-    keys: int  # in each prompt
+    samples: int  # prompts per length and row
+    keys: int  # passkeys in each prompt
     seed: int
     answers: list[Answer]  # by length, then by depth
 
@@ -107,11 +107,11 @@ class PasskeyResult:
         }
 
     def lines(self) -> list[str]:
-        any_key = f"; saying any of the {self.keys} keys, {1 / self.keys:.3f}"
+        any_key = f", by saying any of the {self.keys} keys {1 / self.keys:.3f}"
         lines = [
             f"{self.model} on {TASK}: accuracy {self.accuracy:.3f} over {len(self.answers)} "
             f"prompts, {self.samples} of each length and depth",
-            f"  a guess is right in {10.0**-DIGITS:.5f}{any_key if self.keys > 1 else ''}",
+            f"  accuracy by guessing {10.0**-DIGITS:.5f}{any_key if self.keys > 1 else ''}",
             f"  {'tokens':>9}{'all':>8}  by depth, 0 is the start",
             f"  {'':17}" + "".join(f"{_middle(at, self.depths):8.2f}" for at in range(self.depths)),
         ]
@@ -122,7 +122,7 @@ class PasskeyResult:
         return lines
 
     def draw(self, file: Path) -> None:
-        """The heat map."""
+        """Write the heat map to a file."""
         draw_heat_map(
             file,
             [self.row(length) for length in self.lengths],
@@ -145,23 +145,18 @@ def evaluate_passkey(
     picture: Path | None = None,
     progress: bool = False,
 ) -> PasskeyResult:
-    """Accuracy of any causal language model in saying a passkey, by length and depth.
+    """Accuracy of any causal language model in recalling a passkey, by length and depth.
 
-    There are n = depths · samples prompts of each length, the i-th with its key at (i + 0.5) / n.
-    `picture` is a file for the heat map. Raises UserError where a prompt has no room, or matplotlib
-    is missing.
+    There are n = depths · samples prompts of each length; the i-th has its key at depth
+    (i + 0.5) / n. `picture` is a file for the heat map. Raises UserError when a prompt is too short
+    for the keys, or when matplotlib is missing.
     """
-    for name, value in (("depths", depths), ("samples", samples), ("keys", keys)):
-        if value < 1:
-            raise UserError(f"--{name} (={value}) must be at least 1")
-    if keys > 10**DIGITS:
-        raise UserError(f"--keys (={keys}) must be at most {10**DIGITS}: no two are the same")
+    _check_numbers(depths, samples, keys)
     lengths = sorted(set(lengths or LENGTHS))
     if picture is not None:
         check_heat_map(picture)
     tokenizer, count = checkpoint.tokenizer(), depths * samples
-    # before the model is loaded: what has no room is said at once
-    passkey(tokenizer, lengths[0], 0.0, Random(0), keys)
+    passkey(tokenizer, lengths[0], 0.0, Random(0), keys)  # raises before the model is loaded
     model = load_model(checkpoint, dtype).eval()
     check_positions(model, "--lengths", max(lengths), answer=ANSWER_TOKENS)
     answers = []
@@ -185,14 +180,22 @@ def evaluate_passkey(
     return result
 
 
+def _check_numbers(depths: int, samples: int, keys: int) -> None:
+    for name, value in (("depths", depths), ("samples", samples), ("keys", keys)):
+        if value < 1:
+            raise UserError(f"--{name} (={value}) must be at least 1")
+    if keys > 10**DIGITS:
+        raise UserError(f"--keys (={keys}) must be at most {10**DIGITS}: all keys are different")
+
+
 def passkey(
     tokenizer: PreTrainedTokenizerBase, length: int, depth: float, generator: Random, keys: int = 1
 ) -> Passkey:
-    """A prompt of exactly `length` tokens, special tokens at its start among them.
+    """A prompt of exactly `length` tokens, including the start tokens.
 
-    Of n blocks of text, that at int(depth · (n − 1)) states the key that is asked for. Several keys
-    have numbers, and the others stand in any of the other blocks. The first block of filler lacks
-    what is too much, at its beginning. Raises UserError when there is no room.
+    The text has n blocks; block int(depth · (n − 1)) states the key that is asked for. With several
+    keys, each has a number, and the others stand in random other blocks. Surplus tokens are cut
+    from the beginning of the first filler block. Raises UserError when `length` is too small.
     """
     drawn = [f"{key:0{DIGITS}d}" for key in generator.sample(range(10**DIGITS), keys)]
     numbers = [f" #{n + 1}" for n in range(keys)] if keys > 1 else [""]
@@ -214,14 +217,14 @@ def passkey(
     def tokens_of(*text: str) -> list[int]:
         return plain_tokens(tokenizer, "".join(text))
 
-    start, least = start_tokens(tokenizer), len(tokens_of(*text_of(keys)))
+    start, minimum = start_tokens(tokenizer), len(tokens_of(*text_of(keys)))
     room = length - len(start)
-    if room < least:
+    if room < minimum:
         raise UserError(
-            f"--lengths (={length}) must be at least {len(start) + least}: the question and what "
-            "it asks for take as many tokens"
+            f"--lengths (={length}) must be at least {len(start) + minimum}: the passkeys and the "
+            "question have this many tokens"
         )
-    count = keys + (room - least) // (len(tokens_of(FILLER, FILLER)) - len(tokens_of(FILLER)))
+    count = keys + (room - minimum) // (len(tokens_of(FILLER, FILLER)) - len(tokens_of(FILLER)))
     while len(ids := tokens_of(*text_of(count))) < room:
         count += 1
     if surplus := len(ids) - room:
@@ -236,7 +239,7 @@ def passkey(
 def greedy_answers(
     model: PreTrainedModel, prompts: Sequence[Passkey], bar: tqdm | None = None
 ) -> list[list[int]]:
-    """What greedy decoding says to prompts of equal length, as many tokens as their keys have."""
+    """Greedy answers to prompts of equal length; each has as many tokens as its key."""
     ids = torch.tensor([x.prompt for x in prompts], device=model.device)
     logits, cache = read_in_pieces(model, ids, PIECE, bar)
     said = [logits.argmax(-1)]
@@ -252,7 +255,7 @@ def greedy_answers(
 def read_in_pieces(
     model: PreTrainedModel, ids: Tensor, piece: int, bar: tqdm | None = None
 ) -> tuple[Tensor, Cache | None]:
-    """Logits [B, V] after tokens [B, T], and the cache; `piece` tokens of each row a pass."""
+    """Logits [B, V] after the tokens [B, T], and the cache. A pass reads `piece` tokens per row."""
     cache = None
     for some in ids.split(piece, dim=1):
         output = model(input_ids=some, past_key_values=cache, use_cache=True, logits_to_keep=1)

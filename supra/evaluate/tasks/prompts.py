@@ -1,4 +1,4 @@
-"""Prompts that can be answered from what they say and from nothing else; seeded.
+"""Prompts whose answers stand in the prompt and nowhere else.
 
 A generator is a `random.Random`, so that a seed gives the same prompts on every machine.
 """
@@ -13,23 +13,24 @@ from supra.data.packing import plain_tokens, start_tokens
 from supra.errors import UserError
 
 CANDIDATES = 8
-ANSWER_TOKENS = 8  # at most: five digits, a space, and room
+ANSWER_TOKENS = 8  # maximum length of an answer: five digits, a space, and some room
 NAMES = ("castle", "garden", "harbor", "library", "market", "museum", "station", "temple")
-_LEAST_LETTERS = 4
+_MIN_LETTERS = 4
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A prompt that ends in a question; candidates are the tokens of numbers, all of them ids."""
+    """A prompt that ends in a question for a number, and the candidates for the answer."""
 
-    prompt: list[int]
-    candidates: list[list[int]]
-    answer: int  # which candidate the text names
-    at: int  # the needle's first token in the prompt
+    prompt: list[int]  # token ids
+    candidates: list[list[int]]  # token ids of each number
+    answer: int  # index of the right candidate
+    at: int  # position of the needle's first token in the prompt
 
 
 def continuation_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
-    """What the tokens of `prompt` go on with; alone, `text` may get another space before it."""
+    """The tokens of `text` as they follow `prompt`. Tokenized alone, `text` may get an extra
+    space."""
     return plain_tokens(tokenizer, prompt + text)[len(plain_tokens(tokenizer, prompt)) :]
 
 
@@ -42,9 +43,9 @@ def needle(
 ) -> Needle:
     """A secret number in `filler`, asked for at the end of exactly `length` tokens.
 
-    `depth` is 0 for a needle at the start and 1 for one right before the question. The filler
-    begins anywhere and goes round. After "needle in a haystack" (Kamradt 2023), as RULER has it
-    (arXiv 2404.06654). Raises UserError when `length` has no room for needle and question.
+    `depth` is 0 for a needle at the start and 1 for a needle right before the question. The filler
+    begins at a random token and wraps around. This is RULER's form (arXiv 2404.06654) of "needle in
+    a haystack" (Kamradt 2023). Raises UserError when `length` is too small for needle and question.
     """
     name = generator.choice(NAMES)
     numbers = [f" {number}" for number in generator.sample(range(10_000, 100_000), CANDIDATES)]
@@ -57,8 +58,8 @@ def needle(
     room = length - len(start) - len(statement) - len(question)
     if room < 0:
         raise UserError(
-            f"recall length (={length}) must be at least {length - room}: needle and question "
-            "take as many tokens"
+            f"recall length (={length}) must be at least {length - room}: needle and question have "
+            "this many tokens"
         )
     first = generator.randrange(len(filler))
     hay = [filler[(first + index) % len(filler)] for index in range(room)]
@@ -67,14 +68,14 @@ def needle(
     return Needle(prompt, candidates, answer, at=len(start) + before)
 
 
-def single_token_words(tokenizer: PreTrainedTokenizerBase, least: int) -> list[int]:
-    """Tokens that are a word of some letters with the space before it, common ones first.
+def single_token_words(tokenizer: PreTrainedTokenizerBase, minimum: int) -> list[int]:
+    """Tokens that are a space and a word of four or more letters, common ones first.
 
-    All tokens that are not special where the tokenizer has fewer such words than `least`.
+    If the tokenizer has fewer than `minimum` such tokens: all tokens that are not special.
     """
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = [id for id, token in enumerate(tokens) if token and _is_word(token)]
-    if len(words) >= least:
+    if len(words) >= minimum:
         return words
     special = set(tokenizer.all_special_ids)
     return [id for id, token in enumerate(tokens) if token and id not in special]
@@ -82,6 +83,6 @@ def single_token_words(tokenizer: PreTrainedTokenizerBase, least: int) -> list[i
 
 def _is_word(token: str) -> bool:
     word = token[1:]
-    starts = token[0] in "Ġ▁"  # a space, in byte-level and in SentencePiece vocabularies
+    starts = token[0] in "Ġ▁"  # how byte-level and SentencePiece vocabularies write a space
     letters = word.isascii() and word.isalpha() and word.islower()
-    return starts and letters and len(word) >= _LEAST_LETTERS
+    return starts and letters and len(word) >= _MIN_LETTERS

@@ -1,6 +1,6 @@
-"""What a model can look up in its context, by length and by number of things to remember.
+"""What a model can recall from its context, by length and by number of things to remember.
 
-Perplexity hides this: a flat one does not say that the context is used.
+Perplexity hides this: a low perplexity does not mean that the model uses its context.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ from supra.model.positions import check_positions
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = (0.1, 0.5, 0.9)
-SAMPLES = 3  # of each length and depth
+SAMPLES = 3  # per length and depth
 PAIRS = (4, 16, 64)
-QUERIES = 256  # of each number of pairs
+QUERIES = 256  # per number of pairs
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class NeedleResult:
 
     length: int  # tokens of the prompt
     depth: float
-    chosen: float  # the right number is the likeliest of the candidates
-    exact: float  # greedy decoding says it
+    chosen: float  # the right number is the most likely candidate
+    exact: float  # greedy decoding gives the right number
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class PairsResult:
     """Shares of the queries."""
 
     pairs: int
-    among_values: float  # the right value is the likeliest of this context's
-    exact: float  # it is the likeliest of all tokens
+    among_values: float  # the right value is the most likely of the row's values
+    exact: float  # it is the most likely of all tokens
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Recall:
 
     def lines(self) -> list[str]:
         lines = [
-            "recall: a number in the text, by depth of its place: "
-            f"likeliest of {CANDIDATES} (chance {1 / CANDIDATES:.2f}), and greedy",
+            "recall: accuracy for a number in the text, by its depth, among "
+            f"{CANDIDATES} numbers (chance {1 / CANDIDATES:.2f}) and in greedy decoding",
             f"  {'tokens':>8}" + "".join(f"{depth:>16}" for depth in DEPTHS),
         ]
         for length in dict.fromkeys(x.length for x in self.needles):
             cells = [f"{x.chosen:.2f} {x.exact:.2f}" for x in self.needles if x.length == length]
             lines.append(f"  {length:8,d}" + "".join(f"{cell:>16}" for cell in cells))
-        lines.append("  pairs of words, likeliest of their values and of all tokens")
+        lines.append("  pairs of words: accuracy among the values of a row, and among all tokens")
         for x in self.pairs:
             chance = f"(chance {1 / x.pairs:.2f})"
             lines.append(f"  {x.pairs:8d}{x.among_values:11.2f} {x.exact:.2f}  {chance}")
@@ -79,9 +79,9 @@ def measure_recall(
     pairs: Sequence[int] = PAIRS,
     seed: int = 0,
 ) -> Recall:
-    """Needles in `filler` (tokens), and associative recall of single-token words."""
+    """Recall of needles in `filler` (tokens), and associative recall of single-token words."""
     if not filler:
-        raise UserError("recall needs text to hide numbers in")
+        raise UserError("recall needs text to hide numbers in, and this text is empty")
     check_positions(model, "--recall-lengths", max(lengths), ANSWER_TOKENS)
     needles = [
         _find_needles(model, tokenizer, filler, length, depth, Random(f"{seed} {length} {depth}"))
@@ -119,13 +119,16 @@ def _find_needles(
 def draw_examples(
     language: Language, words: Sequence[int], start: Sequence[int], generator: Random, count: int
 ) -> list[Example]:
-    """Rows of a language after the tokens `start`, each in words of its own, so that how common a
-    word is decides nothing. Raises UserError when there are fewer words than the language has."""
+    """Random rows of a language, behind the tokens `start`.
+
+    Every row draws its words anew, so that the frequency of a word does not matter. Raises
+    UserError when there are fewer words than the language needs.
+    """
     size = language.vocabulary
     if len(words) < size:
         raise UserError(
-            f"{language.name} needs {size} words, the tokenizer has {len(words)}: "
-            "take shorter rows, or a smaller vocabulary"
+            f"{language.name} needs {size} words, but the tokenizer has {len(words)}: "
+            "use shorter rows, or a smaller vocabulary"
         )
     return [
         language.example(generator.sample(words, size), generator).after(start)
@@ -134,9 +137,9 @@ def draw_examples(
 
 
 def recall_accuracy(model: PreTrainedModel, rows: Sequence[Example]) -> tuple[float, float]:
-    """Share of answers that are the likeliest of the row's values, and of all tokens.
+    """The share of right answers: most likely among the row's values, and among all tokens.
 
-    Rows are of equal length.
+    Rows have equal length.
     """
     return tuple(found.float().mean().item() for found in recall_hits(model, rows))
 
@@ -145,8 +148,11 @@ def recall_accuracy(model: PreTrainedModel, rows: Sequence[Example]) -> tuple[fl
 def recall_hits(
     model: PreTrainedModel, rows: Sequence[Example], batch_tokens: int = BATCH_TOKENS
 ) -> tuple[Tensor, Tensor]:
-    """Whether each answer is the likeliest of the row's values, and of all tokens: bool [N, Q],
-    Q answers a row in the order of its `queries`. Rows are of equal length."""
+    """Whether each answer is the most likely of the row's values, and of all tokens.
+
+    Two tensors, bool [N, Q], with the Q answers of a row in the order of its `queries`. Rows have
+    equal length.
+    """
     hits = []
     size = max(1, batch_tokens // len(rows[0].ids))
     for start in range(0, len(rows), size):

@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of prompts; it reads every prompt once."""
+"""The likelihood of continuations of prompts. Every prompt is read once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 from supra.data.packing import IGNORE
 from supra.losses.token_losses import next_token_nats
 
-# of the prompts in one forward pass; their cache then exists once a continuation
+# Tokens of prompts per forward pass. The cache is then repeated for every continuation.
 BATCH_TOKENS = 2048
 
 
 class Scores(NamedTuple):
-    """Of N prompts with C continuations each."""
+    """Scores of N prompts with C continuations each."""
 
     log_likelihood: Tensor  # [N, C] float32, nats, summed over the continuation's tokens
-    greedy: Tensor  # bool [N, C]: greedy decoding would say exactly this
+    greedy: Tensor  # bool [N, C]: greedy decoding would give exactly this continuation
 
 
 def score_continuations(
@@ -26,7 +26,8 @@ def score_continuations(
     prompts: Sequence[list[int]],
     continuations: Sequence[Sequence[list[int]]],
 ) -> Scores:
-    """Score the continuations of each prompt, as many for every prompt; all are token ids."""
+    """Score the continuations of each prompt. All are token ids; every prompt has equally many
+    continuations."""
     rows = max(1, BATCH_TOKENS // max(map(len, prompts)))
     parts = [
         _score(model, prompts[start : start + rows], continuations[start : start + rows])
@@ -71,7 +72,7 @@ def _score(
 
 
 def _left_padded(rows: Sequence[list[int]], lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and mask, [N, T] int64; any token will do as padding."""
+    """Tokens and mask, [N, T] int64. The padding token does not matter."""
     width = int(lengths.max())
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     return ids, (torch.arange(width) >= (width - lengths)[:, None]).long()

@@ -1,4 +1,4 @@
-"""`supra eval task`: how well a model answers rows of a synthetic language, by their length."""
+"""`supra eval task`: how well a model answers rows of a synthetic language, by row length."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,19 +31,19 @@ SAMPLES = 256
 class LengthResult:
     """Shares of the answers."""
 
-    length: int  # words of a row, as its language counts them
-    pairs: int | None  # of a row of mqar
+    length: int  # words per row, as the language counts them
+    pairs: int | None  # pairs per row, in mqar
     vocabulary: int
-    chance: float  # of a guess among the values
-    among_values: float  # the right word is the likeliest of those that could be the answer
-    exact: float  # it is the likeliest of all tokens
+    chance: float  # accuracy of guessing among the possible answers
+    among_values: float  # the right word is the most likely of the possible answers
+    exact: float  # it is the most likely of all tokens
 
 
 @dataclass(frozen=True)
 class TaskResult:
     model: str
     task: str
-    samples: int  # rows of each length
+    samples: int  # rows per length
     seed: int
     results: list[LengthResult]
 
@@ -52,9 +52,9 @@ class TaskResult:
 
     def lines(self) -> list[str]:
         lines = [
-            f"{self.model} on {self.task}: the answer is the likeliest of the words that could be "
-            f"it, and of all tokens; {self.samples} rows of each length",
-            f"  {'length':>8}{'pairs':>8}{'among words':>14}{'of all':>10}{'chance':>10}",
+            f"{self.model} on {self.task}: accuracy among the possible answers, and among all "
+            f"tokens; {self.samples} rows of each length",
+            f"  {'length':>8}{'pairs':>8}{'among answers':>14}{'of all':>10}{'chance':>10}",
         ]
         for x in self.results:
             pairs = "" if x.pairs is None else x.pairs
@@ -77,9 +77,9 @@ def evaluate_task(
 ) -> TaskResult:
     """Accuracy of any causal language model on the language `task` of supra.data.synthetic.
 
-    Words are single tokens of the model's vocabulary, drawn anew for every row; nothing is learned
-    but from the row. Raises UserError for an unknown task, and where a row or the vocabulary has no
-    room.
+    Words are single tokens of the model's vocabulary, drawn anew for every row, so the model can
+    only learn their meaning from the row. Raises UserError for an unknown task, and when a row or
+    the vocabulary is too small.
     """
     check_choice("task", task, LANGUAGES)
     if samples < 1:
@@ -88,7 +88,7 @@ def evaluate_task(
     tokenizer = checkpoint.tokenizer()
     words = single_token_words(tokenizer, max(x.vocabulary for x in languages))
     start = start_tokens(tokenizer)
-    rows = [  # before the model is loaded: what has no room is said at once
+    rows = [  # before the model is loaded, so that mistakes are reported at once
         draw_examples(language, words, start, Random(f"{seed} {language}"), samples)
         for language in languages
     ]
@@ -108,10 +108,10 @@ def evaluate_task(
 def plan_languages(
     task: str, lengths: Sequence[int], pairs: Sequence[int], vocabulary: int | None
 ) -> list[Language]:
-    """The language `task` in every length, and of mqar with every number of pairs.
+    """The language `task` for every length, and, for mqar, every number of pairs.
 
-    Rows of mqar draw from twice as many words as they have tokens: few models have the published
-    8192 words in single tokens.
+    By default, mqar draws from twice as many words as a row has tokens, because few models have the
+    published 8192 words as single tokens.
     """
     kind = LANGUAGES[task]
     if kind is MultiQueryRecall:
@@ -121,6 +121,6 @@ def plan_languages(
             for count in pairs or PAIRS
         ]
     if pairs:
-        raise UserError(f"--pairs is for mqar: {task} has none, leave it out")
+        raise UserError(f"--pairs is only for mqar, not for {task}: leave it out")
     sizes = {} if vocabulary is None else {"vocabulary": vocabulary}
     return [kind(length, **sizes) for length in lengths]
