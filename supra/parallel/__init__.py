@@ -1,4 +1,4 @@
-"""Nonlinear recurrences solved over all tokens at once: DEER, quasi-DEER, ELK, quasi-ELK."""
+"""Solves nonlinear recurrences over all tokens at once: DEER, quasi-DEER, ELK, quasi-ELK."""
 
 from supra.parallel.cells import (
     GRU,

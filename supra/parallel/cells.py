@@ -1,6 +1,7 @@
-"""Nonlinear recurrent cells: one step from a state and a token's input, and its Jacobian.
+"""Nonlinear recurrent cells: one step from a state and a token's input, and the step's Jacobian.
 
-A cell works on states [N, …] of any tokens at once, which is what makes Newton's method parallel.
+A cell computes the steps of many tokens at once, from states [N, …]. This makes Newton's method
+parallel.
 """
 
 import math
@@ -14,20 +15,22 @@ from torch import Tensor, nn
 from supra.errors import UserError
 from supra.parallel.scan import Structure
 
-Drive = tuple[Tensor, ...]  # what a step needs of its token, [N, …] or [B, T, …]
+Drive = tuple[Tensor, ...]  # a step's inputs from its token, [N, …] or [B, T, …]
 
 
 class Cell(nn.Module, ABC):
-    """s_t = step(s_{t−1}, drive_t), with drive = project(inputs) made for all tokens at once."""
+    """s_t = step(s_{t−1}, drive_t), where drive = project(inputs) is computed for all tokens at
+    once."""
 
     structure: ClassVar[Structure] = Structure.DENSE
 
     def contracts(self) -> bool:
-        """Whether its weights let Newton's method converge in a few sweeps, as far as they tell."""
+        """Whether Newton's method should converge in a few sweeps, judging by the weights."""
         return True
 
     def project(self, inputs: Tensor) -> Drive:
-        """The part that does not depend on the state: of inputs [B, T, …], tensors [B, T, …]."""
+        """The part of a step that does not depend on the state: tensors [B, T, …] from inputs
+        [B, T, …]."""
         return (inputs,)
 
     @abstractmethod
@@ -39,10 +42,10 @@ class Cell(nn.Module, ABC):
         """The next state [N, …]."""
 
     def linearise(self, state: Tensor, drive: Drive) -> tuple[Tensor, Tensor]:
-        """The next state, and its Jacobian with respect to `state`, as `structure` has it.
+        """The next state, and its Jacobian with respect to `state`, in the form of `structure`.
 
-        By forward differentiation, a pass for every number of a token's state (Structure.DENSE) or
-        for every number of a channel's; cells override it where the formula is known.
+        This version differentiates in forward mode: one pass for every element of a token's state
+        (Structure.DENSE), or of a channel's state. Cells with a known formula override it.
         """
         width = 1 if self.structure is Structure.DIAGONAL else state.shape[-1]
         columns = []
@@ -61,7 +64,7 @@ class Cell(nn.Module, ABC):
 
 
 class FunctionCell(Cell):
-    """Any differentiable function of states [N, D] and inputs [N, …]; width: D."""
+    """A cell from any differentiable function of states [N, D] and inputs [N, …]. width: D."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], width: int):
         super().__init__()
@@ -75,7 +78,7 @@ class FunctionCell(Cell):
 
 
 class GRU(Cell):
-    """torch.nn.GRUCell's formula and parameters (Cho et al. 2014)."""
+    """A GRU with the formula and parameters of torch.nn.GRUCell (Cho et al. 2014)."""
 
     def __init__(self, input_size: int, width: int):
         super().__init__()
@@ -112,9 +115,9 @@ class GRU(Cell):
 
 
 class LSTM(Cell):
-    """torch.nn.LSTMCell's formula and parameters (Hochreiter & Schmidhuber 1997).
+    """An LSTM with the formula and parameters of torch.nn.LSTMCell (Hochreiter & Schmidhuber 1997).
 
-    The state is cell and hidden state side by side, [N, 2 D].
+    The state is the cell state followed by the hidden state, [N, 2 D].
     """
 
     def __init__(self, input_size: int, width: int):
@@ -155,10 +158,10 @@ class LSTM(Cell):
 
 
 class ParaGRU(Cell):
-    """A GRU whose recurrent matrices are diagonal (ParaRNN, Danieli et al. 2025).
+    """A GRU with diagonal recurrent matrices (ParaRNN, Danieli et al. 2025).
 
-    largest: of the recurrent weights; beyond about 0.5 Newton's method needs more than a few
-    sweeps, and beyond 1 it may not converge.
+    largest: the largest absolute recurrent weight. Above about 0.5, Newton's method needs more than
+        a few sweeps; above 1 it may not converge.
     """
 
     structure = Structure.DIAGONAL
@@ -200,7 +203,7 @@ class ParaGRU(Cell):
 class ParaLSTM(Cell):
     """An LSTM with diagonal recurrent matrices, peepholes and i = 1 − f (ParaRNN, as above).
 
-    The state is [N, D, 2], cell and hidden state of each channel.
+    The state is [N, D, 2]: the cell state and the hidden state of each channel.
     """
 
     structure = Structure.BLOCK
@@ -248,12 +251,13 @@ class ParaLSTM(Cell):
 
 
 class NonlinearGated(Cell):
-    """S' = f S + (1 − f) tanh(a ∘ S + k vᵀ), gated linear attention at a = 0 and small k vᵀ.
+    """S' = f S + (1 − f) tanh(a ∘ S + k vᵀ) with states [N, H, K, V].
 
-    Of states [N, H, K, V]. |a| < 1 contracts: |∂S'/∂S| <= f + (1 − f) |a| < 1. Beyond 1 a channel
-    has two resting points, which is what it takes to count (parity), and Newton may diverge.
+    With a = 0 and small k vᵀ, this is gated linear attention. With |a| < 1 it contracts, because
+    |∂S'/∂S| <= f + (1 − f) |a| < 1. With |a| > 1 an element can have two resting points, which it
+    needs to count (parity), and Newton's method may diverge.
 
-    weight: a, [H, K, V] or what broadcasts to it; a parameter, or made of some.
+    weight: a, [H, K, V] or broadcastable to it; a parameter, or computed from parameters.
     """
 
     structure = Structure.DIAGONAL
@@ -269,13 +273,13 @@ class NonlinearGated(Cell):
         return self.weight.abs().amax().item() <= 1
 
     def project(self, inputs: tuple[Tensor, ...]) -> Drive:
-        """key [B, T, H, K], value [B, T, H, V] and log_decay [B, T, H], the log of f; and, where
-        documents are packed, bool [B, T], true at the first token of each."""
+        """Takes key [B, T, H, K], value [B, T, H, V] and log_decay [B, T, H], the log of f. For
+        packed documents also bool [B, T], true at the first token of each document."""
         key, value, log_decay, *first = inputs
         if key.shape[:3] != value.shape[:3] or log_decay.shape != key.shape[:3]:
             raise UserError(
                 f"key {tuple(key.shape)}, value {tuple(value.shape)} and log_decay "
-                f"{tuple(log_decay.shape)} must agree in [B, T, H]"
+                f"{tuple(log_decay.shape)} must have the same B, T and H"
             )
         drive = key[..., None] * value[..., None, :], log_decay[..., None, None]
         return (*drive, *(~x[..., None, None, None] for x in first))
@@ -293,7 +297,7 @@ class NonlinearGated(Cell):
         return after, slope * drive[2] if len(drive) > 2 else slope
 
     def linear_solution(self, drive: Drive) -> tuple[Tensor, Tensor]:
-        """Matrix and bias of the same recurrence with a = 0: where Newton's method begins."""
+        """Matrix and bias of the same recurrence with a = 0, the first guess of Newton's method."""
         written, log_decay, *connected = drive
         keep, write = _keep_and_write(log_decay)
         keep = keep.expand_as(written)
@@ -309,7 +313,7 @@ class NonlinearGated(Cell):
 
 
 def _keep_and_write(log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """f and 1 − f, the latter exact where f is near 1."""
+    """f and 1 − f; the latter is exact also if f is close to 1."""
     return log_decay.exp(), -torch.expm1(log_decay)
 
 

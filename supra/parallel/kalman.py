@@ -1,12 +1,12 @@
-"""The trust region of ELK: Newton's step, held near the last guess, as a Kalman smoother.
+"""ELK's trust region: Newton's step, kept close to the last guess, computed by a Kalman smoother.
 
-The step of Levenberg and Marquardt, argmin ½|r + J Δ|² + ½λ|Δ|², is the mean of
+The step of Levenberg and Marquardt, argmin ½|r + J Δ|² + ½λ|Δ|², is the posterior mean of
 
     s_1 ~ N(f(s_0), 1)        s_t | s_{t−1} ~ N(A_t s_{t−1} + b_t, 1)        guess_t ~ N(s_t, 1/λ)
 
-given all guesses: the smoother's. The filter's means know only the guesses up to t; they are what
-the published code takes, and shrink A by 1 / (1 + λ). (Gonzalez et al. 2024, arXiv 2407.19115;
-parallel form after Särkkä & García-Fernández 2021.)
+given all guesses, which is the mean of the smoother. The mean of the filter only uses the guesses
+up to t. The published code uses the filter, which shrinks A by 1 / (1 + λ). (Gonzalez et al. 2024,
+arXiv 2407.19115; parallel form after Särkkä & García-Fernández 2021.)
 """
 
 import functools
@@ -22,7 +22,9 @@ def trust_region_step(
 ) -> Tensor:
     """The means [B, T, …] of the smoother, or of the filter.
 
-    matrix: A_t, 0 at the first token. bias: b_t, f(s_0) at the first. damping: λ > 0.
+    matrix: A_t; 0 at the first token.
+    bias: b_t; f(s_0) at the first token.
+    damping: λ > 0.
     """
     form = _Channels() if structure is Structure.DIAGONAL else _Matrices()
     gain = damping / (1 + damping)
@@ -53,7 +55,7 @@ def trust_region_step(
 
 
 class _Matrices:
-    """Of states whose last dimension mixes: A is [..., D, D]."""
+    """Operations for states whose channels mix: A is [..., D, D]."""
 
     def identity(self, like: Tensor) -> Tensor:
         return Structure.DENSE.constant(1.0, like)
@@ -73,7 +75,7 @@ class _Matrices:
 
 
 class _Channels:
-    """Of states whose channels are apart: A is as the state."""
+    """Operations for states with independent channels: A has the shape of the state."""
 
     def identity(self, like: Tensor) -> Tensor:
         return torch.ones_like(like)
@@ -92,7 +94,8 @@ class _Channels:
 
 
 def _combine(form: _Matrices | _Channels, first: Elements, second: Elements) -> Elements:
-    """Filtering elements (A, b, C, η, J) of two stretches of time, the earlier one first."""
+    """Combine the filtering elements (A, b, C, η, J) of two adjacent intervals, the earlier one
+    first."""
     a1, b1, c1, n1, j1 = first
     a2, b2, c2, n2, j2 = second
     through = form.divide(a2, form.identity(b1) + form.compose(c1, j2))  # A₂ (1 + C₁J₂)⁻¹

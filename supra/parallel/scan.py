@@ -1,7 +1,7 @@
 """Linear recurrences over time as associative scans: x_t = A_t x_{t−1} + b_t.
 
-Time is the second dimension. A_t is diagonal, a 2×2 block a channel, or dense; `Structure` says
-which. Composition of affine maps is (A₂, b₂) ∘ (A₁, b₁) = (A₂A₁, A₂b₁ + b₂).
+Time is the second dimension. A_t is diagonal, has a 2×2 block per channel, or is dense, as given by
+`Structure`. Affine maps compose as (A₂, b₂) ∘ (A₁, b₁) = (A₂A₁, A₂b₁ + b₂).
 """
 
 import math
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Structure(Enum):
-    """The shape of A_t for a state [B, T, …]; what is left out is zero."""
+    """The form of A_t for a state [B, T, …]. Elements that it does not store are zero."""
 
-    DIAGONAL = "diagonal"  # the state's own
+    DIAGONAL = "diagonal"  # A has the shape of the state
     BLOCK = "block"  # a state [B, T, …, 2] has A [B, T, …, 2, 2]
     DENSE = "dense"  # a state [B, T, D] has A [B, T, D, D]
 
@@ -23,7 +23,7 @@ class Structure(Enum):
         """A x."""
         if self is Structure.DIAGONAL:
             return matrix * x
-        if self is Structure.BLOCK:  # spelled out: products of so small matrices are slow
+        if self is Structure.BLOCK:  # written out, because products of such small matrices are slow
             x0, x1 = x.unbind(-1)
             m = matrix
             return torch.stack(
@@ -49,7 +49,7 @@ class Structure(Enum):
         return matrix.diagonal(dim1=-2, dim2=-1)
 
     def constant(self, value: float, like: Tensor) -> Tensor:
-        """value times the identity, for a state `like`."""
+        """`value` times the identity, for a state shaped like `like`."""
         if self is Structure.DIAGONAL:
             return torch.full_like(like, value)
         size = like.shape[-1]
@@ -67,11 +67,11 @@ def affine_scan(
 ) -> Tensor:
     """x_t = A_t x_{t−1} + b_t for all t, [B, T, …] as `bias`; x_0 = initial [B, …], or zeros.
 
-    reverse: from the last to the first, x_t = A_t x_{t+1} + b_t.
+    reverse: from the last token to the first, x_t = A_t x_{t+1} + b_t.
 
-    About √T steps of √T tokens each: all pieces of the sequence run from zero side by side, then
-    their ends are joined, and what a piece began with is carried through it. Hillis and Steele's
-    log₂ T steps over all of T do more work, which on a CPU is what counts.
+    The sequence is cut into about √T pieces of √T tokens. All pieces run in parallel from zero;
+    then the state at the start of each piece is found, and its effect on the piece is added. The
+    log₂ T steps of Hillis and Steele do more work, and on a CPU the work decides.
     """
     if reverse:
         matrix, bias = matrix.flip(1), bias.flip(1)
@@ -99,7 +99,7 @@ def affine_scan(
 
 
 def _in_pieces(x: Tensor, pieces: int, size: int) -> Tensor:
-    """[B, T, …] as [B, pieces, size, …]; what is missing at the end is zero."""
+    """[B, T, …] as [B, pieces, size, …], padded with zeros at the end."""
     missing = pieces * size - x.shape[1]
     if missing:
         x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
@@ -110,10 +110,10 @@ Elements = tuple[Tensor, ...]
 
 
 def associative_scan(combine: Callable[[Elements, Elements], Elements], elements: Elements):
-    """All prefixes e_1 ∘ … ∘ e_t of elements whose tensors are [B, T, …]; combine(earlier, later).
+    """All prefixes e_1 ∘ … ∘ e_t of elements with tensors [B, T, …]; combine(earlier, later).
 
-    Work in O(T) and log₂ T levels: neighbours are combined, the half that is left is scanned, and
-    the places between are filled in (Blelloch 1990).
+    It takes O(T) work in log₂ T levels (Blelloch 1990): neighbours are combined, the remaining half
+    is scanned, and the positions between are filled in.
     """
     tokens = elements[0].shape[1]
     if tokens < 2:
@@ -131,7 +131,8 @@ def associative_scan(combine: Callable[[Elements, Elements], Elements], elements
 
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    """Tokens 0, 2, … of the first and 1, 3, … of the second, of which it may have one less."""
+    """Join two tensors: `even` has tokens 0, 2, … and `odd` has tokens 1, 3, …. `odd` may have one
+    token less."""
     joined = even.new_empty(even.shape[0], even.shape[1] + odd.shape[1], *even.shape[2:])
     joined[:, 0::2], joined[:, 1::2] = even, odd
     return joined

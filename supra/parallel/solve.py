@@ -2,10 +2,10 @@
 
     s_t ← f(ŝ_{t−1}) + A_t (s_{t−1} − ŝ_{t−1})        ŝ the guess so far, s the next one
 
-is a linear recurrence, solved by a scan. A_t is the Jacobian of f at ŝ_{t−1} (DEER, Newton's
+is a linear recurrence, which a scan solves. A_t is the Jacobian of f at ŝ_{t−1} (DEER, Newton's
 method; Lim et al. 2023, arXiv 2309.12252), its diagonal (quasi-DEER; Gonzalez et al. 2024, arXiv
-2407.19115), one (Picard) or zero (Jacobi); ELK and quasi-ELK hold DEER's and quasi-DEER's step near
-the guess. After i sweeps the first i states are exact, whatever A is, but for ELK.
+2407.19115), one (Picard) or zero (Jacobi). ELK and quasi-ELK keep the steps of DEER and quasi-DEER
+close to the guess. Except for ELK, the first i states are exact after i sweeps, whatever A is.
 """
 
 import math
@@ -22,22 +22,24 @@ from supra.parallel.kalman import trust_region_step
 from supra.parallel.scan import Structure, affine_scan
 
 METHODS = ("sequential", "deer", "quasi_deer", "elk", "quasi_elk", "picard", "jacobi")
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the residual, over the largest state
-LARGEST = 1e8  # a state beyond it is on its way to overflow, and begins anew
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}  # for the residual / the largest state
+LARGEST = 1e8  # larger elements of a state are about to overflow, and are reset
 
 
 class NotConverged(RuntimeError):
-    """The sweeps did not reach the tolerance, and the caller wanted no other way."""
+    """The sweeps did not reach the tolerance, and the caller chose otherwise="raise"."""
 
 
 @dataclass(frozen=True)
 class Solution:
     """States [B, T, …] and how they were found.
 
-    residual: the largest |s_t − f(s_{t−1})|, over the larger of one and the largest state.
-    resets: numbers that overflowed and began anew, over all sweeps.
-    converged: whether `method` met the tolerance. Where it did not and states came from a loop over
-        the tokens instead, `fell_back` is true; the other numbers are those of the attempt.
+    residual: the largest |s_t − f(s_{t−1})|, divided by the largest |s_t| or by one, whichever is
+        larger.
+    resets: the number of elements that overflowed and were reset, over all sweeps.
+    converged: whether `method` reached the tolerance.
+    fell_back: whether it did not, and a loop over the tokens gave the states. The other fields then
+        describe the failed attempt.
     """
 
     states: Tensor
@@ -68,28 +70,29 @@ def solve(
     """Run `cell` over all tokens.
 
     Args:
-        inputs: what cell.project takes, [B, T, …]. B, T >= 1.
-        initial_state: [B, …], shaped as the cell's own, which None is.
+        inputs: the arguments of cell.project, [B, T, …] with B, T >= 1.
+        initial_state: [B, …], with the shape of the cell's empty state, which None stands for.
         method: one of METHODS, or "auto": see `choose_method`.
-        tolerance: of the residual, >= 0; None for 1e-12 in float64 and 2e-6 in float32.
-        max_iterations: sweeps, >= 1; None for T, in which all but ELK end.
-        guess: where to begin: states [B, T, …], "zeros", "linear" (the solution of the cell's
-            linear part, where it says what that is), or "auto", which is linear where it can.
-        damping: λ of ELK's trust region, > 0. Small ones come near DEER.
-        estimate: of ELK, "smoother", the step of Levenberg and Marquardt, or "filter", which is
+        tolerance: maximum residual, >= 0; None means 1e-12 in float64 and 2e-6 in float32.
+        max_iterations: maximum number of sweeps, >= 1; None means T, which all methods but ELK need
+            at most.
+        guess: the first guess: states [B, T, …], "zeros", "linear" (the solution of the cell's
+            linear part), or "auto", which is "linear" if the cell has a linear part.
+        damping: λ > 0 of ELK's trust region. With small values ELK approaches DEER.
+        estimate: for ELK: "smoother", the step of Levenberg and Marquardt; or "filter", which is
             cheaper and often needs fewer sweeps.
-        diagonal: of quasi methods on dense cells, "exact", or "stochastic": the mean of z ∘ Jz over
-            `probes` random signs z, which never makes the Jacobian (Hutchinson).
-        seed: of the probes.
-        otherwise: what becomes of sweeps that do not converge: "sequential", a loop over the tokens
-            with a warning, or "raise".
+        diagonal: for quasi methods on dense cells: "exact"; or "stochastic", the mean of z ∘ Jz
+            over `probes` random sign vectors z, without the full Jacobian (Hutchinson).
+        seed: seed of the random signs.
+        otherwise: what to do if the sweeps do not converge: "sequential" warns and runs a loop over
+            the tokens; "raise" raises NotConverged.
 
-    Gradients flow to the inputs, the initial state and the cell's parameters, from the adjoint
-    recurrence with the true Jacobians at the solution, whatever the method was. They are as exact
-    as the states are. Second derivatives need method="sequential"; of all others they raise.
+    Gradients flow to the inputs, the initial state and the cell's parameters. For every method they
+    come from the adjoint recurrence with the true Jacobians at the solution, and they are as exact
+    as the states. Only method="sequential" has second derivatives; the other methods raise.
 
     Raises:
-        UserError: a name, a number or a shape that does not fit, whatever the method is.
+        UserError: an unknown name, a number out of range or a shape that does not fit.
         NotConverged: the sweeps did not converge, with otherwise="raise".
     """
     check_choice("estimate", estimate, ("smoother", "filter"))
@@ -112,25 +115,28 @@ def solve(
             f"over {tokens} tokens ({found.resets} resets)"
         )
         if otherwise == "raise":
-            raise NotConverged(f"{message}: take method='sequential' or 'elk', or more sweeps")
-        warnings.warn(f"{message}: the tokens are read one by one", stacklevel=2)
+            raise NotConverged(f"{message}: use method='sequential' or 'elk', or more sweeps")
+        warnings.warn(f"{message}: a loop over the tokens takes over", stacklevel=2)
         states = _loop(cell, drive, start)
         return Solution(states, **_numbers(found), fell_back=True)
     states = _differentiable(cell, drive, start, found.states)
     return Solution(states, **_numbers(found))
 
 
-# numbers of a batch's states up to which DEER's scans pay on a CPU; one thread, 256 to 1024 tokens:
-# ParaGRU 2.8 to 5.4 times as fast as the loop at 64, 1.4 at 256, 0.6 at 1024; ParaLSTM 1.4 to 2.0
-# at 128, 0.6 at 512 (supra bench parallel)
+# Up to these numbers of elements in a batch's states, DEER is faster than a loop on a CPU. Measured
+# with one thread and 256 to 1024 tokens (supra bench parallel): ParaGRU is 2.8 to 5.4 times as fast
+# as the loop at 64 elements, 1.4 times at 256 and 0.6 times at 1024; ParaLSTM 1.4 to 2.0 times at
+# 128 and 0.6 times at 512.
 FEW_NUMBERS = {Structure.DIAGONAL: 256, Structure.BLOCK: 128, Structure.DENSE: 0}
 FEW_TOKENS = 128
 
 
 def choose_method(cell: Cell, state: Tensor, tokens: int) -> str:
-    """What "auto" is: deer where the cell contracts and a scan costs less than a loop's many small
-    steps, which on a CPU is where states are small, and on a GPU for all but dense Jacobians; else
-    sequential."""
+    """The method that "auto" stands for.
+
+    It is "deer" if the cell contracts and a scan costs less than the many small steps of a loop: on
+    a CPU for small states, on a GPU for all but dense Jacobians. Otherwise it is "sequential".
+    """
     few = state.numel() <= FEW_NUMBERS[cell.structure] or (
         state.device.type != "cpu" and cell.structure is not Structure.DENSE
     )
@@ -147,29 +153,34 @@ def _check(
     max_iterations: int | None,
     probes: int,
 ) -> Tensor:
-    """The state to begin with. What a method does not read is checked too, since "auto" takes now
-    one and then another."""
+    """Check the arguments and return the initial state. All arguments are checked whatever the
+    method is, because "auto" may choose another method next time."""
     rows = drive[0].shape[:2]
     if 0 in rows:
         raise UserError(f"inputs (B, T = {[*rows]}) must have at least one row and one token")
     empty = cell.empty_state(drive)
     if state is not None and state.shape != empty.shape:
         raise UserError(
-            f"initial_state (shape {[*state.shape]}) must be {[*empty.shape]}; None is the cell's"
+            f"initial_state (shape {[*state.shape]}) must have shape {[*empty.shape]}, or be None"
         )
     wanted = [*rows, *empty.shape[1:]]
     if isinstance(guess, Tensor):
         if [*guess.shape] != wanted:
-            raise UserError(f"guess (shape {[*guess.shape]}) must be {wanted}, or a name")
+            raise UserError(
+                f"guess (shape {[*guess.shape]}) must have shape {wanted}, or be a name"
+            )
     else:
         check_choice("guess", guess, ("auto", "zeros", "linear"))
         if guess == "linear" and not hasattr(cell, "linear_solution"):
-            raise UserError(f"guess ('linear'): {type(cell).__name__} has no linear part")
+            raise UserError(
+                f"guess (='linear') does not fit: {type(cell).__name__} has no linear part; use "
+                "'auto' or 'zeros'"
+            )
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise UserError(f"tolerance (={tolerance}) must be >= 0 and finite; None is the dtype's")
+        raise UserError(f"tolerance (={tolerance}) must be >= 0 and finite, or None")
     if not 0 < damping < math.inf:
         raise UserError(
-            f"damping (={damping}) must be > 0 and finite: with none, take deer or quasi_deer"
+            f"damping (={damping}) must be > 0 and finite: for no damping, use deer or quasi_deer"
         )
     if max_iterations is not None:
         check_whole("max_iterations", max_iterations, 1)
@@ -215,24 +226,24 @@ class _Sweeps:
         self.generator = torch.Generator(self.start.device).manual_seed(seed)
 
     @torch.no_grad()
-    def run(self, guess: Tensor | str, tolerance: float, most: int) -> Solution:
+    def run(self, guess: Tensor | str, tolerance: float, max_iterations: int) -> Solution:
         states = begin = self._first(guess)
         resets = 0
-        for iteration in range(most + 1):
+        for iteration in range(max_iterations + 1):
             before = torch.cat([self.start[:, None], states[:, :-1]], dim=1)
             value, matrix = self._linearise(before)
             size = states.abs().amax().clamp(min=1)
             residual = ((states - value).abs().amax() / size).item()
-            if residual <= tolerance or iteration == most:
+            if residual <= tolerance or iteration == max_iterations:
                 break
             states = self._step(states, before, value, matrix)
-            lost = ~(states.abs() <= LARGEST)  # and what is no number
+            lost = ~(states.abs() <= LARGEST)  # also true for NaN
             resets += int(lost.sum())
             states = torch.where(lost, begin, states)
         return Solution(states, self.method, iteration, residual, resets, residual <= tolerance)
 
     def _first(self, guess: Tensor | str) -> Tensor:
-        """Where the sweeps begin."""
+        """The first guess."""
         linear = getattr(self.cell, "linear_solution", None)
         if isinstance(guess, Tensor):
             return guess.detach()
@@ -241,7 +252,7 @@ class _Sweeps:
         return affine_scan(Structure.DIAGONAL, *linear(self.drive), self.start)
 
     def _linearise(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        """f at the states before, and A there."""
+        """f and A at the previous states."""
         cell = self.cell
         if self.method in ("picard", "jacobi"):
             value = on_all_tokens(cell.step, before, self.drive)
@@ -276,7 +287,7 @@ class _Sweeps:
 
 
 def on_all_tokens(function: Callable, state: Tensor, drive: Drive):
-    """A cell's function on all tokens of all rows; results [B, T, …]."""
+    """Apply a cell's function to all tokens of all rows; results are [B, T, …]."""
     shape = state.shape[:2]
     found = function(state.flatten(0, 1), tuple(x.flatten(0, 1) for x in drive))
     if isinstance(found, Tensor):
@@ -285,8 +296,8 @@ def on_all_tokens(function: Callable, state: Tensor, drive: Drive):
 
 
 def _differentiable(cell: Cell, drive: Drive, start: Tensor, states: Tensor) -> Tensor:
-    """The solution with its gradient: one more step from each state to the next, of which autograd
-    knows all but how the states hang together."""
+    """The solution with its gradient: one more step from each state to the next. autograd records
+    these steps, and `_Adjoint` adds how each state depends on the previous one."""
     if not torch.is_grad_enabled():
         return states
     before = torch.cat([start[:, None], states[:, :-1]], dim=1)
@@ -308,7 +319,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        if torch.is_grad_enabled():  # it is with create_graph=True alone
+        if torch.is_grad_enabled():  # only with create_graph=True
             raise RuntimeError("second derivatives of solve() need method='sequential'")
         before, *drive = ctx.saved_tensors
         structure = ctx.cell.structure

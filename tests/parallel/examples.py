@@ -1,4 +1,4 @@
-"""Cells with inputs, in float64 and seeded."""
+"""Cells with random inputs in float64."""
 
 import torch
 
@@ -8,14 +8,14 @@ NAMES = ("gru", "lstm", "para_gru", "para_lstm", "nonlinear_gated", "function")
 
 
 def expanding(gain, width=5, seed=0):
-    """tanh(h) Wᵀ + x with W of that spectral radius: beyond 1 it tends to expand."""
+    """tanh(h) Wᵀ + x, where W has this spectral radius; above 1 the cell tends to expand."""
     generator = torch.Generator().manual_seed(seed)
     weight = gain * torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
     return FunctionCell(lambda state, x: state.tanh() @ weight.to(state).T + x, width)
 
 
 def example(name, tokens=77, batch=2, seed=0):
-    """A cell, its inputs and an initial state; all leaves want a gradient."""
+    """A cell, its inputs and an initial state; all leaves require a gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inputs = torch.randn(batch, tokens, 5)

@@ -1,4 +1,4 @@
-"""Cells against torch's own, and their Jacobians against automatic ones."""
+"""Cells against those of torch, and their Jacobians against automatic differentiation."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.parallel.examples import NAMES, example
 
 @pytest.mark.parametrize("name", NAMES)
 def test_jacobians_are_automatic_ones(name):
-    """In closed form, by the base class and as a product."""
+    """The closed form, the base class's version and the product agree."""
     cell, inputs, state, _ = example(name, tokens=1, batch=3)
     drive = tuple(x[:, 0] for x in cell.project(inputs))
     value, found = cell.linearise(state, drive)
@@ -42,7 +42,7 @@ def test_dense_cells_are_torchs(ours, theirs):
 
 
 def test_nonlinear_gated_is_linear_attention_at_zero():
-    """a = 0 and small writes: f S + (1 − f) k vᵀ."""
+    """With a = 0 and small writes, the step is f S + (1 − f) k vᵀ."""
     _, (key, value, log_decay), _, _ = example("nonlinear_gated")
     cell = NonlinearGated(torch.zeros(2, 3, 4, dtype=torch.float64))
     found = solve(cell, (1e-4 * key, value, log_decay), None, "deer").states
@@ -56,7 +56,7 @@ def test_nonlinear_gated_is_linear_attention_at_zero():
 
 @pytest.mark.parametrize("weight", [0.5, 0.9])
 def test_nonlinear_gated_contracts_and_converges_in_five_sweeps(weight):
-    """|a| < 1, from the solution of its linear part, to float32's accuracy at T = 2048."""
+    """With |a| < 1 and the linear guess, it converges to float32's accuracy at T = 2048."""
     generator = torch.Generator().manual_seed(0)
     bounds = torch.rand(2, 16, 16, generator=generator) * 2 - 1
     cell = NonlinearGated(weight * bounds / bounds.abs().max())
@@ -75,7 +75,8 @@ def test_nonlinear_gated_contracts_and_converges_in_five_sweeps(weight):
 
 
 def test_bistable_cells_diverge_and_are_caught():
-    """|a| to 2.4 with fast gates: Newton's method fails, is seen to, and the loop takes over."""
+    """With |a| up to 2.4 and fast gates, Newton's method fails, this is noticed, and the loop takes
+    over."""
     generator = torch.Generator().manual_seed(0)
     cell = NonlinearGated(4.8 * torch.rand(2, 8, 8, generator=generator) - 2.4)
     key, value = (torch.randn(1, 512, 2, 8, generator=generator) for _ in range(2))
@@ -89,6 +90,6 @@ def test_bistable_cells_diverge_and_are_caught():
 
 def test_shapes_that_do_not_agree():
     cell, (key, value, log_decay), _, _ = example("nonlinear_gated")
-    with pytest.raises(UserError, match=r"must agree in \[B, T, H\]"):
+    with pytest.raises(UserError, match=r"must have the same B, T and H"):
         cell.project((key, value[:, 1:], log_decay))
     assert cell.structure is Structure.DIAGONAL

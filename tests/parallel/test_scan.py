@@ -51,7 +51,7 @@ def test_structures_are_matrices(structure):
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16, 33])
 def test_associative_scan_keeps_the_order(tokens):
-    """Products of matrices, which do not commute."""
+    """Products of matrices, because they do not commute."""
     matrices = make(Structure.DENSE, tokens)[0]
     (found,) = associative_scan(lambda a, b: (b[0] @ a[0],), (matrices,))
     product = torch.eye(4, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_associative_scan_keeps_the_order(tokens):
 @pytest.mark.parametrize("damping", [1e-3, 0.3, 20.0])
 @pytest.mark.parametrize("structure", Structure)
 def test_the_smoother_is_a_dense_levenberg_marquardt_step(structure, damping):
-    """argmin ½|r + J Δ|² + ½λ|Δ|²; the filter's means are something else."""
+    """The smoother's means are argmin ½|r + J Δ|² + ½λ|Δ|²; the filter's are not."""
     matrix, value, _ = make(structure, 8)
     matrix[:, 0] = 0
     guess = make(structure, 8, seed=3)[1]
@@ -92,7 +92,7 @@ def test_the_smoother_is_a_dense_levenberg_marquardt_step(structure, damping):
 
 
 def _dense(structure, matrix, like):
-    """A_t as matrices [B, T, N, N] over all numbers of a token's state."""
+    """A_t as matrices [B, T, N, N] over all elements of a token's state."""
     size = like[0, 0].numel()
     columns = []
     for n in range(size):

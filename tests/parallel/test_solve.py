@@ -1,4 +1,4 @@
-"""Every method finds the loop's states and the loop's gradients, or says that it does not."""
+"""Every method finds the loop's states and gradients, or reports that it does not converge."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_states_and_gradients_are_the_loops(name, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_second_derivatives_are_the_loops_alone(method):
-    """A penalty on gradients, whose own incoming gradient is ones and needs none."""
+    """A gradient penalty; the incoming gradient is ones and requires no gradient."""
     cell, inputs, state, _ = example("gru")
     penalised = solve(cell, inputs, state, method, otherwise="raise").states.sum()
     if method == "sequential":
@@ -58,7 +58,7 @@ def test_elk_with_either_estimate(name, estimate, method):
 @pytest.mark.parametrize("method", EXACT_FIRST)
 @pytest.mark.parametrize("name", ["gru", "para_gru"])
 def test_a_sweep_makes_one_more_state_exact(name, method):
-    """Even of a guess that has nothing to do with the solution."""
+    """Also with a guess that is unrelated to the solution."""
     cell, inputs, state, _ = example(name, tokens=12)
     expected = solve(cell, inputs, state, "sequential").states
     guess = torch.full_like(expected, 0.3)
@@ -100,7 +100,7 @@ def test_what_does_not_converge_is_said():
     expected = solve(cell, inputs, state, "sequential").states
     with pytest.raises(NotConverged, match=r"jacobi left a residual of .* after 3 sweeps over 77"):
         solve(cell, inputs, state, "jacobi", max_iterations=3, otherwise="raise")
-    with pytest.warns(UserWarning, match="the tokens are read one by one"):
+    with pytest.warns(UserWarning, match="a loop over the tokens takes over"):
         found = solve(cell, inputs, state, "jacobi", max_iterations=3)
     assert found.fell_back and not found.converged and found.iterations == 3
     assert found.residual > 1e-3
@@ -108,7 +108,7 @@ def test_what_does_not_converge_is_said():
 
 
 def test_no_number_is_a_reset():
-    """An input that makes Newton's step infinite once is survived."""
+    """The method recovers from an input that once makes Newton's step infinite."""
     cell, inputs, state, _ = example("para_gru")
     guess = torch.full_like(solve(cell, inputs, state, "sequential").states, 2 * LARGEST)
     guess[:, 5] = torch.nan
@@ -186,7 +186,10 @@ def test_one_token_and_no_gradient():
         ({"method": "deer", "probes": 0}, r"probes \(=0\) must be a whole number >= 1"),
         ({"method": "sequential", "guess": "zero"}, "did you mean 'zeros'"),
         ({"method": "elk", "estimate": "mean"}, "estimate"),
-        ({"method": "deer", "guess": "linear"}, r"guess \('linear'\): GRU has no linear part"),
+        (
+            {"method": "deer", "guess": "linear"},
+            r"guess \(='linear'\) does not fit: GRU has no linear part",
+        ),
         ({"method": "deer", "otherwise": "hope"}, "otherwise"),
     ],
 )
@@ -202,9 +205,12 @@ def test_what_is_no_option(given, message):
     [
         (
             {"initial_state": torch.zeros(1, 6)},
-            r"initial_state \(shape \[1, 6\]\) must be \[2, 6\]",
+            r"initial_state \(shape \[1, 6\]\) must have shape \[2, 6\]",
         ),
-        ({"guess": torch.zeros(2, 6)}, r"guess \(shape \[2, 6\]\) must be \[2, {tokens}, 6\]"),
+        (
+            {"guess": torch.zeros(2, 6)},
+            r"guess \(shape \[2, 6\]\) must have shape \[2, {tokens}, 6\]",
+        ),
         ({"inputs": torch.zeros(2, 0, 5)}, r"inputs \(B, T = \[2, 0\]\) must have at least one"),
         ({"inputs": torch.zeros(0, 9, 5)}, r"inputs \(B, T = \[0, 9\]\) must have at least one"),
     ],
