@@ -1,12 +1,12 @@
-"""How much a state of so many numbers recalls: models that differ in the size of their state alone.
+"""How much a state recalls, by its size: models that only differ in the size of their state.
 
     python recipes/capacity.py --heads 16,8,4,2,1 --seeds 0,1,2
-    python recipes/capacity.py --table     # the results that there are, into docs/state_capacity.md
+    python recipes/capacity.py --table     # writes all results into docs/state_capacity.md
 
-A row is filler with facts strewn in, each a key and its value, and at the end some of the keys: the
-answers are their values. A model is trained on rows of all lengths and then tested on longer and
-longer ones, until fewer than 95% of its answers are right; that is one JSON. The picture needs
-matplotlib.
+A row is filler with facts at random positions. A fact is a key and its value. At the end stand some
+of the keys, and the answers are their values. A model is trained on rows of all lengths. It is then
+tested on longer and longer rows, until fewer than 95% of its answers are right. Each model gives
+one JSON file. The picture needs matplotlib.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from supra.bench.timing import processor
 from supra.checkpoint.files import replace_between
@@ -33,30 +32,30 @@ from supra.model.attention import attention_modules
 from supra.model.cache import new_cache
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
-from supra.uptrain.small import descend, mean_loss
+from supra.uptrain.small import fit, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "capacity", HERE.parent / "docs" / "state_capacity.md"
 
 KEYS, VALUES, FILLERS = 64, 16, 16  # words of the language, in this order
-ASKED = 32  # facts of a row at most
+ASKED = 32  # maximum number of questions per row
 WIDTH, MIXER = 32, "mamba2"
-MOST = 64  # facts of a row in training
+MAX_FACTS = 64  # per row in training
 LR, BATCH_WORDS = 1e-2, 2048
-GROWN = 0.5  # of the training has gone by when rows of MOST facts come in
+GROWN = 0.5  # share of the training after which rows may have MAX_FACTS facts
 RECALLED = 0.95
 LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 19, 22, 26, 30, 35, 41, 48, 56, 64)  # facts
-TEST_ROWS = 256  # of each
+TEST_ROWS = 256  # per number of facts
 
 
 @dataclass(frozen=True)
 class Law:
-    """How capacity grows with the state, with two numbers that least squares has found."""
+    """How capacity grows with the state: a law with two parameters, fitted by least squares."""
 
     name: str
     formula: str
     error: float  # root mean square, in facts
-    at: Callable[[float], float]
+    at: Callable[[float], float]  # size of the state -> facts
 
 
 @command
@@ -69,9 +68,9 @@ def main() -> None:
     seeds = parse_seeds(arguments.seeds)
     for count in heads:
         if count < 1 or WIDTH % count:
-            raise UserError(f"--heads: {count} does not divide the width of {WIDTH}")
+            raise UserError(f"--heads (={count}) must divide the width of {WIDTH}")
     if not heads:
-        raise UserError("--heads must name some, as 16,4,1")
+        raise UserError("--heads must have at least one number, such as 16,4,1")
     if arguments.steps < 1:
         raise UserError(f"--steps (={arguments.steps}) must be at least 1")
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -85,7 +84,7 @@ def main() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--heads", default="16,8,4,2,1", metavar="A,B", help=f"of width {WIDTH}")
+    parser.add_argument("--heads", default="16,8,4,2,1", metavar="A,B", help="numbers of heads")
     parser.add_argument("--seeds", default="0,1,2", metavar="A,B")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--table", action="store_true", help="write the page from the results")
@@ -103,7 +102,7 @@ def make(heads: int, seed: int, steps: int) -> dict[str, Any]:
         "parameters": sum(x.numel() for x in model.parameters()),
         "seed": seed,
         "steps": steps,
-        "language": {"keys": KEYS, "values": VALUES, "fillers": FILLERS, "most": MOST},
+        "language": {"keys": KEYS, "values": VALUES, "fillers": FILLERS, "most": MAX_FACTS},
         "mixer": MIXER,
         "lr": LR,
         "batch_words": BATCH_WORDS,
@@ -125,8 +124,11 @@ def make(heads: int, seed: int, steps: int) -> dict[str, Any]:
 
 
 def untrained(heads: int, seed: int) -> torch.nn.Module:
-    """One layer without rotary positions, whose convolutions start at random, as in Mamba-2: with
-    deltas, no gradient says at first that a value should be written under the word before it."""
+    """One layer without rotary positions, whose convolutions start at random values, as in Mamba-2.
+
+    Conversion starts convolutions as deltas. Then no gradient shows at first that a value should be
+    stored under the word before it.
+    """
     config = tiny_config(
         "smollm3",
         vocab_size=KEYS + VALUES + FILLERS,
@@ -149,33 +151,34 @@ def untrained(heads: int, seed: int) -> torch.nn.Module:
 
 
 def state_size(model: torch.nn.Module) -> int:
-    """Numbers in the state of one row, without the last few words that convolutions keep."""
+    """The number of elements in the state of one row, without the recent words of convolutions."""
     cache = new_cache(model.config.num_hidden_layers)
     model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache)
     return sum(layer.state.memory.numel() for layer in cache.layers)
 
 
 def context_length(facts: float) -> float:
-    """Words before the questions: a third is keys, a third values, a third filler."""
+    """The number of words before the questions: a third keys, a third values, a third filler."""
     return 3 * facts
 
 
 def draw_rows(facts: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Words and labels, int64 [N, T]: filler with facts strewn in, then the keys of some of them.
+    """Words and labels, int64 [N, T]: filler with facts at random positions, then keys as
+    questions.
 
-    No key comes twice among the facts; values may. The value of a key that is asked for is a label
-    only, in the place after it, where the next question stands: nothing new is written at the end.
+    The facts of a row have different keys; values may repeat. The answer to a question is only a
+    label, at the next position, where the next question stands. Answers are not part of the text.
     """
     keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :facts]
     values = KEYS + torch.randint(VALUES, (rows, facts), generator=generator)
-    # a fact is one slot of 2 · facts, the others are filler; it takes two places
+    # 2 · facts slots: a fact takes one slot of two words, and a filler takes one slot of one word
     slots = torch.rand(rows, 2 * facts, generator=generator).argsort(1)[:, :facts].sort(1).values
     places = slots + torch.arange(facts)
     context = int(context_length(facts))
     ids = KEYS + VALUES + torch.randint(FILLERS, (rows, context), generator=generator)
     ids.scatter_(1, places, keys).scatter_(1, places + 1, values)
     asked = torch.rand(rows, facts, generator=generator).argsort(1)[:, : min(ASKED, facts)]
-    last = torch.full((rows, 1), KEYS + VALUES)  # has the last label
+    last = torch.full((rows, 1), KEYS + VALUES)  # the position of the last label
     ids = torch.cat([ids, keys.gather(1, asked), last], dim=1)
     labels = torch.full_like(ids, IGNORE)
     labels[:, context + 1 :] = values.gather(1, asked)
@@ -183,13 +186,12 @@ def draw_rows(facts: int, rows: int, generator: torch.Generator) -> tuple[Tensor
 
 
 def train(model: torch.nn.Module, steps: int, seed: int) -> None:
-    """On rows of 2 facts and more, up to a number that grows, as many of 2 to 4 as of 32 to 64."""
+    """Train on rows of 2 facts up to a maximum that grows. The number of facts is uniform in its
+    logarithm: rows of 2 to 4 facts are as frequent as rows of 32 to 64."""
     rates = OptimizerConfig(lr=LR, weight_decay=0.1)
     losses = training_losses(model, steps, torch.Generator().manual_seed(seed))
     title = f"{model.config.num_attention_heads} heads, seed {seed}"
-    bar = tqdm(descend(model, losses.__next__, steps, rates), title, steps, unit="step")
-    for _, loss in bar:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    fit(model, losses.__next__, steps, rates, title)
 
 
 def training_losses(
@@ -197,16 +199,16 @@ def training_losses(
 ) -> Iterator[Tensor]:
     for step in range(steps):
         share = min(1, step / (GROWN * steps))
-        most = 4 * (MOST / 4) ** share
+        maximum = 4 * (MAX_FACTS / 4) ** share
         part = torch.rand((), generator=generator).item()
-        facts = round(2 * (most / 2) ** part)
+        facts = round(2 * (maximum / 2) ** part)
         rows = max(1, BATCH_WORDS // int(context_length(facts) + min(ASKED, facts)))
         yield mean_loss(model, *draw_rows(facts, rows, generator))
 
 
 @torch.no_grad()
 def recall(model: torch.nn.Module, facts: int) -> float:
-    """Share of answers that are right, among the values."""
+    """The share of right answers, choosing among the values."""
     ids, labels = draw_rows(facts, TEST_ROWS, torch.Generator().manual_seed(facts))
     labels = shifted_labels(labels)
     hidden = model.eval().base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -215,7 +217,7 @@ def recall(model: torch.nn.Module, facts: int) -> float:
 
 
 def climb(measure: Callable[[int], float]) -> dict[int, float]:
-    """Shares of more and more facts, up to the first that is below RECALLED."""
+    """The share of right answers for more and more facts, up to the first one below RECALLED."""
     curve = {}
     for facts in LADDER:
         curve[facts] = round(measure(facts), 5)
@@ -225,9 +227,10 @@ def climb(measure: Callable[[int], float]) -> dict[int, float]:
 
 
 def crossing(curve: dict[int, float]) -> float | None:
-    """Facts at which the share is RECALLED, between two steps as if it fell evenly in their log.
+    """The number of facts at which the share is RECALLED.
 
-    0 where the first step is below it, None where none is.
+    Between two numbers of facts, the share is interpolated linearly in their logarithm. The result
+    is 0 if already the first share is below RECALLED, and None if no share is.
     """
     if curve[max(curve)] >= RECALLED:
         return None
@@ -239,10 +242,10 @@ def crossing(curve: dict[int, float]) -> float | None:
 
 
 def fit_laws(sizes: Sequence[float], capacities: Sequence[float]) -> list[Law]:
-    """Linear, exponential and power law through points, the nearest first. Each has two numbers."""
+    """A linear, an exponential and a power law through the points, the best one first."""
     largest = max(sizes)
     slope, offset = statistics.linear_regression(sizes, capacities)
-    # at the largest state, from 0.1% to 10^5 times above where a straight line would be
+    # at the largest state, the exponential lies from 0.1% to 10^5 times above its tangent at 0
     bends = [0.001 * 10 ** (n / 500) for n in range(2100)]
     growth, bend = nearest(lambda x, size: math.expm1(x * size / largest), bends, sizes, capacities)
     powers = [n / 1000 for n in range(3000)]
@@ -269,7 +272,8 @@ def nearest(
     sizes: Sequence[float],
     capacities: Sequence[float],
 ) -> tuple[float, float]:
-    """The factor and the bend for which factor · shape(bend, size) has the least squared error."""
+    """The factor and the bend for which factor · shape(bend, size) has the smallest squared
+    error."""
 
     def tried(bend: float) -> tuple[float, float, float]:
         shapes = [shape(bend, size) for size in sizes]
@@ -281,18 +285,21 @@ def nearest(
 
 
 def distance(found: Sequence[float], wanted: Sequence[float]) -> float:
-    """Root mean square."""
+    """The root mean square of the differences."""
     return math.dist(found, wanted) / math.sqrt(len(wanted))
 
 
 def write_page() -> None:
-    """The table, the laws and the picture, from all results that there are."""
+    """Write the table, the laws and the picture from all results."""
     need_matplotlib("--table: the page has a picture, which")
     results = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
     results.sort(key=lambda x: (x["state"], x["seed"]))
     points = [(x["state"], x["capacity"]) for x in results if x.get("capacity") is not None]
     if len({size for size, _ in points}) < 3:
-        raise UserError(f"{RESULTS} has less than three sizes of states: run without --table first")
+        raise UserError(
+            f"{RESULTS} has results for fewer than three sizes of the state: run without --table "
+            "first"
+        )
     laws = fit_laws(*zip(*points, strict=True))
     pictures = PAGE.parent / PAGE.stem
     pictures.mkdir(exist_ok=True)
@@ -300,7 +307,7 @@ def write_page() -> None:
     lines = [
         *table(results),
         "",
-        "| law | facts recalled with N numbers in the state | off by, facts (root mean square) |",
+        "| law | facts recalled with N numbers in the state | root mean square error, facts |",
         "| --- | --- | ---: |",
         *(f"| {law.name} | {law.formula} | {law.error:.2f} |" for law in laws),
     ]
@@ -313,7 +320,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     """One line for each size of the state, with all its seeds."""
     lines = [
         "| numbers in the state | heads | facts recalled | by seed | as words of context "
-        "| numbers a fact | minutes |",
+        "| numbers per fact | minutes |",
         "| ---: | --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for state, rows in by_state(results).items():
@@ -352,7 +359,7 @@ def by_state(results: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
 def draw(
     results: list[dict[str, Any]], points: list[tuple[int, float]], laws: list[Law], file: Path
 ) -> None:
-    """Accuracy by number of facts, and capacity by size of the state with the laws."""
+    """Draw accuracy by number of facts, and capacity by size of the state, with the laws."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

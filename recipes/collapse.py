@@ -1,11 +1,12 @@
-"""A small model whose state collapses beyond its trained length, and cures; one JSON a seed.
+"""A small model whose state collapses beyond its trained length, and cures for it.
 
     python recipes/collapse.py --seeds 0,1,2
-    python recipes/collapse.py --table      # the results that there are, into docs/long_context.md
+    python recipes/collapse.py --table      # writes all results into docs/long_context.md
 
-The language is recent-recall of supra.data.synthetic, see there. A model is trained on rows in
-which nothing has to be forgotten, and measured on rows of 16 times their length: as it is, with
-bounds on its states, and trained on for a while in several ways. The pictures need matplotlib.
+The language is recent-recall of supra.data.synthetic. A model is trained on rows in which nothing
+has to be forgotten, and measured on rows of 16 times their length: as it is, with bounds on its
+states, and after more training of several kinds. Each seed gives one JSON file. The pictures need
+matplotlib.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from supra.bench.timing import processor
 from supra.checkpoint.files import replace_between
@@ -37,26 +37,26 @@ from supra.model.attention import attention_modules
 from supra.model.cache import new_cache
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
-from supra.uptrain.small import descend, mean_loss
+from supra.uptrain.small import fit, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "collapse", HERE.parent / "docs" / "long_context.md"
 
 LANGUAGE = RecentRecall()
 OPERATION = 3  # words
-TRAINED = LANGUAGE.length // OPERATION  # operations of a row in training
+TRAINED = LANGUAGE.length // OPERATION  # operations per row in training
 LONG = replace(LANGUAGE, length=16 * LANGUAGE.length)
 BUCKETS = (0, 20, 40, 80, 160, 320)  # operations before a question
-FINE = 10  # operations of a point of the curves
+FINE = 10  # operations per point of the curves
 
 STEPS, BATCH, LR = 600, 24, 3e-3
 MORE_STEPS, MORE_LR = 300, 1e-3
-SEGMENTS = 12  # of state passing
-ROWS = 128  # for every measurement
+SEGMENTS = 12  # for state passing
+ROWS = 128  # per measurement
 BATCH_TOKENS = 32 * LONG.length
-# as published; without its normalisation the same takes twice the steps to learn
+# as published; without the normalisation, learning takes twice as many steps
 MIXER, OPTIONS = "mamba2", {"activation": "silu", "normalize": "rms"}
-SLOW = (1e-5, 1e-3)  # step sizes at the start, with which half is forgotten in 70,000 to 700 words
+SLOW = (1e-5, 1e-3)  # initial step sizes, with which half is forgotten in 70,000 to 700 words
 
 
 @command
@@ -67,7 +67,7 @@ def main() -> None:
         return
     seeds = parse_seeds(arguments.seeds)
     if arguments.checkpoint and len(seeds) > 1:
-        raise UserError(f"--checkpoint is of one seed, not {len(seeds)}: give --seeds 0")
+        raise UserError(f"--checkpoint saves one seed, not {len(seeds)}: give --seeds 0")
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         result = make(seed, arguments.checkpoint)
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2", metavar="A,B")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="save the base model too, in float16"
+        "--checkpoint", type=Path, metavar="DIR", help="also save the base model, in float16"
     )
     parser.add_argument("--table", action="store_true", help="write the page from the results")
     return parser
@@ -91,7 +91,7 @@ def make(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
     model = untrained(seed)
     train(model, fresh_rows(model, LANGUAGE, BATCH, Random(f"{seed} base")), STEPS, LR)
     if checkpoint:
-        # half the size, and what decays is in float32 again when it is loaded as that
+        # half the size; decays are float32 again when the model is loaded in float32
         copy.deepcopy(model).half().save_pretrained(checkpoint)
     norms = state_norms(model, draw(LONG, Random("norms"), ROWS))
     left, largest = kept(model), largest_norms(model)
@@ -120,7 +120,7 @@ def make(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
 
 
 def untrained(seed: int) -> nn.Module:
-    """Two layers without rotary positions, whose heads begin by forgetting next to nothing."""
+    """Two layers without rotary positions, whose heads forget almost nothing at first."""
     config = tiny_config(
         "smollm3",
         vocab_size=LANGUAGE.vocabulary,
@@ -145,10 +145,7 @@ def untrained(seed: int) -> nn.Module:
 def train(
     model: nn.Module, losses: Iterator[Tensor], steps: int, lr: float, name: str = "base"
 ) -> None:
-    rates = OptimizerConfig(lr=lr, weight_decay=0.1)
-    bar = tqdm(descend(model, losses.__next__, steps, rates), name, steps, unit="step")
-    for _, loss in bar:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    fit(model, losses.__next__, steps, OptimizerConfig(lr=lr, weight_decay=0.1), name)
 
 
 def fresh_rows(
@@ -160,8 +157,8 @@ def fresh_rows(
 
 
 def passed_states(model: nn.Module, batch: int, generator: Random) -> Iterator[Tensor]:
-    """Losses on the segments of long rows, each a trained length and from the state in which the
-    last one ended; no gradient goes back into that."""
+    """Losses on the segments of long rows. A segment has the trained length, and begins with the
+    state at the end of the previous one, into which no gradient flows."""
     long = replace(LANGUAGE, length=SEGMENTS * LANGUAGE.length)
     while True:
         cache = new_cache(model.config.num_hidden_layers)
@@ -187,7 +184,7 @@ def policies(largest: list[list[float]]) -> dict[str, StatePolicy | None]:
 
 
 def trainings(model: nn.Module, seed: int) -> dict[str, Iterator[Tensor]]:
-    """Losses to train on, by name; tokens of a step are the same in all."""
+    """Losses to train on, by name. All have the same number of tokens per step."""
     longer = replace(LANGUAGE, length=4 * LANGUAGE.length)
     return {
         f"rows of {LANGUAGE.length}": fresh_rows(model, LANGUAGE, BATCH, Random(f"{seed} same")),
@@ -197,7 +194,7 @@ def trainings(model: nn.Module, seed: int) -> dict[str, Iterator[Tensor]]:
 
 
 def measured(model: nn.Module, policy: StatePolicy | None = None) -> dict[str, Any]:
-    """Accuracy by operations before the question, in BUCKETS and every FINE."""
+    """Accuracy by the number of operations before the question, in BUCKETS and in steps of FINE."""
     rows = draw(LONG, Random("held out"), ROWS)
     with use_policy(model, policy):
         hits = recall_hits(model.eval(), rows, BATCH_TOKENS)[1].double()
@@ -215,7 +212,8 @@ def measured(model: nn.Module, policy: StatePolicy | None = None) -> dict[str, A
 
 @torch.no_grad()
 def kept(model: nn.Module) -> list[list[float]]:
-    """Of the first word of a row of the trained length, at its end: by layer and head."""
+    """The share of the first word that is left at the end of a row of the trained length, by layer
+    and head."""
     mixers, logs = [attention.mixer for attention in attention_modules(model)], []
     for mixer in mixers:
         mixer.watch = logs.append  # [B, T, H]
@@ -227,7 +225,8 @@ def kept(model: nn.Module) -> list[list[float]]:
 
 
 def largest_norms(model: nn.Module) -> list[list[float]]:
-    """Of each layer's heads, over rows of the trained length and after every operation in them."""
+    """The largest norm of each head's state, by layer, over rows of the trained length and all of
+    their operations."""
     norms = state_norms(model, draw(LANGUAGE, Random("norms"), ROWS), OPERATION, torch.amax)
     return norms.amax(0).tolist()
 
@@ -239,7 +238,7 @@ def state_norms(
     every: int = LANGUAGE.length,
     over_rows: Callable[..., Tensor] = torch.mean,
 ) -> Tensor:
-    """Frobenius norms of the states after every so many words: [T / every, layers, heads]."""
+    """Frobenius norms of the states after every `every` words: [T / every, layers, heads]."""
     cache, found = new_cache(model.config.num_hidden_layers), []
     for ids in torch.tensor([row.ids for row in rows]).split(every, 1):
         model.eval()(input_ids=ids, past_key_values=cache)
@@ -249,10 +248,10 @@ def state_norms(
 
 
 def write_page() -> None:
-    """The table and the pictures, from all results that there are."""
+    """Write the table and the pictures from all results."""
     results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
     if not results:
-        raise UserError(f"no results in {RESULTS}: run without --table first")
+        raise UserError(f"{RESULTS} has no results: run without --table first")
     need_matplotlib("--table")
     pictures = PAGE.parent / PAGE.stem
     pictures.mkdir(exist_ok=True)
@@ -264,7 +263,7 @@ def write_page() -> None:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    """Means over seeds, and the last bucket of every seed; in %."""
+    """Accuracy in %: means over seeds, and the last bucket of every seed."""
     buckets = [f"{start}-{end}" for start, end in pairwise(results[0]["buckets"])]
     seeds = " / ".join(str(result["seed"]) for result in results)
     lines = [
@@ -280,10 +279,11 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_accuracy(results: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy by position: under bounds, under such as do not help, and after more training."""
+    """Draw accuracy by position: with bounds, with bounds that do not help, and after more
+    training."""
     panels = {
         "bounds": ["base", "window 60", "norm", "norm, half of it", "decay_scale 0.99"],
-        "bounds too tight, or in vain": [
+        "bounds that do not help": [
             "base", "window 30", "decay_scale 0.97", "insert_scale 0.75",
         ],
         "300 more steps": ["base", "rows of 60", "state passing", "rows of 240"],
@@ -302,20 +302,21 @@ def draw_accuracy(results: list[dict[str, Any]], path: Path) -> None:
         place.set(xlabel="operations before the question", title=title, ylim=(0, 101))
         place.set_xscale("log", base=2)
         place.legend(fontsize="small", loc="lower left")
-    axes[0].set_ylabel("answers that are right, %")
+    axes[0].set_ylabel("right answers, %")
     figure.savefig(path, dpi=100)
 
 
 def draw_growth(results: list[dict[str, Any]], path: Path) -> None:
-    """Heat maps, one a seed: norm of each head's state over what it is at the trained length."""
+    """Draw one heat map per seed: the norm of each head's state relative to the trained length."""
     figure, axes = blank(13, 3.5, len(results))
     growth = [torch.tensor(result["growth"]) for result in results]  # [layers, heads, times]
-    most = max(x.log2().abs().max().item() for x in growth)
+    largest = max(x.log2().abs().max().item() for x in growth)
     for place, result, ratios in zip(axes, results, growth, strict=True):
         layers, heads, times = ratios.shape
         image = place.imshow(
             ratios.flatten(0, 1).log2().tolist(),
-            aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, extent=(0.5, times + 0.5, 0, 1),
+            aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest,
+            extent=(0.5, times + 0.5, 0, 1),
         )  # fmt: skip
         names = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
         place.set_yticks([1 - (n + 0.5) / len(names) for n in range(len(names))], names)

@@ -1,14 +1,14 @@
 """Can a recurrence count? Parity and sums modulo three, far beyond the trained length.
 
     python recipes/counting.py --tasks parity,modulo3 --seeds 0,1,2
-    python recipes/counting.py --table      # the results that there are, into docs/counting.md
+    python recipes/counting.py --table      # writes all results into docs/counting.md
 
-Every token of a row is 0 or 1, and asked for after each is the number of ones so far, modulo two or
-three. Rows in training have 4 to 24 tokens, rows that are measured 200. Three recurrences with
-states of equal size: gated linear attention, and `nonlinear_gated` with its weights below one, so
-that it contracts, and up to 2.4, where a number of the state can have two resting points. A model
-is trained at every rate, and the one that does best on held-out rows of 24 is measured: one JSON. A
-JSON that is there is not made again.
+Every token of a row is 0 or 1. After each token, the answer is the number of ones so far, modulo
+two or three. Rows have 4 to 24 tokens in training and 200 in the test. There are three recurrences
+with states of equal size: gated linear attention; `nonlinear_gated` with weights below one, so that
+it contracts; and `nonlinear_gated` with weights up to 2.4, with which an element of the state can
+have two resting points. A model is trained with every learning rate, and the one that is best on
+held-out rows of 24 tokens counts. Each seed gives one JSON file; existing files are kept.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from supra.bench.timing import processor
 from supra.checkpoint.files import replace_between
@@ -33,7 +32,7 @@ from supra.errors import Diverged, UserError, check_choice, command
 from supra.model.attention import attention_modules
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import OptimizerConfig
-from supra.uptrain.small import descend, mean_loss
+from supra.uptrain.small import fit, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "counting", HERE.parent / "docs" / "counting.md"
@@ -47,11 +46,11 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHORTEST, LONGEST, MEASURED = 4, 24, 200  # tokens
 BUCKETS = (0, LONGEST, 50, 100, MEASURED)
-GROWN = 0.5  # of the training has gone by when rows of LONGEST come in
+GROWN = 0.5  # share of the training after which rows may have LONGEST tokens
 STEPS, BATCH = 1000, 64
-LR, NEW_RATES = 3e-3, (3e-3, 1e-2, 3e-2)  # of what conversion inherits, and of what it adds
-ROWS = 256  # for every measurement
-HELD_OUT_SEED, MEASURED_SEED = 2**31, 2**31 + 1  # of those rows, for all models the same
+LR, NEW_RATES = 3e-3, (3e-3, 1e-2, 3e-2)  # for inherited parameters, and for new ones
+ROWS = 256  # per measurement
+HELD_OUT_SEED, MEASURED_SEED = 2**31, 2**31 + 1  # all models are measured on the same rows
 
 
 @command
@@ -72,7 +71,7 @@ def main() -> None:
     for task, mixer, seed in itertools.product(tasks or TASKS, mixers or MIXERS, seeds):
         file = RESULTS / f"{task}-{mixer}-{seed}.json"
         if file.exists() and not arguments.again:
-            print(f"{file.name} is there: --again makes it anew")
+            print(f"{file.name} exists: give --again to replace it")
             continue
         result = make(task, mixer, seed)
         file.write_text(json.dumps(result, indent=1) + "\n")
@@ -84,13 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default="", metavar="A,B", help=f"default: {', '.join(TASKS)}")
     parser.add_argument("--mixers", default="", metavar="A,B", help=f"default: {', '.join(MIXERS)}")
     parser.add_argument("--seeds", default="0,1,2", metavar="A,B")
-    parser.add_argument("--again", action="store_true", help="also what there is a result of")
+    parser.add_argument("--again", action="store_true", help="replace existing results")
     parser.add_argument("--table", action="store_true", help="write the page from the results")
     return parser
 
 
 def make(task: str, mixer: str, seed: int) -> dict[str, Any]:
-    """Train and measure one seed at every rate."""
+    """Train and measure one seed with every learning rate."""
     return {
         "task": task,
         "mixer": mixer,
@@ -110,7 +109,7 @@ def trial(task: str, mixer: str, seed: int, rate: float) -> dict[str, Any]:
     failed = {}
     try:
         train(model, task, seed, rate, f"{task} {mixer} seed {seed} rate {rate}")
-    except Diverged as error:  # what it had learned by then is measured
+    except Diverged as error:  # the model is measured as it is
         failed = {"failed": str(error)}
     seconds = time.monotonic() - start
     held_out, loss = measure(model, TASKS[task], LONGEST, HELD_OUT_SEED)
@@ -125,15 +124,18 @@ def trial(task: str, mixer: str, seed: int, rate: float) -> dict[str, Any]:
 
 
 def kept(result: dict[str, Any]) -> dict[str, Any]:
-    """The trial with most right answers on held-out rows of the trained length; of those that are
-    equal, the one with the least loss there."""
+    """The trial with the most right answers on held-out rows of the trained length. A tie goes to
+    the smallest loss there."""
     return max(result["trials"], key=lambda x: (x["held_out"], -x["held_out_loss"]))
 
 
 def untrained(task: str, mixer: str, seed: int) -> nn.Module:
-    """Two layers without rotary positions, two heads of 8 × 8 each. All begin by forgetting half at
-    every token; a begins anywhere within three quarters of its bound: from 0, where conversion
-    puts it, what it takes to count is furthest away."""
+    """Two layers without rotary positions, with two heads of 8 × 8 each.
+
+    At first, all heads forget half of the state at every token. The weights a start at random
+    values within their bound. Conversion starts them at 0, which is furthest from the values that
+    counting needs.
+    """
     config = tiny_config(
         "smollm3",
         vocab_size=2 + TASKS[task],
@@ -153,17 +155,15 @@ def untrained(task: str, mixer: str, seed: int) -> nn.Module:
         if hasattr(attention.mixer, "recurrence"):
             largest = attention.mixer.options.largest
             attention.mixer.recurrence.data.uniform_(-largest, largest, generator=generator)
-            attention.mixer.log_gain.data.zero_()  # keys and values as large as in the others
+            attention.mixer.log_gain.data.zero_()  # keys and values of the same size in all models
     return model
 
 
 def train(model: nn.Module, task: str, seed: int, rate: float, title: str) -> None:
-    """On rows of 4 tokens and more, up to a bound that grows to 24."""
+    """Train on rows of at least 4 tokens, up to a maximum that grows to 24."""
     losses = training_losses(model, TASKS[task], torch.Generator().manual_seed(seed))
     rates = OptimizerConfig(lr=LR, new_lr=rate, weight_decay=0.01)
-    bar = tqdm(descend(model, losses, STEPS, rates), desc=title, total=STEPS, unit="step")
-    for _, loss in bar:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    fit(model, losses, STEPS, rates, title)
 
 
 def training_losses(
@@ -183,7 +183,7 @@ def training_losses(
 def draw_rows(
     modulus: int, rows: int, tokens: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Bits and labels int64 [N, T + 1]; a label stands a token after what it is asked for."""
+    """Bits and labels, int64 [N, T + 1]. The label for a bit is one position after it."""
     bits = torch.randint(2, (rows, tokens), generator=generator)
     answers = 2 + bits.cumsum(1) % modulus
     nothing = torch.full((rows, 1), IGNORE)
@@ -192,7 +192,7 @@ def draw_rows(
 
 @torch.no_grad()
 def measure(model: nn.Module, modulus: int, tokens: int, seed: int) -> tuple[Tensor, float]:
-    """Shares of right answers by place [T], and the loss over all of them, on rows of this seed."""
+    """The share of right answers at each position [T], and the mean loss, on rows of this seed."""
     ids, labels = draw_rows(modulus, ROWS, tokens, torch.Generator().manual_seed(seed))
     logits = model.eval()(input_ids=ids[:, :-1], use_cache=False).logits
     right = (logits.argmax(-1) == labels[:, 1:]).float().mean(0)
@@ -200,7 +200,7 @@ def measure(model: nn.Module, modulus: int, tokens: int, seed: int) -> tuple[Ten
 
 
 def write_page() -> None:
-    """Both tables, from all results that there are."""
+    """Write both tables from all results."""
     results = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
     if not results:
         raise UserError(f"{RESULTS} has no results: run without --table first")
@@ -214,7 +214,7 @@ def write_page() -> None:
 
 
 def table(groups: list[list[dict[str, Any]]]) -> list[str]:
-    """One line for each task and recurrence, with all its seeds."""
+    """One line per task and recurrence, with all its seeds."""
     places = " | ".join(f"{begin} to {end - 1}" for begin, end in pairwise(BUCKETS))
     lines = [
         f"| task | recurrence | seeds | {places} | new_lr | seconds |",
@@ -236,7 +236,8 @@ def table(groups: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def table_of_rates(groups: list[list[dict[str, Any]]]) -> list[str]:
-    """Means over the seeds at every rate: on held-out rows, and at the end of long ones."""
+    """Accuracy with every learning rate, as means over seeds: on held-out rows, and at the end of
+    long rows."""
     lines = [
         "| task | recurrence |" + "".join(f" {rate:g} |" for rate in NEW_RATES),
         "| --- | --- |" + " ---: |" * len(NEW_RATES),

@@ -1,4 +1,4 @@
-"""The main job on a real model: it becomes a recurrent network.
+"""The main use of supra on a real model: turn it into a recurrent network.
 
     make demo           SmolLM2-135M-Instruct
     make demo-gemma     Gemma 3 270M, whose tokenizer puts <bos> before every text
@@ -18,6 +18,7 @@ import pydoc_data.topics
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,19 +32,19 @@ from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
-MIXER = "mamba2"  # of the mixers without a window the best at small budgets: docs/results.md
+MIXER = "mamba2"  # the best mixer without a window at small budgets: docs/results.md
 PROMPTS = ("The for statement is used to", "A class definition")
-PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # of the speed measurement
-BEGINNING = 64  # first tokens of a piece of text, which are predicted from little context
+PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # for measuring speed
+BEGINNING = 64  # first tokens of a piece of text, which have little context
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a teacher comes from, and how much its student is trained."""
+    """Where a teacher comes from, and how long its student is trained."""
 
     out: Path
-    package: str  # its name for pip
-    modules: tuple[str, ...]  # they hold the GGUF file, or its parts in this order
+    package: str  # the name of the package for pip
+    modules: tuple[str, ...]  # they hold the GGUF file, or its parts in order
     budget: int  # tokens
 
 
@@ -80,39 +81,61 @@ def main() -> None:
     if not (run / "final").exists() and not train(config):
         raise UserError("interrupted in the middle of training: the same command continues it")
     say("5/6", "reload the student from its folder, and measure all three")
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    measured = {key: [x[key] for x in log if key in x] for entry in log for key in entry}
-    before, trained = measured["converted_perplexity"][0], measured["eval_perplexity"][-1]
     uptrained = find_checkpoint(str(run / "final"))
-    rows = {
-        "teacher": row(teacher, measured["teacher_perplexity"][0]),
-        "converted": row(find_checkpoint(str(student)), before),
-        "uptrained": row(uptrained, trained),
-    }
     by_position["uptrained"] = measure(uptrained, held_out, config)
-    results = {
-        "models": rows,
-        "calibrated_perplexity": measured["eval_perplexity"][0],
-        "reloaded_perplexity": by_position["uptrained"].perplexity,
-        "by_position": {name: x.by_position for name, x in by_position.items()},
-        "uptraining_tokens": measured["tokens"][-1],
-        "torch": torch.__version__,
-        "machine": processor("cpu"),
+    models = {
+        "teacher": teacher,
+        "converted": find_checkpoint(str(student)),
+        "uptrained": uptrained,
     }
+    results = summarise(run, models, by_position)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(rows))
+    print(table(results["models"]))
     print(position_table(by_position))
-    print(
-        f"\nCalibration alone: {results['calibrated_perplexity']:.1f}. Uptraining on "
-        f"{results['uptraining_tokens']:,} tokens divided the perplexity after conversion by "
-        f"{before / trained:.0f}, and the one after calibration by "
-        f"{results['calibrated_perplexity'] / trained:.1f}.\n"
-        f"Reloaded from disk: {results['reloaded_perplexity']:.3f}; in training: {trained:.3f}."
-    )
+    print(gains(results))
     say("6/6", f"what {run / 'final'} writes")
     for prompt in PROMPTS:
         print(f"\n> {prompt} …")
         stream_text(uptrained, prompt, max_new_tokens=40, temperature=0.6, top_p=0.9)
+
+
+def summarise(
+    run: Path, models: dict[str, Checkpoint], by_position: dict[str, Perplexity]
+) -> dict[str, Any]:
+    """All results, from the log of the run and from measuring the three models."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    logged = {key: [x[key] for x in log if key in x] for entry in log for key in entry}
+    perplexities = (
+        logged["teacher_perplexity"][0],
+        logged["converted_perplexity"][0],
+        logged["eval_perplexity"][-1],
+    )
+    rows = {
+        name: row(checkpoint, value)
+        for (name, checkpoint), value in zip(models.items(), perplexities, strict=True)
+    }
+    return {
+        "models": rows,
+        "calibrated_perplexity": logged["eval_perplexity"][0],
+        "reloaded_perplexity": by_position["uptrained"].perplexity,
+        "by_position": {name: x.by_position for name, x in by_position.items()},
+        "uptraining_tokens": logged["tokens"][-1],
+        "torch": torch.__version__,
+        "machine": processor("cpu"),
+    }
+
+
+def gains(results: dict[str, Any]) -> str:
+    """What calibration and uptraining gained, in sentences."""
+    before, trained = (results["models"][x]["perplexity"] for x in ("converted", "uptrained"))
+    calibrated = results["calibrated_perplexity"]
+    return (
+        f"\nPerplexity after calibration alone: {calibrated:.1f}. Uptraining on "
+        f"{results['uptraining_tokens']:,} tokens divided the perplexity after conversion by "
+        f"{before / trained:.0f}, and the perplexity after calibration by "
+        f"{calibrated / trained:.1f}.\n"
+        f"Reloaded from disk: {results['reloaded_perplexity']:.3f}; in training: {trained:.3f}."
+    )
 
 
 def changes(source: Source, teacher: Checkpoint) -> list[str]:
@@ -174,8 +197,8 @@ def write_text(out: Path) -> list[str]:
 
 
 def measure(checkpoint: Checkpoint, documents: list[str], config: UptrainConfig) -> Perplexity:
-    """Held-out perplexity as training measures it, on the same windows and in the same precision;
-    also by position: the beginning of each piece, and the rest."""
+    """Held-out perplexity on the same windows and in the same precision as in training; also by
+    position: the beginning of each piece of text, and the rest."""
     length, tokens = config.data.sequence_length, config.eval.tokens
     blocks = blocks_from_text(checkpoint.tokenizer(), documents, length, tokens)
     edges, batch = (0, BEGINNING, length), config.batch.size
@@ -184,7 +207,7 @@ def measure(checkpoint: Checkpoint, documents: list[str], config: UptrainConfig)
 
 
 def row(checkpoint: Checkpoint, held_out_perplexity: float) -> dict[str, float]:
-    """One model's line of the table. States are those of bfloat16 weights."""
+    """One model's line of the table. State sizes are for bfloat16 weights."""
     config = checkpoint.config()
     model = checkpoint.model().eval()
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT_TOKENS))

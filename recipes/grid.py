@@ -2,11 +2,11 @@
 
     python recipes/grid.py gated --teacher T --train corpus_train.jsonl.gz \\
         --held-out corpus_valid.jsonl.gz --tokens 300_000
-    python recipes/grid.py --table        # the rows that there are, into docs/results.md
+    python recipes/grid.py --table        # writes all results into docs/results.md
 
-All rows take the same tokens in the same order, 2048 or 1024 a step, and are measured on the same
-windows of 1024. An interrupted row goes on where it was. What fails is a row
-too.
+All rows train on the same tokens in the same order, 2048 or 1024 per step, and are measured on the
+same windows of 1024 tokens. An interrupted row continues where it stopped. A training that diverges
+gives a row, too.
 """
 
 import argparse
@@ -31,12 +31,13 @@ from supra.evaluate import state_bytes
 from supra.evaluate.ablate.floors import find_mixers, measure_floors
 from supra.evaluate.text_perplexity import evaluate_text, position_edges
 from supra.uptrain import load_config, train
+from supra.uptrain.config import UptrainConfig
 from supra.uptrain.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "results.md"
 CONTEXT, HELD_OUT_TOKENS, FLOORS_TOKENS = 1024, 65_536, 16_384
-# for budgets of a million tokens: many small steps, and warm-ups in their proportion
+# for budgets of about a million tokens: many small steps
 SMALL = {
     "data.sequence_length": CONTEXT,
     "data.eval_documents": 0,
@@ -51,7 +52,7 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Row:
-    """What to convert to, and the recipe with what differs from it at these budgets."""
+    """What to convert to, the recipe, and its changes for these budgets."""
 
     mixer: str
     recipe: str
@@ -60,8 +61,8 @@ class Row:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-# rates of the published recipes are those of 7B models and of a thousand times the steps: rows take
-# what the same papers or their successors give for 100M to 1B
+# The published recipes have learning rates for 7B models and a thousand times as many steps. Rows
+# use the rates that the same papers or their successors give for 100M to 1B parameters.
 PAPER = {
     "tune.optimizer.lr": 3e-4,
     "tune.schedule.warmup": 0.1,
@@ -72,10 +73,10 @@ STAGED = {
     "distill.tokens": None, "distill.share": 0.8, "distill.optimizer.lr": 3e-4,
     "distill.schedule.kind": "cosine", "distill.schedule.warmup": 0.05,
 }  # fmt: skip
-# 300k tokens of mamba2 ended at 2.20 times the teacher's perplexity with 2048 tokens a step and at
-# 1.97 with 1024; end to end, with 6e-4 at 2.51, with 3e-4 at 2.02 and with 2e-4 at 1.98. A window
-# begins so close to the teacher that layers by themselves have little to learn; with 3e-5 it ended
-# at 1.22, with 1e-4 at 1.12
+# After 300k tokens, mamba2 has 2.20 times the teacher's perplexity with 2048 tokens per step, and
+# 1.97 times with 1024. With end-to-end rates of 6e-4, 3e-4 and 2e-4 it is 2.51, 2.02 and 1.98
+# times. A window starts so close to the teacher that training layer by layer gains little; with
+# rates of 3e-5 and 1e-4 it reaches 1.22 and 1.12 times.
 OURS = {
     "batch.size": 1, "calibrate.tokens": 4096,
     "align.schedule.warmup": 0.05, "distill.schedule.warmup": 0.05,
@@ -114,7 +115,7 @@ ROWS = {
     "gated_delta": Row("gated_delta", "supra", overrides=OURS),
     "mamba2": Row("mamba2", "supra", overrides=OURS | SLOWER),
     "rwkv": Row("rwkv", "supra", overrides=OURS),
-    # attention where H3 was published with it, in layers 1 and 1 + L/2; a state of its heads' size
+    # H3 as published: attention in layers 1 and 1 + L/2, and states as large as the heads
     "h3": Row("h3", "supra", {"head_size": 8, "d_state": 8}, (1, 16), OURS),
     "window": Row("window", "supra", overrides=NEAR),
     "nonlinear": Row(
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="hub id, folder or GGUF file")
     parser.add_argument("--train", help="text to train on")
     parser.add_argument("--held-out", help="text to measure on")
-    parser.add_argument("--tokens", type=int, default=300_000, help="of training; default 300_000")
+    parser.add_argument("--tokens", type=int, default=300_000, help="to train on; default 300_000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"), help="for checkpoints")
     parser.add_argument("--table", action="store_true", help="write the page from the results")
@@ -155,8 +156,35 @@ def main() -> None:
 
 
 def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Make one row, going on where it was interrupted."""
+    """Make one row; an interrupted one continues where it stopped."""
     student = arguments.runs / f"{arguments.row}-{arguments.seed}"
+    convert_teacher(row, arguments, student)
+    out = arguments.runs / f"{arguments.row}-{arguments.tokens}-{arguments.seed}"
+    config, run = config_of(row, arguments, student, out), RunFolder(out)
+    result = {
+        "row": arguments.row,
+        "recipe": row.recipe,
+        "mixer": row.mixer,
+        "options": row.options,
+        "softmax_layers": kept_layers(student),
+        "overrides": row.overrides,
+        "tokens": arguments.tokens,
+        "seed": arguments.seed,
+        "machine": processor("cuda" if torch.cuda.is_available() else "cpu"),
+        "torch": torch.__version__,
+    }
+    try:
+        if run.final.exists():
+            run.check_same(config)
+        elif not train(config):
+            raise UserError(f"{arguments.row} was interrupted: the same command continues")
+    except Diverged as error:
+        return result | {"failed": str(error)}
+    return result | log_of(out) | measured(arguments, run.final)
+
+
+def convert_teacher(row: Row, arguments: argparse.Namespace, student: Path) -> None:
+    """Convert the teacher into the folder `student`, unless this was done before."""
     conversion = {
         "teacher": find_checkpoint(arguments.teacher).fingerprint(),
         "mixer": row.mixer,
@@ -176,7 +204,10 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
             seed=arguments.seed,
             progress=True,
         )
-    out = arguments.runs / f"{arguments.row}-{arguments.tokens}-{arguments.seed}"
+
+
+def config_of(row: Row, arguments: argparse.Namespace, student: Path, out: Path) -> UptrainConfig:
+    """The row's recipe with its changes."""
     file = HERE / "configs" / f"{row.recipe}.yaml"
     settings = SMALL | row.overrides | {
         "student": student,
@@ -191,38 +222,20 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     if "distill" in yaml.safe_load(file.read_text(encoding="utf-8")):
         settings["teacher"] = arguments.teacher
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
-    config, run = load_config(file, overrides), RunFolder(out)
-    result = {
-        "row": arguments.row,
-        "recipe": row.recipe,
-        "mixer": row.mixer,
-        "options": row.options,
-        "softmax_layers": kept_layers(student),
-        "overrides": row.overrides,
-        "tokens": arguments.tokens,
-        "seed": arguments.seed,
-        "machine": processor("cuda" if torch.cuda.is_available() else "cpu"),
-        "torch": torch.__version__,
-    }
-    try:
-        if run.final.exists():
-            run.check_same(config)
-        elif not train(config):
-            raise UserError(f"{arguments.row} was interrupted: the same command goes on")
-    except Diverged as error:
-        return result | {"failed": str(error)}
-    return result | log_of(out) | measured(arguments, run.final)
+    return load_config(file, overrides)
 
 
 def keep_to(file: Path, facts: dict[str, Any]) -> None:
-    """What is under --runs was made from `facts`; raises UserError where these are others."""
+    """Raise UserError if the files under --runs were made from other `facts`, which `file`
+    keeps."""
     text = json.dumps(facts, indent=1) + "\n"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     elif file.read_text() != text:
         raise UserError(
-            f"{file} says that what is there was made otherwise: give another --runs, or remove it"
+            f"{file} says that the files there were made with other settings: give another --runs, "
+            "or remove them"
         )
 
 
@@ -232,7 +245,7 @@ def kept_layers(student: Path) -> list[int]:
 
 
 def log_of(out: Path) -> dict[str, Any]:
-    """Wall time of training, and held-out perplexity after each stage."""
+    """The wall time of training, and the held-out perplexity after each stage."""
     lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in lines if "tokens_per_second" in entry]
     before = [0, *(entry["tokens"] for entry in steps)]
@@ -257,8 +270,8 @@ def measured(arguments: argparse.Namespace, final: Path) -> dict[str, Any]:
     teacher = json.loads(known.read_text())
     if (teacher["model"], teacher["text"]) != (arguments.teacher, arguments.held_out):
         raise UserError(
-            f"{known} is of {teacher['model']} on {teacher['text']}: give another --runs, or "
-            "remove it"
+            f"{known} has the perplexity of {teacher['model']} on {teacher['text']}: give another "
+            "--runs, or remove it"
         )
     student = perplexity_of(str(final), arguments.held_out)
     config = find_checkpoint(str(final)).config()
@@ -283,7 +296,7 @@ def perplexity_of(model: str, text: str) -> dict[str, Any]:
 
 
 def floors_of(final: Path, text: str) -> list[dict[str, Any]]:
-    """What is lost when mixers of several branches have one alone; [] for mixers of one."""
+    """Perplexity with only one branch of the mixers; [] for mixers with a single branch."""
     checkpoint = find_checkpoint(str(final))
     model = load_model(checkpoint, torch.bfloat16)
     if not any(mixer.branches for mixer in find_mixers(model)):
@@ -310,7 +323,7 @@ def write_table() -> None:
 
 
 def line(row: dict[str, Any], tuned: dict[str, Any] | None = None) -> str:
-    """tuned: the row of the teacher tuned on the same tokens, if there is one."""
+    """A line of the table. tuned: the teacher's row after training on the same tokens, if any."""
     cells = [row["row"], row["recipe"], row["mixer"], str(len(row["softmax_layers"]))]
     cells.append(f"{row['tokens']:,}")
     if "failed" in row:

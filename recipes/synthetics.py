@@ -1,11 +1,11 @@
-"""Train a small model with any mixer on a synthetic language, one row a seed.
+"""Train a small model with any mixer on a synthetic language.
 
     python recipes/synthetics.py --task induction --mixer supra --steps 800 --seeds 0,1,2
-    python recipes/synthetics.py --table      # the rows that there are, into docs/synthetics.md
+    python recipes/synthetics.py --table      # writes all results into docs/synthetics.md
 
-The model is a Llama of two layers that has seen nothing: converted, then trained on fresh rows, or
-with --pool on the same ones again and again. Rows go to recipes/results/synthetics. What diverges
-is a row too.
+The model is an untrained Llama with two layers. It is converted, then trained on fresh rows, or,
+with --pool, on a fixed set of rows. Each seed gives one JSON file in recipes/results/synthetics,
+also if the training diverges.
 """
 
 import argparse
@@ -34,13 +34,14 @@ from supra.uptrain.small import descend, mean_loss
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "synthetics", HERE.parent / "docs" / "synthetics.md"
-EVERY = 50  # steps between two looks at held-out rows
-HELD_OUT = 512  # rows, of which no seed trains on one but by chance
+EVERY = 50  # steps between two evaluations on held-out rows
+HELD_OUT = 512  # held-out rows; training rows equal one of them only by chance
 SOLVED = 0.95
 LONGER = (2, 4, 8)  # times the length
-LEAK = 1e-5  # of gradients; what an FFT in float32 rounds to lies under it
-# H3's authors train on every token; in a row of induction all but the answer are random, so that
-# only noise is left out there
+# The maximum gradient with respect to later words. The rounding of a float32 FFT is smaller.
+LEAK = 1e-5
+# H3's authors train on every token. In induction all tokens but the answer are random, so training
+# only on the answers leaves out nothing but noise.
 LOSSES = {
     "induction": "answers", "associative-recall": "all", "mqar": "answers",
     "recent-recall": "answers",
@@ -49,7 +50,7 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one row; None is what the language says."""
+    """The settings of one training; None means the language's own value."""
 
     task: str
     mixer: str
@@ -57,7 +58,7 @@ class Settings:
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = 2e-3
-    new_lr: float | None = None  # of what the mixer adds; as in uptraining, None is lr
+    new_lr: float | None = None  # for parameters that the mixer adds; None means lr
     loss: str | None = None
     batch: int = 64
     pool: int = 0
@@ -76,10 +77,13 @@ class Settings:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} (={value}) must be at least 1")
         if self.pool < 0 or 0 < self.pool < self.batch:
-            raise UserError(f"--pool (={self.pool}) must be 0, or as many rows as a batch or more")
+            raise UserError(
+                f"--pool (={self.pool}) must be 0, or at least the batch of {self.batch} rows"
+            )
         if self.head_size is None and self.width % self.heads:
             raise UserError(
-                f"--width (={self.width}) does not divide into {self.heads} heads: give --head-size"
+                f"--width (={self.width}) must be a multiple of --heads (={self.heads}), or give "
+                "--head-size"
             )
         if not self.lr > 0:
             raise UserError(f"--lr (={self.lr}) must be positive")
@@ -95,12 +99,14 @@ class Settings:
         sizes = {name: getattr(self, name) for name in ("length", "vocabulary", "pairs")}
         sizes = {name: size for name, size in sizes.items() if size is not None}
         for name in set(sizes) - known:
-            raise UserError(f"--{name} is not for {self.task}, which has none: leave it out")
+            raise UserError(
+                f"--{name} (={sizes[name]}) does not apply to {self.task}: leave it out"
+            )
         return kind(**sizes)
 
     @property
     def changed(self) -> dict[str, Any]:
-        """What is not as it is by default, options first."""
+        """The mixer options and the settings that differ from their defaults."""
         named = ("task", "mixer", "steps", "seed", "options")
         others = {x.name: getattr(self, x.name) for x in fields(self) if x.name not in named}
         defaults = {x.name: x.default for x in fields(self)}
@@ -130,18 +136,20 @@ def main() -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", help=", ".join(LANGUAGES))
-    parser.add_argument("--mixer", help="a name that supra convert knows")
-    parser.add_argument("--options", default="{}", metavar="JSON", help="of the mixer")
+    parser.add_argument("--mixer", help="a mixer of supra convert")
+    parser.add_argument("--options", default="{}", metavar="JSON", help="options of the mixer")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", default="0,1,2", metavar="A,B")
     parser.add_argument("--lr", type=float, help="default: 2e-3")
-    parser.add_argument("--new-lr", type=float, help="of what the mixer adds; default: lr")
-    parser.add_argument("--loss", help="answers or all tokens; default: all for associative-recall")
-    parser.add_argument("--batch", type=int, help="rows of a step; default: 64")
-    parser.add_argument("--pool", type=int, help="train on so many rows; default: fresh ones")
-    parser.add_argument("--length", type=int, help="of a row; default: the paper's")
+    parser.add_argument("--new-lr", type=float, help="rate of new parameters; default: lr")
+    parser.add_argument("--loss", help="answers or all; default: all for associative-recall only")
+    parser.add_argument("--batch", type=int, help="rows per step; default: 64")
+    parser.add_argument(
+        "--pool", type=int, help="train on this many fixed rows; default: fresh rows"
+    )
+    parser.add_argument("--length", type=int, help="words per row; default: the paper's")
     parser.add_argument("--vocabulary", type=int, help="default: the paper's")
-    parser.add_argument("--pairs", type=int, help="of mqar; default: 4")
+    parser.add_argument("--pairs", type=int, help="pairs per row of mqar; default: 4")
     parser.add_argument("--layers", type=int, help="default: 2")
     parser.add_argument("--width", type=int, help="hidden size; default: 32; the MLP has 4 times")
     parser.add_argument("--heads", type=int, help="default: 1")
@@ -151,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_settings(arguments: argparse.Namespace) -> list[Settings]:
-    """Those of each seed. Raises UserError."""
+    """The settings of each seed. Raises UserError for arguments that do not fit."""
     for name in ("task", "mixer"):
         if getattr(arguments, name) is None:
             raise UserError(f"--{name} is missing")
@@ -160,7 +168,10 @@ def read_settings(arguments: argparse.Namespace) -> list[Settings]:
     except json.JSONDecodeError:
         options = None
     if not isinstance(options, dict):
-        raise UserError(f'--options {arguments.options!r} must be JSON, as \'{{"decay": "none"}}\'')
+        raise UserError(
+            f"--options (={arguments.options}) must be a JSON object, such as "
+            '\'{"decay": "none"}\''
+        )
     seeds = parse_seeds(arguments.seeds)
     names = {x.name for x in fields(Settings)} - {"options"}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
@@ -190,7 +201,7 @@ def make(settings: Settings) -> dict[str, Any]:
     except Diverged as error:
         return result | {"failed": str(error)}
     seconds = time.monotonic() - start
-    check_causal(model, settings, language)  # a part that starts at zero shows nothing before
+    check_causal(model, settings, language)  # again, because a part may start at zero
     solved = [step for step, accuracy in curve.items() if accuracy >= SOLVED]
     return result | {
         "accuracy": curve[settings.steps],
@@ -216,7 +227,8 @@ def llama_config(settings: Settings, language: Language) -> Any:
 
 
 def check_causal(model: torch.nn.Module, settings: Settings, language: Language) -> None:
-    """Raise UserError where an output depends on later words: such a model scores 100%."""
+    """Raise UserError if an output depends on later words, because such a model would score
+    100%."""
     leak = future_gradient(model, language.length)
     if not leak <= LEAK:
         raise UserError(
@@ -225,7 +237,7 @@ def check_causal(model: torch.nn.Module, settings: Settings, language: Language)
 
 
 def train(model: torch.nn.Module, settings: Settings, language: Language) -> dict[int, float]:
-    """Accuracy on held-out rows by step, as it went. Raises Diverged."""
+    """Train the model. Returns the accuracy on held-out rows by step. Raises Diverged."""
     held_out = draw(language, Random("held out"), HELD_OUT)
     rates = OptimizerConfig(lr=settings.lr, new_lr=settings.new_lr, weight_decay=0.1)
     batches, curve = training_rows(settings, language), {}
@@ -244,7 +256,7 @@ def train(model: torch.nn.Module, settings: Settings, language: Language) -> dic
 
 
 def training_rows(settings: Settings, language: Language) -> Iterator[list[Example]]:
-    """Batches without end."""
+    """Endless batches."""
     generator = Random(f"{settings.seed} train")
     pool = draw(language, generator, settings.pool)
     while not pool:
@@ -256,12 +268,12 @@ def training_rows(settings: Settings, language: Language) -> Iterator[list[Examp
 
 
 def accuracy(model: torch.nn.Module, rows: list[Example]) -> float:
-    """Share of answers that are the likeliest of all words."""
+    """The share of answers that are the most likely of all words."""
     return recall_accuracy(model.eval(), rows)[1]
 
 
 def by_length(model: torch.nn.Module, language: Language) -> dict[int, float]:
-    """Accuracy on held-out rows that are longer."""
+    """Accuracy on longer held-out rows, by length."""
     found = {}
     for factor in LONGER:
         longer = replace(language, length=factor * language.length)
@@ -292,12 +304,12 @@ def write_table() -> None:
 
 
 def mean_accuracy(rows: list[dict[str, Any]]) -> float:
-    """A seed that diverged has none."""
+    """The mean over seeds; a seed that diverged counts as 0."""
     return sum(row.get("accuracy", 0) for row in rows) / len(rows)
 
 
 def line(rows: list[dict[str, Any]]) -> str:
-    """All seeds of one setting, seed by seed."""
+    """The table's line for all seeds of one setting."""
     rows = sorted(rows, key=lambda row: row["seed"])
     first, done = rows[0], [row for row in rows if "failed" not in row]
     changed = [f"{name}={json.dumps(value)}" for name, value in first["changed"].items()]

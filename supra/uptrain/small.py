@@ -1,4 +1,4 @@
-"""Train a small model in memory, for experiments: no teacher, no stages, no files."""
+"""Trains a small model in memory, for experiments: no teacher, no stages, no files."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from supra.data.packing import IGNORE, shifted_labels
@@ -16,8 +17,11 @@ from supra.uptrain.optim import begin_stage, build_optimizer, schedule_factor, s
 
 
 def mean_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor, **forward: Any) -> Tensor:
-    """Cross entropy in nats a label, of tokens and labels int64 [N, T]; logits are made where there
-    is a label alone. `forward` is for the model, as a cache before the rows."""
+    """Cross entropy in nats per label, for tokens and labels int64 [N, T].
+
+    Logits are only computed where there is a label. `forward` has more arguments for the model,
+    such as a cache with the states before the rows.
+    """
     labels = shifted_labels(labels).flatten()
     scored = labels != IGNORE
     settings = {"use_cache": False} | forward
@@ -26,12 +30,25 @@ def mean_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor, **forward: An
     return token_losses(logits, labels[scored]).total / scored.sum()
 
 
+def fit(
+    model: PreTrainedModel,
+    next_loss: Callable[[], Tensor],
+    steps: int,
+    rates: OptimizerConfig,
+    title: str,
+) -> None:
+    """Train as `descend` does, with a progress bar."""
+    bar = tqdm(descend(model, next_loss, steps, rates), title, steps, unit="step")
+    for _, loss in bar:
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+
 def descend(
     model: PreTrainedModel, next_loss: Callable[[], Tensor], steps: int, rates: OptimizerConfig
 ) -> Iterator[tuple[int, float]]:
-    """AdamW down a cosine: the steps done so far, and the loss before the last of them.
+    """Train with AdamW and a cosine schedule. After each step, yields (steps done, its loss).
 
-    Between two steps the caller may do with the model what it likes. Raises Diverged.
+    Between two steps the caller may use the model freely. Raises Diverged.
     """
     stage = TuneConfig(optimizer=rates, schedule=ScheduleConfig())
     optimizer = build_optimizer(model, {"tune": stage})

@@ -86,7 +86,7 @@ def test_models_differ_in_their_state(recipe, heads):
 
 
 def test_recall_counts_answers(recipe, monkeypatch):
-    """A model that is not trained guesses; one whose answers are put into its mouth is right."""
+    """An untrained model guesses; a model that is given the answers is right."""
     monkeypatch.setattr(recipe, "TEST_ROWS", 64)
     model = recipe.untrained(4, 0)
     assert recipe.recall(model, 16) == pytest.approx(1 / recipe.VALUES, abs=0.05)
@@ -137,7 +137,7 @@ def test_the_error_is_a_root_mean_square(recipe):
 
 @pytest.mark.parametrize("sizes", [SIZES, SIZES * 3])
 def test_least_squares_are_least(recipe, sizes):
-    """No law near a found one is nearer to the points."""
+    """No law with slightly different parameters is closer to the points."""
     noise = torch.rand(len(sizes), generator=generator()).tolist()
     capacities = [1 + size**0.5 * x for size, x in zip(sizes, noise, strict=True)]
 
@@ -185,8 +185,8 @@ def test_a_row_for_what_fails(recipe, run, tmp_path, monkeypatch, capsys):
 
 
 def test_a_small_model_learns(recipe, monkeypatch):
-    """A fact of four keys and two values is seen by chance alone in half of the answers."""
-    for name, value in (("KEYS", 4), ("VALUES", 2), ("FILLERS", 1), ("MOST", 4)):
+    """With two values, half of the answers are right by chance."""
+    for name, value in (("KEYS", 4), ("VALUES", 2), ("FILLERS", 1), ("MAX_FACTS", 4)):
         monkeypatch.setattr(recipe, name, value)
     monkeypatch.setattr(recipe, "BATCH_WORDS", 512)
     monkeypatch.setattr(recipe, "TEST_ROWS", 64)
@@ -198,12 +198,12 @@ def test_a_small_model_learns(recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--heads", 3], "--heads: 3 does not divide the width of 32"),
-        (["--heads", 0], "--heads: 0 does not divide"),
-        (["--heads", ""], "--heads must name some"),
+        (["--heads", 3], "--heads (=3) must divide the width of 32"),
+        (["--heads", 0], "--heads (=0) must divide"),
+        (["--heads", ""], "--heads must have at least one number"),
         (["--seeds", "0,-1"], "seeds from 0 on"),
         (["--steps", 0], "--steps (=0) must be at least 1"),
-        (["--table"], "less than three sizes"),
+        (["--table"], "fewer than three sizes"),
     ],
 )
 def test_mistakes(run, tmp_path, capsys, words, message):

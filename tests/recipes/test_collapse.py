@@ -1,4 +1,4 @@
-"""State collapse: a trained model that shows it, the committed results, and the recipe."""
+"""State collapse: a trained model that collapses, the committed results, and the recipe."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def load_recipe(monkeypatch):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """With its results and its page in a folder, and everything small."""
+    """The recipe with small sizes, and with its results and its page in a temporary folder."""
     recipe = load_recipe(monkeypatch)
     monkeypatch.setattr(recipe, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(recipe, "PAGE", tmp_path / "long_context.md")
@@ -141,7 +141,7 @@ def test_results_make_a_page(recipe, run, tmp_path, capsys):
 
 
 def test_heads_begin_slow(recipe):
-    """Every word's step is the same, as the weights over the hidden states are zero."""
+    """Every word has the same step size, because the weights on the hidden states are zero."""
     model = recipe.untrained(5)
     steps = torch.stack(
         [torch.nn.functional.softplus(x.dt.bias) for x in model.modules() if hasattr(x, "dt")]
@@ -164,7 +164,7 @@ def test_norms_are_those_of_the_states(recipe):
 
 
 def test_segments_add_up_to_a_row(recipe):
-    """State passing reads what one long pass reads, and its gradients stay in a segment."""
+    """State passing has the losses of one long pass, and its gradients stay within a segment."""
     model = recipe.untrained(2)
     (row,) = draw(RecentRecall(length=120), Random(9), 1)
     ids, labels = labelled([row])
@@ -185,8 +185,8 @@ def test_segments_add_up_to_a_row(recipe):
     [
         (["--seeds", ""], "--seeds '' must name seeds from 0 on"),
         (["--seeds", "0,-1"], "--seeds '0,-1' must name seeds"),
-        (["--seeds", "0,1", "--checkpoint", "x"], "--checkpoint is of one seed, not 2"),
-        (["--table"], "no results in"),
+        (["--seeds", "0,1", "--checkpoint", "x"], "--checkpoint saves one seed, not 2"),
+        (["--table"], "has no results"),
     ],
 )
 def test_mistakes(run, capsys, words, message):

@@ -1,4 +1,4 @@
-"""Counting: the rows, what is measured of which model, the committed results, and the recipe."""
+"""Counting: the rows, the measurements, the committed results, and the recipe."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ def load_recipe(monkeypatch):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """With its results and its page in a folder, and everything small."""
+    """The recipe with small sizes, and with its results and its page in a temporary folder."""
     recipe = load_recipe(monkeypatch)
     monkeypatch.setattr(recipe, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(recipe, "PAGE", tmp_path / "counting.md")
@@ -66,7 +66,7 @@ def test_rows_come_from_their_seed(recipe):
 
 @pytest.mark.parametrize("task", ["parity", "modulo3"])
 def test_all_recurrences_begin_alike(recipe, task):
-    """The same inherited weights, decays, and numbers in the state; a only where there is one."""
+    """Models have the same inherited weights, decays and state sizes; only some have weights a."""
     models = {mixer: recipe.untrained(task, mixer, 1) for mixer in recipe.MIXERS}
     inherited = {
         mixer: {k: v for k, v in model.state_dict().items() if ".mixer." not in k}
@@ -107,7 +107,7 @@ def test_rows_grow_to_the_longest(recipe, monkeypatch):
 
 
 def test_measuring_counts_by_place(recipe, monkeypatch):
-    """A model into whose mouth the answers are put is right, but for the place that is spoilt."""
+    """A model that is given the answers is right, except at the position with a wrong answer."""
     _, labels = recipe.draw_rows(3, recipe.ROWS, 30, generator(7))
     logits = 20.0 * torch.eye(5)[labels[:, 1:]]
     logits[:, 11] = logits[:, 11].roll(1, dims=-1)
@@ -150,7 +150,7 @@ def test_models_are_rows(run, tmp_path, capsys):
 
 
 def test_rows_are_a_page(run, tmp_path):
-    """By task and recurrence, in the order of the recipe and not of their names."""
+    """Rows are sorted by task and recurrence, in the recipe's order and not by name."""
     folder = tmp_path / "results"
     folder.mkdir()
     worse, better = trial(1e-2, held_out=0.75), trial(3e-2, accuracy=(1.0, 0.875))
@@ -192,7 +192,7 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path, monkeypat
 
 @pytest.mark.parametrize("seed", range(3))
 def test_only_bistable_states_keep_parity(monkeypatch, seed):
-    """In the committed results, from places beyond the trained length to 200."""
+    """In the committed results, at positions beyond the trained length, up to 200."""
     folder = load_recipe(monkeypatch).RESULTS
     trials = {
         mixer: json.loads((folder / f"parity-{mixer}-{seed}.json").read_text())["trials"]
@@ -210,7 +210,7 @@ def test_what_is_there_is_not_made_again(run, tmp_path, capsys):
     file.write_text("made before")
     run(*words)
     assert file.read_text() == "made before"
-    assert "parity-linear-0.json is there" in capsys.readouterr().out
+    assert "parity-linear-0.json exists" in capsys.readouterr().out
     run(*words, "--again")
     assert json.loads(file.read_text())["mixer"] == "linear"
 

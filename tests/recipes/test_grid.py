@@ -65,7 +65,7 @@ def test_a_row_is_made_and_shown(run, tmp_path, capsys):
     testing.tiny_checkpoint(tmp_path / "other", seed=1)
     (tmp_path / "more.jsonl").write_text((tmp_path / "text.jsonl").read_text())
     for changed, message in (
-        (["--teacher", tmp_path / "other"], "was made otherwise"),
+        (["--teacher", tmp_path / "other"], "were made with other settings"),
         (["--train", tmp_path / "more.jsonl"], "holds a run with another config"),
         (["--held-out", tmp_path / "more.jsonl"], "holds a run with another config"),
     ):

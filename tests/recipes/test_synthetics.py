@@ -1,4 +1,4 @@
-"""The synthetic languages: what a row says, what a model is scored on, and a training on them."""
+"""The synthetic languages: their rows, how models are scored, and training on them."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def some_rows(language, count=200, seed=0):
 
 
 class Fake:
-    """A model that says `answer(row up to here)` next."""
+    """A model whose next word is `answer(row up to here)`."""
 
     device = torch.device("cpu")
 
@@ -69,7 +69,7 @@ class Fake:
 
 
 def last_follower(read):
-    """What followed the last word when it last came."""
+    """The word that followed the last word at its previous occurrence."""
     before = [at for at, word in enumerate(read[:-1]) if word == read[-1]]
     return read[before[-1] + 1] if before else 0
 
@@ -150,7 +150,8 @@ def test_pairs_may_fill_the_row():
 
 
 def test_within_the_trained_length_nothing_is_forgotten():
-    """In recent recall no key has two values there; from 24 writes on, every write rebinds one."""
+    """In rows of the trained length no key has two values; after 24 writes, every write replaces
+    one."""
     language = RecentRecall(length=960)
     *_, write, ask = range(language.vocabulary)
     kinds = Counter()
@@ -186,7 +187,7 @@ def test_questions_are_about_the_last_writes():
         (AssociativeRecall, {"length": 21}, r"length \(=21\) must be even"),
         (AssociativeRecall, {"vocabulary": 5}, r"vocabulary \(=5\) must be at least 6"),
         (MultiQueryRecall, {"pairs": 0}, r"pairs \(=0\) must be at least 1"),
-        (MultiQueryRecall, {"pairs": 17}, r"length \(=64\) must be at least 68: 17 pairs come"),
+        (MultiQueryRecall, {"pairs": 17}, r"length \(=64\) must be at least 68: each of the 17"),
         (MultiQueryRecall, {"vocabulary": 7}, r"vocabulary \(=7\) must be at least 8"),
         (RecentRecall, {"length": 3}, r"length \(=3\) must be at least 6: a write and"),
         (RecentRecall, {"length": 64}, r"length \(=64\) must be a multiple of 3"),
@@ -269,12 +270,12 @@ def test_eval_of_one_that_looks_up(models, monkeypatch, capsys, task):
     ("words", "message"),
     [
         (["--task", "inducton"], "unknown --task 'inducton': did you mean 'induction'?"),
-        (["--task", "induction", "--pairs", "4"], "--pairs is for mqar"),
+        (["--task", "induction", "--pairs", "4"], "--pairs is only for mqar"),
         (["--task", "induction", "--samples", "0"], "--samples (=0) must be at least 1"),
         (["--task", "induction", "--lengths", "x"], "--lengths 'x' must be integers"),
         (["--task", "induction", "--lengths", "2"], "length (=2) must be at least 3"),
         (["--task", "mqar", "--vocabulary", "0"], "vocabulary (=0) must be at least 8"),
-        (["--task", "induction", "--vocabulary", "301"], "needs 301 words, the tokenizer has 299"),
+        (["--task", "induction", "--vocabulary", "301"], "needs 301 words, but the tokenizer"),
         (["--task", "mqar", "--text", "x"], "--text: it belongs to supra eval text and supra eval"),
         (["--task", "mqar", "--parts", "recall"], "--parts: it belongs to supra eval ablate"),
         (["--task", "mqar", "--batch", "8"], "--batch: it belongs to supra eval text and supra"),
@@ -421,7 +422,7 @@ def test_a_pool_is_gone_through(recipe):
 
 
 def test_a_small_model_learns(recipe):
-    """One answer in two is the same word: a few steps are enough to say it."""
+    """Every second answer is the same word, which a few steps of training are enough to learn."""
     settings = recipe.Settings(
         "induction", "supra", 30, 0, vocabulary=4, length=6, width=16, lr=0.01
     )
@@ -444,14 +445,20 @@ def test_a_model_that_is_not_causal_is_refused(recipe, run, monkeypatch, capsys)
         (["--task", "induction"], "--mixer is missing"),
         (["--task", "inducton"], "did you mean 'induction'"),
         (["--task", "induction", "--mixer", "supre"], "did you mean 'supra'"),
-        (["--task", "induction", "--mixer", "supra", "--options", "x"], "must be JSON"),
-        (["--task", "induction", "--mixer", "supra", "--options", "[]"], "must be JSON"),
+        (["--task", "induction", "--mixer", "supra", "--options", "x"], "must be a JSON object"),
+        (["--task", "induction", "--mixer", "supra", "--options", "[]"], "must be a JSON object"),
         (["--task", "induction", "--mixer", "supra", "--options", '{"deca": 1}'], "'decay'"),
-        (["--task", "induction", "--mixer", "supra", "--pairs", 3], "--pairs is not for induction"),
+        (
+            ["--task", "induction", "--mixer", "supra", "--pairs", 3],
+            "--pairs (=3) does not apply to induction",
+        ),
         (["--task", "mqar", "--mixer", "supra", "--pairs", 17], "length (=64) must be at least 68"),
         (["--task", "mqar", "--mixer", "supra", "--steps", 0], "--steps (=0) must be at least 1"),
-        (["--task", "mqar", "--mixer", "supra", "--pool", 9], "--pool (=9) must be 0, or as many"),
-        (["--task", "mqar", "--mixer", "supra", "--heads", 3], "does not divide into 3 heads"),
+        (["--task", "mqar", "--mixer", "supra", "--pool", 9], "--pool (=9) must be 0, or at least"),
+        (
+            ["--task", "mqar", "--mixer", "supra", "--heads", 3],
+            "must be a multiple of --heads (=3)",
+        ),
         (["--task", "mqar", "--mixer", "supra", "--loss", "some"], "unknown loss 'some'"),
         (
             ["--task", "mqar", "--mixer", "supra", "--seeds", ""],
