@@ -18,13 +18,7 @@ CARD = "README.md"
 CARD_BYTES = 2**20  # three times the size of the largest cards on the hub
 TAGS = ["supra", "recurrent", "linear-attention"]
 TEXTS = ("license", "license_name", "license_link", "library_name", "pipeline_tag")
-LISTS = (
-    "language",
-    "tags",
-    "datasets",
-    "base_model",
-    "metrics",
-)  # a list of strings, or one string
+LISTS = ("language", "tags", "datasets", "base_model", "metrics")  # lists of strings, or a string
 # a pattern in the first lines of a licence -> the hub's name of the licence
 LICENSES = {
     r"apache license\s+version 2\.0": "apache-2.0",

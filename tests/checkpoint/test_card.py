@@ -174,7 +174,7 @@ def test_a_saved_model_keeps_its_card(converted, tmp_path):
 
 
 class Hub:
-    """Takes uploads, and has no card of its own: offline, asking for one finds none."""
+    """A hub that takes uploads. It has no card; offline, asking for one finds none."""
 
     def __init__(self):
         self.files = {}
@@ -190,7 +190,7 @@ class Hub:
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
 def test_an_upload_is_complete(way, converted, tmp_path, monkeypatch):
-    """transformers alone would upload a placeholder card, and on saving forget the shim."""
+    """Without supra, transformers would upload a placeholder card, and would not save the shim."""
     monkeypatch.setattr(hub, "_hf_api", remote := Hub())
     monkeypatch.setattr(hub, "hf_api", lambda: remote)
     monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: remote)
@@ -258,7 +258,7 @@ def teacher_with(base, where, content):
 
 @pytest.mark.parametrize("name", [*STRANGE_CARDS, "a folder"])
 def test_no_card_stops_a_model(base, tmp_path, capsys, name):
-    """Not a teacher's at conversion, nor a student's at saving and after uptraining."""
+    """A bad card stops neither conversion nor saving nor uptraining."""
     content, kept, line = STRANGE_CARDS.get(
         name, (None, {}, "README.md is left out: it is not a file")
     )

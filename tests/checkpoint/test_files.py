@@ -18,7 +18,7 @@ from supra.errors import UserError
 
 @contextmanager
 def another_process(folder, hold):
-    """A process that holds `folder` by `hold`; it is killed at the end, while it holds it."""
+    """Inside, another process holds `folder` by calling `hold`; at the end it is killed."""
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -75,7 +75,7 @@ def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path):
 
 
 def test_a_folder_that_was_finished_a_moment_ago(tmp_path, monkeypatch):
-    """The other process renamed its folder between our opening and locking of it."""
+    """The other process renames its folder after we open it and before we lock it."""
     flock = files.fcntl.flock
 
     def late(handle, operation):
@@ -105,10 +105,10 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, system)
 
 
 @contextmanager
-def small_files(most):
-    """No file can grow beyond a number of bytes, as on a full disk."""
+def small_files(maximum):
+    """Inside, no file can grow beyond `maximum` bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (maximum, before[1]))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Checkpoints outlive versions: those that earlier commits wrote load and compute what they did.
+"""Checkpoints of earlier versions still load and give the same outputs.
 
 Each folder in tests/files is a converted checkpoint with its logits on some tokens. Folders are
 added when the format changes and never written again.

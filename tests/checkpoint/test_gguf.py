@@ -34,7 +34,7 @@ NAMES = {
 
 
 def unpacked_types():
-    """The types that gguf can unpack, which are not all that it knows."""
+    """The types that gguf can unpack; it knows more types than these."""
     found = []
     for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
         if kind.name.startswith(("I8", "I16", "I32", "I64", "F64")):

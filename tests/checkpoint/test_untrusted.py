@@ -120,7 +120,7 @@ def test_no_code_of_the_source_comes_along(folder, tmp_path, ran, monkeypatch, c
 
 
 def test_no_code_of_the_student_is_exported(base, tmp_path, ran, monkeypatch):
-    """Not even if someone else changed the converted model."""
+    """Also if someone else changed the converted model."""
     convert(base, tmp_path / "rnn")
     plant(tmp_path / "rnn")
     settings = {"student": str(tmp_path / "rnn"), "data": {"path": "x"}, "out": "y"}
