@@ -1,4 +1,4 @@
-"""`accelerate launch -m supra.uptrain --config supra …`, wherever the package is installed."""
+"""`accelerate launch -m supra.uptrain --config supra …` runs the installed package."""
 
 import sys
 

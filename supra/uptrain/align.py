@@ -1,10 +1,10 @@
-"""The gradient of one step of the stages orient and align: every layer learns from its teacher's.
+"""The gradient of one step of the stages orient and align: each layer learns from the teacher's.
 
-One pass of the teacher, which is the student before training with softmax attention in it (see
-`supra.model.original`), shows each of the student's attention modules what the teacher's module
-reads.
-It computes on that at once and is differentiated at once. So no layer inherits another one's
-errors, there is no back-propagation through the depth, and memory is that of one layer.
+The teacher is the student before training, with softmax attention in it (see
+`supra.model.original`). One pass of the teacher gives each of the student's attention modules the
+inputs of the teacher's module. The student's module runs and is differentiated at once. Thus no
+layer inherits errors of other layers, gradients do not flow through the depth, and activations
+take the memory of one layer.
 """
 
 import math
@@ -23,27 +23,31 @@ from supra.uptrain.config import AlignConfig, OrientConfig
 
 
 class LayerByLayer:
-    """Each layer's error is |student - teacher|² / |teacher|²: 0 is perfect, and an output of zeros
-    has 1. Errors of different layers differ by up to 200 times before they are divided (LoLCATs,
-    arXiv 2410.10254), and gradients still do, so that each layer's is clipped by itself."""
+    """Each layer's error is |student - teacher|² / |teacher|². It is 0 for a perfect layer, and 1
+    for an output of zeros.
+
+    Without the division, errors of different layers differ by a factor of up to 200 (LoLCATs,
+    arXiv 2410.10254). Gradients still differ that much, so each layer's gradient is clipped
+    separately.
+    """
 
     def __init__(
         self,
         accelerator: Accelerator,
         teacher: nn.Module,  # headless
-        pairs: Sequence[tuple[nn.Module, nn.Module]],  # the attention modules: student's, teacher's
+        pairs: Sequence[tuple[nn.Module, nn.Module]],  # attention modules: (student's, teacher's)
         stage: AlignConfig | OrientConfig,
         autocast: Callable[[], AbstractContextManager],
     ):
         self.accelerator, self.teacher, self.pairs = accelerator, teacher, pairs
         self.stage, self.autocast = stage, autocast
-        self.seen: dict[str, _Mixed] = {}  # of the layer that runs
+        self.seen: dict[str, _Mixed] = {}  # the mixers' calls in the current layer
 
     def add_gradients(self, batches: Sequence[Block]) -> dict[str, float]:
-        """Mean gradient of all micro-batches of all processes, clipped layer by layer.
+        """Add the mean gradient over all micro-batches of all processes, clipped per layer.
 
-        Returns the mean error of the layers, that of the worst, and the norm of all gradients
-        before clipping.
+        Returns the mean error of the layers, the error of the worst layer, and the norm of all
+        gradients before clipping.
         """
         errors = sum(self._errors(batch, 1 / len(batches)) for batch in batches) / len(batches)
         errors = self.accelerator.reduce(errors, reduction="mean")
@@ -60,7 +64,7 @@ class LayerByLayer:
         return {name: value.item() for name, value in values.items()}
 
     def _errors(self, batch: Block, weight: float) -> Tensor:
-        """The error of every layer on a micro-batch; adds `weight` times its gradient."""
+        """The error of every layer on a micro-batch. Adds the gradient, multiplied by `weight`."""
         errors: list[Tensor] = []
         inputs = {x: batch[x].to(self.accelerator.device) for x in ("input_ids", "position_ids")}
         with ExitStack() as hooks:
@@ -80,7 +84,7 @@ class LayerByLayer:
     def _see(
         self, whose: str, mixer: Mixer, args: tuple[Any, ...], output: tuple[Any, ...]
     ) -> None:
-        """A forward hook of a mixer."""
+        """A forward hook of a mixer: remembers its inputs and output."""
         self.seen[whose] = _Mixed(mixer, args[0], output[0])
 
     def _learn(
@@ -93,7 +97,8 @@ class LayerByLayer:
         kwargs: dict[str, Any],
         output: tuple[Tensor, ...],
     ) -> None:
-        """A forward hook of the teacher's attention module: the student's runs on the same."""
+        """A forward hook of the teacher's attention module: trains the student's module on the same
+        inputs."""
         with torch.enable_grad():
             hidden, *_ = student(*args, **kwargs)
             ours, theirs = self.seen["student"], self.seen["teacher"]
@@ -105,7 +110,7 @@ class LayerByLayer:
             else:
                 error = relative_error(hidden, output[0])
             loss = weight * error
-        if loss.requires_grad:  # some mixers have no new parameters, for a stage of those alone
+        if loss.requires_grad:  # not if the stage trains only new parameters and the mixer has none
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
         errors.append(error.detach())
@@ -126,7 +131,7 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def matrix_error(matrix: Tensor, target: Tensor) -> Tensor:
-    """The same of every head's matrix [B, Hq, T, T], and the mean over heads."""
+    """The relative error of every head's matrix [B, Hq, T, T], as a mean over heads."""
     matrix, target = matrix.float(), target.float()
     others = (0, 2, 3)
     return ((matrix - target).square().sum(others) / target.square().sum(others)).mean()

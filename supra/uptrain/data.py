@@ -1,4 +1,4 @@
-"""Text as an endless, exactly resumable stream of packed blocks."""
+"""Text as an endless stream of packed blocks, which can resume at any position."""
 
 from collections.abc import Iterator
 
@@ -13,15 +13,15 @@ from supra.uptrain.config import UptrainConfig
 
 
 class BlockStream:
-    """One process's endless blocks: epoch after epoch, its own documents, packed.
+    """The endless blocks of one process: its documents, packed, epoch after epoch.
 
-    With `segments`, a block is so many sequence_lengths of one document: a long one gives several,
-    and what is left of it, or all of a short one, gives none. Only the first segment has start
-    tokens.
+    With `segments`, a block has that many times sequence_length tokens, all from one document. A
+    long document gives several blocks. Its last tokens are dropped if they do not fill a block, and
+    so are short documents. Only the first segment has start tokens.
 
-    The position is where the next token comes from, so it is small and exact: the epoch, the
-    documents taken in it, and how many tokens of the last of them are in earlier blocks, without
-    start tokens. (The left-over tokens are the rest of that document; loading tokenises it again.)
+    The position says exactly where the next token comes from: the epoch, the number of documents
+    read in it, and the number of tokens of the last document that are in earlier blocks, without
+    start tokens. Loading a position tokenises that document again.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class BlockStream:
         return {"epoch": self.epoch, "documents": self.documents, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position. If the text is another one and has no such position, go to its next
-        document or epoch; `found` is then false."""
-        segments, self.segments = self.segments, None  # offsets are those of whole documents
+        """Go to a position. If the text changed and has no such position, go to the next document
+        or epoch; `found` is then false."""
+        segments, self.segments = self.segments, None  # offsets count tokens of whole documents
         self.epoch = state["epoch"]
         self._open(skip=max(0, state["documents"] - 1))
         if state["documents"]:
@@ -64,11 +64,11 @@ class BlockStream:
 
     @property
     def text_tokens(self) -> int:
-        """Tokens of text in a block with a single piece."""
+        """The number of text tokens in a block with a single piece."""
         return self.block_tokens - len(self.start)
 
     def cut(self, segments: int | None) -> None:
-        """From here on, blocks of so many segments, or packed ones."""
+        """From here on, give blocks with this number of segments; None gives packed blocks."""
         self.segments = segments
         if segments:
             size = self.text_tokens
@@ -89,8 +89,8 @@ class BlockStream:
     def _open(self, skip: int = 0) -> None:
         self.texts = self.source.epoch(self.epoch, self.rank, self.world, skip)
         self.documents, self.tokens, self.offset = skip, [], 0
-        self.tokens_read = 0 if skip == 0 else None  # of this epoch; unknown after a skip
-        self.longest = 0  # document of this epoch
+        self.tokens_read = 0 if skip == 0 else None  # in this epoch; unknown after a skip
+        self.longest = 0  # tokens of the longest document in this epoch
 
     def _next_document(self) -> None:
         text = next(self.texts, None)
@@ -115,19 +115,19 @@ class BlockStream:
         if self.longest == 0:
             why = f"all {self.documents} documents are blank"
             if self.documents == 0:
-                why = "there is no document, or data.eval_documents holds all of them out"
-            raise UserError(f"there is no text in the data{share}: {why}")
+                why = "there is no document, or data.eval_documents holds out all of them"
+            raise UserError(f"there is no text in the data{share}: {why}; give more text")
         longest = f"the longest of {self.documents} documents{share} has {self.longest}"
         if self.longest < self.min_document_tokens:
             raise UserError(
                 f"data.min_document_tokens (={self.min_document_tokens}) leaves no document: "
-                f"{longest}; lower it or give longer documents"
+                f"{longest} tokens; lower it or give longer documents"
             )
         if self.segments:
             raise UserError(
                 f"extend.state_passing (={self.segments}) x data.sequence_length "
                 f"(={self.sequence_length}) is {self.block_tokens} tokens of one document, and "
-                f"{longest}: lower either or give longer documents"
+                f"{longest}: lower one of them or give longer documents"
             )
         raise UserError(
             f"data.sequence_length (={self.sequence_length}) is longer than the data{share} "
@@ -137,6 +137,7 @@ class BlockStream:
 
 
 def training_documents(config: UptrainConfig) -> Documents:
+    """The documents to train on, without those that are held out."""
     data = config.data
     dataset = open_dataset(data.path, data.name, data.split, data.streaming)
     if data.eval_documents:
@@ -145,7 +146,7 @@ def training_documents(config: UptrainConfig) -> Documents:
         elif len(dataset) <= data.eval_documents:
             raise UserError(
                 f"data.eval_documents (={data.eval_documents}) leaves nothing to train on: "
-                f"{data.path} has {len(dataset)} documents"
+                f"{data.path} has {len(dataset)} documents; lower it or give more text"
             )
         else:
             dataset = dataset.select(range(data.eval_documents, len(dataset)))
@@ -154,7 +155,7 @@ def training_documents(config: UptrainConfig) -> Documents:
 
 
 def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Block]:
-    """Blocks of about eval.tokens tokens of held-out text; [] when no such text is configured."""
+    """Blocks with about eval.tokens tokens of held-out text; [] if the config has no such text."""
     data = config.data
     if not (data.eval_path or data.eval_split or data.eval_documents):
         return []

@@ -1,4 +1,4 @@
-"""The gradient of one step of the stages distill, tune and extend: losses on the last logits."""
+"""The gradient of one step of the stages distill, tune and extend: losses on the model's logits."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +20,17 @@ from supra.uptrain.teacher import Teacher
 
 
 class EndToEnd:
+    """Trains the whole model: next-token loss, and in distill also the KL to the teacher."""
+
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,  # a ScoredModel, wrapped
+        model: nn.Module,  # a ScoredModel, wrapped by accelerate
         optimizer: torch.optim.Optimizer,
         stage: DistillConfig | TuneConfig | ExtendConfig,
         teacher: Teacher | None,
         autocast: Callable[[], AbstractContextManager],
-        initial_state: InitialState | None = None,  # of extend
+        initial_state: InitialState | None = None,  # for extend
     ):
         self.initial_state = initial_state
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
@@ -38,7 +40,7 @@ class EndToEnd:
         self.kl = stage.kl if self.teacher else 0.0
 
     def add_gradients(self, batches: Sequence[Block]) -> dict[str, float]:
-        """Gradient of a mean over all tokens of all micro-batches of all processes, clipped.
+        """Add the clipped gradient of the mean loss over all tokens of all processes.
 
         Returns the losses and the gradient's norm before clipping.
         """
@@ -62,7 +64,7 @@ class EndToEnd:
 
     @torch.no_grad()
     def fit_noise(self, batch: Block) -> None:
-        """Find the size of the noise that rows begin from, on a batch of every process."""
+        """Measure the size of the noise that rows begin with, on one batch per process."""
         self.model.eval()
         for part, cache in self._parts([batch]):
             self._losses(part, 1, cache)
@@ -70,7 +72,7 @@ class EndToEnd:
         self.initial_state.fit(cache, partial(self.accelerator.reduce, reduction="mean"))
 
     def _parts(self, batches: Sequence[Block]) -> Iterator[tuple[Block, Cache | None]]:
-        """What is computed at a time: the micro-batches, or the segments of one after the other,
+        """The parts of a forward pass: micro-batches, or the segments of each micro-batch in turn,
         with the states before them."""
         for index, batch in enumerate(batches):
             if self.initial_state is None:
@@ -86,10 +88,11 @@ class EndToEnd:
             self.initial_state.end(index, cache)
 
     def _losses(self, batch: Block, valid: int, cache: Cache | None) -> Losses:
-        """Losses of a part, with labels that are shifted, weighted so that gradients add up to the
-        mean's.
+        """Losses of a part with shifted labels. Their weights make all gradients add up to the
+        gradient of the mean over `valid` labels.
 
-        Data parallelism averages gradients over processes, hence the factor.
+        The number of processes is a factor, because data parallelism averages gradients over
+        processes.
         """
         batch = {name: column.to(self.accelerator.device) for name, column in batch.items()}
         labels = batch["labels"].flatten()
@@ -115,5 +118,5 @@ class EndToEnd:
             )
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over processes."""
+        """The sum over processes."""
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")

@@ -1,6 +1,7 @@
-"""Checks that weights and predictions are finite before they are saved."""
+"""Checks that weights and outputs are finite before they are saved."""
 
 import math
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -8,29 +9,47 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from supra.data.packing import Block
+from supra.errors import Diverged
+from supra.uptrain.stages import Stage
 
-LARGEST = 1e18  # of a weight: norms take squares, and float32 ends at 3e38
-TOKENS = 128  # of the row that a model is tried on
+LARGEST = 1e18  # maximum size of a weight: norms take squares, and float32 ends at 3e38
+TOKENS = 128  # tokens of the row that the model is tried on
 
 
 @torch.no_grad()
-def first_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """The first weight that is beyond LARGEST or NaN, or moment of AdamW that is infinite or NaN.
+def first_not_finite(
+    model: nn.Module, optimizer: torch.optim.Optimizer, row: Block | None, device: torch.device
+) -> str | None:
+    """The first weight that is NaN or larger than LARGEST, or moment of AdamW that is not finite;
+    else "the model's output" if the logits for `row` [1, T] are not finite.
 
-    Every process checks its own shards; all get the same answer.
+    Every process checks its own shards, and all processes get the same answer.
     """
     weights = dict(model.named_parameters())
     bad = [name for name, x in weights.items() if not _finite(x, LARGEST)]
     names = {id(x): name for name, x in weights.items()}
     for weight, state in optimizer.state.items():
         bad += [f"{key} of {names[id(weight)]}" for key, x in state.items() if not _finite(x)]
-    return next(filter(None, gather_object(bad[:1])), None)
+    if found := next(filter(None, gather_object(bad[:1])), None):
+        return found
+    return None if row is None or _predicts(model, row, device) else "the model's output"
 
 
-@torch.no_grad()
-def predicts(model: nn.Module, row: Block, device: torch.device) -> bool:
-    """Whether the logits of a row's [1, T] first tokens are finite in all processes: weights may be
-    finite and still too large to compute with."""
+def diverged(what: str, stage: Stage, checkpoint: Path | None) -> Diverged:
+    """The error for a stage whose numbers overflowed; `checkpoint` is the last good one."""
+    way_out = "the same command then starts from the beginning"
+    if checkpoint:
+        way_out = f"--accept-changed then continues from {checkpoint.name} with the new rate"
+    config = stage.config
+    return Diverged(
+        f"{what}. Lower {stage.name}.optimizer.lr (={config.optimizer.lr}) or lengthen "
+        f"{stage.name}.schedule.warmup (={config.schedule.warmup}): {way_out}"
+    )
+
+
+def _predicts(model: nn.Module, row: Block, device: torch.device) -> bool:
+    """Whether the logits of the row's first tokens are finite in all processes. Finite weights may
+    be too large to compute with."""
     was_training = model.training
     model.eval()
     inputs = {x: row[x][:, :TOKENS].to(device) for x in ("input_ids", "position_ids")}

@@ -1,4 +1,4 @@
-"""From what the rows of the stage extend begin: see `ExtendConfig`."""
+"""The states that rows begin with in the stage extend: see `ExtendConfig`."""
 
 from collections.abc import Callable
 
@@ -16,27 +16,28 @@ from supra.model.families import no_mixer
 from supra.model.positions import learned_positions
 from supra.uptrain.config import UptrainConfig
 
-# Tokens after which carried rows begin from nothing once more: their positions go on, and there an
-# angle of a rotary embedding in float32 is wrong by 2**20 * 2**-24 = 0.06.
-MOST_POSITIONS = 2**20
-# What noise can stand for, sums and the tokens of convolutions, and the axis whose entries have a
-# size each: the heads, and the channels. Kept keys, lengths and sums of weights it cannot.
+# After this many tokens, carried rows begin with empty states again. Their positions keep counting,
+# and at 2**20 a rotary angle in float32 has an error of 2**20 * 2**-24 = 0.06.
+MAX_POSITIONS = 2**20
+# The state tensors that noise can replace (sums, and the recent tokens of convolutions), and the
+# axis along which each entry has its own size (heads, and channels). Noise cannot replace kept
+# keys, lengths and sums of weights.
 NOISY = {"memory": 1, "conv_state": 2}
 
 
 class InitialState:
-    """The states before a process's rows, by micro-batch."""
+    """The states before the rows of one process, by micro-batch."""
 
     def __init__(self, kind: str, model: PreTrainedModel, seed: int):
         self.kind, self.mixers = kind, mixers_of(model)
-        self.positions, self.device = learned_positions(model) or MOST_POSITIONS, model.device
+        self.positions, self.device = learned_positions(model) or MAX_POSITIONS, model.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        # noise: one cache, of one row, with the standard deviation of each number; carried: the
-        # ends of the last step's rows, a cache for each of its micro-batches
+        # for noise: one cache of one row, with the standard deviation of each number; for carried:
+        # the states after the last step's rows, one cache per micro-batch
         self.kept: list[Cache] = []
 
     def begin(self, index: int, rows: int, tokens: int) -> Cache:
-        """The cache before the rows of a micro-batch, of so many tokens each."""
+        """The cache before the rows of a micro-batch; each row has `tokens` tokens."""
         if self.kind == "noise" and self.kept:
             return self._noise(rows)
         if self.kind == "carried" and index < len(self.kept):
@@ -46,7 +47,7 @@ class InitialState:
         return new_cache(len(self.mixers))
 
     def end(self, index: int, cache: Cache) -> None:
-        """Take note of the cache after the rows of a micro-batch."""
+        """Keep the cache after the rows of a micro-batch, if states are carried."""
         if self.kind != "carried":
             return
         for mixer, layer in zip(self.mixers, cache.layers, strict=True):
@@ -55,8 +56,11 @@ class InitialState:
         self.kept[index : index + 1] = [cache]
 
     def fit(self, cache: Cache, mean: Callable[[Tensor], Tensor]) -> None:
-        """Noise of the size of these states: per layer, tensor and head, or channel, the square
-        root of the mean square, over what `mean` sees of other processes too."""
+        """Set the size of the noise to that of these states.
+
+        It is the root mean square per layer, tensor, and head or channel. `mean` averages over
+        processes.
+        """
         kept = new_cache(len(self.mixers))
         for mixer, new, layer in zip(self.mixers, kept.layers, cache.layers, strict=True):
             if mixer.recurrent:
@@ -74,13 +78,13 @@ class InitialState:
         return cache
 
     def _normal(self, rows: int, size: Tensor) -> Tensor:
-        """Gaussian numbers for so many rows, with these standard deviations of one [1, …]."""
+        """Gaussian numbers for `rows` rows; `size` [1, …] has their standard deviations."""
         shape = rows, *size.shape[1:]
         like = {"dtype": size.dtype, "device": size.device}
         return size * torch.randn(shape, generator=self.generator, **like)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the next rows depend on: what is kept, as `micro-batch.layer.tensor`."""
+        """Everything that the next rows depend on; tensors are named `micro-batch.layer.tensor`."""
         tensors = {"generator": self.generator.get_state()}
         for index, cache in enumerate(self.kept):
             tensors[f"{index}.length"] = torch.tensor(cache.get_seq_length())
@@ -109,14 +113,14 @@ class InitialState:
 
 
 def _size(x: Tensor, axis: int, mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """The root mean square of each entry along the axis, for a row of x: [1, …]."""
+    """The root mean square of each entry along the axis, in the shape of one row of x, [1, …]."""
     others = [n for n in range(x.dim()) if n != axis]
     size = mean(x.float().square().mean(others, keepdim=True)).sqrt()
     return size.expand(1, *x.shape[1:]).to(x.dtype)
 
 
 def mixers_of(model: nn.Module) -> list[Mixer]:
-    """By layer. Raises UserError for a model that is not converted."""
+    """The mixers in the order of layers. Raises UserError for a model that is not converted."""
     attentions = sorted(attention_modules(model), key=lambda x: x.layer_idx)
     if not attentions or not all(hasattr(x, "mixer") for x in attentions):
         raise UserError(no_mixer(model.config.model_type))
@@ -124,21 +128,21 @@ def mixers_of(model: nn.Module) -> list[Mixer]:
 
 
 def check_extends(model: PreTrainedModel, config: UptrainConfig) -> None:
-    """Raises UserError for a student that this stage cannot train."""
+    """Raise UserError for a student that the stage extend cannot train."""
     stage, mixers = config.extend, mixers_of(model)
     tokens = stage.state_passing * config.data.sequence_length
-    if tokens > (most := learned_positions(model) or MOST_POSITIONS):
+    if tokens > (maximum := learned_positions(model) or MAX_POSITIONS):
         raise UserError(
             f"extend.state_passing (={stage.state_passing}) x data.sequence_length "
-            f"(={config.data.sequence_length}) is {tokens} tokens, and the student has positions "
-            f"for {most}: lower either"
+            f"(={config.data.sequence_length}) is {tokens} tokens, but the student has only "
+            f"{maximum} positions: lower one of them"
         )
     if stage.initial_state == "zero":
         return
     if not any(mixer.recurrent for mixer in mixers):
         raise UserError(
-            f"extend.initial_state (={stage.initial_state}) is of recurrent layers, and all of the "
-            "student's keep softmax attention: take zero"
+            f"extend.initial_state (={stage.initial_state}) needs recurrent layers, but all layers "
+            "of the student keep softmax attention: set it to zero"
         )
     if stage.initial_state == "noise":
         _check_noise(model, mixers)
@@ -153,6 +157,6 @@ def _check_noise(model: PreTrainedModel, mixers: list[Mixer]) -> None:
         for name, x in layer.state._asdict().items():
             if mixer.recurrent and x is not None and name not in NOISY:
                 raise UserError(
-                    f"extend.initial_state (=noise) cannot stand for {name} in the state of layer "
-                    f"{number} ({mixer.name}), only for {' and '.join(NOISY)}: take carried"
+                    f"extend.initial_state (=noise) cannot replace {name} in the state of layer "
+                    f"{number} ({mixer.name}), only {' and '.join(NOISY)}: set it to carried"
                 )

@@ -1,4 +1,4 @@
-"""What a run reports: a line of JSON a step, a progress bar, and the trackers it was given."""
+"""The log of a run: one line of JSON per step, a progress bar, and the configured trackers."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from supra.uptrain.run_folder import RunFolder
 
 
 class Log:
-    """Only the main process writes; the others call it all the same."""
+    """All processes call it, but only the main process writes."""
 
     def __init__(self, accelerator: Accelerator, folder: RunFolder, tokens: int, tokens_done: int):
         self.accelerator, self.main = accelerator, accelerator.is_main_process
@@ -21,19 +21,20 @@ class Log:
         self.restart_clock()
 
     def begin(self) -> None:
-        """Steps follow: show the bar. What is said or goes wrong before stands on its own line."""
+        """Show the progress bar. It is not shown earlier, so that earlier messages have their own
+        lines."""
         self.bar = tqdm(
             total=self.total,
             initial=self.tokens,
             unit="tok",
             unit_scale=True,
             disable=not self.main,
-            mininterval=1 if sys.stderr.isatty() else 30,  # a log file has no use for more
+            mininterval=1 if sys.stderr.isatty() else 30,  # a log file needs no more
         )
         self.restart_clock()
 
     def step(self, step: int, stage: str, tokens: int, values: dict[str, float]) -> None:
-        """One optimizer step; `tokens` is the count since the start of the run."""
+        """Log one optimizer step; `tokens` counts from the start of the run."""
         speed = (tokens - self.tokens) / (time.perf_counter() - self.started)
         self.bar.set_description(stage, refresh=False)
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -44,7 +45,7 @@ class Log:
         self.restart_clock()
 
     def event(self, step: int, stage: str, values: dict[str, float]) -> None:
-        """Something beside the steps: an evaluation."""
+        """Log something other than a step, such as an evaluation."""
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
         self.say(f"step {step} ({stage}): {numbers}")
         self._write(step, {"stage": stage, **values})

@@ -1,56 +1,52 @@
-"""The training loop, for one process or many (accelerate), with exact resume."""
+"""The training loop, for one process or many, with exact resume."""
 
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from accelerate import DistributedType
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 
 from supra.checkpoint.card import update_card
 from supra.checkpoint.files import staged_folder
-from supra.checkpoint.opening import find_checkpoint
 from supra.conversion.calibrate import calibrate
-from supra.data.packing import Block, check_tokenizer, collate
-from supra.data.text import hub_name
-from supra.errors import Diverged, UserError
-from supra.evaluate.perplexity import perplexity
+from supra.data.packing import Block, collate
+from supra.errors import Diverged
 from supra.losses.chunked import ScoredModel, language_model
 from supra.model.original import original
 from supra.model.positions import check_positions
 from supra.uptrain import models, optim, tree
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
-from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
-from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
+from supra.uptrain.config import LAYERWISE, UptrainConfig
 from supra.uptrain.end_to_end import EndToEnd
-from supra.uptrain.finite import first_not_finite, predicts
+from supra.uptrain.finite import diverged, first_not_finite
+from supra.uptrain.held_out import HeldOut
 from supra.uptrain.initial_state import InitialState, check_extends
 from supra.uptrain.log import Log
-from supra.uptrain.manifest import listed_files
 from supra.uptrain.memory import keep_freed_memory
 from supra.uptrain.origin import origin
+from supra.uptrain.processes import autocast, on_main
+from supra.uptrain.resume import resume
+from supra.uptrain.run_data import RunData
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.saved_state import SavedState
-from supra.uptrain.stages import Stage, plan, tokens_read
+from supra.uptrain.stages import Stage, plan, tokens_read, wrapped_stages
 from supra.uptrain.stop import stop_signals
 from supra.uptrain.teacher import Teacher
 
-T = TypeVar("T")
-
 
 def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
-    """Train as `config` says; the result is config.out/final.
+    """Train as `config` says, and write the result to config.out/final.
 
-    SIGTERM and SIGINT end the run after the step that is under way, with a checkpoint from which
-    the same command goes on to the same weights as a run without interruption. Returns False then.
-    With `accept_changed` a run continues even if its config, student, tokenizer, teacher or text
-    has changed. Raises UserError (or its subclass Diverged) for what a user can mend, and keeps the
-    last checkpoint.
+    SIGTERM and SIGINT end the run after the current step, with a checkpoint, and the result is
+    False. The same command then continues, and ends with the same weights as a run without
+    interruption. With `accept_changed`, a run continues even if its config, student, tokenizer,
+    teacher or text has changed. Raises UserError (or its subclass Diverged) for problems that the
+    user can solve, and keeps the last checkpoint.
     """
     run = Run(config, accept_changed)
     try:
@@ -61,54 +57,70 @@ def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
 
 
 class Run:
-    """All that a run holds: models, optimizer, data, and the step it is at."""
+    """The state of a run: models, optimizer, data, and the number of steps done."""
 
     def __init__(self, config: UptrainConfig, accept_changed: bool = False):
         self.config, self.accept_changed = config, accept_changed
         self.folder = RunFolder(config.out)
         self.accelerator = open_accelerator(config, self.folder.path)
         with ExitStack() as held:
-            self._on_main(lambda: held.enter_context(self.folder.locked()))
+            on_main(self.accelerator, lambda: held.enter_context(self.folder.locked()))
             self._open()
             self._held = held.pop_all()
 
     def _open(self) -> None:
-        config, folder, accept = self.config, self.folder, self.accept_changed
-        checkpoint, changed = self._on_main(lambda: folder.find_checkpoint(config, accept))
+        config, folder, accelerator = self.config, self.folder, self.accelerator
+        accept = self.accept_changed
+        checkpoint, changed = on_main(accelerator, lambda: folder.find_checkpoint(config, accept))
         set_seed(config.seed)
-        if self.accelerator.device.type == "cpu":
+        if accelerator.device.type == "cpu":
             keep_freed_memory()
+        self.autocast = partial(autocast, accelerator.device, config.precision)
+        self._plan_stages()
+        self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
+        # the last stage, if all steps are done and only the export is missing
+        stage = next((x for x in self.stages if self.step < x.end), self.stages[-1])
+        self._open_data(stage)
+        now = on_main(accelerator, lambda: origin(config, self.data.documents.dataset))
+        if checkpoint:
+            check = partial(folder.check_origin, checkpoint, now, accept)
+            changed += on_main(accelerator, check)
+        self.saved = SavedState(accelerator, folder, now, changed)
+        self._open_log()
+        self._load_models(fresh=checkpoint is None)
+        if checkpoint:
+            resume(self.saved, checkpoint, self.stream, accept, self.log)
+        self.row: Block | None = None  # the first row of the last step
+        self._begin(stage)
+        if self.initial_state and self.step > stage.start:
+            self.saved.read_rows(checkpoint, self.initial_state)
+        if accelerator.is_main_process:
+            folder.write_config(config)
+            folder.prune(config.checkpoint.keep)
+
+    def _plan_stages(self) -> None:
+        config = self.config
         rows = config.batch.size * config.batch.accumulation * self.accelerator.num_processes
         self.stages = plan(config, rows * config.data.sequence_length)
         for stage in self.stages:
             optim.check_warmup(stage.name, stage.steps, stage.config.schedule)
         self.steps = self.stages[-1].end
-        self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
-        # the last one when all steps are done, and only the export is missing
-        stage = next((x for x in self.stages if self.step < x.end), self.stages[-1])
-        self._open_data(stage)
-        now = self._on_main(lambda: origin(config, self.documents.dataset))
-        if checkpoint:
-            changed += self._on_main(lambda: folder.check_origin(checkpoint, now, accept))
-        self.saved = SavedState(self.accelerator, folder, now, changed)
-        self._open_log()
-        self._load_models(fresh=checkpoint is None)
-        if checkpoint:
-            self._resume(checkpoint)
-        self.row: Block | None = None  # of the last step
-        self._begin(stage)
-        if self.initial_state and self.step > stage.start:
-            self.saved.read_rows(checkpoint, self.initial_state)
-        if self.accelerator.is_main_process:
-            folder.write_config(config)
-            folder.prune(config.checkpoint.keep)
+
+    def _open_data(self, stage: Stage) -> None:
+        accelerator = self.accelerator
+        self.data = RunData(self.config, accelerator.process_index, accelerator.num_processes)
+        for later in self.stages:
+            if later.config.segments:  # fail now, not after hours, if no document is long enough
+                next(self.data.blocks(later.config.segments))
+        self.stream = self.data.blocks(stage.config.segments)
 
     def train(self, stop_requested: Callable[[], bool]) -> bool:
-        """False when it was stopped before the end."""
+        """Run all remaining steps and export the result. False if the run was stopped before."""
         config = self.config
         if self.step == 0:
             self.evaluate("calibrate" if config.calibrate.tokens else "start")
-            self._say_gain("calibrate", self._logged(0, "converted_perplexity"))
+            before = self.held_out.logged(0, "converted_perplexity")
+            self.held_out.say_gain(0, "calibrate", before)
         self.log.begin()
         while self.step < self.steps:
             self.train_step()
@@ -117,17 +129,17 @@ class Run:
                 self._check_finite()
                 self.evaluate(self.stage.name)
             if ended:
-                before = self._logged(self.stage.start, "eval_perplexity")
-                self._say_gain(self.stage.name, before)
+                before = self.held_out.logged(self.stage.start, "eval_perplexity")
+                self.held_out.say_gain(self.step, self.stage.name, before)
             if stop_requested():
                 self.accelerator.set_trigger()
             last = self.step == self.steps
             stop = self.accelerator.check_trigger() and not last
             if stop or last or _due(self.step, config.checkpoint.every):
-                self.save()  # the last one too: an export may fail, for want of disk space say
+                self.save()  # also after the last step, because the export may fail
             if stop:
                 self.log.say(
-                    f"stopped after step {self.step} of {self.steps}: the same command goes on"
+                    f"stopped after step {self.step} of {self.steps}: the same command continues"
                 )
                 return False
             if ended and not last:
@@ -160,11 +172,8 @@ class Run:
         self.log.step(self.step, stage.name, tokens_read(self.stages, self.step), values)
 
     def evaluate(self, stage: str) -> None:
-        """Held-out perplexity.
-
-        Every process evaluates all of it: sharded models need all processes in every forward pass.
-        """
-        self._report_perplexity(stage, {"eval": self.model})
+        """Log the held-out perplexity."""
+        self.held_out.report(self.step, stage, {"eval": self.model})
 
     def save(self) -> None:
         """Write a checkpoint. Raises Diverged if weights or predictions are not finite."""
@@ -181,79 +190,31 @@ class Run:
         state = {name.removeprefix("model."): x for name, x in state.items()}
         if self.accelerator.is_main_process:
             with staged_folder(self.folder.final) as staging:
-                models.export(self.config, state, self.tokenizer, staging)
+                models.export(self.config, state, self.data.tokenizer, staging)
                 update_card(
                     staging,
                     tokens=tokens_read(self.stages, self.step),
                     results=self.folder.perplexities(),
-                    dataset=self.hub_text,
+                    dataset=self.data.hub_text,
                 )
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
-        """Raises Diverged in every process if weights or predictions are not finite."""
-        found = first_not_finite(self.model, self.optimizer)
-        if found is None and self.row is not None:
-            with self._autocast():
-                if not predicts(self.model, self.row, self.accelerator.device):
-                    found = "what the model predicts"
+        """Raises Diverged in every process if weights or outputs are not finite."""
+        with self.autocast():
+            device = self.accelerator.device
+            found = first_not_finite(self.model, self.optimizer, self.row, device)
         if found:
             raise self._diverged(f"after step {self.step} {found} overflowed: nothing is saved")
 
     def _diverged(self, what: str) -> Diverged:
-        stage = self.stage.config
-        checkpoint = self.folder.last_checkpoint()
-        goes_on = "the same command begins anew"
-        if checkpoint:
-            goes_on = f"--accept-changed goes on from {checkpoint.name} with the new rate"
-        return Diverged(
-            f"{what}. Lower {self.stage.name}.optimizer.lr (={stage.optimizer.lr}) or lengthen "
-            f"{self.stage.name}.schedule.warmup (={stage.schedule.warmup}): {goes_on}"
-        )
+        return diverged(what, self.stage, self.folder.last_checkpoint())
 
     def close(self) -> None:
         self.log.close()
         self.accelerator.end_training()
         self._held.close()
-
-    def _on_main(self, act: Callable[[], T]) -> T:
-        """Run `act` in the main process only. Every process returns its result or raises its
-        error."""
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = act()
-            except (UserError, OSError) as error:
-                outcome[1] = error
-        result, error = broadcast_object_list(outcome)
-        if error is not None:
-            raise error
-        return result
-
-    def _open_data(self, stage: Stage) -> None:
-        config = self.config
-        self.tokenizer = find_checkpoint(config.student).tokenizer()
-        check_tokenizer(self.tokenizer)
-        self.held_out = held_out_blocks(config, self.tokenizer)
-        self.documents = training_documents(config)
-        self.hub_text = hub_name(config.data.path)
-        for later in self.stages:
-            if later.config.segments:  # no run of hours should then end for want of a document
-                next(self._blocks(later))
-        self.stream = self._blocks(stage)
-
-    def _blocks(self, stage: Stage) -> BlockStream:
-        """This process's, from the start of its documents."""
-        return BlockStream(
-            self.documents,
-            self.tokenizer,
-            self.config.data.sequence_length,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            segments=stage.config.segments,
-            min_document_tokens=self.config.data.min_document_tokens,
-        )
 
     def _open_log(self) -> None:
         self.accelerator.init_trackers("supra", _tracker_config(self.config))
@@ -269,8 +230,12 @@ class Run:
         if logged < self.step:
             self.log.say(
                 f"{self.folder.log} has lost lines: it has {logged} of {self.step} steps; the run "
-                "goes on, since training does not read them"
+                "continues, because training does not need them"
             )
+        batch_size = self.config.batch.size
+        self.held_out = HeldOut(
+            self.data.held_out, batch_size, self.folder, self.log, self.autocast
+        )
 
     def _load_models(self, fresh: bool) -> None:
         config, accelerator = self.config, self.accelerator
@@ -279,7 +244,7 @@ class Run:
         check_positions(student, "data.sequence_length", config.data.sequence_length)
         if config.extend:
             check_extends(student, config)
-        self.layers = None  # the teacher in the student, for as long as layers learn from it
+        self.layers = None  # the student's original attention, while layers learn from it
         if any(stage.name in LAYERWISE and self.step < stage.end for stage in self.stages):
             self.layers = original(student, own_attention=True)
         if fresh:
@@ -287,122 +252,59 @@ class Run:
         student = models.make_trainable(student, config)
         optimizer = optim.build_optimizer(student, config.stages)
         optim.freeze_unused(student, optimizer)
-        optim.require_gradients(optimizer, self._wrapped_stages())
+        optim.require_gradients(optimizer, wrapped_stages(self.config))
         self.model, self.optimizer = accelerator.prepare(ScoredModel(student), optimizer)
 
     def _set_starting_values(self, student: torch.nn.Module) -> None:
-        """Before anything is trained: where teacher and student stand, and calibration."""
+        """Before training: log the perplexity of teacher and student, and calibrate the student."""
+        settings = self.config.calibrate
         if self.teacher is not None and self.config.distill.cache is None:
-            self._report_perplexity("start", {"teacher": self.teacher.model})
-        if not self.config.calibrate.tokens:
+            self.held_out.report(self.step, "start", {"teacher": self.teacher.model})
+        if not settings.tokens:
             return
-        self._report_perplexity("start", {"converted": student})
-        data = self.config.data
-        # a stream of its own: the same text for every process, and training begins at its start
-        stream = BlockStream(
-            self.documents,
-            self.tokenizer,
-            data.sequence_length,
-            min_document_tokens=data.min_document_tokens,
-        )
-        count = max(1, self.config.calibrate.tokens // data.sequence_length)
-        batch = collate(islice(stream, count))
-        self.log.say(f"calibrating on {count * data.sequence_length:,} tokens")
-        with self._autocast():
-            calibrate(
-                student,
-                batch["input_ids"].to(self.accelerator.device),
-                batch["position_ids"].to(self.accelerator.device),
-                projections=self.config.calibrate.projections,
-            )
+        self.held_out.report(self.step, "start", {"converted": student})
+        batch = self.data.calibration_batch(settings.tokens)
+        self.log.say(f"calibrating on {batch['input_ids'].numel():,} tokens")
+        inputs = (batch[x].to(self.accelerator.device) for x in ("input_ids", "position_ids"))
+        with self.autocast():
+            calibrate(student, *inputs, projections=settings.projections)
 
     def _begin(self, stage: Stage) -> None:
-        """Set the optimizer up for a stage; at its first step the moments start from nothing."""
+        """Prepare optimizer and objective for a stage. Its first step starts with empty moments."""
         config, accelerator, self.stage = stage.config, self.accelerator, stage
         optim.begin_stage(self.optimizer, stage.name, config.optimizer)
         if self.step == stage.start:
             self.optimizer.state.clear()
         alone = accelerator.distributed_type == DistributedType.NO or stage.name in LAYERWISE
-        moved = {stage.name: config} if alone else self._wrapped_stages()
+        moved = {stage.name: config} if alone else wrapped_stages(self.config)
         optim.require_gradients(self.optimizer, moved)
         self.stream.cut(config.segments)
         self.initial_state = None
         if stage.name in LAYERWISE:
-            self.objective = LayerByLayer(accelerator, *self.layers, config, self._autocast)
-        else:  # and what only earlier stages need goes
-            self.layers = None
+            self.objective = LayerByLayer(accelerator, *self.layers, config, self.autocast)
+        else:
+            self.layers = None  # free what only earlier stages need
             self.teacher = self.teacher if stage.name == "distill" else None
-            if stage.name == "extend":
-                student = language_model(accelerator.unwrap_model(self.model).model)
-                seed = self.config.seed + accelerator.process_index
-                self.initial_state = InitialState(config.initial_state, student, seed)
-            self.objective = EndToEnd(
-                accelerator,
-                self.model,
-                self.optimizer,
-                config,
-                self.teacher,
-                self._autocast,
-                self.initial_state,
-            )
-            if self.initial_state and config.initial_state == "noise" and self.step == stage.start:
-                rows = islice(self._blocks(stage), self.config.batch.size)
-                self.objective.fit_noise(collate(rows))
+            self._begin_end_to_end(stage)
 
-    def _wrapped_stages(self) -> dict[str, StageConfig]:
-        """Those that run through the wrapper of several processes, which expects a gradient all the
-        time of what had one when it was made. It is made around something at least."""
-        stages = self.config.stages
-        return {x: stage for x, stage in stages.items() if x not in LAYERWISE} or stages
-
-    def _resume(self, checkpoint: Path) -> None:
-        """Load the training state, and go to the place in the data."""
-        if not listed_files(checkpoint):
-            self.log.say(
-                f"{checkpoint.name} was written by an earlier version: it has no checksums of its "
-                "files and no fingerprints of student, teacher and text"
-            )
-        if self.saved.changed:
-            changed = "; ".join(self.saved.changed)
-            self.log.say(f"going on from {checkpoint.name} with changes: {changed}")
-        if self.saved.read(checkpoint, self.stream):
-            return
-        if not self.accept_changed:
-            raise UserError(
-                f"the text ends before the place in it that {checkpoint} names: put back the text "
-                "that was there, choose another out folder, or give --accept-changed to go on in "
-                "this one"
-            )
-        where = self.stream.state_dict()
-        self.log.say(
-            f"the text ends before the place where training was: it goes on in epoch "
-            f"{where['epoch'] + 1} after {where['documents']} documents"
+    def _begin_end_to_end(self, stage: Stage) -> None:
+        config, accelerator = stage.config, self.accelerator
+        if stage.name == "extend":
+            student = language_model(accelerator.unwrap_model(self.model).model)
+            seed = self.config.seed + accelerator.process_index
+            self.initial_state = InitialState(config.initial_state, student, seed)
+        self.objective = EndToEnd(
+            accelerator,
+            self.model,
+            self.optimizer,
+            config,
+            self.teacher,
+            self.autocast,
+            self.initial_state,
         )
-
-    def _report_perplexity(self, stage: str, named: dict[str, torch.nn.Module]) -> None:
-        values = {}
-        for name, model in named.items() if self.held_out else ():
-            with self._autocast():
-                result = perplexity(model, self.held_out, batch_size=self.config.batch.size)
-            values |= {f"{name}_loss": result.loss, f"{name}_perplexity": result.perplexity}
-        if values:
-            self.log.event(self.step, stage, values)
-
-    def _say_gain(self, stage: str, before: float | None) -> None:
-        after = self._logged(self.step, "eval_perplexity")
-        if before and after:
-            self.log.say(
-                f"{stage}: held-out perplexity {before:,.2f} -> {after:,.2f}, "
-                f"divided by {before / after:.3g}"
-            )
-
-    def _logged(self, step: int, key: str) -> float | None:
-        return self.folder.logged(step, key) if self.accelerator.is_main_process else None
-
-    def _autocast(self) -> torch.autocast:
-        # not accelerate's: that one turns the logits into float32, all of them at once
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+        if self.initial_state and config.initial_state == "noise" and self.step == stage.start:
+            rows = islice(self.data.blocks(config.segments), self.config.batch.size)
+            self.objective.fit_noise(collate(rows))
 
 
 def _tracker_config(config: UptrainConfig) -> dict:

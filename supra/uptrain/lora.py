@@ -1,4 +1,4 @@
-"""LoRA on the pretrained projections, everything that conversion added trained in full."""
+"""LoRA on the pretrained projections. Parameters that conversion added are trained in full."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from supra.uptrain.config import LoraConfig
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig):
-    """Wrap `model`: its weights are frozen, the adapters and the new parameters train."""
+    """Wrap `model`: its weights are frozen; adapters and new parameters are trained."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("lora needs the package peft: pip install peft, or set lora=null")
     import peft

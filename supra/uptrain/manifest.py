@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with sizes and checksums, which shows what is damaged."""
+"""A list of a checkpoint's files with sizes and checksums, by which damage is found."""
 
 import json
 import zipfile
@@ -12,7 +12,7 @@ CHUNK = 2**22  # bytes read at a time
 
 
 def write_manifest(folder: Path) -> None:
-    """List all files of a checkpoint. Written last."""
+    """Write the list of a checkpoint's files. Call it after all files are written."""
     files = {
         path.relative_to(folder).as_posix(): _facts(path)
         for path in sorted(folder.rglob("*"))
@@ -22,12 +22,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def listed_files(folder: Path) -> bool:
-    """Whether a checkpoint should have this list; those of earlier versions do not."""
+    """Whether a checkpoint should have this list; checkpoints of earlier versions have none."""
     return (folder / MANIFEST).exists() or (folder / ORIGIN).exists()
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, for a message; None if nothing is."""
+    """A message about the first damaged file of a checkpoint; None if there is none."""
     if not listed_files(folder):
         return _damage_unlisted(folder)
     if not (folder / MANIFEST).is_file():
@@ -46,15 +46,15 @@ def damage(folder: Path) -> str | None:
         name = path.relative_to(folder).as_posix()
         # hidden files are the system's, such as .DS_Store
         if path.is_file() and name not in {*listed, MANIFEST} and not path.name.startswith("."):
-            return f"{name} is not of this checkpoint"
+            return f"{name} does not belong to this checkpoint"
     for name, (_, crc32) in listed.items():
         if _crc32(folder / name) != crc32:
-            return f"{name} is not what was written: its checksum differs"
+            return f"{name} has changed since it was written: its checksum differs"
     return None
 
 
 def _damage_unlisted(folder: Path) -> str | None:
-    """The same for a checkpoint of an earlier version, as far as it shows without a list."""
+    """The same for a checkpoint of an earlier version, as far as possible without a list."""
     ranks = [path.stem.removeprefix("data-") for path in folder.glob("data-*.json")]
     for name in (f"random_states_{rank}.pkl" for rank in ranks or ["0"]):
         if not (folder / name).is_file():
@@ -66,7 +66,7 @@ def _damage_unlisted(folder: Path) -> str | None:
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
             whole = False
         if not whole:
-            return f"{path.name} is cut or damaged"
+            return f"{path.name} is truncated or damaged"
     return None
 
 
@@ -75,7 +75,7 @@ def _facts(path: Path) -> dict[str, int]:
 
 
 def _crc32(path: Path) -> int:
-    """Finds damage by disks and copies, at 4 GB/s; does not stop deliberate changes."""
+    """It finds damage by disks and copies, at 4 GB/s, but does not stop deliberate changes."""
     checksum = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -1,4 +1,4 @@
-"""The student: loading it, and writing the result."""
+"""Loads the student, and writes the trained model."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from supra.uptrain.lora import add_lora
 
 
 def load_student(config: UptrainConfig) -> PreTrainedModel:
-    """The student in float32: bf16 weights would round most of AdamW's updates away."""
+    """The student in float32, because bf16 weights would round away most of AdamW's updates."""
     return find_checkpoint(config.student).model(torch.float32)
 
 
 def make_trainable(model: PreTrainedModel, config: UptrainConfig) -> torch.nn.Module:
-    """The student in training mode, with its adapters."""
+    """The student in training mode, with LoRA adapters if the config has them."""
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if config.lora:
@@ -32,29 +32,29 @@ def export(
     config: UptrainConfig,
     state: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    to: Path,
+    folder: Path,
 ) -> None:
-    """Write trained weights as a checkpoint like the student's: same dtype, with its conversion
-    report and licence. LoRA is merged into it, and is in the folder `adapter` as well, for use on
-    top of the student.
+    """Write trained weights into `folder`, as a checkpoint like the student's: with its dtype,
+    conversion report and licence. LoRA is merged into the weights. The subfolder `adapter` also has
+    the adapter alone, for use with the student.
 
-    What conversion added stays float32, because decays and gates lose their differences in bf16.
-    What the family keeps in float32 stays float32, too.
+    Parameters that conversion added stay float32, because bf16 would make different decays and
+    gates equal. Parameters that the family keeps in float32 stay float32, too.
     """
     model = make_trainable(load_student(config), config)
     model.load_state_dict(state)
     if config.lora:
         model.active_peft_config.base_model_name_or_path = config.student
-        model.save_pretrained(to / "adapter", save_embedding_layers=False)
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         model = model.merge_and_unload()
     student = find_checkpoint(config.student)
     dtype = student.config().dtype or torch.float32
     for name, parameter in model.named_parameters():
         if not any(part in name for part in model._keep_in_fp32_modules_strict):
             parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(to)
-    tokenizer.save_pretrained(to)
-    drop_code(to)
-    left_out = copy_data(student.folder, to, (REPORT, *LICENSE_FILES))
-    for line in [*left_out, *record_checksums(to)]:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    drop_code(folder)
+    left_out = copy_data(student.folder, folder, (REPORT, *LICENSE_FILES))
+    for line in [*left_out, *record_checksums(folder)]:
         tqdm.write(line)

@@ -1,4 +1,5 @@
-"""AdamW with the rates and the decay that each kind of parameter gets, and the rate over time."""
+"""AdamW with learning rates and weight decay by kind of parameter, and the schedule of the
+rates."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +15,11 @@ WSD_DECAY = 0.2  # last share of a warmup-stable-decay run (Hägele et al. 2024,
 
 
 def build_optimizer(model: torch.nn.Module, stages: Mapping[str, StageConfig]) -> torch.optim.AdamW:
-    """One optimizer for all that any of the stages trains; `begin_stage` sets its rates.
+    """One optimizer for all parameters that any stage trains; `begin_stage` sets its rates.
 
-    In groups by kind and by weight decay: none for tensors of one dimension (norms, biases), and
-    none for what conversion added: an identity feature map or a calibrated decay is not nearer to
-    nothing when it is nearer to zero. Raises UserError where a stage would train nothing.
+    Parameters are grouped by kind and by weight decay. One-dimensional parameters (norms, biases)
+    have no weight decay, and neither have those that conversion added: zero is no natural value for
+    an identity feature map or a calibrated decay. Raises UserError if a stage would train nothing.
     """
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for parameter, kind in trainable(model, stages):
@@ -27,8 +28,8 @@ def build_optimizer(model: torch.nn.Module, stages: Mapping[str, StageConfig]) -
     for stage, config in stages.items():
         if not any(rate(kind, stage, config.optimizer) for kind, _ in groups):
             raise UserError(
-                f"{stage} trains nothing: this student has no parameters with a rate above 0; "
-                f"set {stage}.optimizer.lr, or {stage}=null"
+                f"{stage} trains nothing: no parameter of this student has a rate above 0; set "
+                f"{stage}.optimizer.lr, or {stage}=null"
             )
     return torch.optim.AdamW(
         [
@@ -42,9 +43,11 @@ def build_optimizer(model: torch.nn.Module, stages: Mapping[str, StageConfig]) -
 def trainable(
     model: torch.nn.Module, stages: Mapping[str, StageConfig]
 ) -> list[tuple[torch.nn.Parameter, str]]:
-    """The parameters with a gradient that one of the stages moves, and the kind of each: `new`
-    (what conversion added), `adapter` (LoRA), `attention` (inherited, in an attention module) or
-    `other`."""
+    """The parameters that require a gradient and that a stage trains, with their kinds.
+
+    The kinds are `new` (added by conversion), `adapter` (LoRA), `attention` (inherited, in an
+    attention module) and `other`.
+    """
     inside = {id(x) for attention in attention_modules(model) for x in attention.parameters()}
     found = []
     for name, parameter in model.named_parameters():
@@ -61,7 +64,7 @@ def trainable(
 
 
 def rate(kind: str, stage: str, config: OptimizerConfig) -> float:
-    """The highest learning rate of a kind of parameters in a stage."""
+    """The peak learning rate of a kind of parameter in a stage."""
     if kind == "new":
         return config.lr if config.new_lr is None else config.new_lr
     if kind == "attention":
@@ -70,7 +73,7 @@ def rate(kind: str, stage: str, config: OptimizerConfig) -> float:
 
 
 def begin_stage(optimizer: torch.optim.Optimizer, stage: str, config: OptimizerConfig) -> None:
-    """Give every group what it has in this stage."""
+    """Set the learning rate, weight decay and betas of every group for a stage."""
     for group in optimizer.param_groups:
         group["base_lr"] = rate(group["kind"], stage, config)
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
@@ -78,7 +81,7 @@ def begin_stage(optimizer: torch.optim.Optimizer, stage: str, config: OptimizerC
 
 
 def freeze_unused(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What the optimizer does not have needs no gradient."""
+    """Turn off gradients for parameters that the optimizer does not have."""
     trained = {id(x) for group in optimizer.param_groups for x in group["params"]}
     for parameter in model.parameters():
         if id(parameter) not in trained:
@@ -86,7 +89,8 @@ def freeze_unused(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> N
 
 
 def require_gradients(optimizer: torch.optim.Optimizer, stages: Mapping[str, StageConfig]) -> None:
-    """A gradient for what any of these stages moves, of all that the optimizer has."""
+    """Turn on gradients for the optimizer's parameters that any of these stages trains, and turn
+    them off for its other parameters."""
     for group in optimizer.param_groups:
         rates = [rate(group["kind"], stage, config.optimizer) for stage, config in stages.items()]
         for parameter in group["params"]:
@@ -94,7 +98,8 @@ def require_gradients(optimizer: torch.optim.Optimizer, stages: Mapping[str, Sta
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Of what does not move in this stage, so that no norm counts them."""
+    """Drop the gradients of parameters that this stage does not train, so that norms exclude
+    them."""
     for group in optimizer.param_groups:
         if group["base_lr"] == 0:
             for parameter in group["params"]:
@@ -107,27 +112,27 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def warmup_steps(steps: int, config: ScheduleConfig) -> int:
-    """Of a stage of `steps`."""
+    """The number of warmup steps in a stage of `steps` steps."""
     return round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
 
 
 def check_warmup(name: str, steps: int, config: ScheduleConfig) -> None:
-    """Raise UserError for a stage whose rate would not get to where the schedule goes on."""
+    """Raise UserError for a stage that is too short for its warmup."""
     warmup = warmup_steps(steps, config)
-    most = steps - 1 if config.kind != "wsd" else round((1 - WSD_DECAY) * steps)
-    if warmup > max(0, most):
+    maximum = steps - 1 if config.kind != "wsd" else round((1 - WSD_DECAY) * steps)
+    if warmup > max(0, maximum):
         raise UserError(
             f"{name}.schedule.warmup (={config.warmup}) is {warmup} of the stage's {steps} steps, "
-            f"and {config.kind} leaves room for {most}: give a share of them, 0.1 say, or train on "
-            "more tokens"
+            f"and {config.kind} leaves room for {maximum}: give a share of the steps, such as 0.1, "
+            "or train on more tokens"
         )
 
 
 def schedule_factor(step: int, steps: int, config: ScheduleConfig) -> float:
-    """What the learning rate of step 0, 1, … steps - 1 of a stage is multiplied by.
+    """The factor of the learning rate at step 0, 1, … steps - 1 of a stage.
 
-    A pure function of the step, so that there is no scheduler state to save. The warm-up rises
-    linearly and is over when the factor reaches 1; the last step's factor is min_ratio.
+    It only depends on the step, so that there is no scheduler state to save. During the warmup the
+    factor rises linearly to 1; at the last step it is min_ratio.
     """
     warmup = warmup_steps(steps, config)
     if step < warmup:

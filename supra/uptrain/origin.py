@@ -1,4 +1,4 @@
-"""Fingerprints of what a run reads besides its config; a checkpoint resumes only with the same."""
+"""Fingerprints of what a run reads besides its config; resuming requires the same ones."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ ORIGIN = "origin.json"  # in a checkpoint
 
 
 def origin(config: UptrainConfig, dataset: Any) -> dict[str, str]:
-    """Fingerprints of the student, its tokenizer, the teacher and the text, which was opened as
-    `dataset`."""
+    """Fingerprints of the student, its tokenizer, the teacher and the text. `dataset` is the opened
+    text."""
     student = find_checkpoint(config.student)
     found = {"student": student.fingerprint(), "tokenizer": student.tokenizer_fingerprint()}
     if config.distill:
@@ -22,8 +22,9 @@ def origin(config: UptrainConfig, dataset: Any) -> dict[str, str]:
 
 
 def _text(config: UptrainConfig, dataset: Any) -> str:
-    """For local files their sizes and samples. For a data set on the hub its name and commit, which
-    is the folder name of the copy that `datasets` makes; a stream has no copy, so only its name."""
+    """For local files, a fingerprint of their sizes and samples. For a data set on the hub, its
+    name and commit, which is the folder name of the local copy; a stream has no copy, so its name
+    only."""
     data = config.data
     if files := local_files(data.path):
         return fingerprint(files)

@@ -17,12 +17,14 @@ from supra.uptrain.config import UptrainConfig
 from supra.uptrain.manifest import damage
 from supra.uptrain.origin import ORIGIN
 
-# settings that may change when a run continues, because they do not affect the weights
+# Settings that may change when a run continues, because they do not affect the weights.
 FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache")
 CHECKPOINT = re.compile(r"step-\d{8,}")
 
 
 class RunFolder:
+    """The files of a run, and the checks before it starts or continues."""
+
     def __init__(self, out: str | Path):
         self.path = Path(out).expanduser()
         self.config, self.log = self.path / "config.yaml", self.path / "log.jsonl"
@@ -33,7 +35,7 @@ class RunFolder:
         return locked(self.path)
 
     def all_checkpoints(self) -> list[Path]:
-        """Those that are complete, the oldest first."""
+        """The complete checkpoints, oldest first."""
         found = (x for x in self.checkpoints.glob("step-*") if CHECKPOINT.fullmatch(x.name))
         return sorted(found, key=self.step_of)
 
@@ -43,8 +45,9 @@ class RunFolder:
     def find_checkpoint(
         self, config: UptrainConfig, accept_changed: bool
     ) -> tuple[Path | None, list[str]]:
-        """The last checkpoint, checked for damage, or None; and the accepted differences between
-        this config and its own. Raises UserError."""
+        """The last checkpoint or None, and the accepted differences between this config and that of
+        the checkpoint. Raises UserError for a damaged checkpoint or differences that are not
+        accepted."""
         self.check(config)
         checkpoint = self.last_checkpoint()
         if checkpoint is None:
@@ -59,48 +62,49 @@ class RunFolder:
         return checkpoint, changed
 
     def check(self, config: UptrainConfig) -> None:
-        """Refuse to overwrite a run that is finished, that must not resume, or whose folder has
-        been tampered with."""
+        """Raise UserError for a run that is finished, that must not resume, or whose folder holds
+        unknown files."""
         if self.final.exists():
             raise UserError(f"out (={self.path}) holds a finished run: choose another folder")
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
-            raise UserError(f"{self.checkpoints} is no folder: move it away, or choose another out")
+            raise UserError(
+                f"{self.checkpoints} is not a folder: move it away, or choose another out"
+            )
         for path in self.checkpoints.glob("step-*"):
             if not CHECKPOINT.fullmatch(path.name) or not path.is_dir():
-                raise UserError(f"{path} is no checkpoint of a run: move it away")
+                raise UserError(f"{path} is not a checkpoint of a run: move it away")
         if self.last_checkpoint() is not None and not config.resume:
             raise UserError(
-                f"out (={self.path}) holds a run that was begun: "
-                "choose another folder, or resume=true to continue it"
+                f"out (={self.path}) holds an unfinished run: "
+                "choose another folder, or set resume=true to continue it"
             )
 
     def check_whole(self, checkpoint: Path) -> None:
-        """Refuse to continue from a checkpoint with a damaged file."""
+        """Raise UserError if a file of the checkpoint is damaged."""
         if found := damage(checkpoint):
             raise self.damaged(checkpoint, found)
         origin = self.origin_of(checkpoint)
         if origin and origin["step"] != self.step_of(checkpoint):
-            raise self.damaged(checkpoint, f"it is of step {origin['step']}, under another name")
+            raise self.damaged(checkpoint, f"it was written as step {origin['step']}")
 
     def damaged(self, checkpoint: Path, what: str) -> UserError:
         others = [path.name for path in self.all_checkpoints() if path != checkpoint]
-        goes_on = f"goes on from {others[-1]}" if others else "begins anew"
+        then = f"continues from {others[-1]}" if others else "starts from the beginning"
         return UserError(
-            f"{checkpoint} is damaged: {what}. Delete that folder, and the same command {goes_on}"
+            f"{checkpoint} is damaged: {what}. Delete that folder, and the same command {then}"
         )
 
     def check_origin(
         self, checkpoint: Path, origin: dict[str, str], accept_changed: bool
     ) -> list[str]:
-        """What the run reads that has changed since the checkpoint, if changes are accepted.
-        Raises UserError if they are not."""
+        """The inputs of the run that have changed since the checkpoint was written. Raises
+        UserError if there are some and changes are not accepted."""
         before = self.origin_of(checkpoint)
         changed = [name for name, now in origin.items() if before.get(name, now) != now]
         if changed and not accept_changed:
             raise UserError(
-                f"{' and '.join(changed)} changed since {checkpoint} was written: put back what "
-                f"was there, choose another out folder, or {_accept(checkpoint)} with what is "
-                "there now"
+                f"{' and '.join(changed)} changed since {checkpoint} was written: restore the "
+                f"original, choose another out folder, or {_accept(checkpoint)} with the change"
             )
         return [f"another {name}" for name in changed]
 
@@ -111,7 +115,8 @@ class RunFolder:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def check_same(self, config: UptrainConfig) -> None:
-        """Refuse a config that differs from the run's own in what affects the weights."""
+        """Raise UserError for a config that differs from the run's own in settings that affect the
+        weights."""
         if changed := self.changes(config):
             raise UserError(f"{self._another_config(changed)}, or go back to that config")
 
@@ -140,10 +145,10 @@ class RunFolder:
         _write(self.config, text)
 
     def truncate_log(self, step: int) -> int:
-        """Drop what an interrupted run logged after the checkpoint of `step`, and broken lines.
-        Returns how many steps up to the checkpoint are in the log.
+        """Drop broken lines and what an interrupted run logged after the checkpoint of `step`.
 
-        At step 0 there is no checkpoint, and everything in the log will happen again.
+        At step 0 there is no checkpoint, and the log is emptied. Returns the number of steps that
+        are left in the log.
         """
         if not self.log.exists():
             return 0
@@ -164,17 +169,17 @@ class RunFolder:
         return found
 
     def logged(self, step: int, key: str) -> float | None:
-        """What was logged last under `key` at `step`."""
+        """The last value that was logged under `key` at `step`."""
         lines = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
         values = [line[key] for line in lines if line["step"] == step and key in line]
         return values[-1] if values else None
 
     def prune(self, keep: int) -> None:
-        """Delete all but the last `keep` checkpoints, and what killed processes left behind."""
+        """Delete all but the last `keep` checkpoints, and the remains of killed processes."""
         for folder in self.checkpoints.glob(".step-*.partial"):
             shutil.rmtree(folder)
         for folder in self.all_checkpoints()[:-keep]:
-            # renamed first: a kill must not leave half of a checkpoint under its name
+            # renamed first, so that a kill does not leave an incomplete checkpoint under this name
             hidden = folder.rename(folder.with_name(f".{folder.name}.partial"))
             shutil.rmtree(hidden)
 
@@ -187,11 +192,11 @@ class RunFolder:
 
 
 def _accept(checkpoint: Path) -> str:
-    return f"give --accept-changed to go on from {checkpoint.name}"
+    return f"give --accept-changed to continue from {checkpoint.name}"
 
 
 def _step(line: str) -> float:
-    """The step of a log line; infinity for a broken line, as a killed process leaves one."""
+    """The step of a log line; infinity for a broken line, which a killed process may leave."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,5 +1,5 @@
 """The training state in a checkpoint: accelerate's state, each process's position in its data, and
-the states that its rows begin from."""
+the states that its rows begin with."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ class SavedState:
     changed: list[str]  # accepted differences from the last checkpoint
 
     def write(self, step: int, stream: BlockStream, initial_state: InitialState | None) -> None:
-        """Write a checkpoint, whole or not at all. Raises UserError for a full disk."""
+        """Write a checkpoint, completely or not at all. Raises UserError for a full disk."""
         main = self.accelerator.is_main_process
         target = self.folder.checkpoint(step)
         try:
@@ -50,19 +50,20 @@ class SavedState:
                     write_manifest(staging)
         except OSError as error:
             raise UserError(
-                f"the checkpoint of step {step} cannot be written: {error}. Those before it stay: "
-                f"make room on the disk of out (={self.folder.path}), and the same command goes on"
+                f"the checkpoint of step {step} cannot be written: {error}. Make room on the disk "
+                f"of out (={self.folder.path}), and the same command continues from the checkpoint "
+                "before it"
             ) from error
 
     def read(self, checkpoint: Path, stream: BlockStream) -> bool:
-        """Load a checkpoint and go to its position in the data. Returns whether every process's
-        text has that position. Raises UserError if the checkpoint does not load."""
+        """Load a checkpoint, and move `stream` to its position. Returns whether the text of every
+        process has that position. Raises UserError if the checkpoint does not load."""
         processes = self.accelerator.num_processes
         written_by = len(list(checkpoint.glob("data-*.json")))
         if written_by != processes:
             raise UserError(
-                f"{checkpoint} was written by {written_by} processes and there are {processes} "
-                "now: each has its own place in the data"
+                f"{checkpoint} was written by {written_by} processes, and there are {processes} "
+                f"now: start {written_by} processes, because each has its own position in the data"
             )
         with self._loading(checkpoint):
             position = self._position_file(checkpoint).read_text(encoding="utf-8")
@@ -71,7 +72,7 @@ class SavedState:
         return all(gather_object([stream.found]))
 
     def read_rows(self, checkpoint: Path, initial_state: InitialState) -> None:
-        """Load the states that rows begin from, in the middle of a stage that has them."""
+        """Load the states that rows begin with, in the middle of the stage extend."""
         with self._loading(checkpoint):
             initial_state.load_state_dict(load_file(self._rows_file(checkpoint)))
 
@@ -87,8 +88,8 @@ class SavedState:
             reason = " ".join(str(error).split())[:300]
             if self.changed:
                 raise UserError(
-                    f"{checkpoint} does not go with what changed ({'; '.join(self.changed)}): "
-                    f"{reason}; go back to what was there, or choose another out folder"
+                    f"{checkpoint} does not fit the changes ({'; '.join(self.changed)}): "
+                    f"{reason}; undo them, or choose another out folder"
                 ) from error
             raise self.folder.damaged(checkpoint, f"it does not load ({reason})") from error
 

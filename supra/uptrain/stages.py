@@ -1,18 +1,20 @@
-"""At which steps each stage of a run begins and ends, and how many tokens are read by then."""
+"""The stages of a run: their first and last steps, and the tokens read by then."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from supra.uptrain.config import StageConfig, UptrainConfig
+from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
 
 
 @dataclass(frozen=True)
 class Stage:
+    """One stage of a run. `start` and `end` count the run's steps before and after it."""
+
     name: str
     config: StageConfig
-    start: int  # steps of the run that are done before it
-    end: int  # and after it
+    start: int
+    end: int
     tokens_per_step: int
 
     @property
@@ -21,9 +23,9 @@ class Stage:
 
 
 def plan(config: UptrainConfig, tokens_per_step: int) -> list[Stage]:
-    """The stages that run, one after the other; a step has `tokens_per_step` for each segment.
+    """The stages of a run, in order. A step reads `tokens_per_step` tokens for each segment.
 
-    All together take their tokens rounded up to a step; each has one step at least.
+    The total number of tokens is rounded up to a whole step, and each stage has at least one step.
     """
     stages, tokens, start = [], 0, 0
     for name, count in config.stage_tokens.items():
@@ -37,7 +39,17 @@ def plan(config: UptrainConfig, tokens_per_step: int) -> list[Stage]:
 
 
 def tokens_read(stages: Sequence[Stage], step: int) -> int:
-    """Tokens of the run's first steps."""
+    """The number of tokens in the first `step` steps of the run."""
     return sum(
         min(max(step - stage.start, 0), stage.steps) * stage.tokens_per_step for stage in stages
     )
+
+
+def wrapped_stages(config: UptrainConfig) -> dict[str, StageConfig]:
+    """The stages that run through the wrapper of several processes.
+
+    In every step, the wrapper expects gradients for the parameters that required one when it was
+    made. Without such stages these are all stages, because the wrapper needs some parameters.
+    """
+    stages = config.stages
+    return {name: stage for name, stage in stages.items() if name not in LAYERWISE} or stages

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run between two steps."""
+"""Lets SIGTERM and SIGINT end a run between two steps."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGTERM or SIGINT into a request; a second one acts as it would without us."""
+    """Turn the first SIGTERM or SIGINT into a request to stop; a second one has its usual
+    effect."""
     received, previous = [], {}
 
     def handle(number, frame):

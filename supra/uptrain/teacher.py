@@ -1,4 +1,4 @@
-"""The teacher: what it says of a batch, run anew or read from where an earlier run kept it."""
+"""The teacher's predictions for a batch: computed, or read from the cache of an earlier run."""
 
 import hashlib
 import sys
@@ -23,11 +23,12 @@ from supra.losses.token_losses import TopK
 from supra.uptrain.config import UptrainConfig
 
 Targets = Callable[[slice], Tensor | TopK]
-"""Rows of the flattened batch -> the teacher's logits [n, V] of them, or its likeliest tokens."""
+"""Rows of the flattened batch -> the teacher's logits [n, V] for them, or its most likely
+tokens."""
 
 
 class Teacher:
-    """Loaded when it is first asked for something that is not in the cache."""
+    """The model is only loaded when a batch is not in the cache."""
 
     def __init__(self, config: UptrainConfig, device: torch.device):
         self.name, self.device, self.settings = config.teacher, device, config.distill
@@ -39,14 +40,14 @@ class Teacher:
         self.vocabulary = own
         if own != other:
             raise UserError(
-                f"teacher (={config.teacher}) has another vocabulary than the student: "
-                f"vocab_size {other}, not {own}"
+                f"teacher (={config.teacher}) has vocab_size {other} and the student has {own}: "
+                "give the model that the student was converted from"
             )
         top_k = config.distill.top_k
         if top_k is not None and top_k > own:
             raise UserError(
-                f"distill.top_k (={top_k}) is more than the {own} tokens of the vocabulary: lower "
-                "it, or leave it out for all of them"
+                f"distill.top_k (={top_k}) is more than the vocabulary's {own} tokens: lower it, "
+                "or leave it out to use all tokens"
             )
 
     @cached_property
@@ -61,7 +62,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, batch: Block) -> Targets:
-        """Of a batch [B, T] on the teacher's device."""
+        """The targets for a batch [B, T] on the teacher's device."""
         if self.settings.top_k is not None:
             return self._top_k(batch).rows
         hidden = self._hidden(batch)
@@ -99,7 +100,7 @@ class Teacher:
         except (SafetensorError, OSError, KeyError):
             valid = False
         if not valid:
-            tqdm.write(f"supra: {file} is damaged: the teacher is asked again", file=sys.stderr)
+            tqdm.write(f"supra: {file} is damaged: the teacher runs again", file=sys.stderr)
         return block if valid else None
 
     def _is_valid(self, block: TopK, length: int) -> bool:
@@ -124,7 +125,7 @@ class Teacher:
         )
 
     def _file(self, input_ids: Tensor, position_ids: Tensor) -> Path:
-        """Named by all that the numbers depend on."""
+        """The file of a row, named by a hash of everything that its numbers depend on."""
         settings = self.settings
         key = hashlib.sha256(
             f"{self._identity} {self.dtype} {settings.top_k} {settings.temperature}".encode()
@@ -136,7 +137,7 @@ class Teacher:
 
 
 def _write(file: Path, block: TopK) -> None:
-    """Write a block, whole or not at all. A block that another process is writing is left alone."""
+    """Write a block, completely or not at all. Does nothing if another process is writing it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     tensors = {

@@ -21,7 +21,7 @@ FREE = OptimizerConfig(clip=0.0)
 
 
 def batch(rows=2, tokens=24, seed=0):
-    """Two documents a row."""
+    """Rows with two documents each."""
     generator = torch.Generator().manual_seed(seed)
     positions = torch.cat([torch.arange(9), torch.arange(tokens - 9)])
     return {
@@ -36,7 +36,7 @@ def objective(student, stage, autocast=nullcontext):
 
 
 def observed(model, inputs):
-    """Of every attention module: the arguments of its call and its output."""
+    """The arguments and the output of every attention module's call."""
     seen = []
     hooks = [
         attention.register_forward_hook(
@@ -53,7 +53,7 @@ def observed(model, inputs):
 
 
 def output_of(attention, target, args, kwargs):
-    """After the output projection, or what that reads."""
+    """The output after the output projection, or before it."""
     read = []
     hook = attention.o_proj.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     hidden, _ = attention(*args, **kwargs)
@@ -62,7 +62,7 @@ def output_of(attention, target, args, kwargs):
 
 
 def test_the_teacher_in_the_student_is_the_teacher():
-    """Also after the student has been trained; the teacher packs, as the student does."""
+    """The teacher stays the original also after training, and packs documents like the student."""
     teacher, student = converted("supra", keep=KEEP)
     within, pairs = original(student, own_attention=True)
     assert [own.layer_idx for own, _ in pairs] == [0, 2]

@@ -23,6 +23,7 @@ from supra.uptrain.config import AlignConfig, ExtendConfig, OptimizerConfig
 from supra.uptrain.data import BlockStream, Documents, open_dataset
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.initial_state import InitialState
+from tests.uptrain.texts import write_texts
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=recipes/configs/smoke.yaml"
@@ -32,10 +33,7 @@ CONFIG = "--config=recipes/configs/smoke.yaml"
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
     testing.tiny_checkpoint(folder / "student")
-    with open(folder / "text.jsonl", "w") as file:
-        for number in range(20):
-            text = f"The river rises {number} times. " * (9 - number % 7)
-            print(json.dumps({"text": text}), file=file)
+    write_texts(folder / "text.jsonl", 20)
     return folder
 
 

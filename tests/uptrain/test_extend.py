@@ -1,4 +1,4 @@
-"""The gradient of the stage extend: rows in segments, states passed on, where they begin."""
+"""The gradient of the stage extend: segments, states passed between them, and initial states."""
 
 from contextlib import nullcontext
 from itertools import pairwise
@@ -19,6 +19,9 @@ from supra.uptrain.config import ExtendConfig, OptimizerConfig
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.initial_state import NOISY, InitialState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 SEGMENTS, LENGTH = 3, 12  # of a row, and tokens of a segment
 OPTIONS = {"rwkv": {"token_shift": True}, "window": {"size": 5}}
 RECURRENT = [name for name, mixer in MIXERS.items() if mixer.recurrent]
@@ -28,14 +31,6 @@ STUDENTS = {
     "hybrid": ("supra", {}),
 }
 NOISE = [name for name in RECURRENT if {*MIXERS[name].State._fields} <= {*NOISY, "normalizer"}]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +57,7 @@ def student(name, teacher, dtype=torch.float64):
 
 
 def rows(count=2, segments=SEGMENTS, seed=0):
-    """A batch of rows of one document each."""
+    """A batch whose rows hold one document each."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(testing.VOCABULARY, (count, segments * LENGTH), generator=generator)
     return collate(block([row]) for row in tokens.tolist())
@@ -78,7 +73,7 @@ def objective(model, initial_state="zero", segments=SEGMENTS):
 
 
 def nats(model, batch):
-    """Losses [B, T − 1] of rows that are read in one pass."""
+    """The losses [B, T − 1] of rows read in one pass."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.mT, batch["input_ids"][:, 1:], reduction="none")
@@ -109,7 +104,7 @@ def gradients(model):
 
 
 def distance(found, expected):
-    """Of gradients, relative to the size of all."""
+    """The norm of the difference of gradients, relative to the norm of the expected ones."""
     assert found.keys() == expected.keys()
     errors = [found[name] - x for name, x in expected.items()]
     return (
@@ -119,7 +114,7 @@ def distance(found, expected):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_segments_are_one_long_pass(teacher, name):
-    """In their loss; and the gradient is that of a truncated loop, which is another one."""
+    """The loss is the same. The gradient is that of a truncated loop, and therefore differs."""
     model, batch = student(name, teacher), rows()
     expected = nats(model, batch).mean()
     expected.backward()
@@ -186,7 +181,7 @@ def test_no_gradient_crosses_a_segment(teacher, monkeypatch, name):
 
 
 def test_carried_rows_go_on(teacher):
-    """Two steps are one pass over two documents, each row by itself."""
+    """Two steps are one pass over two documents, separately for each row."""
     model = student("mamba2", teacher)
     first, second = rows(seed=0), rows(seed=1)
     both = torch.cat([first["input_ids"], second["input_ids"]], dim=1).tolist()
@@ -200,7 +195,8 @@ def test_carried_rows_go_on(teacher):
 
 
 def test_carried_states_by_micro_batch(teacher):
-    """Each in its own place; kept attention begins anew, and all do where positions end."""
+    """Each micro-batch has its own states. Kept attention always starts empty; all layers do where
+    positions end."""
     model, batches = student("hybrid", teacher), [rows(2), rows(1, seed=1)]
     trained = objective(model, "carried")
     trained.add_gradients(batches)

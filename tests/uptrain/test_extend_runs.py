@@ -1,4 +1,4 @@
-"""The stage extend in a run: its documents, its settings, exact resume, what it refuses."""
+"""The stage extend in a run: its documents, its settings, exact resume, and its errors."""
 
 import json
 
@@ -15,20 +15,13 @@ from supra.errors import UserError
 from supra.model.positions import learned_positions
 from supra.uptrain import loop, tree
 from supra.uptrain.data import BlockStream
-from supra.uptrain.initial_state import MOST_POSITIONS, InitialState, check_extends
+from supra.uptrain.initial_state import MAX_POSITIONS, InitialState, check_extends
 from supra.uptrain.stages import plan, tokens_read
 from tests.uptrain.test_loop import assert_same_weights, interrupt_after, log, merged
 
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+
 SEGMENTS, LENGTH = 3, 12  # of a row, and tokens of a segment
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,7 @@ def tokenizer(tmp_path_factory):
 
 
 def texts():
-    """Of 1 to 180 tokens."""
+    """Texts of 1 to 180 tokens."""
     return ["", *(f"{chr(65 + n)}" * (n * n % 180) for n in range(30)), " "]
 
 
@@ -79,7 +72,7 @@ def test_resume_is_exact_at_every_row(tokenizer, world):
 
 
 def test_from_packed_blocks_to_rows(tokenizer):
-    """In the middle of a document; as when loading there."""
+    """Cutting in the middle of a document gives the same blocks as loading that position."""
     for count in range(1, 30):
         packed = stream(tokenizer, texts(), segments=None)
         for _ in range(count):
@@ -116,7 +109,7 @@ def test_short_documents_are_left_out(tokenizer):
         (
             {"segments": 20},
             r"extend.state_passing \(=20\) x data.sequence_length \(=12\) is 240 tokens of one "
-            r"document, and the longest of 32 documents has 170: lower either or give longer",
+            r"document, and the longest of 32 documents has 170: lower one of them or give longer",
         ),
         (
             {"segments": 20, "rank": 1, "world": 2},
@@ -175,7 +168,7 @@ def test_mistakes_in_settings(changes, message):
     ("mixer", "family", "extend", "message"),
     [
         ("window", "llama", {"initial_state": "noise"}, r"noise\) cannot .* layer 0 \(window\)"),
-        ("hedgehog", "llama", {"initial_state": "noise"}, "cannot stand for normalizer"),
+        ("hedgehog", "llama", {"initial_state": "noise"}, "cannot replace normalizer"),
         ("softmax", "llama", {"initial_state": "carried"}, "keep softmax attention: take zero"),
         ("supra", "gpt2", {"state_passing": 52}, "is 520 tokens, and .* positions for 512"),
     ],
@@ -188,17 +181,18 @@ def test_students_that_cannot(mixer, family, extend, message):
 
 
 def test_positions():
-    """A table of them bounds rows; rotary ones only where their angles lose their digits."""
+    """A table of positions limits rows; rotary positions only limit them where angles lose
+    precision."""
     families = {"llama": None, "gpt_neox": None, "gpt2": 512, "gpt_bigcode": 512, "biogpt": 512}
     for family, most in families.items():
         model = testing.untrained_model(testing.tiny_config(family), "supra")
         assert learned_positions(model) == most, family
-        assert InitialState("zero", model, 0).positions == most or MOST_POSITIONS
+        assert InitialState("zero", model, 0).positions == most or MAX_POSITIONS
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Converted students, a teacher that is not, and text of which half is long."""
+    """Converted students, a teacher that is not converted, and text with some long documents."""
     folder = tmp_path_factory.mktemp("extend")
     testing.tiny_checkpoint(folder / "teacher")
     convert(str(folder / "teacher"), folder / "student")
@@ -265,7 +259,8 @@ def test_initial_states_differ(files, tmp_path):
 
 
 def test_the_whole_way(files, tmp_path, capsys):
-    """From the command line: after another stage, held-out text before and after, the tokens."""
+    """From the command line, after another stage: held-out perplexity before and after, and
+    tokens."""
     out, step = tmp_path / "run", 2 * 2 * ROW
     file = tmp_path / "config.yaml"
     file.write_text(
@@ -294,7 +289,7 @@ def test_a_student_that_is_not_converted(files, tmp_path):
 
 
 def test_documents_that_are_too_short(files, tmp_path):
-    """Said before the first stage."""
+    """The error comes before the first stage."""
     run, extend = tmp_path / "run", {"state_passing": 40}
     with pytest.raises(UserError, match=r"extend.state_passing \(=40\) x data.sequence_length"):
         loop.train(config(files, run, tune=TUNED["tune"], extend=extend))

@@ -206,16 +206,16 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
     [
         (
             DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            r"distributed_type \(=DEEPSPEED, ZeRO stage 3\) does not work here: .*fsdp.yaml",
+            r"distributed_type \(=DEEPSPEED, ZeRO stage 3\) is not supported: .*fsdp.yaml",
         ),
         (
             DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "a.json"},
-            r"distributed_type \(=DEEPSPEED, config a.json\) does not work here",
+            r"distributed_type \(=DEEPSPEED, config a.json\) is not supported",
         ),
-        (DEEPSPEED, r"distributed_type \(=DEEPSPEED, ZeRO stage of its own default\)"),
+        (DEEPSPEED, r"distributed_type \(=DEEPSPEED, ZeRO stage by default\)"),
         (
             {"ACCELERATE_USE_MEGATRON_LM": "true"},
-            r"distributed_type \(=MEGATRON_LM\) does not work here: .*fsdp.yaml",
+            r"distributed_type \(=MEGATRON_LM\) is not supported: .*fsdp.yaml",
         ),
         ({"ACCELERATE_USE_FSDP": "true"}, r"fsdp_version \(=1\) must be 2: version 1 hides"),
         (

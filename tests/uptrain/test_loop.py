@@ -1,11 +1,10 @@
-"""Training as a whole, on tiny models: exact resume, accumulation, export, refusals."""
+"""Whole training runs on tiny models: exact resume, accumulation, export, and errors."""
 
 import json
 import os
 import random
 import signal
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -19,6 +18,8 @@ from supra.evaluate import blocks_from_text, perplexity
 from supra.uptrain import loop, tree
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +51,6 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(files, out, **changes):
     values = {
         "student": str(files / "student"),
@@ -78,7 +70,7 @@ def config(files, out, **changes):
 
 
 def merged(values, changes):
-    """Nested dicts, with the changes in their places."""
+    """Nested dicts with changes, which replace single values."""
     for key, value in changes.items():
         inner = isinstance(value, dict) and isinstance(values.get(key), dict)
         values = values | {key: merged(values[key], value) if inner else value}
@@ -141,7 +133,7 @@ def test_interrupted_is_unbroken(files, tmp_path, monkeypatch, capsys, student, 
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(files, tmp_path, monkeypatch):
-    """Also: half a checkpoint and half a log line, as a power cut leaves them, do no harm."""
+    """Half a checkpoint and half a log line, which a power cut may leave, do no harm."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = {"checkpoint": {"every": 2, "keep": 2}}
     loop.train(config(files, whole, **changes))
@@ -168,7 +160,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(files, tmp_path, monkeypa
 
 
 def test_an_export_that_fails_is_done_again(files, tmp_path, monkeypatch):
-    """And no step is."""
+    """Only the export is repeated, and no step."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = {"checkpoint": {"every": 0}}
     loop.train(config(files, whole, **changes))
@@ -336,7 +328,7 @@ def test_lora_targets_that_are_not_there(files, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, monkeypatch):
-    """The last checkpoint is of good weights, and the same command can go on."""
+    """The last checkpoint has good weights, and the same command can continue."""
     out = tmp_path / "run"
     add_gradients, steps = EndToEnd.add_gradients, iter(range(1, 12))
 
@@ -349,7 +341,7 @@ def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, monkeypatch):
         with pytest.raises(
             UserError,
             match=r"step 4: the loss is nan .* Lower distill.optimizer.lr .* "
-            "--accept-changed goes on from step-00000003",
+            "--accept-changed then continues from step-00000003",
         ):
             loop.train(config(files, out, checkpoint={"every": 1}))
     assert RunFolder(out).last_checkpoint().name == "step-00000003"

@@ -72,7 +72,7 @@ def test_a_warm_up_leaves_room(kind, warmup, most):
 
 
 def student():
-    """Two layers, the second one of softmax attention."""
+    """Two layers, the second one with softmax attention."""
     return converted("supra", layers=2, keep=[1])[1]
 
 
@@ -124,11 +124,11 @@ def test_what_no_stage_trains_is_frozen():
 
 
 def test_a_stage_that_trains_nothing_is_refused():
-    """Adapters rest in align, and rates of new parameters are of no use to a student without."""
+    """Adapters are not trained in align, and a student without new parameters has none to train."""
     teacher, _ = converted("supra", layers=1)
     new_alone = OptimizerConfig(lr=0.0, new_lr=1e-2)
     stages = {"align": AlignConfig(optimizer=new_alone), "tune": TuneConfig()}
-    with pytest.raises(UserError, match="align trains nothing: this student has no parameters"):
+    with pytest.raises(UserError, match="align trains nothing: no parameter of this student"):
         build_optimizer(add_lora(teacher, LoraConfig(rank=2, targets=("q_proj",))), stages)
 
 

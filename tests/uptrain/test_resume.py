@@ -17,6 +17,10 @@ from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.run_folder import RunFolder
 from tests.checkpoint.test_files import another_process, small_files
 from tests.uptrain.test_loop import assert_same_weights, interrupt_after, log, merged
+from tests.uptrain.texts import write_texts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 STEPS, LAST, BEFORE = 6, "step-00000004", "step-00000002"
 
@@ -28,10 +32,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     testing.tiny_checkpoint(folder / "teacher")
     testing.tiny_checkpoint(folder / "student", seed=1)
-    with open(folder / "text.jsonl", "w") as file:
-        for number in range(20):
-            text = f"The river rises {number} times. " * (9 - number % 7)
-            print(json.dumps({"text": text}), file=file)
+    write_texts(folder / "text.jsonl", 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         loop.train(config(folder, folder / "whole"))
@@ -41,12 +42,8 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_own_cache(files, monkeypatch):
+def shared_cache(files, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", files / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(files, out, **changes):
@@ -106,7 +103,7 @@ DAMAGES = {
 def test_a_damaged_file_of_a_checkpoint(files, run, name, damage):
     DAMAGES[damage](run / "checkpoints" / LAST / name)
     message = (
-        f"{LAST} is damaged: .*. Delete that folder, and the same command goes on from {BEFORE}"
+        f"{LAST} is damaged: .*. Delete that folder, and the same command continues from {BEFORE}"
     )
     with pytest.raises(UserError, match=message) as error:
         loop.train(config(files, run))
@@ -123,22 +120,22 @@ def test_the_way_out_is_one(files, run):
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / LAST)
     cut(run / "checkpoints" / "step-00000006" / "optimizer.bin")
-    with pytest.raises(UserError, match="and the same command begins anew"):
+    with pytest.raises(UserError, match="and the same command starts from the beginning"):
         loop.train(config(files, run))
 
 
 SOMEBODY_WAS_HERE = {
     "a file of two processes": (
         lambda at: shutil.copy(at / LAST / "data-0.json", at / LAST / "data-1.json"),
-        "data-1.json is not of this checkpoint",
+        "data-1.json does not belong to this checkpoint",
     ),
     "a file of another step": (
         lambda at: shutil.copy(at / BEFORE / "model.safetensors", at / LAST),
-        "model.safetensors is not what was written: its checksum differs",
+        "model.safetensors has changed since it was written: its checksum differs",
     ),
     "another name": (
         lambda at: os.rename(at / LAST, at / "step-00000005"),
-        "step-00000005 is damaged: it is of step 4, under another name",
+        "step-00000005 is damaged: it was written as step 4",
     ),
     "no files": (
         lambda at: (shutil.rmtree(at / LAST), (at / LAST).mkdir()),
@@ -154,23 +151,23 @@ SOMEBODY_WAS_HERE = {
     ),
     "a list of nothing": (
         lambda at: (at / LAST / "manifest.json").write_text('{"files": {}}'),
-        "is not of this checkpoint",
+        "does not belong to this checkpoint",
     ),
     "a file for a checkpoint": (
         lambda at: (at / "step-00000005").write_text("mine"),
-        "step-00000005 is no checkpoint of a run: move it away",
+        "step-00000005 is not a checkpoint of a run: move it away",
     ),
     "a step without a number": (
         lambda at: (at / "step-last").mkdir(),
-        "step-last is no checkpoint of a run: move it away",
+        "step-last is not a checkpoint of a run: move it away",
     ),
     "a copy": (
         lambda at: shutil.copytree(at / LAST, at / f"{LAST} (copy)"),
-        r"step-00000004 \(copy\) is no checkpoint of a run: move it away",
+        r"step-00000004 \(copy\) is not a checkpoint of a run: move it away",
     ),
     "checkpoints are a file": (
         lambda at: (shutil.rmtree(at), at.write_text("mine")),
-        "checkpoints is no folder: move it away",
+        "checkpoints is not a folder: move it away",
     ),
     "config missing": (
         lambda at: (at.parent / "config.yaml").unlink(),
@@ -239,7 +236,7 @@ def test_damage_that_is_seen_without_a_list(files, run, name, damage):
 
 
 def change(files, tmp_path, what):
-    """Copies of student, teacher and text, one of which is replaced by another."""
+    """Copies of student, teacher and text; one of them is then replaced."""
     for name in ("student", "teacher"):
         shutil.copytree(files / name, tmp_path / name)
     text = (files / "text.jsonl").read_text()
@@ -271,22 +268,24 @@ def test_what_a_run_reads_is_the_same_or_accepted(files, run, tmp_path, capsys, 
         paths[key] = str(tmp_path / key)
     paths["data"]["path"] = str(tmp_path / "text.jsonl")
     (run / "config.yaml").write_text(yaml.safe_dump(paths))
-    message = f"^{name} changed since .*{LAST} was written: .*--accept-changed to go on from {LAST}"
+    message = (
+        f"^{name} changed since .*{LAST} was written: .*--accept-changed to continue from {LAST}"
+    )
     with pytest.raises(UserError, match=message):
         loop.train(settings)
     assert loop.train(settings, accept_changed=True) is True
     said = capsys.readouterr().err
-    assert f"going on from {LAST} with changes: another {name}" in said
-    assert ("the text ends before the place" in said) == ("documents" in what)
+    assert f"continuing from {LAST} with changes: another {name}" in said
+    assert ("the text ends before the position" in said) == ("documents" in what)
     assert list(log(run)) == list(range(1, STEPS + 1))
 
 
 def test_a_place_that_the_text_does_not_have_is_never_gone_to(files, run, tmp_path):
-    """Not even without fingerprints."""
+    """Also without fingerprints, the run does not continue."""
     as_earlier_versions_wrote(run)
     position = run / "checkpoints" / LAST / "data-0.json"
     position.write_text(json.dumps({"epoch": 0, "documents": 2, "offset": 10**6}))
-    with pytest.raises(UserError, match=f"the text ends before the place in it that .*{LAST}"):
+    with pytest.raises(UserError, match=f"the text ends before the position that .*{LAST}"):
         loop.train(config(files, run))
 
 
@@ -296,7 +295,7 @@ def test_another_rate_from_the_command_line(files, run, tmp_path, capsys):
     arguments = ["uptrain", "--config", str(tmp_path / "config.yaml"), "distill.optimizer.lr=1e-4"]
     with pytest.raises(SystemExit):
         cli.main(arguments)
-    assert "--accept-changed to go on from step-00000004" in capsys.readouterr().err
+    assert "--accept-changed to continue from step-00000004" in capsys.readouterr().err
     cli.main([*arguments, "--accept-changed"])
     assert "with changes: distill.optimizer.lr: 0.001 there, 0.0001 here" in capsys.readouterr().err
     whole, now = log(files / "whole", "lr"), log(run, "lr")
@@ -304,8 +303,8 @@ def test_another_rate_from_the_command_line(files, run, tmp_path, capsys):
 
 
 def test_changes_that_a_checkpoint_does_not_go_with(files, run):
-    """They are not recorded either: the old config still continues."""
-    with pytest.raises(UserError, match=r"does not go with what changed \(lora"):
+    """They are not recorded: the run still continues with the old config."""
+    with pytest.raises(UserError, match=r"does not fit the changes \(lora"):
         loop.train(config(files, run, lora={"rank": 2}), accept_changed=True)
     loop.train(config(files, run))
     assert_same_weights(run, files / "whole")
@@ -342,7 +341,7 @@ def test_weights_are_numbers_when_they_are_saved(files, tmp_path, monkeypatch, s
     poison(monkeypatch, step, what)
     message = (
         f"after step {step} (exp_avg_sq of )?model.* overflowed: nothing is saved. Lower "
-        r"distill.optimizer.lr \(=0.001\) .* --accept-changed goes on from step-0000000[24]"
+        r"distill.optimizer.lr \(=0.001\) .* --accept-changed then continues from step-0000000[24]"
     )
     out = tmp_path / "run"
     with pytest.raises(Diverged, match=message):
@@ -355,13 +354,15 @@ def test_a_rate_that_is_far_too_high(files, run, tmp_path):
     """Nothing is exported; a lower rate continues from the checkpoint of finite weights."""
     optimizer = {"optimizer": {"lr": 1e38}, "schedule": {"warmup": 0}}
     fresh = tmp_path / "fresh"
-    with pytest.raises(Diverged, match="the same command begins anew"):
+    with pytest.raises(Diverged, match="the same command then starts from the beginning"):
         loop.train(config(files, fresh, distill=optimizer))
     assert not RunFolder(fresh).final.exists() and RunFolder(fresh).last_checkpoint() is None
     loop.train(config(files, fresh))
     assert_same_weights(fresh, files / "whole")
     high = config(files, run, distill=optimizer, checkpoint={"keep": 1, "every": 1})
-    with pytest.raises(Diverged, match=f"--accept-changed goes on from {LAST} with the new rate"):
+    with pytest.raises(
+        Diverged, match=f"--accept-changed then continues from {LAST} with the new rate"
+    ):
         loop.train(high, accept_changed=True)
     loop.train(config(files, run), accept_changed=True)
     assert_same_weights(run, files / "whole")
@@ -411,7 +412,7 @@ def test_a_run_that_fails_lets_go_of_its_folder(files, tmp_path):
 
 @pytest.mark.parametrize("most", [10_000, 100_000, 300_000, 500_000])
 def test_a_full_disk_leaves_the_last_checkpoint(files, run, most):
-    message = "the checkpoint of step 6 cannot be written: .* the same command goes on"
+    message = "the checkpoint of step 6 cannot be written: .* the same command continues"
     with small_files(most), pytest.raises(UserError, match=message):
         loop.train(config(files, run))
     assert sorted(os.listdir(run / "checkpoints")) == [BEFORE, LAST]

@@ -1,10 +1,9 @@
-"""Runs of several stages: what each trains, resume across their boundaries, what is logged."""
+"""Runs of several stages: what each one trains, resuming across boundaries, and the log."""
 
 import json
 import signal
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -16,6 +15,10 @@ from supra.errors import UserError
 from supra.uptrain import load_config, loop, tree
 from supra.uptrain.config import STAGES
 from tests.uptrain.test_loop import assert_same_weights, interrupt_after, log, merged, weights
+from tests.uptrain.texts import write_texts
+
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "configs"
 TOKENS = 64  # of a step
@@ -27,20 +30,8 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     testing.tiny_checkpoint(folder / "teacher", num_hidden_layers=3, tie_word_embeddings=True)
     convert(str(folder / "teacher"), folder / "student", keep_attention=[1])
-    with open(folder / "text.jsonl", "w") as file:
-        for number in range(40):
-            text = f"The river rises {number} times. " * (9 - number % 7)
-            print(json.dumps({"text": text}), file=file)
+    write_texts(folder / "text.jsonl", 40)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 FAST = {"lr": 3e-3, "weight_decay": 0.1}
@@ -66,7 +57,7 @@ def config(files, out, **changes):
 
 @pytest.mark.parametrize("step", [2, 3, 4, 6, 8])
 def test_interrupted_is_unbroken(files, tmp_path, monkeypatch, step):
-    """Within each stage, and where one ends."""
+    """A run resumes within each stage and at the end of a stage."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = FULL | {"calibrate": {"tokens": 64}, "precision": "bf16"}
     loop.train(config(files, whole, **changes))
@@ -93,7 +84,7 @@ def test_interrupted_with_adapters_is_unbroken(files, tmp_path, monkeypatch):
 
 
 def test_a_run_is_its_stages_one_after_the_other(files, tmp_path):
-    """Each with its own schedule over its own steps, and with moments that start from nothing."""
+    """Each stage has its own schedule over its own steps, and starts with empty moments."""
     loop.train(config(files, tmp_path / "run", **FULL))
     run = tmp_path / "run"
     assert log(run, "stage") == {n: FULL_NAMES[(n - 1) // 3] for n in range(1, 10)}

@@ -11,6 +11,7 @@ from supra import testing
 from supra.data.packing import collate, shifted_labels
 from supra.uptrain import end_to_end, loop, tree
 from supra.uptrain.data import BlockStream, training_documents
+from tests.uptrain.texts import write_texts
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +20,13 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("step")
     testing.tiny_checkpoint(folder / "teacher")
     testing.tiny_checkpoint(folder / "student", seed=1)
-    with open(folder / "text.jsonl", "w") as file:
-        for number in range(20):
-            text = f"The river rises {number} times. " * (9 - number % 7)
-            print(json.dumps({"text": text}), file=file)
+    write_texts(folder / "text.jsonl", 20)
     return folder
 
 
 @pytest.fixture
 def run_of(files, tmp_path, monkeypatch):
-    """Makes a run of two micro-batches a step that has not made one yet."""
+    """A function that makes runs with two micro-batches per step, before their first step."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     runs = []
 

@@ -1,9 +1,7 @@
-"""The teacher's likeliest tokens: computed once, read afterwards, and loaded only when needed."""
+"""The teacher's most likely tokens: computed once, then read; the teacher is loaded if needed."""
 
-import json
 import os
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save
@@ -17,6 +15,9 @@ from supra.uptrain.data import BlockStream, training_documents
 from supra.uptrain.teacher import Teacher
 from tests.checkpoint.test_files import another_process
 from tests.uptrain.test_loop import assert_same_weights, log, merged
+from tests.uptrain.texts import write_texts
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +26,8 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     testing.tiny_checkpoint(folder / "teacher")
     testing.tiny_checkpoint(folder / "student", seed=1)
-    with open(folder / "text.jsonl", "w") as file:
-        for number in range(20):
-            text = f"The river rises {number} times. " * (9 - number % 7)
-            print(json.dumps({"text": text}), file=file)
+    write_texts(folder / "text.jsonl", 20)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def config(files, out, teacher=None, **distill):
@@ -58,7 +51,7 @@ def blocks(run, count=2):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """How often a teacher was loaded."""
+    """The number of times that a teacher was loaded."""
     calls, find = [], teacher.find_checkpoint
 
     class Spy:
@@ -145,7 +138,7 @@ def test_a_missing_block_is_computed(files, tmp_path, loaded):
 
 
 def test_more_likely_tokens_than_there_are(files, tmp_path):
-    message = r"distill.top_k \(=301\) is more than the 300 tokens of the vocabulary"
+    message = r"distill.top_k \(=301\) is more than the vocabulary's 300 tokens"
     with pytest.raises(UserError, match=message):
         loop.train(config(files, tmp_path / "run", top_k=301))
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -183,7 +176,7 @@ def test_a_damaged_block_is_computed(files, tmp_path, loaded, capsys, damage):
     whole = file.read_bytes()
     file.write_bytes(DAMAGES[damage])
     now = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
-    assert f"supra: {file} is damaged: the teacher is asked again" in capsys.readouterr().err
+    assert f"supra: {file} is damaged: the teacher runs again" in capsys.readouterr().err
     assert len(loaded) == 2 and file.read_bytes() == whole
     assert torch.equal(before.tokens, now.tokens)
     assert torch.equal(before.log_probabilities, now.log_probabilities)
