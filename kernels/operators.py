@@ -152,12 +152,15 @@ class Operator:
         return *present, *[None] * (1 + len(ctx.options))
 
 
-def empty_head_results(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, state_heads: int
-) -> tuple[Tensor, Tensor]:
-    """Empty output [B, T, Hq, V] and final state [N, state_heads, K, V]."""
-    count, dtype = checks.sequences(query, cu_seqlens), checks.state_dtype(query, key, value)
-    state = query.new_empty(count, state_heads, key.shape[3], value.shape[3], dtype=dtype)
+def empty_head_results(inputs: Any, state_heads: int | None = None) -> tuple[Tensor, Tensor]:
+    """Empty output [B, T, Hq, V] and final state [N, state_heads, K, V].
+
+    inputs: has query, key, value and cu_seqlens. state_heads: None for as many as keys have.
+    """
+    query, key, value = inputs.query, inputs.key, inputs.value
+    heads = key.shape[2] if state_heads is None else state_heads
+    count, dtype = checks.sequences(query, inputs.cu_seqlens), checks.state_dtype(query, key, value)
+    state = query.new_empty(count, heads, key.shape[3], value.shape[3], dtype=dtype)
     return value.new_empty(*query.shape[:3], value.shape[3]), state
 
 

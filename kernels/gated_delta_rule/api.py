@@ -13,6 +13,8 @@ The keys are used as they are given: normalize them to length 1 before. beta_t |
 below 2, or the state may grow without bound.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from supra.kernels import checks
@@ -76,7 +78,7 @@ def chunk_gated_delta_rule(
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
     checks.check_positive(chunk_size=chunk_size)
-    inputs = _inputs(
+    inputs = _checked(
         query, key, value, beta, log_decay, initial_state, cu_seqlens, scale, chunk_size, backend
     )
     output, (end,) = OPERATOR.run(inputs)
@@ -106,26 +108,19 @@ def recurrent_gated_delta_rule(
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    inputs = _inputs(query, key, value, beta, log_decay, initial_state, None, scale, CHUNK, backend)
+    inputs = _checked(
+        query, key, value, beta, log_decay, initial_state, None, scale, CHUNK, backend
+    )
     if in_place:
         checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
     output, (end,) = OPERATOR.run_by_token(inputs, in_place)
     return output, end if return_state else None
 
 
-def _inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    backend: str,
-) -> Inputs:
-    """The arguments, checked, with the state in the precision of the computation."""
+def _checked(*arguments: Any) -> Inputs:
+    """The arguments, with the state in the precision of the computation and the backend chosen."""
+    x = Inputs(*arguments)
+    query, key, value, beta, log_decay = tensors = x[:5]
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, beta=beta, log_decay=log_decay)
     per_token = key.shape[:3]
@@ -135,9 +130,9 @@ def _inputs(
             f"log_decay (shape {checks.shape(log_decay)}) must be {list(per_token[2:])} or "
             f"{list(per_token)} to fit key"
         )
-    state = checks.check_heads_state(state, query, key, value, cu_seqlens)
-    backend = choose(OPERATION, backend, query, key, value, limit=_limit(key))
-    return Inputs(query, key, value, beta, log_decay, state, cu_seqlens, scale, chunk_size, backend)
+    state = checks.check_heads_state(x.state, query, key, value, x.cu_seqlens)
+    backend = choose(OPERATION, x.backend, query, key, value, limit=_limit(key))
+    return Inputs(*tensors, state, x.cu_seqlens, x.scale, x.chunk_size, backend)
 
 
 def _limit(key: Tensor) -> str | None:

@@ -21,6 +21,4 @@ class Inputs(NamedTuple):
     chunk_size: int
     backend: str
 
-    def empty_results(self) -> tuple[Tensor, Tensor]:
-        """Output [B, T, Hq, V] and final state [N, Hkv, K, V]."""
-        return empty_head_results(*self[:3], self.cu_seqlens, self.key.shape[2])
+    empty_results = empty_head_results

@@ -12,6 +12,8 @@ RWKV-6 (Peng et al. 2024, eq. 19), which reads the state before the token's own 
 and weighs the token itself by u.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from supra.kernels import checks
@@ -72,7 +74,7 @@ def chunk_gated_linear_attention(
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
     checks.check_positive(chunk_size=chunk_size)
-    inputs = _inputs(
+    inputs = _checked(
         query, key, value, log_decay, bonus, initial_state, cu_seqlens, scale, chunk_size, backend
     )
     output, (end,) = OPERATOR.run(inputs)
@@ -102,7 +104,7 @@ def recurrent_gated_linear_attention(
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    inputs = _inputs(
+    inputs = _checked(
         query, key, value, log_decay, bonus, initial_state, None, scale, CHUNK, backend
     )
     if in_place:
@@ -111,25 +113,14 @@ def recurrent_gated_linear_attention(
     return output, end if return_state else None
 
 
-def _inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    backend: str,
-) -> Inputs:
-    """The arguments, checked, with the state in the precision of the computation."""
+def _checked(*arguments: Any) -> Inputs:
+    """The arguments, with the state in the precision of the computation and the backend chosen."""
+    x = Inputs(*arguments)
+    query, key, value, log_decay, bonus = tensors = x[:5]
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay, bonus=bonus)
     checks.check_shape("log_decay", log_decay, key.shape, "[B, T, Hkv, K], as key is")
     checks.check_shape("bonus", bonus, query.shape[2:], "[Hq, K] to fit query")
-    state = checks.check_heads_state(state, query, key, value, cu_seqlens)
-    backend = choose(OPERATION, backend, query, key, value, log_decay)
-    return Inputs(
-        query, key, value, log_decay, bonus, state, cu_seqlens, scale, chunk_size, backend
-    )
+    state = checks.check_heads_state(x.state, query, key, value, x.cu_seqlens)
+    backend = choose(OPERATION, x.backend, query, key, value, log_decay)
+    return Inputs(*tensors, state, x.cu_seqlens, x.scale, x.chunk_size, backend)

@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
         The last two are None when not normalized.
         """
-        output, memory = empty_head_results(*self[:3], self.cu_seqlens, self.state_heads)
+        output, memory = empty_head_results(self, self.state_heads)
         if not self.normalized:
             return output, memory, None, None
         weights = memory.new_empty(self.query.shape[:3])
