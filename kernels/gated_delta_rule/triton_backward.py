@@ -10,6 +10,7 @@ import triton.language as tl
 
 from supra.kernels import locate, tiles
 from supra.kernels.decay import entering_decay, last_pair, leaving_decay
+from supra.kernels.gated_delta_rule import triton_state
 from supra.kernels.gated_delta_rule.triton_forward import decay_between, not_zero
 
 
@@ -73,16 +74,13 @@ def chunk_d_states(
 ):  # fmt: skip
     """Gradients of the state after every chunk, from the last to the first, and all of du.
 
-    grid: (N * Hkv * blocks of V,). The mirror of chunk_states, with `upper` as there.
+    grid: (N * Hkv * blocks of V,). The mirror of chunk_states.
     """
     lane, n, head, _, block = locate.block_of_state(heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V)
     columns_k = tl.arange(0, BLOCK_K)
-    columns_u = columns_k + BLOCK_K
-    wide: tl.constexpr = KEY_WIDTH > BLOCK_K
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, CHUNK)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-
     query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
     d_output += locate.offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
     key += locate.offset(row, key_batch, begin, key_time, head, key_head)
@@ -93,78 +91,48 @@ def chunk_d_states(
     d_written += locate.dense_offset(row, begin, length, head, heads, VALUE_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     step = tl.cast(heads, tl.int64)
-    acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    ds = triton_state.zeros(BLOCK_K, BLOCK_V)
     if HAS_END:
         base = d_end + lane * state_size
-        acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
-    if wide:
-        upper = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-        if HAS_END:
-            upper = tiles.load_state(base, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH)
+        ds = triton_state.load(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
     count = tl.cdiv(tokens, CHUNK)
     for back in range(0, count):
         c = count - 1 - back
         at = c * CHUNK
         left = tokens - at
-        ds = tiles.narrow(acc, PRECISION)
         slot = d_states + locate.slot_offset(first + c, head, heads, state_size)
-        tiles.store_state(slot, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds)
+        triton_state.store(slot, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds, PRECISION)
         k_at = key + at * tl.cast(key_time, tl.int64)
-        k = tiles.load(k_at, key_time, rows, left, columns_k, KEY_WIDTH)
-        du = tiles.dot(k, ds, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
-        if wide:
-            ds = tiles.narrow(upper, PRECISION)
-            tiles.store_state(slot, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH, ds)
-            k = tiles.load(k_at, key_time, rows, left, columns_u, KEY_WIDTH)
-            du = tiles.dot(k, ds, du, PRECISION)
+        du = triton_state.read(ds, k_at, key_time, left, rows, columns_k, KEY_WIDTH, PRECISION)
         entering = scale
         if HAS_DECAY:
             sums_at = sums + at * sums_time
             own, last = tiles.load_pairs(sums_at, rows, left), last_pair(sums_at, left, CHUNK)
             du *= leaving_decay(own, last)[:, None]
-            whole = entering_decay(last)
-            acc *= whole
-            if wide:
-                upper *= whole
+            ds = triton_state.scale(ds, entering_decay(last), columns_k, KEY_WIDTH)
             entering = (entering_decay(own) * scale)[:, None]
         place = d_written + at * step * VALUE_WIDTH
         du += tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
-        tiles.store(
-            place,
-            heads * VALUE_WIDTH,
-            rows,
-            left,
-            columns_v,
-            VALUE_WIDTH,
-            tiles.narrow(du, PRECISION),
-        )
+        kept = tiles.narrow(du, PRECISION)
+        tiles.store(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
         b = tiles.load_vector(beta + at * tl.cast(beta_time, tl.int64), beta_time, rows, left)
-        du = -du * b[:, None]
         w_at = reading + at * step * KEY_WIDTH
-        w = tiles.load(w_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH)
-        acc = tiles.dot(tl.trans(w), du, acc, PRECISION)
-        if wide:
-            w = tiles.load(w_at, heads * KEY_WIDTH, rows, left, columns_u, KEY_WIDTH)
-            upper = tiles.dot(tl.trans(w), du, upper, PRECISION)
+        ds = triton_state.write(
+            ds, w_at, heads * KEY_WIDTH, left, rows, columns_k, -du * b[:, None],
+            KEY_WIDTH, PRECISION,
+        )  # fmt: skip
         for r in range(0, QUERIES):
-            do = tiles.load(
-                d_output + at * tl.cast(d_time, tl.int64) + r * tl.cast(d_head, tl.int64),
-                d_time, rows, left, columns_v, VALUE_WIDTH,
-            )  # fmt: skip
-            do = do * entering
+            d_at = d_output + at * tl.cast(d_time, tl.int64) + r * tl.cast(d_head, tl.int64)
+            do = tiles.load(d_at, d_time, rows, left, columns_v, VALUE_WIDTH) * entering
             q_at = query + at * tl.cast(query_time, tl.int64) + r * tl.cast(query_head, tl.int64)
-            q = tiles.load(q_at, query_time, rows, left, columns_k, KEY_WIDTH)
-            acc = tiles.dot(tl.trans(q), do, acc, PRECISION)
-            if wide:
-                q = tiles.load(q_at, query_time, rows, left, columns_u, KEY_WIDTH)
-                upper = tiles.dot(tl.trans(q), do, upper, PRECISION)
+            ds = triton_state.write(
+                ds, q_at, query_time, left, rows, columns_k, do, KEY_WIDTH, PRECISION
+            )
 
     if HAS_INITIAL:
         base = d_initial + lane * state_size
-        tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, acc)
-        if wide:
-            tiles.store_state(base, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH, upper)
+        triton_state.store(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds, "float32")
 
 
 @triton.jit

@@ -182,19 +182,11 @@ def chunk_d_key(
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     states += locate.slot_offset(chunk + n, head, heads, state_size)
     d_states += locate.slot_offset(chunk, head, heads, state_size)
-    read = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    acc = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    along = tl.zeros([BLOCK_K], tl.float32)
-    for v0 in range(0, VALUE_WIDTH, BLOCK_V):
-        columns_v = v0 + tl.arange(0, BLOCK_V)
-        dv = tiles.load(d_value + place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
-        s = tiles.load_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
-        read = tiles.dot(dv, tl.trans(s), read, PRECISION)
-        e = tiles.load(errors + place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
-        ds = tiles.load_state(d_states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
-        acc = tiles.dot(e, tl.trans(ds), acc, PRECISION)
-        if HAS_DECAY:
-            along += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
+    dv_at, e_at = d_value + place, errors + place
+    read, acc, along = _through_states(
+        dv_at, e_at, states, d_states, rows, left, heads, columns_k,
+        KEY_WIDTH, VALUE_WIDTH, BLOCK_V, HAS_DECAY, PRECISION,
+    )  # fmt: skip
     beta += locate.offset(row, beta_batch, token, beta_time, head, beta_head)
     b = tiles.load_vector(beta, beta_time, rows, left)
     k = tiles.load(key, key_time, rows, left, columns_k, KEY_WIDTH)
@@ -219,16 +211,37 @@ def chunk_d_key(
         query_lane = head * QUERIES + r
         d_at = d_output + locate.offset(row, d_batch, token, d_time, query_lane, d_head)
         d_scores = tiles.products(  # [key token, query token]
-            errors + place, heads * VALUE_WIDTH, left, d_at, d_time, left, rows,
+            e_at, heads * VALUE_WIDTH, left, d_at, d_time, left, rows,
             VALUE_WIDTH, BLOCK_V, PRECISION,
         )  # fmt: skip
         if HAS_DECAY:
             d_scores *= decay_between(own)
         d_scores = tl.where(rows[:, None] <= rows[None, :], d_scores * (b * scale)[:, None], 0.0)
-        query_at = query + locate.offset(
-            row, query_batch, token, query_time, query_lane, query_head
-        )
-        q = tiles.load(query_at, query_time, rows, left, columns_k, KEY_WIDTH)
+        q_at = query + locate.offset(row, query_batch, token, query_time, query_lane, query_head)
+        q = tiles.load(q_at, query_time, rows, left, columns_k, KEY_WIDTH)
         acc = tiles.dot(d_scores, q, acc, PRECISION)
     d_key += locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
     tiles.store(d_key, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH, acc)
+
+
+@triton.jit
+def _through_states(
+    d_value, errors, states, d_states, rows, left, heads, columns_k,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv S^T, e dS^T [rows, columns_k], and with decay the sums of S dS over V [columns_k]."""
+    read = tl.zeros([rows.shape[0], columns_k.shape[0]], tl.float32)
+    written = tl.zeros([rows.shape[0], columns_k.shape[0]], tl.float32)
+    along = tl.zeros([columns_k.shape[0]], tl.float32)
+    for v0 in range(0, VALUE_WIDTH, BLOCK_V):
+        columns_v = v0 + tl.arange(0, BLOCK_V)
+        dv = tiles.load(d_value, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
+        s = tiles.load_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+        read = tiles.dot(dv, tl.trans(s), read, PRECISION)
+        e = tiles.load(errors, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
+        ds = tiles.load_state(d_states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+        written = tiles.dot(e, tl.trans(ds), written, PRECISION)
+        if HAS_DECAY:
+            along += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
+    return read, written, along

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from supra.kernels import locate, tiles
 from supra.kernels.decay import difference, entering_decay, last_pair, leaving_decay
+from supra.kernels.gated_delta_rule import triton_state
 
 
 @triton.jit
@@ -112,18 +113,13 @@ def chunk_states(
 ):  # fmt: skip
     """States before every chunk and after the last, and the errors e = T v - W S in place of T v.
 
-    grid: (N * Hkv * blocks of V,). Every error needs all channels of the keys, so a program has
-    them all: BLOCK_K, and as many again in `upper` where keys are wider. As one block they would
-    spill 100 bytes on sm_100. Errors are scaled by the decay and not the keys, which are wider.
+    grid: (N * Hkv * blocks of V,). Errors are scaled by the decay, since the keys are wider.
     """
     lane, n, head, _, block = locate.block_of_state(heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V)
     columns_k = tl.arange(0, BLOCK_K)
-    columns_u = columns_k + BLOCK_K
-    wide: tl.constexpr = KEY_WIDTH > BLOCK_K
     columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, CHUNK)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-
     key += locate.offset(row, key_batch, begin, key_time, head, key_head)
     beta += locate.offset(row, beta_batch, begin, beta_time, head, beta_head)
     if HAS_DECAY:
@@ -133,67 +129,37 @@ def chunk_states(
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     states += locate.slot_offset(first + n, head, heads, state_size)
     step = tl.cast(heads, tl.int64)
-    acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    s = triton_state.zeros(BLOCK_K, BLOCK_V)
     if HAS_INITIAL:
         base = initial + lane * state_size
-        acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
-    if wide:
-        upper = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-        if HAS_INITIAL:
-            upper = tiles.load_state(base, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH)
+        s = triton_state.load(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
     for at in range(0, tokens, CHUNK):
         left = tokens - at
-        w_at = reading + at * step * KEY_WIDTH
-        place = errors + at * step * VALUE_WIDTH
-        e = tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
-        s = tiles.narrow(acc, PRECISION)
-        tiles.store_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s)
-        w = tiles.load(w_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH)
-        e = e - tiles.dot(w, s, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
-        if wide:
-            s = tiles.narrow(upper, PRECISION)
-            tiles.store_state(states, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH, s)
-            w = tiles.load(w_at, heads * KEY_WIDTH, rows, left, columns_u, KEY_WIDTH)
-            e -= tiles.dot(w, s, tl.zeros([CHUNK, BLOCK_V], tl.float32), PRECISION)
+        triton_state.store(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, PRECISION)
         states += step * state_size
-        tiles.store(
-            place,
-            heads * VALUE_WIDTH,
-            rows,
-            left,
-            columns_v,
-            VALUE_WIDTH,
-            tiles.narrow(e, PRECISION),
+        w_at = reading + at * step * KEY_WIDTH
+        read = triton_state.read(
+            s, w_at, heads * KEY_WIDTH, left, rows, columns_k, KEY_WIDTH, PRECISION
         )
+        place = errors + at * step * VALUE_WIDTH
+        e = tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH) - read
+        kept = tiles.narrow(e, PRECISION)
+        tiles.store(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
         b = tiles.load_vector(beta + at * tl.cast(beta_time, tl.int64), beta_time, rows, left)
         if HAS_DECAY:
             sums_at = sums + at * sums_time
             last = last_pair(sums_at, left, CHUNK)
             b *= leaving_decay(tiles.load_pairs(sums_at, rows, left), last)
-            whole = entering_decay(last)
-            acc *= whole
-            if wide:
-                upper *= whole
-        e *= b[:, None]
+            s = triton_state.scale(s, entering_decay(last), columns_k, KEY_WIDTH)
         k_at = key + at * tl.cast(key_time, tl.int64)
-        k = tiles.load(k_at, key_time, rows, left, columns_k, KEY_WIDTH)
-        acc = tiles.dot(tl.trans(k), e, acc, PRECISION)
-        if wide:
-            k = tiles.load(k_at, key_time, rows, left, columns_u, KEY_WIDTH)
-            upper = tiles.dot(tl.trans(k), e, upper, PRECISION)
+        e *= b[:, None]
+        s = triton_state.write(s, k_at, key_time, left, rows, columns_k, e, KEY_WIDTH, PRECISION)
 
-    tiles.store_state(
-        states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, tiles.narrow(acc, PRECISION)
-    )
-    if wide:
-        s = tiles.narrow(upper, PRECISION)
-        tiles.store_state(states, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH, s)
+    triton_state.store(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, PRECISION)
     if HAS_END:
         base = end + lane * state_size
-        tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, acc)
-        if wide:
-            tiles.store_state(base, columns_u, columns_v, KEY_WIDTH, VALUE_WIDTH, upper)
+        triton_state.store(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, "float32")
 
 
 @triton.jit

@@ -1,0 +1,74 @@
+"""A block of a state [KEY_WIDTH, columns_v] in registers, in one or two halves of BLOCK_K rows.
+
+Every error needs all channels of the keys, so a program has them all: BLOCK_K, and as many again
+where keys are wider. As one block they would spill 100 bytes on sm_100. The second half is unused
+where one will do. columns_k: 0 ... BLOCK_K - 1.
+"""
+
+import triton
+import triton.language as tl
+
+from supra.kernels import tiles
+
+
+@triton.jit
+def zeros(BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    zero = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    return zero, zero
+
+
+@triton.jit
+def load(base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr):
+    first = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+    second = first
+    if columns_k.shape[0] < KEY_WIDTH:
+        columns_k += columns_k.shape[0]
+        second = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+    return first, second
+
+
+@triton.jit
+def store(
+    base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, state,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the state as narrow as tiles.narrow() makes it."""
+    kept = tiles.narrow(state[0], PRECISION)
+    tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
+    if columns_k.shape[0] < KEY_WIDTH:
+        columns_k += columns_k.shape[0]
+        kept = tiles.narrow(state[1], PRECISION)
+        tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
+
+
+@triton.jit
+def scale(state, factor, columns_k, KEY_WIDTH: tl.constexpr):
+    if columns_k.shape[0] < KEY_WIDTH:
+        return state[0] * factor, state[1] * factor
+    else:
+        return state[0] * factor, state[1]
+
+
+@triton.jit
+def read(state, x, stride, end, rows, columns_k, KEY_WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Products of the rows of x [rows, KEY_WIDTH] with the state, [rows, columns_v]."""
+    found = tl.zeros([rows.shape[0], state[0].shape[1]], tl.float32)
+    tile = tiles.load(x, stride, rows, end, columns_k, KEY_WIDTH)
+    found = tiles.dot(tile, state[0], found, PRECISION)
+    if columns_k.shape[0] < KEY_WIDTH:
+        tile = tiles.load(x, stride, rows, end, columns_k + columns_k.shape[0], KEY_WIDTH)
+        found = tiles.dot(tile, state[1], found, PRECISION)
+    return found
+
+
+@triton.jit
+def write(
+    state, x, stride, end, rows, columns_k, y, KEY_WIDTH: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The state with the products of x [rows, KEY_WIDTH] and y [rows, columns_v] added."""
+    tile = tiles.load(x, stride, rows, end, columns_k, KEY_WIDTH)
+    first, second = tiles.dot(tl.trans(tile), y, state[0], PRECISION), state[1]
+    if columns_k.shape[0] < KEY_WIDTH:
+        tile = tiles.load(x, stride, rows, end, columns_k + columns_k.shape[0], KEY_WIDTH)
+        second = tiles.dot(tl.trans(tile), y, second, PRECISION)
+    return first, second
