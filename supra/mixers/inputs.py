@@ -75,6 +75,10 @@ class MixerInputs:
     policy_run: PolicyRun | None = None  # what the mixer's policy does to its state in this call
     watch: Watch | None = None
 
+    def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key at their positions; unchanged in families without rotary positions."""
+        return (query, key) if self.rotary is None else self.rotary(query, key)
+
     def first(self, tokens: int) -> "MixerInputs":
         """The first tokens of every row; of inputs that are not packed."""
         names = ("hidden_states", "query", "key", "value", "padding_mask")

@@ -109,9 +109,7 @@ class Mamba2(Mixer):
         self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The recurrence over x, B and C, and the skip."""
-        query, key = inputs.query, inputs.key
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(query, key)
+        query, key = inputs.rotated(inputs.query, inputs.key)
         groups = self.shape.query_heads // self.shape.key_heads
         key, value = (x.repeat_interleave(groups, dim=2) for x in (key, inputs.value))
         step = F.softplus(self.dt(inputs.hidden_states))

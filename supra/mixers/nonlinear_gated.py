@@ -150,8 +150,7 @@ class NonlinearGatedMixer(Mixer):
         """Query, key, value with its gain, and log_decay of every head."""
         query = (inputs.query + self.query_bias).to(inputs.query.dtype)
         key = (inputs.key + self.key_bias).to(inputs.key.dtype)
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(query, key)
+        query, key = inputs.rotated(query, key)
         wide = torch.promote_types(inputs.value.dtype, torch.float32)
         groups = self.shape.query_heads // self.shape.key_heads
         key, value = (x.to(wide).repeat_interleave(groups, dim=2) for x in (key, inputs.value))

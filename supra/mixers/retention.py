@@ -75,9 +75,7 @@ class Retention(Mixer):
         state: RetentionState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, RetentionState | None]:
-        query, key = inputs.query, inputs.key
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(query, key)
+        query, key = inputs.rotated(inputs.query, inputs.key)
         output, end = scan(
             LINEAR_ATTENTION, inputs, query, key, inputs.value,
             log_decay=self.log_decay,

@@ -146,9 +146,8 @@ class Rwkv(Mixer):
         """The recurrence over r, k, v and the decays."""
         query = (inputs.query + self.query_bias).to(inputs.query.dtype)
         key = (inputs.key + self.key_bias).to(inputs.key.dtype)
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(query, key)
-        # every query head writes a memory of its own, which its decays shape
+        query, key = inputs.rotated(query, key)
+        # every query head has a memory of its own, since it has its own decays
         groups = self.shape.query_heads // self.shape.key_heads
         key, value = (x.repeat_interleave(groups, dim=2) for x in (key, inputs.value))
         log_decay = self.decay(inputs.hidden_states)

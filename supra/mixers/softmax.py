@@ -36,9 +36,8 @@ class Softmax(Mixer):
     def mix(
         self, inputs: MixerInputs, state: SoftmaxState | None = None, return_state: bool = False
     ) -> tuple[Tensor, SoftmaxState | None]:
-        query, key, value = inputs.query, inputs.key, inputs.value
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(query, key)
+        query, key = inputs.rotated(inputs.query, inputs.key)
+        value = inputs.value
         tokens, valid = query.shape[1], inputs.padding_mask
         if valid is None and (return_state or state is not None):
             valid = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
@@ -65,10 +64,9 @@ class Softmax(Mixer):
         return output, end if inputs.sliding_window is None else last_tokens(end, inputs)
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
-        """The weights themselves: to weight a value of width T would cost T / V times as much."""
-        query, key, tokens = inputs.query, inputs.key, inputs.query.shape[1]
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(query, key)
+        """The attention weights. Mixing an identity of width T would cost T / V times as much."""
+        query, key = inputs.rotated(inputs.query, inputs.key)
+        tokens = query.shape[1]
         mask = attention_mask(inputs, tokens, tokens, inputs.padding_mask, fresh=True)
         if mask is None:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()

@@ -97,9 +97,8 @@ class Window(Mixer):
     def mix(
         self, inputs: MixerInputs, state: WindowState | None = None, return_state: bool = False
     ) -> tuple[Tensor, WindowState | None]:
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(inputs.query, inputs.key)
-            inputs = replace(inputs, query=query, key=key, rotary=None)
+        query, key = inputs.rotated(inputs.query, inputs.key)
+        inputs = replace(inputs, query=query, key=key, rotary=None)
         if inputs.padding_mask is None:
             return self._mix(inputs, state, return_state)
         order = tokens_first(inputs.padding_mask)

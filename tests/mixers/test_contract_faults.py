@@ -44,9 +44,7 @@ class Sound(Mixer):
         self.log_decay.fill_(LOG_DECAY)
 
     def mix(self, inputs, state=None, return_state=False):
-        query, key = inputs.query, inputs.key
-        if inputs.rotary is not None:
-            query, key = inputs.rotary(query, key)
+        query, key = inputs.rotated(inputs.query, inputs.key)
         output, end = scan(
             LINEAR_ATTENTION, inputs, query, key, inputs.value,
             log_decay=self.log_decay,
