@@ -71,14 +71,14 @@ PRESETS: dict[str, Preset] = by_name(
     taken=MIXERS,
 )
 
-# In the name of every parameter that conversion adds.
+# Part of the name of every parameter that conversion adds.
 NEW_PARAMETERS = ".mixer."
 
 
 def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """The mixer's name and all of its options, from a mixer's or a preset's name.
+    """The mixer's name and all its options, from the name of a mixer or a preset.
 
-    Raises UserError for an unknown name, option or value, naming the right ones.
+    Raises UserError for an unknown name, option or value; the message lists the known ones.
     """
     check_choice("mixer", name, [*MIXERS, *PRESETS])
     preset = PRESETS.get(name, Preset(name, name, {}))
@@ -93,8 +93,8 @@ def resolve_mixer(name: str, options: dict[str, Any] | None = None) -> tuple[str
 
 
 def build_mixer(name: str, shape: AttentionShape, options: dict[str, Any]) -> Mixer:
-    """The mixer of one layer, with its parameters not yet initialised. They are float32, whatever
-    the dtype of the model around it."""
+    """The mixer of one layer, with uninitialised parameters. They are float32, whatever the dtype
+    of the model around it."""
     name, options = resolve_mixer(name, options)
     with float32_at_least():
         return MIXERS[name](shape, MIXERS[name].Options(**options))

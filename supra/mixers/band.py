@@ -1,18 +1,18 @@
 """Exact attention within a band: every token and the W − 1 before it, in blocks.
 
-Keys and values are given with the W tokens before this call in front of them, [B, W + T, H, D]. A
-block of C tokens looks at the C + W − 1 that any of them may see; entry j of token c in its block
-is c + W − 1 − j tokens back.
+Keys and values include the W tokens before this call, [B, W + T, H, D]. A block of C tokens looks
+at the C + W − 1 tokens that any of them may see. Entry j of token c in its block lies
+c + W − 1 − j tokens back.
 """
 
 import torch
 from torch import Tensor
 
-BLOCK = 64  # tokens; a window of 64 then computes twice the scores that it needs
+BLOCK = 64  # tokens; a window of 64 then computes twice as many scores as it needs
 
 
 def band_distance(tokens: int, size: int, device: torch.device) -> Tensor:
-    """How far back each entry lies: int [T, J]. It is in the band from 0 to size - 1."""
+    """How many tokens back each entry lies: int [T, J]. The band is 0 to size - 1."""
     block = min(BLOCK, tokens)
     at = torch.arange(tokens, device=device)[:, None] % block
     return at + size - 1 - torch.arange(block + size - 1, device=device)
@@ -35,12 +35,12 @@ def band_sums(shares: Tensor, value: Tensor, size: int) -> Tensor:
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
-    """[B, T, …] to [B, N, C, …], zeros behind the last token."""
+    """[B, T, …] to [B, N, C, …], with zeros after the last token."""
     return _padded(x, -x.shape[1] % block).unflatten(1, (-1, block))
 
 
 def _bands(x: Tensor, tokens: int, size: int) -> Tensor:
-    """[B, W + T, H, D] to [B, N, H, D, J]: what each block may see."""
+    """[B, W + T, H, D] to [B, N, H, D, J]: the tokens that each block may see."""
     block = min(BLOCK, tokens)
     return _padded(x, -tokens % block)[:, 1:].unfold(1, block + size - 1, block)
 

@@ -30,24 +30,28 @@ RENAMED_FIELDS = {
 class Mixer(nn.Module, ABC):
     """Mixes tokens along T. Concrete mixers are final: none subclasses another.
 
-    Its parameters are float32 and live under `<attention>.mixer.*`. Padded tokens must change
-    neither the state nor the outputs of other tokens, and nothing crosses a document boundary.
-    A state is a NamedTuple whose tensors have the batch first; the cache reorders, repeats and
-    restores them without knowing more.
+    A mixer is two steps. `mix` sums values over tokens. `read_out` turns each token's sums into its
+    output, with the norm, the scale and the gate that the mixer hands to `__init__`.
 
-    A mixer is two steps: `mix` sums values over tokens, `read_out` turns each token's sums into the
-    output with the norm, scale and gate that the mixer hands to `__init__`.
+    What every mixer owes (tests/mixers/test_contract*.py):
+
+    - Parameters are float32 and live under `<attention>.mixer.*`. Tensors that are not trained are
+      registered buffers, and `reset_parameters` writes them too.
+    - Padded tokens change neither the state nor the outputs of other tokens.
+    - Nothing crosses a document boundary.
+    - A state is a NamedTuple of tensors with the batch first. The cache reorders, repeats and
+      restores these tensors and knows nothing else about them.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     State: ClassVar[type]  # a NamedTuple of tensors
-    branches: ClassVar[tuple[str, ...]] = ()  # of a mixer that adds several, their names
-    only: str | None = None  # the one branch that is left on, to see what it does alone
-    recurrent: ClassVar[bool] = True  # whether the state's size does not depend on the context
-    refuses: ClassVar[dict[str, str]] = {}  # what of a StatePolicy cannot act here, and why
+    branches: ClassVar[tuple[str, ...]] = ()  # names of the parts, if the mixer adds up several
+    only: str | None = None  # the one branch that runs alone, to measure its share
+    recurrent: ClassVar[bool] = True  # whether the state has the same size for every context
+    refuses: ClassVar[dict[str, str]] = {}  # fields of StatePolicy that cannot act here, and why
     policy: LayerPolicy | None = None
-    watch: Watch | None = None
+    watch: Watch | None = None  # called with the log decays of every call
 
     def __init__(
         self,
@@ -58,7 +62,8 @@ class Mixer(nn.Module, ABC):
         scale: bool = False,
         output_gate: OutputGate | None = None,
     ):
-        """The pieces of `read_out`; scale: whether there is a factor per head and channel."""
+        """norm, scale, output_gate: the pieces of `read_out`, each of which may be absent. The
+        scale is a trained factor per head and channel."""
         super().__init__()
         self.shape = shape
         self.options = options
@@ -71,7 +76,7 @@ class Mixer(nn.Module, ABC):
         self.output_gate = output_gate
 
     def reset_parameters(self) -> None:
-        """Write the starting values into the parameters, in place."""
+        """Write the starting values into the parameters and the fixed buffers, in place."""
         if self.scale is not None:
             self.set_scale(torch.ones_like(self.scale))
         for module in self.children():
@@ -80,10 +85,10 @@ class Mixer(nn.Module, ABC):
     def forward(
         self, inputs: MixerInputs, state: Any = None, return_state: bool = False
     ) -> tuple[Tensor, Any]:
-        """Mix the tokens of one call after those in `state`.
+        """Mix the tokens of one call, which follow those in `state`.
 
-        Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None. Under a
-        policy that has to remember more, the state has the fields of Past too.
+        Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None. Some
+        policies remember past tokens: the state then has the fields of Past as well.
         """
         if self.recurrent and takes_steps(inputs):
             return step_by_step(self, inputs, state)
@@ -99,7 +104,7 @@ class Mixer(nn.Module, ABC):
         return self.read_out(inputs, output).to(inputs.value.dtype), end
 
     def _split(self, state: Any) -> tuple[Any, Past | None]:
-        """The mixer's own state, and what the policy carries beside it."""
+        """The mixer's own state, and what the policy keeps beside it."""
         if state is None:
             return None, None
         if not isinstance(state, self.state_type):
@@ -118,9 +123,9 @@ class Mixer(nn.Module, ABC):
         return with_past(self.State) if keeps_past else self.State
 
     def set_policy(self, policy: StatePolicy | None, layer: int) -> None:
-        """Bound the state as a policy says for this layer. Kept attention has none to bound.
+        """Bound the state as a policy says for this layer. Softmax attention keeps no such state.
 
-        Raises UserError for what cannot act here.
+        Raises UserError for a field of the policy that cannot act on this mixer.
         """
         if not self.recurrent:
             return
@@ -138,10 +143,13 @@ class Mixer(nn.Module, ABC):
     def mix(
         self, inputs: MixerInputs, state: Any = None, return_state: bool = False
     ) -> tuple[Tensor, Any]:
-        """Sums of values over tokens, [B, T, Hq, V] and linear in the value; and the new state."""
+        """Sum values over tokens.
+
+        Returns the sums [B, T, Hq, V], linear in the value, and the new state or None.
+        """
 
     def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        """The output of each token, from its own sums [B, T, Hq, V]: norm, scale, gate."""
+        """The output of each token from its own sums [B, T, Hq, V]: norm, then scale, then gate."""
         return self.gated(self.scaled(self.normalized(output)), inputs)
 
     def normalized(self, output: Tensor) -> Tensor:
@@ -159,7 +167,10 @@ class Mixer(nn.Module, ABC):
         return output * self.output_gate(inputs.hidden_states)
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
-        """How much of the value at j is in the sum at i: [B, Hq, T, T], for T of some hundreds."""
+        """How much the value at token j contributes to the sum at token i: [B, Hq, T, T].
+
+        Takes memory for T² numbers per head; meant for T of a few hundred.
+        """
         batch, tokens, heads, _ = inputs.value.shape
         identity = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
         value = identity[None, :, None].expand(batch, -1, heads, -1)
@@ -167,8 +178,8 @@ class Mixer(nn.Module, ABC):
         return output.transpose(1, 2)
 
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Move the starting values towards `target` [B, T, Hq, V], what softmax attention makes of
-        the same inputs; in place. A mixer with nothing to choose leaves this as it is."""
+        """Choose starting values that bring the output closer to `target` [B, T, Hq, V], the output
+        of softmax attention on the same inputs. In place. The default does nothing."""
 
     def choose(
         self,
@@ -177,11 +188,11 @@ class Mixer(nn.Module, ABC):
         candidates: Sequence[float],
         assign: Callable[[Tensor], None],
     ) -> None:
-        """Give every head the candidate that leaves the smallest error to `target`.
+        """Give every head the candidate whose output is closest to `target` in mean square.
 
-        `assign` takes one value a head, [Hq]. Where there is a scale, each candidate is judged with
-        the one that least squares gives it, per channel, and the best is set too. Raises UserError
-        where none leaves a finite error.
+        `assign` writes one value per head, [Hq]. If the mixer has a scale, each candidate is judged
+        with its own least-squares scale per channel, and the winner's scale is set as well. Raises
+        UserError if no candidate has a finite error.
         """
         heads, scaled = self.shape.query_heads, self.scale is not None
         target = target.float().flatten(0, 1)  # [B·T, Hq, V]
@@ -200,14 +211,14 @@ class Mixer(nn.Module, ABC):
             best_error = torch.where(better, error, best_error)
             best_scale[better], best[better] = scale[better], candidate
         if not best_error.isfinite().all():
-            what = f"calibration of {self.name}: what the teacher's attention reads or returns"
+            what = f"calibration of {self.name}: the teacher's attention input or output"
             raise not_finite(what, inputs.query.dtype)
         assign(best)
         if scaled:
             self.set_scale(best_scale)
 
     def set_scale(self, scale: Tensor) -> None:
-        """Factors per head and channel, [Hq, V], as magnitude times scale."""
+        """Store factors per head and channel, [Hq, V], as magnitude times scale."""
         magnitude = scale.square().mean(1, keepdim=True).sqrt().clamp(min=MIN_POWER)
         self.magnitude.data.copy_(magnitude)
         self.scale.data.copy_(scale / magnitude)
@@ -221,8 +232,11 @@ def current_name(name: str) -> str:
 
 @contextmanager
 def float32_at_least() -> Iterator[None]:
-    """Inside, new tensors are float32 even if the default dtype is shorter, as it is while
-    transformers builds a bf16 model: bf16 would round decays and initial values."""
+    """Inside, new tensors are at least float32, whatever the default dtype is.
+
+    transformers sets the default dtype to bf16 while it builds a bf16 model, and bf16 would round
+    decays and starting values.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.promote_types(default, torch.float32))
     try:

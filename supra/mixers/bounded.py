@@ -1,6 +1,6 @@
-"""A recurrence whose state a policy bounds: by a window, or by a norm.
+"""Recurrences over the documents of a call, with the state bounded by a policy: window or norm.
 
-What comes out is what the tokens would give one by one, whatever the calls that they come in.
+The output does not depend on how tokens are divided into calls.
 """
 
 import functools
@@ -17,17 +17,18 @@ from supra.mixers.inputs import MixerInputs
 from supra.mixers.padding import pick, tokens_first
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, clamp_factors
 
-Tensors = Sequence[Tensor | None]  # [B, T, …], the first not None; a [H] is of all tokens
+# [B, T, …], the first not None. A tensor [H] holds for all tokens.
+Tensors = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a recurrence is told of its rows beside their tensors."""
+    """The arguments of a recurrence besides its tensors."""
 
     state: Any = None
     return_state: bool = False
     padding_mask: Tensor | None = None  # bool [B, T]
-    cu_seqlens: Tensor | None = None  # int [N + 1], of rows that are packed in one
+    cu_seqlens: Tensor | None = None  # int [N + 1], bounds of documents packed in one row
 
 
 Recurrence = Callable[[Tensors, Row], tuple[Tensor, Any]]
@@ -61,7 +62,7 @@ def run_documents(
 
 
 def padding_last(recurrence: Recurrence, tensors: Tensors, row: Row) -> tuple[Tensor, Any]:
-    """The recurrence on rows with their padding put last."""
+    """Run the recurrence with the padding of every row moved to its end."""
     if row.padding_mask is None:
         return recurrence(tensors, row)
     order = tokens_first(row.padding_mask)
@@ -73,14 +74,16 @@ def padding_last(recurrence: Recurrence, tensors: Tensors, row: Row) -> tuple[Te
 def windowed(
     recurrence: Recurrence, run: PolicyRun, tensors: Tensors, row: Row
 ) -> tuple[Tensor, Any]:
-    """Of query, key, value and log_decay. What token i − r wrote is taken out before token i comes,
-    by a token of its own that does not decay: its key is the old one times −γ_{i−r+1} ⋯ γᵢ₋₁.
+    """Run a recurrence over query, key, value and log_decay on the last r tokens only.
+
+    Before each token i, one more token subtracts what token i − r wrote: it does not decay, and its
+    key is the old key times −γ_{i−r+1} ⋯ γᵢ₋₁.
     """
     query, key, value, log_decay = tensors
-    # in 16 bits another number would be taken out than was written
+    # in 16 bits, what is subtracted would differ from what was written
     wide = torch.promote_types(value.dtype, torch.float32)
     query, key, value = (x.to(wide) for x in (query, key, value))
-    if log_decay is not None:  # one a head of the state, as the factors are
+    if log_decay is not None:  # keys and values per head of the state, as decays are
         log_decay = log_decay.clamp(min=LOWEST_LOG_DECAY)  # a difference of -inf is no number
         if log_decay.dim() == 1:
             log_decay = log_decay.expand(*query.shape[:2], -1)
@@ -92,7 +95,7 @@ def windowed(
     if log_decay is not None:
         left = run.window_log_decay(log_decay, row.padding_mask, row.cu_seqlens) - log_decay
         removed = removed * _beside_keys(left.exp()).to(wide)
-    if row.padding_mask is not None:  # where nothing is written, nothing is taken out
+    if row.padding_mask is not None:  # padding writes nothing, so it subtracts nothing
         removed = removed * row.padding_mask[..., None, None]
     tensors = (
         _interleave(torch.zeros_like(query), query),
@@ -111,14 +114,14 @@ def _beside_keys(x: Tensor) -> Tensor:
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
-    """Tokens of two tensors [B, T, …] in turn."""
+    """Tokens of two tensors [B, T, …], alternating: [B, 2T, …]."""
     return torch.stack([first, second], dim=2).flatten(1, 2)
 
 
 def clamped(
     recurrence: Recurrence, run: PolicyRun, tensors: Tensors, row: Row
 ) -> tuple[Tensor, Any]:
-    """The state of a row is looked at whenever it has seen a multiple of norm_every tokens."""
+    """Run a recurrence and bound the norm of a row's state after every norm_every of its tokens."""
     if row.cu_seqlens is not None:
         parts = [
             _in_pieces(recurrence, run.policy, _cut(tensors, slice(*document)), None, 0)[0]
@@ -154,7 +157,7 @@ def clamped(
 def _in_pieces(
     recurrence: Recurrence, policy: LayerPolicy, tensors: Tensors, state: Any, count: int
 ) -> tuple[Tensor, Any]:
-    """Rows without padding that have all seen `count` tokens."""
+    """Run rows without padding that have all read `count` tokens before."""
     tokens, outputs, begin = tensors[0].shape[1], [], 0
     while begin < tokens:
         end = min(tokens, begin + policy.norm_every - (count + begin) % policy.norm_every)
@@ -175,7 +178,8 @@ def _cut(tensors: Tensors, tokens: slice) -> list[Tensor | None]:
 
 
 def map_state(function: Callable[..., Tensor], *states: Any) -> Any:
-    """On a state that is one tensor or a NamedTuple of tensors, or on several alike."""
+    """Apply a function to each tensor of one state or of several alike. A state is one tensor or a
+    NamedTuple of tensors."""
     if states[0] is None or isinstance(states[0], Tensor):
         return None if states[0] is None else function(*states)
     parts = zip(*states, strict=True)

@@ -1,7 +1,7 @@
-"""A mixer for torch.export and ONNX: a step, and one operator that repeats it for every token.
+"""A mixer for torch.export and ONNX: one step, and an operator that repeats it for every token.
 
-Other runtimes do not know the kernels, which are custom operators and need a known length to cut
-into chunks. A step consists of torch's own operators, and the number of steps may be dynamic.
+Other runtimes do not know the kernels, which are custom operators and cut a known length into
+chunks. A step consists of torch's own operators, and the number of steps may be dynamic.
 """
 
 from dataclasses import replace
@@ -17,25 +17,26 @@ PER_TOKEN = ("hidden_states", "query", "key", "value", "padding_mask")
 
 
 def takes_steps(inputs: MixerInputs) -> bool:
-    """Whether a call is traced for export and needs more than a plain step: it has several tokens
-    or padding."""
+    """Whether a call is being exported and has several tokens or padding, so that one step is not
+    enough."""
     if not torch.compiler.is_exporting():
         return False
     return inputs.padding_mask is not None or inputs.query.shape[1] != 1
 
 
 def step_by_step(mixer: nn.Module, inputs: MixerInputs, state: Any) -> tuple[Tensor, Any]:
-    """The output of `mixer` [B, T, Hq, V] by one step per token, and the state after them.
+    """Run `mixer` with one step per token: the output [B, T, Hq, V] and the state after it.
 
-    A padded token leaves the state unchanged. Raises UserError for what a step cannot do.
+    A padded token leaves the state unchanged. Raises UserError for packed rows and for the policy
+    `norm`.
     """
     _check(mixer, inputs)
     tokens = _tokens(inputs)
-    if state is None:  # the state after the first token shows its tensors and their sizes
+    if state is None:  # a state after the first token shows the tensors and their sizes
         _, first = mixer(_one(inputs, {name: x[0] for name, x in tokens.items()}), None, True)
         state = first._make(x if x is None else x.new_zeros(x.shape) for x in first)
     fields = [name for name, x in state._asdict().items() if x is not None]
-    # all that a step reads besides its token is passed by name: the operator sees nothing else
+    # the operator sees nothing but its arguments: parameters and buffers are passed by name
     constants = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     if inputs.sinks is not None:
         constants["sinks"] = inputs.sinks
@@ -64,16 +65,16 @@ def step_by_step(mixer: nn.Module, inputs: MixerInputs, state: Any) -> tuple[Ten
 
 def _check(mixer: nn.Module, inputs: MixerInputs) -> None:
     if inputs.cu_seqlens is not None:
-        raise UserError("packed rows cannot be exported: give one document a row, padded")
+        raise UserError("packed rows cannot be exported: give one document per row, padded")
     if mixer.policy is not None and mixer.policy.norm is not None:
         raise UserError(
-            f"norm (={mixer.policy.norm}) of the state_policy cannot be exported: it looks at how "
-            "many tokens each row has seen; take decay_scale or window"
+            f"norm (={mixer.policy.norm}) of the state_policy cannot be exported: it depends on "
+            "how many tokens each row has read; take decay_scale or window"
         )
 
 
 def _tokens(inputs: MixerInputs) -> dict[str, Tensor]:
-    """The inputs of a step for each token, tokens first: [T, B, …]."""
+    """The per-token inputs of the steps, tokens first: [T, B, …]."""
     found = {name: getattr(inputs, name) for name in PER_TOKEN}
     if inputs.rotary is not None:
         rows = inputs.query.shape[0]
@@ -83,7 +84,7 @@ def _tokens(inputs: MixerInputs) -> dict[str, Tensor]:
 
 
 def _one(inputs: MixerInputs, token: dict[str, Tensor]) -> MixerInputs:
-    """The inputs with a single token [B, …]."""
+    """The inputs of one step, from the tensors of its token [B, …]."""
     names = [name for name in PER_TOKEN if name in token and name != "padding_mask"]
     fields = {name: token[name][:, None] for name in names}
     if inputs.rotary is not None:
@@ -93,7 +94,7 @@ def _one(inputs: MixerInputs, token: dict[str, Tensor]) -> MixerInputs:
 
 
 def _scan(step: Any, begin: list[Tensor], tokens: list[Tensor], constants: list[Tensor]) -> Any:
-    """torch's own scan, called as an operator: the function `scan` goes through dynamo, which takes
+    """torch's own scan as an operator. The public function `scan` goes through dynamo, which takes
     seconds and fixes the number of rows."""
     from torch._higher_order_ops.scan import scan_op
 

@@ -1,7 +1,7 @@
-"""Feature maps φ: query and key to the features whose dot product is taken.
+"""Feature maps φ: they turn query and key into the features whose dot product is taken.
 
-`after_rotary`: φ is taken of rotated heads, so that features stay nonnegative; other features turn
-themselves.
+A map with `after_rotary` reads rotated queries and keys, so that its features stay nonnegative.
+The features of the other maps are rotated themselves.
 """
 
 import math
@@ -15,7 +15,7 @@ from supra.errors import UserError
 from supra.mixers.base import Mixer
 from supra.mixers.inputs import AttentionShape, MixerInputs
 
-QUERY_SHARPNESSES = (0.05, 0.1, 0.25, 0.5, 1.0)  # what calibration chooses from
+QUERY_SHARPNESSES = (0.05, 0.1, 0.25, 0.5, 1.0)  # candidates in calibration
 
 
 class Identity(nn.Module):
@@ -36,8 +36,8 @@ class Identity(nn.Module):
 class _PerHead(nn.Module, ABC):
     """φ(x) = f(Wx + b) with a W of its own for each head, started at W = I, b = 0.
 
-    expansion: y = Wx + b is so many times as wide as x. What is beyond the identity starts as
-    rotations of it, one and the same for queries and keys.
+    expansion: how many times as wide as x is y = Wx + b. The further blocks of W start as random
+    rotations, the same for queries and keys.
     """
 
     def __init__(self, shape: AttentionShape, expansion: int = 1):
@@ -80,8 +80,8 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class SignPair(_PerHead):
     """[relu(y), relu(−y)] of y = Wx + b. [B, T, H, K] to [B, T, H, 2K].
 
-    A single relu would drop half of an identity map; both signs keep it: φ(q)·φ(k) is the sum of
-    q·k over the features whose signs agree.
+    One relu would lose the negative half of y; with both signs, φ(q)·φ(k) is the part of q·k from
+    the features whose signs agree.
     """
 
     after_rotary = False
@@ -103,8 +103,8 @@ class Hedgehog(_PerHead):
     """softmax([y, −y]) of y = Wx + b (Hedgehog, Zhang et al. 2024, section 4.1): peaked, as
     softmax attention is. [B, T, H, K] to [B, T, H, 2K].
 
-    Of queries and keys as long as a pretrained model's, W = I makes features of nearly one number
-    each, and products of nearly nothing: see `choose_sharpness`.
+    Queries and keys of pretrained models are long. With W = I, nearly all the weight then falls on
+    one feature, and most products are almost 0: see `choose_sharpness`.
     """
 
     after_rotary = True
@@ -113,16 +113,17 @@ class Hedgehog(_PerHead):
         return torch.cat([mapped, -mapped], dim=-1).softmax(-1)
 
     def sharpen(self, weight: nn.Parameter, by: Tensor) -> None:
-        """Make the rows of each head's W [H, out, in] as long as `by` [H]; they start at 1."""
+        """Give the rows of each head's W [H, out, in] the length `by` [H]. They start at 1."""
         weight.data.copy_(nn.functional.normalize(weight.data, dim=-1) * by[:, None, None])
 
 
 class MixedReLU(nn.Module):
     """φ(x) = relu(Wx + b) over all heads at once, W random: the kernel of the SUPRA paper, 3.1.
 
-    One D×D matrix for queries and keys. Under grouped heads the keys are narrower and get a matrix
-    of their own, as in the published code. Random weights discard what the teacher knew: this map
-    is here to run the published method, which spends 10 billion tokens and more to recover.
+    One D×D matrix serves queries and keys. With grouped heads the keys are narrower and have a
+    matrix of their own, as in the published code. Random weights discard what the teacher's queries
+    and keys meant, and the published method trains on more than 10 billion tokens to recover. The
+    map is here to reproduce that method.
     """
 
     after_rotary = False
@@ -140,7 +141,7 @@ class MixedReLU(nn.Module):
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
-            fan_in = parameter.shape[-1]  # nn.Linear's own start: uniform within 1/√fan_in
+            fan_in = parameter.shape[-1]  # as nn.Linear starts: uniform within 1/√fan_in
             parameter.data.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,27 +170,27 @@ FEATURE_MAPS = {
 }
 
 
-MAX_EXPANSION = 256  # a head's state is then as large as the keys and values of 16,000 tokens
+MAX_EXPANSION = 256  # the state is then as large as the keys and values of 16,000 tokens
 
 
 def check_expansion(expansion: int, feature_map: str) -> None:
-    """Raises UserError for a width that the feature map cannot have."""
+    """Raise UserError for an expansion that the feature map cannot have."""
     if expansion > 1 and not issubclass(FEATURE_MAPS[feature_map], _PerHead):
         raise UserError(
-            f"expansion (={expansion}) needs features with weights of a head's own, which "
-            f"feature_map (={feature_map!r}) has not: take hedgehog, relu or sign_pair"
+            f"expansion (={expansion}) needs a feature map with weights per head, and "
+            f"feature_map (={feature_map!r}) has none: take hedgehog, relu or sign_pair"
         )
 
 
 def build_feature_map(name: str, shape: AttentionShape, expansion: int) -> nn.Module:
-    """With its parameters not yet initialised."""
+    """The feature map of that name, with uninitialised parameters."""
     wide = {"expansion": expansion} if expansion > 1 else {}
     return FEATURE_MAPS[name](shape, **wide)
 
 
 def choose_sharpness(mixer: Mixer, inputs: MixerInputs, target: Tensor, key: float) -> None:
-    """Where a mixer's features are hedgehog's, make those of all keys this sharp, and those of each
-    head's queries as sharp as leaves the smallest error; see `Mixer.choose`."""
+    """If the mixer has Hedgehog features, set the sharpness of all keys to `key` and choose that of
+    each head's queries by the smallest error. See `Mixer.choose`."""
     features = mixer.feature_map
     if isinstance(features, Hedgehog):
         features.sharpen(features.key_weight, torch.full_like(features.key_bias[:, 0], key))
@@ -200,8 +201,8 @@ def choose_sharpness(mixer: Mixer, inputs: MixerInputs, target: Tensor, key: flo
 def map_features(
     feature_map: nn.Module, inputs: MixerInputs, query: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Features of query and key at their positions. Features that turn themselves do so in blocks
-    of head_size, each as the head would."""
+    """Features of query and key at their positions. Maps without `after_rotary` are rotated in
+    blocks of head_size, each as the head itself would be."""
     if inputs.rotary is None:
         return feature_map(query, key)
     if feature_map.after_rotary:

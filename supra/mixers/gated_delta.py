@@ -2,8 +2,8 @@
 
     Sᵢ = γᵢ (1 − βᵢ kᵢkᵢᵀ) Sᵢ₋₁ + βᵢ kᵢvᵢᵀ        v'ᵢ = s · qᵢSᵢ
 
-The state is a memory of values by keys; what it holds under a key is moved towards the new value
-by the share β, where linear attention would only add to it.
+The state maps keys to values. A token moves what is stored under its key towards the new value, by
+the share β; linear attention would only add to it.
 """
 
 from typing import ClassVar, Literal, NamedTuple
@@ -20,19 +20,21 @@ from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import GATED_DELTA_RULE, scan
 from supra.settings.model import STRICT
 
-HALF_LIVES = tuple(4**n for n in range(1, 7))  # tokens; what calibration chooses from
-STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # of writing
-STRENGTH = 0.12  # at the start
-# of hedgehog's features. With 1 for both, as published, products were so near nothing that scales
-# of a thousand followed, and SmolLM2-135M's perplexity went from 54,626 to 6e13; it goes to 292
+HALF_LIVES = tuple(4**n for n in range(1, 7))  # tokens; candidates in calibration
+STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # β; candidates in calibration
+STRENGTH = 0.12  # β at the start
+# Of Hedgehog features. With 1 for keys and queries, as published, products were so small that
+# calibration gave scales of a thousand, and SmolLM2-135M's perplexity rose from 54,626 to 6e13.
+# With this value it falls to 292.
 KEY_SHARPNESS = 0.25
 
 
 @dataclass(frozen=True, config=STRICT)
 class GatedDeltaOptions:
-    """feature_map: of queries and keys, which are then brought to length one; "hedgehog",
+    """feature_map: of queries and keys, whose features are then normalised to length 1; "hedgehog",
         "identity" or "sign_pair" (supra/mixers/feature_maps.py).
-    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    scale: whether the output is multiplied by s, one factor per head and channel.
+    output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
     """
 
     feature_map: Literal["hedgehog", "identity", "sign_pair"] = "hedgehog"
@@ -51,8 +53,8 @@ class GatedDelta(Mixer):
     Options = GatedDeltaOptions
     State = GatedDeltaState
     refuses: ClassVar = {
-        "window": "what the delta rule writes depends on what was there, so that no token's part "
-        "can be taken out; take decay_scale or norm",
+        "window": "what the delta rule writes depends on what was stored before, so no token can "
+        "be subtracted again; take decay_scale or norm",
         "insert_scale": "the delta rule erases as much as it writes; take decay_scale or norm",
     }
 
@@ -79,7 +81,7 @@ class GatedDelta(Mixer):
     ) -> tuple[Tensor, GatedDeltaState | None]:
         query, key = map_features(self.feature_map, inputs, inputs.query, inputs.key)
         query, key = (torch.nn.functional.normalize(x, dim=-1) for x in (query, key))
-        # every query head writes a memory of its own, which its decay and strength shape
+        # every query head has a memory of its own, since it has its own decay and strength
         groups = self.shape.query_heads // self.shape.key_heads
         key, value = (x.repeat_interleave(groups, dim=2) for x in (key, inputs.value))
         output, memory = scan(
@@ -93,8 +95,8 @@ class GatedDelta(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Per head, half-life, sharpness of the query's features and writing strength under which
-        least squares leaves the smallest error, one after the other, and the scale."""
+        """Choose per head, one after the other: the half-life, the sharpness of the query's
+        features, the writing strength; and the scale with each."""
         if not self.options.scale:
             return
         self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)

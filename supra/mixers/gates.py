@@ -1,4 +1,4 @@
-"""Numbers per token and head from the hidden states: decays, strengths, weights."""
+"""Numbers per token and head, computed from the hidden states: decays, strengths, weights."""
 
 import math
 
@@ -12,17 +12,17 @@ MAX_EXPONENT = 20.0
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp(min(x, 20)), so that products and squares of it stay finite.
+    """exp(min(x, 20)): products and squares of it stay finite.
 
-    Beyond 20 the gradient is that at 20. A clamp would have none there, and a parameter that ran
-    away would never come back.
+    Beyond 20 the gradient is the one at 20. A clamp would have none there, so that a parameter
+    that ran away would never come back.
     """
     at_bound = MAX_EXPONENT + (x - x.detach())
     return torch.where(x > MAX_EXPONENT, at_bound, x).exp()
 
 
 class HeadLogits(nn.Module):
-    """Wx + b, W zero at the start. In float32 also under autocast: bf16 rounds decays near 1."""
+    """Wx + b, W = 0 at the start. In float32 even under autocast: bf16 rounds decays near 1."""
 
     def __init__(self, shape: AttentionShape):
         super().__init__()
@@ -34,7 +34,7 @@ class HeadLogits(nn.Module):
         self.bias.data.zero_()
 
     def set(self, bias: Tensor) -> None:
-        """Start every head [Hq] at this, whatever the token."""
+        """Start every head [Hq] at this value for all tokens."""
         self.bias.data.copy_(bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class HeadLogits(nn.Module):
             return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
-MIN_DECAY = 0.1  # of one token
+MIN_DECAY = 0.1  # per token
 
 
 class DecayGate(HeadLogits):
@@ -62,8 +62,8 @@ class DecayGate(HeadLogits):
         self.set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
 
     def set_half_life(self, tokens: Tensor) -> None:
-        """Start every head [Hq] with this half-life, of 0.31 tokens and more."""
-        decay = torch.exp2(-1 / tokens.double())  # float32 does not tell 1 - 1e-8 from 1
+        """Start every head [Hq] with this half-life in tokens, at least 0.31."""
+        decay = torch.exp2(-1 / tokens.double())  # in float32, 1 - 1e-8 is 1
         self.set(((decay - MIN_DECAY) / (1 - MIN_DECAY)).logit())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -72,10 +72,10 @@ class DecayGate(HeadLogits):
 
 
 def slope_of_half_life(tokens: Tensor) -> Tensor:
-    """log(−log γ) of a decay γ that halves in so many tokens."""
+    """log(−log γ) for the decay γ with this half-life in tokens."""
     return (math.log(2) / tokens).log()
 
 
 def fill_heads(parameter: nn.Parameter, number: Tensor) -> None:
-    """One number a head [H] into all channels of a parameter [H, D]."""
+    """Write one number per head [H] into all channels of a parameter [H, D]."""
     parameter.data.copy_(number[:, None].expand_as(parameter))

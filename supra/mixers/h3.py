@@ -3,9 +3,10 @@
     kᵢ' = Σ_{l<64} Fₗ kᵢ₋ₗ + b_k        Mᵢ = κ ∗ (k' vᵀ) + D kᵢ'vᵢᵀ        v'ᵢ = s · (a qᵢ + b_q) Mᵢ
     κₗ = 2 Re Σₙ Cₙ B̄ₙ Āₙˡ
 
-A shift over the keys, a diagonal state-space model (S4D, Gu et al. 2022, discretised bilinearly)
-over the products of key and value, and the query as a gate. q, k and v are the teacher's; heads of
-attention are cut into heads of `head_size` channels, of which each has a model of its own.
+Keys pass through a short convolution (the shift). A diagonal state-space model (S4D, Gu et al.
+2022, with bilinear discretisation) runs over the products of key and value, and the query gates its
+output. q, k and v are the teacher's. Heads of attention are cut into heads of `head_size` channels,
+each with a model of its own.
 """
 
 import functools
@@ -31,28 +32,28 @@ from supra.mixers.short_conv import ShortConv
 from supra.mixers.state_policy import PolicyRun
 from supra.settings.model import STRICT
 
-HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibration
 SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D
-CONTENT = (0.0, 0.25, 0.5, 1.0)  # of the query in its gate, where its mean square is one
-KEY_CONTENT = 0.25  # of the key
-MAX_STATE = 4096  # of a channel; published models have 64
-OTHER_MODES = 1e-4  # C of these at the start: at 0 their A would not learn
+CONTENT = (0.0, 0.25, 0.5, 1.0)  # factors of the query in its gate, in units of 1 / its RMS
+KEY_CONTENT = 0.25  # factor of the key in its gate
+MAX_STATE = 4096  # numbers per channel; published models have 64
+OTHER_MODES = 1e-4  # C of all modes but the first at the start; at 0 their A would not learn
 MIN_DT, MAX_DT = 1e-3, 1e-1  # dt, as published
 
 
 @dataclass(frozen=True, config=STRICT)
 class H3Options:
-    """head_size: channels of a head, of which the keys' and the values' number is a multiple. The
-        state has head_size numbers a channel and mode, so 1 is what hybrids were published with.
-        The attention's own head size makes linear attention with κ for its decay.
-    d_state: real numbers that a model holds of a channel, two a mode.
+    """head_size: channels per head; divides the attention's head sizes. The state grows with it. 1
+        is what hybrids were published with; the attention's own head size gives linear attention
+        with κ as its decay.
+    d_state: numbers in the state per channel, two for each mode.
     shift_size: taps of the shift.
-    gates: whether shifted keys and queries multiply. Without them S4D alone mixes the values, which
-        is what H3 was compared with.
-    init: "teacher", where the gates are near one and κ averages, so that values pass to the
-        teacher's output projection as attention's would; or "published".
-    scale: whether s, one factor per head and channel, follows.
-    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    gates: whether shifted keys and queries multiply. Without them S4D alone mixes the values, the
+        baseline of the H3 paper.
+    init: "teacher": gates near 1 and a κ that averages, so that the teacher's output projection
+        reads averaged values, as from attention; or "published".
+    scale: whether the output is multiplied by s, one factor per head and channel.
+    output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
     """
 
     head_size: int = Field(1, ge=1, le=LARGEST)
@@ -70,11 +71,11 @@ class H3Options:
 
 class H3State(NamedTuple):
     memory: Tensor  # [B, H, modes, 2, head_size, values of a head], float32; real and imaginary
-    conv_state: Tensor | None  # [B, shift_size − 1, Hkv · K], the newest last; of gates
+    conv_state: Tensor | None  # [B, shift_size − 1, Hkv · K], the newest last; None without gates
 
 
 def blocks_of(shape: AttentionShape, size: int) -> int:
-    """Into how many heads of that size one of attention is cut."""
+    """How many heads of that size one head of attention is cut into."""
     if size == shape.head_size:
         return 1
     if shape.head_size % size or shape.value_size % size:
@@ -86,7 +87,7 @@ def blocks_of(shape: AttentionShape, size: int) -> int:
 
 
 class DiagonalModel(nn.Module):
-    """S4D of H heads and M modes, started as S4D-Lin: Aₙ = −1/2 + iπn. Bₙ is a part of Cₙ."""
+    """S4D with H heads and M modes, started as S4D-Lin: Aₙ = −1/2 + iπn. Cₙ includes Bₙ."""
 
     def __init__(self, heads: int, modes: int):
         super().__init__()
@@ -97,7 +98,7 @@ class DiagonalModel(nn.Module):
         self.D = nn.Parameter(torch.empty(heads))
 
     def reset_parameters(self) -> None:
-        """κ averages: hardly more than the first mode, whose taps sum to 4 Re C₀."""
+        """κ averages: almost only the first mode counts, whose taps sum to 4 Re C₀."""
         self.log_A_real.data.fill_(-math.log(2))
         self.A_imag.data.copy_(math.pi * torch.arange(self.A_imag.shape[1]))
         self.C.data.fill_(OTHER_MODES)[:, 0] = torch.tensor([0.25, 0.0])
@@ -114,8 +115,8 @@ class DiagonalModel(nn.Module):
         self.log_dt.data.copy_((4 * torch.tanh(math.log(2) / 2 / tokens.double())).log())
 
     def forward(self) -> dict[str, Tensor]:
-        """Ā = (1 + z) / (1 − z) and B̄ = dt / (1 − z) with z = dt A / 2, as the operation takes
-        them: log |Ā| and arg Ā, and C B̄."""
+        """The arguments of the kernel: log |Ā|, arg Ā, C B̄ and D, from Ā = (1 + z) / (1 − z) and
+        B̄ = dt / (1 − z), where z = dt A / 2."""
         dt = bounded_exp(self.log_dt)[:, None]
         x, y = -dt * bounded_exp(self.log_A_real) / 2, dt * self.A_imag / 2
         below = (1 - x).square() + y.square()  # |1 − z|²
@@ -162,7 +163,7 @@ class H3(Mixer):
                 torch.randn(len(self.shift.weight))
             )
         elif self.options.gates:
-            # products of query and key of size one, if those of whole heads have it with 1/√K
+            # for queries and keys whose product has size 1 with the usual factor 1/√K
             size = self.shape.head_size**-0.25
             self._set_gates(torch.full((heads,), size), torch.full((self.shape.key_heads,), size))
         if published:
@@ -185,32 +186,32 @@ class H3(Mixer):
         return output, None if memory is None else H3State(memory, conv_state)
 
     def _gates(self, inputs: MixerInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Query and key, which is shifted already, by the heads of values: [B, T, H, head_size]."""
+        """Query, and the shifted key, in blocks: [B, T, H, head_size] each."""
         if not self.options.gates:
             return None, None
         query = (inputs.query * self.query_weight + self.query_bias).to(inputs.value.dtype)
         return self._cut(query), self._cut(self._spread(inputs.key))
 
     def _spread(self, x: Tensor) -> Tensor:
-        """Key or value heads to those of the queries."""
+        """Repeat key or value heads for the query heads that share them."""
         return x.repeat_interleave(self.shape.query_heads // self.shape.key_heads, dim=2)
 
     def _cut(self, x: Tensor) -> Tensor:
-        """[B, T, Hq, K] to [B, T, H, head_size]: the blocks of x that go with those of a value."""
+        """[B, T, Hq, K] to [B, T, H, head_size]: the block of x for each block of the value."""
         x = x.unflatten(-1, (-1, self.options.head_size))
         if (count := x.shape[3]) != self.blocks:  # values are narrower or wider than keys
             x = x[:, :, :, torch.arange(self.blocks, device=x.device) * count // self.blocks]
         return x.flatten(2, 3)
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
-        """[B, Hq, T, T]: the mean over the heads that one of attention is cut into."""
+        """[B, Hq, T, T]: the mean over the blocks of each head of attention."""
         batch, tokens, heads, _ = inputs.query.shape
         if self.options.gates:
             inputs, _ = self.shift(inputs, ("key",))
         identity = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
         value = identity[None, :, None].expand(batch, -1, heads, -1)
         gates, model, total = self._gates(inputs), self.model(), 0
-        for n in range(self.blocks):  # one by one: a matrix for each channel is too much to hold
+        for n in range(self.blocks):  # one by one: a matrix per channel would not fit in memory
             tensors = *(x if x is None else x[:, :, n :: self.blocks] for x in gates), value
             part = {name: x[n :: self.blocks] for name, x in model.items()}
             total = total + filter_documents(inputs, tensors, part)[0]
@@ -218,11 +219,11 @@ class H3(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Per head of attention, κ's half-life, how much of the query its gate has, and the skip
-        under which least squares leaves the smallest error, and the scale."""
+        """Choose per head of attention, one after the other: κ's half-life, the factor of the query
+        in its gate, the skip; and the scale with each."""
         if not self.options.scale:
             return
-        if self.options.init == "published":  # random: all there is to find is how large it is
+        if self.options.init == "published":  # random: only the scale can be chosen
             self.choose(inputs, target, (0.0,), lambda _: None)
             return
         query, key = inputs.magnitudes()
@@ -258,7 +259,7 @@ def filter_documents(
     state: Tensor | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """A diagonal SSM over query, key and value [B, T, H, …] of each document, past the padding."""
+    """Run a diagonal SSM over query, key and value [B, T, H, …] of each document."""
     query, key, value = tensors
     policy = None if inputs.policy_run is None else inputs.policy_run.policy
     if policy is not None:
@@ -274,7 +275,7 @@ def filter_documents(
 
 
 def _filter(model: dict[str, Tensor], tensors: Tensors, row: Row) -> tuple[Tensor, Tensor | None]:
-    """Over value, query and key, of rows with their padding last."""
+    """Run the SSM over value, query and key of rows with their padding last."""
     settings = {"initial_state": row.state, "return_state": row.return_state}
     value, query, key = tensors
     if row.padding_mask is None:
@@ -282,7 +283,7 @@ def _filter(model: dict[str, Tensor], tensors: Tensors, row: Row) -> tuple[Tenso
         if row.cu_seqlens is not None:
             settings["cu_seqlens"] = row.cu_seqlens
         return form(query, key, value, **model, **settings)
-    # the model forgets at every token, so padding is a sequence apart, from a state of nothing
+    # the model decays at every token, so padding becomes a sequence of its own, from a zero state
     if row.state is not None:
         states = torch.stack([row.state, torch.zeros_like(row.state)], 1).flatten(0, 1)
         settings["initial_state"] = states
@@ -295,7 +296,8 @@ def _filter(model: dict[str, Tensor], tensors: Tensors, row: Row) -> tuple[Tenso
 def _windowed(
     model: dict[str, Tensor], run: PolicyRun, tensors: Tensors, row: Row
 ) -> tuple[Tensor, Tensor | None]:
-    """The SSM over the last r tokens: less what r tokens ago was in its state, through Āʳ."""
+    """The SSM over the last r tokens: from its output, that of the state r tokens ago, decayed by
+    Āʳ, is subtracted."""
     value, query, key = tensors
     size, weight = run.policy.window, model["weight"]
     names = {"value": value} | ({} if key is None else {"key": key})

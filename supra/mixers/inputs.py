@@ -1,4 +1,4 @@
-"""What a mixer reads: the sizes of its attention module, the rotation, and the tensors of a call.
+"""The inputs of a mixer: the sizes of its attention module, the rotation, the tensors of a call.
 
 Notation: B batch, T tokens of this call, Hq query heads, Hkv key/value heads (Hkv divides Hq),
 K head size of query and key, V head size of value, D hidden size. Layout [B, T, H, D].
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from supra.mixers.state_policy import PolicyRun
 
-MIN_POWER = 1e-5  # of a head's output, in divisions
+MIN_POWER = 1e-5  # smallest mean square of a head that anything is divided by
 
-# gets the logs of the decays of a call, [H], [B, T, H] or [B, T, H, K]; None where nothing decays
+# Takes the log decays of a call: [H], [B, T, H] or [B, T, H, K], or None if nothing decays.
 Watch = Callable[[Tensor | None], None]
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The sizes of the attention module that a mixer stands in."""
+    """The sizes of the attention module that the mixer is a part of."""
 
     query_heads: int
     key_heads: int
@@ -33,9 +33,9 @@ class AttentionShape:
 class Rotary:
     """The family's own rotation, at the positions of this call.
 
-    `cos` and `sin` are [B or 1, T, R], or R / 2 where a pair of features shares one; `size` is R,
-    which may be smaller than the head size (partial rotary).
-    `rotate` is the family's `apply_rotary_pos_emb`: some rotate halves, some interleaved pairs.
+    `cos` and `sin` are [B or 1, T, R], or [B or 1, T, R / 2] if the two features of a pair share
+    one angle. `size` is R, which may be smaller than the head size (partial rotary). `rotate` is
+    the family's `apply_rotary_pos_emb`: some families rotate halves, some interleaved pairs.
     """
 
     cos: Tensor
@@ -59,7 +59,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """What a mixer may read in one call. Query and key are not rotated yet."""
+    """All that a mixer may read in one call. Query and key are not rotated yet."""
 
     hidden_states: Tensor  # [B, T, D], the input of the attention module
     query: Tensor  # [B, T, Hq, K], after biases and QK-norm
@@ -68,11 +68,11 @@ class MixerInputs:
     rotary: Rotary | None  # None for families without rotary positions
     scaling: float  # the teacher's factor on QKᵀ
     sliding_window: int | None  # the teacher's window in tokens, the current one included
-    softcap: float | None  # the teacher's c in c·tanh(QKᵀ·scaling / c)
-    sinks: Tensor | None  # [Hq]: the teacher's score of a token that is not there
+    softcap: float | None  # the teacher's cap c on scores: c·tanh(QKᵀ·scaling / c)
+    sinks: Tensor | None  # [Hq]: one more score in each head's softmax, for no token (gpt-oss)
     padding_mask: Tensor | None  # bool [B, T], False where padded; None: no padding
-    cu_seqlens: Tensor | None  # int [N + 1]: documents of the row B·T, flattened; None: one a row
-    policy_run: PolicyRun | None = None  # what the mixer's policy does to its state in this call
+    cu_seqlens: Tensor | None  # int [N + 1]: bounds of documents in the row B·T; None: one per row
+    policy_run: PolicyRun | None = None  # the state policy at work in this call
     watch: Watch | None = None
 
     def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class MixerInputs:
         return (query, key) if self.rotary is None else self.rotary(query, key)
 
     def first(self, tokens: int) -> "MixerInputs":
-        """The first tokens of every row; of inputs that are not packed."""
+        """The first tokens of every row. The inputs must not be packed."""
         names = ("hidden_states", "query", "key", "value", "padding_mask")
         cut = {name: x[:, :tokens] for name in names if (x := getattr(self, name)) is not None}
         if self.rotary is not None:
@@ -89,6 +89,6 @@ class MixerInputs:
         return replace(self, **cut)
 
     def magnitudes(self) -> tuple[Tensor, Tensor]:
-        """Root mean squares of each head's queries [Hq] and keys [Hkv], to divide by."""
+        """Root mean squares of each head's queries [Hq] and keys [Hkv], never 0."""
         squares = (x.float().square().mean((0, 1, 3)) for x in (self.query, self.key))
         return tuple(x.clamp(min=MIN_POWER).sqrt() for x in squares)

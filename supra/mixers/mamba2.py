@@ -3,10 +3,10 @@
     x, B, C = conv(v), RoPE(conv(k)), RoPE(conv(q))        Δ = softplus(Wu + b)
     Sᵢ = exp(A Δᵢ) Sᵢ₋₁ + Δᵢ Bᵢxᵢᵀ        yᵢ = c · CᵢSᵢ + D xᵢ        v'ᵢ = s · SiLU(zᵢ) yᵢ
 
-C, B and x from the teacher's query, key and value as in MambaInLlama (Wang et al. 2024), c its
-factor on QKᵀ. What is new starts where it changes nothing (after Phi-Mamba, Bick et al. 2024): the
-convolutions are deltas, the gate is one, D is zero. With A = −1 and W = 0, what is left is linear
-attention with a decay per head whose weights sum to about one: Δ is nearly 1 − exp(−Δ).
+C, B and x are the teacher's query, key and value, as in MambaInLlama (Wang et al. 2024), and c is
+its factor on QKᵀ. New parts start where they change nothing, as in Phi-Mamba (Bick et al. 2024):
+the convolutions are deltas, the gate is 1, D is 0. With A = −1 and W = 0, the start is linear
+attention with one decay per head, whose weights sum to about 1, since Δ is nearly 1 − exp(−Δ).
 """
 
 import math
@@ -29,21 +29,31 @@ from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import ShortConv, convolved_identity
 from supra.settings.model import STRICT
 
-HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
-# biases of B and C in units of keys and queries: weights come near a constant and the score, as the
-# teacher's exponentials do where scores are small; an eighth of the error on SmolLM2-135M goes
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibration
+# Biases of B and C, in units of keys and queries. They bring each weight near a constant plus the
+# score, as the teacher's exponentials are for small scores. The error on SmolLM2-135M falls by an
+# eighth.
 KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
-SKIPS = (-1.0, -0.3, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # D; unnormalised sums can hold too much
+SKIPS = (
+    -1.0,
+    -0.3,
+    0.0,
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+)  # D; below 0 too, since sums without normalization can be too large
 
 
 @dataclass(frozen=True, config=STRICT)
 class Mamba2Options:
     """conv_size: taps of the convolution over x, B and C; 1 for none.
-    activation: after it, "none" or, as published, "silu", which the teacher's features do not
-        survive: they have both signs.
-    normalize: "none", or "rms", RMSNorm with one group a head after the gate, as published.
-    scale: whether s, one factor per head and channel, follows.
-    output_gate: whether SiLU(z), z = Wu + b from the hidden states, multiplies the output.
+    activation: after the convolution: "none", or "silu" as published. SiLU nearly removes negative
+        features, and the teacher's have both signs.
+    normalize: "none", or "rms", RMSNorm with one group per head after the gate, as published.
+    scale: whether the output is multiplied by s, one factor per head and channel.
+    output_gate: whether the output is multiplied by SiLU(z), z = Wu + b of the hidden states u.
     """
 
     conv_size: int = Field(4, ge=1, le=MAX_TAPS)
@@ -59,7 +69,7 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(Mixer):
-    """A selective state space with one decay a head, as linear attention."""
+    """A selective state space with one decay per head, computed as linear attention."""
 
     name = "mamba2"
     Options = Mamba2Options
@@ -98,7 +108,7 @@ class Mamba2(Mixer):
     def _convolve(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False
     ) -> tuple[MixerInputs, Tensor | None]:
-        """The inputs with x, B and C for value, key and query; and the tokens to go on from."""
+        """The inputs with x, B and C as value, key and query; and the state of the convolution."""
         activation = "silu" if self.options.activation == "silu" else None
         names = ("value", "key", "query")
         return self.conv(
@@ -123,8 +133,8 @@ class Mamba2(Mixer):
         return output + self.D[:, None] * value, None if end is None else end.memory
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
-        """[B, Hq, T, T]. The taps over the value are a channel's own: here they are a head's mean.
-        What "silu" does to the value is left out, for it is not linear."""
+        """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
+        The SiLU on values is left out, since it is not linear."""
         convolved, _ = self._convolve(inputs)
         taps = self.conv.weight[: self.shape.key_heads * self.shape.value_size]
         output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
@@ -136,8 +146,8 @@ class Mamba2(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Per head, the decay, the bias of C and the skip under which least squares leaves the
-        smallest error, one after the other, and its scale."""
+        """Choose per head, one after the other: the decay, the bias of C, the skip; and the scale
+        with each."""
         if not self.options.scale:
             return
         shape, size = self.shape, self.shape.head_size
@@ -155,7 +165,7 @@ class Mamba2(Mixer):
         self.choose(inputs, target, SKIPS, self.D.data.copy_)
 
     def _set_half_life(self, tokens: Tensor) -> None:
-        """Start every head [Hq] with this half-life: A = −1, so that Δ is both what is forgotten
-        and what is written."""
+        """Start every head [Hq] with this half-life. With A = −1, Δ sets both how much is forgotten
+        and how much is written."""
         step = math.log(2) / tokens.double()
         self.dt.set(step + (-torch.expm1(-step)).log())  # the inverse of softplus

@@ -2,11 +2,12 @@
 
     Sᵢ = fᵢ Sᵢ₋₁ + (1 − fᵢ) tanh(a ∘ Sᵢ₋₁ + g kᵢvᵢᵀ)        v'ᵢ = s · c · qᵢSᵢ
 
-a, one number for each of the state, starts at 0, where with a small g it is gated linear attention
-with the teacher's query, key and value, and c its factor on QKᵀ. It is bounded: with |a| < 1 the
-recurrence contracts, so that Newton's method solves it over many tokens at once in a few sweeps;
-beyond 1 a number has two resting points and can count, and the method takes more of them, or has to
-give way to a loop.
+q, k and v are the teacher's query, key and value, and c is its factor on QKᵀ. a holds one number
+for each of the state and starts at 0: with a small g, the start is gated linear attention.
+
+|a| is bounded. Below 1 the recurrence contracts, and Newton's method solves many tokens at once in
+a few sweeps. Beyond 1 a number of the state has two resting points and can count; Newton's method
+then needs more sweeps, or gives way to a loop over tokens.
 """
 
 import math
@@ -26,22 +27,23 @@ from supra.mixers.recurrence import LINEAR_ATTENTION, NONLINEAR_GATED, scan
 from supra.parallel import METHODS, NonlinearGated, solve
 from supra.settings.model import STRICT
 
-HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
-# queries and keys are moved by these in units of themselves, as in mamba2
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibration
+# biases of keys and queries, in units of these, as in mamba2
 KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
-WRITTEN = 0.1  # root mean square of g k vᵀ at the start: tanh then bends it by a percent
-MAX_SWEEPS = 1024  # published ones are below 20, and reading token by token costs less then
-SEGMENT = 128  # tokens whose states are in memory together, K V numbers a head each
+WRITTEN = 0.1  # root mean square of g k vᵀ at the start, where tanh changes it by a percent
+MAX_SWEEPS = 1024  # published numbers are below 20; a loop over tokens costs less than this
+SEGMENT = 128  # tokens whose states are in memory together, K · V numbers per head and token
 
 
 @dataclass(frozen=True, config=STRICT)
 class NonlinearGatedOptions:
-    """largest: bound of |a|, up to 2.4. Below 1 the recurrence contracts; it takes more to count.
-    solver: "auto", the kernels (supra/kernels/nonlinear_gated), which on a GPU take Newton's method
-        on chunks of tokens; or a method of supra.parallel.solve.
-    sweeps: of such a method at most; what has not converged then is read token by token.
-    scale: whether s, one factor per head and channel, follows.
-    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    """largest: bound of |a|, up to 2.4. Below 1 the recurrence contracts; counting needs more.
+    solver: "auto" for the kernels (kernels/nonlinear_gated), which use Newton's method on chunks of
+        tokens on a GPU; or a method of supra.parallel.solve.
+    sweeps: maximum sweeps of such a method. Tokens that have not converged by then are read one by
+        one.
+    scale: whether the output is multiplied by s, one factor per head and channel.
+    output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
     """
 
     largest: float = Field(0.9, gt=0, le=2.4)
@@ -63,7 +65,7 @@ class NonlinearGatedMixer(Mixer):
     State = NonlinearGatedState
     refuses: ClassVar = dict.fromkeys(
         ("decay_scale", "insert_scale", "norm", "window"),
-        "its state is no sum, and bounded already: leave these layers' states as they are",
+        "its state is no sum, and bounded already; leave the state_policy off",
     )
 
     def __init__(self, shape: AttentionShape, options: NonlinearGatedOptions):
@@ -95,7 +97,7 @@ class NonlinearGatedMixer(Mixer):
     ) -> tuple[Tensor, NonlinearGatedState | None]:
         tensors = self._tensors(inputs)
         memory = None if state is None else state.memory
-        valued = inputs.query.device.type != "meta"  # nothing converges to a shape alone
+        valued = inputs.query.device.type != "meta"  # a solver cannot run on shapes alone
         if self.options.solver != "auto" and valued:
             output, memory = self._solved(inputs, tensors, memory)
         else:
@@ -114,8 +116,8 @@ class NonlinearGatedMixer(Mixer):
     def _solved(
         self, inputs: MixerInputs, tensors: tuple[Tensor, ...], memory: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """By a method of `supra.parallel`, which needs all states of a segment in memory. Of packed
-        documents the states at their ends are not kept."""
+        """`mix` by a method of `supra.parallel`, which holds all states of a segment in memory.
+        Packed documents return no state."""
         query, key, value, log_decay = tensors
         if inputs.padding_mask is not None:
             log_decay = log_decay * inputs.padding_mask[..., None]
@@ -143,7 +145,7 @@ class NonlinearGatedMixer(Mixer):
         return output, None if first is not None else memory.contiguous()
 
     def _weight(self) -> Tensor:
-        """a, within its bound."""
+        """a, kept within its bound."""
         return self.options.largest * torch.tanh(self.recurrence / self.options.largest)
 
     def _tensors(self, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,7 +160,7 @@ class NonlinearGatedMixer(Mixer):
         return query.to(wide), key, value * bounded_exp(self.log_gain)[:, None], log_decay
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
-        """[B, Hq, T, T], of the linear part: what the tanh does is left out."""
+        """[B, Hq, T, T] of the linear part. The tanh is left out."""
         query, key, _, log_decay = self._tensors(inputs)
         batch, tokens, heads, _ = query.shape
         written = -torch.expm1(log_decay) * bounded_exp(self.log_gain)
@@ -172,8 +174,8 @@ class NonlinearGatedMixer(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Per head, the gain, then the decay and the bias of the query under which least squares
-        leaves the smallest error, one after the other, and the scale."""
+        """Set the gain per head. Then choose per head, one after the other: the decay, the bias of
+        the query; and the scale with each."""
         if not self.options.scale:
             return
         query, key = inputs.magnitudes()

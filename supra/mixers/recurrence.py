@@ -1,4 +1,4 @@
-"""One recurrence over the tokens of a call, in the form that the call has."""
+"""The recurrences of the mixers, over the tokens of one call."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from supra.mixers.inputs import MixerInputs
 
 
 class Operation(NamedTuple):
-    """An operation's form for many tokens, and its form for one."""
+    """A kernel's form for many tokens, and its form for one."""
 
     chunk: Callable[..., tuple[Tensor, Any]]
     recurrent: Callable[..., tuple[Tensor, Any]]
@@ -40,9 +40,12 @@ def scan(
     return_state: bool,
     **settings: Any,
 ) -> tuple[Tensor, Any]:
-    """Run the operation on tensors [B, T, …], the query first, then the key.
+    """Run the operation on tensors [B, T, …]: the query first, then the key, then the others.
 
-    Padded tokens change no state: all tensors but the query are 0 there, and nothing decays.
+    Follows the policy of the call. Padded tokens leave the state as it is: all tensors but the
+    query are 0 there, and nothing decays. `settings` are further arguments of the operation.
+
+    Returns the output [B, T, Hq, V], and the new state or None.
     """
     query, *written = tensors
     policy = None if inputs.policy_run is None else inputs.policy_run.policy
@@ -73,5 +76,5 @@ def scan(
 
 
 def _beside(mask: Tensor, x: Tensor) -> Tensor:
-    """[B, T] as [B, T, 1, …], to go with x [B, T, …] or with one x [H] for all tokens."""
+    """The mask [B, T] as [B, T, 1, …], to broadcast with x [B, T, …] or with x [H]."""
     return mask[(..., *[None] * max(1, x.dim() - 2))]

@@ -3,9 +3,9 @@
     Sᵢ = γ Sᵢ₋₁ + RoPE(kᵢ)vᵢᵀ        v'ᵢ = s · SiLU(Wuᵢ + b) · GroupNorm(c · RoPE(qᵢ)Sᵢ)
 
 Linear attention with a fixed decay per head, γₕ = 1 − 2^(−5−h) for h = 0, 1, …: the half-lives are
-22, 44, 89, … tokens. q, k and v are the teacher's, c is its factor on QKᵀ, and RoPE its rotation,
-in the place of the paper's. The paper divides the weights of each token by their own sizes as well
-(section 2.1): the norm of a token's sums cancels every factor that its weights share.
+22, 44, 88, … tokens. q, k and v are the teacher's, c is its factor on QKᵀ, and RoPE is its rotation
+in place of the paper's. The paper also rescales the weights of each token (section 2.2). That is
+left out: all weights of a token share the factor, and the norm cancels it.
 """
 
 from typing import Literal, NamedTuple
@@ -28,8 +28,8 @@ NORMS = {"group": group_norm, "rms": rms_norm}
 class RetentionOptions:
     """normalize: "group", GroupNorm with one group per head, as in the paper; or "rms", RMSNorm
         per head, as in the authors' code.
-    scale: whether s, one factor per head and channel, follows.
-    output_gate: whether SiLU(Wu + b) of the hidden states u multiplies the output.
+    scale: whether the output is multiplied by s, one factor per head and channel.
+    output_gate: whether the output is multiplied by SiLU(Wu + b) of the hidden states u.
     """
 
     normalize: Literal[*NORMS] = "group"

@@ -3,9 +3,9 @@
     Sᵢ = diag(wᵢ) Sᵢ₋₁ + kᵢvᵢᵀ        yᵢ = c · rᵢ (Sᵢ₋₁ + diag(u) kᵢvᵢᵀ)        v'ᵢ = s · g yᵢ
     wᵢ = exp(−exp(w₀ + tanh(xᵢA) B))
 
-r, k and v are the teacher's query, key and value, as in RADLADS (Goldstein et al. 2025), c its
-factor on QKᵀ, xᵢ the hidden states: a decay per channel and token, which the state before the token
-is read without, and a weight u of the token itself.
+r, k and v are the teacher's query, key and value, as in RADLADS (Goldstein et al. 2025), c is its
+factor on QKᵀ, and xᵢ are the hidden states. The decay w differs by channel and token. A token reads
+the state before its own decay, and itself with the weight u.
 """
 
 import math
@@ -26,10 +26,10 @@ from supra.mixers.recurrence import GATED_LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve, convolved_identity
 from supra.settings.model import STRICT
 
-HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; what calibration chooses from
-# r and k are moved by these in units of queries and keys: weights come near a constant and the
-# score, as the teacher's exponentials do where scores are small; a quarter of the error on
-# SmolLM2-135M goes
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibration
+# Biases of k and r, in units of keys and queries. They bring each weight near a constant plus the
+# score, as the teacher's exponentials are for small scores. The error on SmolLM2-135M falls by a
+# quarter.
 KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
 BONUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 MAX_RANK = 4096  # published models have 64 and 128
@@ -38,13 +38,13 @@ SMALL = 1e-3  # entries of B at the start
 
 @dataclass(frozen=True, config=STRICT)
 class RwkvOptions:
-    """rank: of the decay's part that depends on the token, columns of A.
-    balance_state: whether k is multiplied by 1 − w, which makes the sums averages.
-    token_shift: whether r, k, v and x are moved towards those of the token before, by a share per
+    """rank: columns of A, the rank of the part of the decay that depends on the token.
+    balance_state: whether k is multiplied by 1 − w, which turns the sums into averages.
+    token_shift: whether r, k, v and x are mixed with those of the token before, by a share per
         channel that is 0 at the start.
-    normalize: "none", or "group", GroupNorm with one group a head, as published.
-    scale: whether s, one factor per head and channel, follows.
-    output_gate: whether g = 2σ(Wx + b) of the hidden states multiplies the output.
+    normalize: "none", or "group", GroupNorm with one group per head, as published.
+    scale: whether the output is multiplied by s, one factor per head and channel.
+    output_gate: whether the output is multiplied by g = 2σ(Wx + b) of the hidden states.
     """
 
     rank: int = Field(64, ge=1, le=MAX_RANK)
@@ -71,7 +71,7 @@ class ChannelDecay(nn.Module):
         self.B = nn.Parameter(torch.empty(rank, math.prod(self.sizes)))
 
     def reset_parameters(self) -> None:
-        """A is random and B small, so that both learn, from decays that are nearly constant."""
+        """A is random and B small: both learn, and decays start nearly constant."""
         fixed = torch.Generator().manual_seed(0)
         self.A.data.copy_(torch.randn(self.A.shape, generator=fixed) / math.sqrt(len(self.A)))
         self.B.data.copy_(torch.randn(self.B.shape, generator=fixed) * SMALL)
@@ -163,8 +163,8 @@ class Rwkv(Mixer):
         )  # fmt: skip
 
     def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
-        """[B, Hq, T, T]. The shares by which values are shifted are a channel's own: here they are
-        a head's mean."""
+        """[B, Hq, T, T]. The shares of the token shift differ by channel: here each head uses their
+        mean."""
         if not self.options.token_shift:
             return super().mixing_matrix(inputs)
         taps = self._taps()[: self.shape.key_heads * self.shape.value_size]
@@ -174,8 +174,8 @@ class Rwkv(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Per head, the decay, the bias of r and the bonus under which least squares leaves the
-        smallest error, one after the other, and the scale."""
+        """Choose per head, one after the other: the decay, the bias of r, the bonus; and the scale
+        with each."""
         if not self.options.scale:
             return
         query, key = inputs.magnitudes()

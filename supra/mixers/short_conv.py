@@ -1,4 +1,4 @@
-"""The short causal convolution of mixers: over each document, past the padding, with a state."""
+"""The short causal convolution of mixers: within each document, without padding, with a state."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from supra.mixers.padding import pick, tokens_first
 
 
 class ShortConv(nn.Module):
-    """Depthwise, with a bias. It starts as the identity: a delta at its last tap."""
+    """Depthwise, with a bias. It starts as the identity: 1 at the last tap, 0 elsewhere."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -26,7 +26,7 @@ class ShortConv(nn.Module):
     def forward(
         self, inputs: MixerInputs, names: Sequence[str], **settings
     ) -> tuple[MixerInputs, Tensor | None]:
-        """`convolve` with this module's weight: an offloaded weight is only present in here."""
+        """`convolve` with this module's weight. An offloaded weight exists only in `forward`."""
         return convolve(inputs, names, self.weight, self.bias, **settings)
 
 
@@ -37,8 +37,10 @@ def convolve(
     bias: Tensor | None = None,
     **settings,
 ) -> tuple[MixerInputs, Tensor | None]:
-    """The inputs with some of them convolved together, in the order of the weight's channels; and
-    the state. `settings` are those of `short_conv`."""
+    """Convolve the inputs `names` together, in the order of the weight's channels.
+
+    Returns the inputs with these replaced, and the state. `settings` are those of `short_conv`.
+    """
     given = [getattr(inputs, name) for name in names]
     joined = torch.cat([x.flatten(2) for x in given], dim=-1)
     output, state = short_conv(inputs, joined, weight, bias, **settings)
@@ -48,8 +50,8 @@ def convolve(
 
 
 def convolved_identity(inputs: MixerInputs, weight: Tensor) -> Tensor:
-    """What a mixing matrix is taken of, [B, T, Hkv, T]: each token's value is its own, then a
-    convolution whose taps are the mean over the channels of a head of weight [Hkv · V, W]."""
+    """The value [B, T, Hkv, T] from which a mixing matrix is computed: the identity over tokens,
+    convolved with the mean taps of each head of weight [Hkv · V, W]."""
     batch, tokens, heads, _ = inputs.value.shape
     value = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
     taps = weight.unflatten(0, (heads, -1)).mean(1).repeat_interleave(tokens, dim=0)
@@ -69,8 +71,8 @@ def short_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve x [B, T, C] with weight [C, W] as `causal_conv` does.
 
-    Returns the output, of no meaning where padded, and the last W − 1 tokens that are no padding,
-    [B, W − 1, C], or None.
+    Returns the output, which is meaningless at padding, and the last W − 1 tokens that are not
+    padding, [B, W − 1, C], or None.
     """
     settings = {"activation": activation, "initial_state": state, "return_state": return_state}
     if inputs.cu_seqlens is not None:
@@ -81,7 +83,7 @@ def short_conv(
         traced = torch.is_grad_enabled() or torch.compiler.is_exporting()
         if x.shape[1] > 1 or state is None or traced:
             return causal_conv(x, weight, bias, **settings)
-        # into a copy, which a cache that goes back asks for: a quarter of causal_conv's time
+        # on a copy, since a cache may go back to the old state; a quarter of causal_conv's time
         state = state.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
         settings = {"activation": activation, "state": state, "in_place": True}
         return causal_conv_step(x, weight, bias, **settings)

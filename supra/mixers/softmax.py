@@ -1,4 +1,4 @@
-"""`softmax`: what the original attention computes. Hybrids keep attention with it."""
+"""`softmax`: the original attention. Hybrids use it in the layers that keep attention."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class SoftmaxOptions:
 
 
 class SoftmaxState(NamedTuple):
-    """The key-value cache of S places, padding first. With a window, S is at most its size - 1."""
+    """The key-value cache of S tokens, padding first. A window of W tokens keeps S <= W - 1."""
 
     key: Tensor  # [B, S, Hkv, K], rotated
     value: Tensor  # [B, S, Hkv, V]
@@ -79,9 +79,9 @@ class Softmax(Mixer):
 def capped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: MixerInputs
 ) -> Tensor:
-    """Attention with capped scores or a sink, which torch's own has not; [B, H, T, D] throughout.
+    """Attention with capped scores or a sink, which torch's function lacks; tensors [B, H, T, D].
 
-    All T×S scores are in memory, as they are in these families' own attention.
+    All T×S scores are in memory, as in these families' own attention.
     """
     weights = attention_weights(query, key, mask, inputs).to(value.dtype)
     return weights @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -92,7 +92,7 @@ def attention_weights(
 ) -> Tensor:
     """Softmax over the scores of query and key [B, H, T, D]: [B, Hq, T, S], float32 or wider.
 
-    A sink (gpt-oss) is one more score in a head's softmax, whose weight is left out.
+    A sink (gpt-oss) is one more score in a head's softmax; its weight is dropped.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query @ key.mT * inputs.scaling
@@ -108,8 +108,8 @@ def attention_weights(
 
 
 def last_tokens(state: SoftmaxState, inputs: MixerInputs) -> SoftmaxState:
-    """What the next token's window may still need: each row's last W − 1 tokens, even with padding
-    between them."""
+    """The part of the cache that the next token's window may need: the last W − 1 tokens of each
+    row, not counting padding between them."""
     first = max(0, state.key.shape[1] - (inputs.sliding_window - 1))
     if inputs.padding_mask is None:  # padding then precedes all tokens of a row already
         return SoftmaxState(*(x[:, first:] for x in state))
@@ -120,10 +120,10 @@ def last_tokens(state: SoftmaxState, inputs: MixerInputs) -> SoftmaxState:
 def attention_mask(
     inputs: MixerInputs, tokens: int, length: int, valid: Tensor | None, fresh: bool
 ) -> Tensor | None:
-    """Bool [B or 1, 1, T, S], True where a query may look; None when plain causality is all.
+    """Bool [B or 1, 1, T, S], True where a query may look; None if a causal mask is enough.
 
-    A window counts tokens, not padding. A padded query looks at itself, so that no row is empty:
-    softmax over nothing is NaN.
+    A window counts tokens, not padding. A padded query looks at itself: a softmax over no scores
+    would be NaN.
     """
     window = inputs.sliding_window
     windowed = window is not None and length >= window
@@ -135,7 +135,9 @@ def attention_mask(
     key_at = torch.arange(length, device=inputs.query.device)[None, :]
     mask = (key_at <= query_at)[None, None]
     if windowed:
-        place = key_at if valid is None else valid.long().cumsum(1)  # among the tokens of its row
+        place = (
+            key_at if valid is None else valid.long().cumsum(1)
+        )  # position among the tokens of its row
         first = place[:, -tokens:] - window + 1
         mask = mask & (place[:, None, None, :] >= first[:, None, :, None])
     if valid is not None:

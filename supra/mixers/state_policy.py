@@ -1,12 +1,14 @@
-"""What a state may keep: cures without training for states that fall apart beyond the length that
-a model was trained on, where it never had to forget (Chen et al. 2024, arXiv 2410.07145v1).
+"""State policies: bounds on what a state keeps, applied without training.
+
+A model that never had to forget in training can lose its state beyond the trained length (Chen et
+al. 2024, arXiv 2410.07145v1). Each field of a policy is one remedy:
 
     decay_scale, insert_scale    Sᵢ = c_a γᵢ Sᵢ₋₁ + c_b kᵢvᵢᵀ             forget more, insert less
-    norm                         Sᵢ ← Sᵢ · min(1, p / ‖Sᵢ‖)              every so many tokens
-    window                       Sᵢ − γ_{i−r+1} ⋯ γᵢ Sᵢ₋ᵣ                 the last r tokens alone
+    norm                         Sᵢ ← Sᵢ · min(1, p / ‖Sᵢ‖)              every norm_every tokens
+    window                       Sᵢ − γ_{i−r+1} ⋯ γᵢ Sᵢ₋ᵣ                 only the last r tokens
 
-A window is exact for one layer. Of several, each reads what those below made of their own windows,
-so a token is felt for at most the number of layers times r.
+A window is exact for one layer. In a stack, each layer reads outputs that layers below computed
+from their own windows, so a token has an effect for at most r times the number of layers.
 """
 
 import functools
@@ -23,20 +25,22 @@ from supra.mixers.padding import pick
 
 Thresholds = float | tuple[float, ...]
 
-MAX_WINDOW = 2**17  # tokens; they are held in memory, and few contexts are longer
+MAX_WINDOW = 2**17  # tokens; all of them are held in memory, and few contexts are longer
 
 
 @dataclass(frozen=True)
 class StatePolicy:
-    """decay_scale: c_a, from 0 (exclusive) to 1, on the decay of every token. 1 − 1/n forgets
-        within some n tokens whatever the gates say.
-    insert_scale: c_b, on what is written. It matters beside what does not come from the state: a
-        skip, a window's own softmax; a normalised output does not change.
-    norm: p, the largest Frobenius norm of a head's state; one number, or one a head in a list a
-        layer, as [[1.5, 2.0], [1.1, 0.8]]; of layers that keep attention, an empty one.
-    norm_every: tokens of a row from one look at the norm to the next. 1 is as published, where the
-        recurrence is no longer a scan and a prompt is read token by token.
-    window: r, the tokens that are in the state.
+    """decay_scale: c_a, a factor on the decay of every token, > 0 and <= 1. With 1 − 1/n, a token
+        is forgotten after about n tokens, whatever the gates say.
+    insert_scale: c_b, a factor on what is written to the state, > 0 and <= 1. It changes only
+        outputs that also have a part from elsewhere, such as a skip or a window's softmax, and
+        outputs that are not normalised.
+    norm: p, the largest Frobenius norm of a head's state. Either one number, or one list per layer
+        with a number per head, such as [[1.5, 2.0], [1.1, 0.8]]; the list of a layer that keeps
+        softmax attention is empty.
+    norm_every: the norm is checked every so many tokens of a row. 1 is the published form: then a
+        prompt is read token by token, which is slow.
+    window: r, how many of the last tokens are in the state.
     """
 
     decay_scale: float = 1.0
@@ -63,13 +67,13 @@ class StatePolicy:
                 raise UserError(f"norm (={value!r}) must be positive, or null for any size")
         if self.norm is not None and self.window is not None:
             raise UserError(
-                f"window (={self.window}) with norm: a state that was cut down is no longer a sum "
-                "from which a token's part could be taken; give one of them"
+                f"window (={self.window}) with norm: a state that was scaled down is no longer a "
+                "sum from which old tokens can be subtracted; give one of them"
             )
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "StatePolicy":
-        """The policy of `state_policy` in a config. Raises UserError for an unknown name."""
+        """Read `state_policy` of a config. Raises UserError for an unknown field."""
         if not isinstance(fields, dict):
             raise UserError(f"state_policy (={fields!r}) must be a mapping, or null for none")
         known = [*cls.__dataclass_fields__]
@@ -79,7 +83,7 @@ class StatePolicy:
         return cls(**fields)
 
     def of_layer(self, layer: int) -> "LayerPolicy | None":
-        """What a layer's mixer needs of it; None where it changes nothing."""
+        """The policy of one layer; None if it changes nothing there."""
         norm = self.norm
         if isinstance(norm, tuple):
             if layer >= len(norm):
@@ -100,7 +104,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LayerPolicy:
-    """A StatePolicy as one mixer has it: `norm` is a number or one a head."""
+    """A StatePolicy for one layer: `norm` is one number, or one per head."""
 
     decay_scale: float = 1.0
     insert_scale: float = 1.0
@@ -110,12 +114,12 @@ class LayerPolicy:
 
     @property
     def keeps_past(self) -> bool:
-        """Whether more than the state has to be carried on."""
+        """Whether the state needs the fields of Past beside it."""
         return self.norm is not None or self.window is not None
 
     def check_heads(self, heads: int) -> None:
-        """Raise UserError for thresholds of other heads than a layer's; a memory may have several
-        for each."""
+        """Raise UserError if the number of thresholds does not fit the layer's heads. A memory may
+        have several heads for each head of the layer."""
         count = len(self.norm) if isinstance(self.norm, tuple) else 1
         if heads % count and count % heads:
             raise _other_heads(count, heads)
@@ -128,24 +132,24 @@ class LayerPolicy:
 
 
 class Past(NamedTuple):
-    """What a policy carries beside a mixer's own state; the batch first, as there."""
+    """What a policy keeps beside a mixer's own state. The batch comes first here too."""
 
-    past_key: Tensor | None = None  # [B, r, H, K], what leaves the window next in front
+    past_key: Tensor | None = None  # [B, r, H, K], the oldest token first
     past_value: Tensor | None = None  # [B, r, H, V]
     past_log_decay: Tensor | None = None  # [B, r, H] or [B, r, H, K]
-    past_state: Tensor | None = None  # h3's of r tokens ago
-    past_count: Tensor | None = None  # int [B], tokens so far
+    past_state: Tensor | None = None  # the state of r tokens ago (h3 only)
+    past_count: Tensor | None = None  # int [B], tokens read so far
 
 
 @functools.cache
 def with_past(state: type) -> type:
-    """The fields of a mixer's State, then those of Past."""
+    """A NamedTuple of the fields of a mixer's State, followed by those of Past."""
     fields = (*state.__annotations__.items(), *Past.__annotations__.items())
     return NamedTuple(f"{state.__name__}WithPast", fields)
 
 
 class PolicyRun:
-    """A policy during one call of a mixer: the past before it, and in its place the one after."""
+    """A policy in one call of a mixer. `past` is what was kept before the call, then after it."""
 
     def __init__(self, policy: LayerPolicy, past: Past | None):
         self.policy = policy
@@ -157,9 +161,9 @@ class PolicyRun:
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Each tensor [B, T, …] as it was r tokens before in its document, zeros before the first.
+        """Each tensor [B, T, …] delayed by r tokens within its document, with zeros in front.
 
-        Padding lies at the end of a row. The names are Past's, less "past_".
+        Padding must be at the end of a row. The names are those of Past without "past_".
         """
         size = self.policy.window
         if cu_seqlens is not None:
@@ -174,7 +178,7 @@ class PolicyRun:
     ) -> Tensor:
         """log_decay [B, T, …] summed over the last r tokens, float64.
 
-        A difference of sums: quotients of products would be 0 / 0 after a reset.
+        Computed as a difference of sums. A quotient of products would be 0 / 0 after a reset.
         """
         size = self.policy.window
         if cu_seqlens is not None:
@@ -184,7 +188,7 @@ class PolicyRun:
         return sums[:, size:] - sums[:, :-size]
 
     def _joined(self, name: str, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """x [B, T, …] behind the r tokens before it; the last r go into the past."""
+        """The r tokens before the call, then x [B, T, …]. The last r tokens become the new past."""
         name, size = f"past_{name}", self.policy.window
         before = getattr(self.past, name)
         if before is None:
@@ -204,7 +208,7 @@ class PolicyRun:
 
 
 def _in_documents(x: Tensor, size: int, cu_seqlens: Tensor) -> Tensor:
-    """x [1, N, …] of `size` tokens before in the same document, zeros before its first."""
+    """x [1, N, …] delayed by `size` tokens within each document, with zeros in front."""
     bounds = cu_seqlens.to(x.device)
     at = torch.arange(x.shape[1], device=x.device)
     start = bounds[torch.bucketize(at, bounds, right=True) - 1]
@@ -213,9 +217,9 @@ def _in_documents(x: Tensor, size: int, cu_seqlens: Tensor) -> Tensor:
 
 
 def clamp_factors(policy: LayerPolicy, memory: Tensor) -> Tensor:
-    """What brings the norm of each head's memory [B, H, …] down to its threshold: [B, H], <= 1.
+    """Factors <= 1, [B, H], that bring the norm of each head's memory [B, H, …] to its threshold.
 
-    Where thresholds are fewer than H, a head of attention has several of the memory's.
+    If there are fewer thresholds than H, each one is for several heads of the memory together.
     """
     heads = len(policy.norm) if isinstance(policy.norm, tuple) else memory.shape[1]
     if memory.shape[1] % heads:
@@ -228,6 +232,6 @@ def clamp_factors(policy: LayerPolicy, memory: Tensor) -> Tensor:
 
 def _other_heads(count: int, heads: int) -> UserError:
     return UserError(
-        f"norm has {count} thresholds for a layer of {heads} heads: give one a head, or one number "
-        "for all"
+        f"norm has {count} thresholds for a layer of {heads} heads: give one per head, or one "
+        "number for all"
     )

@@ -1,9 +1,9 @@
-"""`supra`: linear attention with decay, the mixer of SUPRA (Mercat et al. 2024, equation 10),
+"""`supra`: linear attention with decay, the mixer of SUPRA (Mercat et al. 2024, equation 10).
 
     v'ᵢ = s · GroupNorm( Σ_{j≤i} γ^{i−j} RoPE(φ(qᵢ))·RoPE(φ(kⱼ)) vⱼ )
 
-and its relatives: other feature maps, decays from the hidden states, weights that sum to one. The
-presets of `supra.mixers` give these their names.
+Options give its relatives: other feature maps, decays from the hidden states, weights that sum to
+one. Several of them have names of their own, the presets of `supra.mixers`.
 """
 
 import math
@@ -31,9 +31,9 @@ from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.settings.model import STRICT
 
-HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; what calibration chooses from
-# of hedgehog's features; 1 for keys and queries, as published, leaves SmolLM2-135M at 1,087, this
-# and what is chosen for queries at 698
+HALF_LIVES = tuple(3.0**n for n in range(8))  # tokens, 1 to 2187; candidates in calibration
+# Of Hedgehog features. Perplexity of SmolLM2-135M: 1,087 with 1 for keys and queries, as published;
+# 698 with this value for keys and the calibrated one for queries.
 KEY_SHARPNESS = 0.5
 
 
@@ -43,15 +43,15 @@ class SupraOptions:
 
     feature_map: "sign_pair", "identity", "relu", "hedgehog" or "mixed_relu"
         (supra/mixers/feature_maps.py).
-    expansion: how many times as wide those are whose weights are a head's own, and the state.
+    expansion: how many times as wide the features and the state are; for feature maps with weights
+        per head.
     decay: "learnable" or "fixed", one per head, both from Lightning Attention's slopes; "gated",
         one per token and head, from the hidden states; or "none".
-    normalize: "group", GroupNorm with one group a head, whose statistics are a token's own and need
-        no state; "sum", divide by the sum of the weights, for features that stay nonnegative; or
-        "none".
-    scale: whether s, one factor per head and channel, follows. It can be folded into the output
-        projection.
-    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
+    normalize: "group", GroupNorm with one group per head, which reads one token and needs no state;
+        "sum", division by the sum of the weights, for nonnegative features; or "none".
+    scale: whether the output is multiplied by s, one factor per head and channel. It can be folded
+        into the output projection.
+    output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
     """
 
     feature_map: Literal[*FEATURE_MAPS] = "sign_pair"
@@ -65,9 +65,9 @@ class SupraOptions:
         check_expansion(self.expansion, self.feature_map)
         if self.normalize == "sum" and not FEATURE_MAPS[self.feature_map].after_rotary:
             raise UserError(
-                f"normalize (='sum') needs features that stay nonnegative, which those of "
-                f"feature_map (={self.feature_map!r}) do not when they turn with the position: "
-                "take relu or hedgehog, or normalize=group"
+                f"normalize (='sum') needs features that stay nonnegative, and rotation makes "
+                f"those of feature_map (={self.feature_map!r}) negative: take relu or hedgehog, or "
+                "normalize=group"
             )
 
 
@@ -95,11 +95,11 @@ class Supra(Mixer):
         if options.decay == "gated":
             self.decay_gate = DecayGate(shape)
         elif options.decay != "none":
-            # log(−log γ): any value is a decay below one, and float32 resolves γ near one
+            # log(−log γ): every value is a decay below 1, and float32 resolves γ near 1
             log_slope = lightning_slopes(shape.query_heads).log()
             if options.decay == "learnable":
                 self.log_slope = nn.Parameter(log_slope)
-            else:  # loading makes every parameter trainable, so what is fixed is none
+            else:  # a buffer, since loading makes every parameter trainable
                 self.register_buffer("log_slope", log_slope)
 
     def reset_parameters(self) -> None:
@@ -135,11 +135,10 @@ class Supra(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Per head, the decay, and the sharpness of the query's features, under which least squares
-        leaves the smallest error, and its scale.
+        """Choose per head: the decay, the sharpness of the query's features, and the scale.
 
-        Without it the output has variance one a channel, which in the first layer of a small Llama
-        is 20 times what the attention there returns.
+        Without it, every channel of the output has variance 1. In the first layer of a small Llama
+        that is 20 times what attention returns.
         """
         if not self.options.scale:
             return

@@ -1,11 +1,11 @@
-"""`window`: exact attention to the last tokens and to the first ones, linear attention to the rest.
+"""`window`: exact attention to the last and the first tokens, linear attention to the others.
 
     v'ᵢ = ( Σ_{j exact} e^{sᵢⱼ} vⱼ + e^{aᵢ} φ(qᵢ)·Σ_{j left} φ(kⱼ) vⱼ ) / ( the same with vⱼ = 1 )
 
-One softmax over both: sᵢⱼ is the teacher's own score, and aᵢ, from the hidden states, says how much
-what has left the window weighs. After LoLCATs (Zhang et al. 2024, section 3.3)
-and Lizard (2025); the first tokens, which softmax attention leans on, stay exact as in StreamingLLM
-(Xiao et al. 2023).
+One softmax covers both parts. sᵢⱼ is the teacher's own score. aᵢ, from the hidden states, is the
+weight of the tokens that have left the window. After LoLCATs (Zhang et al. 2024, section 3.3) and
+Lizard (2025). The first tokens, on which softmax attention puts much weight, stay exact as in
+StreamingLLM (Xiao et al. 2023).
 """
 
 from dataclasses import replace
@@ -32,22 +32,22 @@ from supra.mixers.read_out import OutputGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.settings.model import STRICT
 
-MAX_TOKENS = 2**15  # in a window or in sinks: every token computes that many scores per head
-MIN_MASS = 1e-30  # of what has left the window, where nothing has
-WEIGHTS = tuple(range(-4, 15, 2))  # of the linear part, in nats; what calibration chooses from
-HALF_LIVES = tuple(4.0**n for n in range(2, 7))  # tokens
+MAX_TOKENS = 2**15  # in the window or the sinks; every token computes so many scores per head
+MIN_MASS = 1e-30  # sum of weights beyond the window, while it is empty
+WEIGHTS = tuple(range(-4, 15, 2))  # aᵢ, in nats; candidates in calibration
+HALF_LIVES = tuple(4.0**n for n in range(2, 7))  # tokens; candidates in calibration
 
 
 @dataclass(frozen=True, config=STRICT)
 class WindowOptions:
     """size: tokens of the window, the current one included.
-    sinks: first tokens of a document that never leave.
+    sinks: number of first tokens of a document that stay exact.
     feature_map: of the linear part, "hedgehog" or "relu" (supra/mixers/feature_maps.py).
-    expansion: how many times as wide its features are, and its state.
-    decay: of the linear part, "none", or "gated" by the hidden states.
-    output_gate: whether 2σ(Wx + b) of the hidden states multiplies the output.
-    dropout: share of training's calls in which the window is the current token alone, so that the
-        linear part learns to do without.
+    expansion: how many times as wide its features and its state are.
+    decay: of the linear part: "none", or "gated" by the hidden states.
+    output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
+    dropout: share of the calls in training in which the window is the current token alone, so that
+        the linear part learns to work without it.
     """
 
     size: int = Field(64, ge=1, le=MAX_TOKENS)
@@ -63,18 +63,18 @@ class WindowOptions:
 
 
 class WindowState(NamedTuple):
-    """Of constant size: W window tokens and S sinks, whatever the context."""
+    """W window tokens and S sinks: the same size for every context."""
 
     memory: Tensor  # [B, Hq, features, V + 1], float32; the last column sums the weights
     window_key: Tensor  # [B, W, Hkv, K], rotated, the newest last
     window_value: Tensor  # [B, W, Hkv, V]
     sink_key: Tensor  # [B, S, Hkv, K], rotated
     sink_value: Tensor  # [B, S, Hkv, V]
-    length: Tensor  # int [B], tokens so far
+    length: Tensor  # int [B], tokens read so far
 
 
 class Window(Mixer):
-    """Exact within a window and at the first tokens of a document, linear beyond."""
+    """Exact in a window and for the first tokens of a document, linear for the others."""
 
     name = "window"
     Options = WindowOptions
@@ -91,7 +91,7 @@ class Window(Mixer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.options.decay == "gated":  # the linear part is for what is far
+        if self.options.decay == "gated":  # the linear part is for distant tokens
             self.decay_gate.set_half_life(torch.full((self.shape.query_heads,), HALF_LIVES[-1]))
 
     def mix(
@@ -146,8 +146,8 @@ class Window(Mixer):
     def _places(
         self, inputs: MixerInputs, state: WindowState
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Each token's place in its document, int [B, T], and the key and value of the document's
-        first tokens: [B, S, Hkv, D], or [B, T, S, Hkv, D] where documents are packed."""
+        """Each token's position in its document, int [B, T], and the key and value of the
+        document's first tokens: [B, S, Hkv, D], or [B, T, S, Hkv, D] for packed documents."""
         batch, tokens = inputs.key.shape[:2]
         sinks = torch.arange(self.options.sinks, device=inputs.key.device)
         if inputs.cu_seqlens is not None:
@@ -175,8 +175,11 @@ class Window(Mixer):
         memory: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Sums [B, T, Hq, V + 1] over what has left the window, the weights' own sum last."""
-        key, value = (x[:, : inputs.key.shape[1]] for x in near)  # leaves as each token arrives
+        """Sums [B, T, Hq, V + 1] over tokens that have left the window; the last one sums the
+        weights."""
+        key, value = (
+            x[:, : inputs.key.shape[1]] for x in near
+        )  # what leaves the window at each token
         left = (rank >= self.options.sinks + size)[..., None, None]
         query, key = map_features(self.feature_map, inputs, inputs.query, key)
         wide = torch.promote_types(value.dtype, torch.float32)
@@ -199,7 +202,7 @@ class Window(Mixer):
         linear: Tensor,
         size: int,
     ) -> Tensor:
-        """One softmax over the window, the sinks and what is left: [B, T, Hq, V]."""
+        """One softmax over the window, the sinks and the linear part: [B, T, Hq, V]."""
         wide = linear.dtype
         query, key, value = (x.to(wide) for x in (inputs.query, *near))
         sink_key, sink_value = (x.to(wide) for x in sinks)
@@ -225,7 +228,7 @@ class Window(Mixer):
 
     @staticmethod
     def _scores(inputs: MixerInputs, products: Tensor, hidden: Tensor) -> Tensor:
-        """The teacher's scores from q·k [B, T, Hq, J]; −inf where `hidden` [B, T, J]."""
+        """The teacher's scores from products q·k [B, T, Hq, J], −inf where `hidden` [B, T, J]."""
         scores = products * inputs.scaling
         if inputs.softcap is not None:
             scores = torch.tanh(scores / inputs.softcap) * inputs.softcap
@@ -233,7 +236,7 @@ class Window(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Per head, the weight of the linear part that leaves the smallest error, and its decay."""
+        """Choose per head: the weight of the linear part, and its decay."""
         self.choose(inputs, target, WEIGHTS, self.linear_weight.set)
         if self.options.decay == "gated":
             self.choose(inputs, target, HALF_LIVES, self.decay_gate.set_half_life)
@@ -241,7 +244,7 @@ class Window(Mixer):
 
 
 def sink_scores(query: Tensor, key: Tensor) -> Tensor:
-    """q·k of the first tokens, the row's or each token's own document's: [B, T, Hq, S]."""
+    """q·k with the first tokens of the row, or of each token's own document: [B, T, Hq, S]."""
     if key.shape[-3] == 0:
         return query.new_zeros(*query.shape[:3], 0)
     query = query.unflatten(2, (key.shape[-2], -1))

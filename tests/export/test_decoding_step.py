@@ -178,7 +178,7 @@ def test_what_cannot_be_exported_says_so():
     model = random_model("supra")
     tokens = random_tokens(1, 9)
     packed = {"use_cache": False, "cu_seq_lens_q": torch.tensor([0, 4, 9])}
-    with pytest.raises(UserError, match="packed rows cannot be exported: give one document a row"):
+    with pytest.raises(UserError, match="packed rows cannot be exported: give one doc"):
         torch.export.export(model, (tokens,), packed)
     settings = GenerationConfig(
         use_cache=True,

@@ -1,4 +1,4 @@
-"""The contract catches what it is for: each planted fault fails the check that is named for it.
+"""The checks of the contract see faults: small wrong mixers each fail the check that CAUGHT names.
 
 A fault counts as caught only if an assertion fails. A crash would say nothing about the check.
 """
@@ -31,7 +31,7 @@ class State(NamedTuple):
 
 
 class Sound(Mixer):
-    """The smallest mixer that owes nothing: decaying sums, with one fixed decay."""
+    """The smallest mixer that passes every check: decaying sums, with one fixed decay."""
 
     name, Options, State = "planted", Options, State
 

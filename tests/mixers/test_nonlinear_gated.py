@@ -146,5 +146,5 @@ def test_what_is_no_option(options, message):
 
 def test_policies_do_not_act():
     for policy in (StatePolicy(window=4), StatePolicy(decay_scale=0.9), StatePolicy(norm=1.0)):
-        with pytest.raises(UserError, match="its state is no sum, and bounded already"):
+        with pytest.raises(UserError, match="its state is no sum, and bounded already; leave"):
             make().set_policy(policy, 0)

@@ -49,7 +49,7 @@ def test_is_the_papers_equation(norm):
 
 
 def test_the_norm_cancels_the_papers_scalings_of_weights():
-    """Section 2.1: by √d, by √Σ D of a row, then by max(|Σ R|, 1) of a row."""
+    """Section 2.2: each row of weights is divided by √d, by √Σ D, then by max(|Σ R|, 1)."""
     inputs = mixer_inputs(SHAPE, 90)
     sums, weights = retention(inputs)
     tokens = torch.arange(90)

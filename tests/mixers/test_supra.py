@@ -162,7 +162,7 @@ WIDE = AttentionShape(query_heads=4, key_heads=2, head_size=8, value_size=8, hid
     [
         ({"expansion": 0}, r"expansion \(=0\) must be a whole number from 1 to 256"),
         ({"expansion": 257}, r"expansion \(=257\) must be a whole number from 1 to 256"),
-        ({"expansion": 2, "feature_map": "identity"}, "needs features with weights"),
+        ({"expansion": 2, "feature_map": "identity"}, "needs a feature map with weights"),
     ],
 )
 def test_mistakes_in_expansion(options, message):
