@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
+COMMANDS = {"__main__", "bench", "cli"}  # no interface for Python
 
 
 def gaps() -> list[str]:
@@ -26,11 +27,11 @@ def gaps() -> list[str]:
 
 def public_names() -> Iterator[tuple[str, Any]]:
     """Every name in the `__all__` of a room, an operation or a module of supra, and what it is."""
-    files = [*ROOT.glob("supra/*.py"), *ROOT.glob("*/**/__init__.py")]
-    for file in sorted(files):
+    patterns = ("supra/*.py", "supra/**/__init__.py", "kernels/**/__init__.py")
+    for file in sorted({file for pattern in patterns for file in ROOT.glob(pattern)}):
         parts = file.relative_to(ROOT).with_suffix("").parts
         module = ".".join(parts).removesuffix(".__init__")
-        if parts[0] in ("supra", "kernels") and not {"cli", "__main__"} & {*parts}:  # commands
+        if not COMMANDS & {*parts}:
             module = f"supra.{module}" if parts[0] == "kernels" else module
             exported = getattr(importlib.import_module(module), "__all__", ())
             yield from ((f"{module}.{name}", _find(f"{module}.{name}")) for name in exported)
