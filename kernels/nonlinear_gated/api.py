@@ -15,7 +15,7 @@ turn; a chunk of C tokens is exact after C sweeps whatever a is, so that there i
 which they fail. The torch backend computes token by token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def chunk_nonlinear_gated(
         ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
     """
     _check_options(sweeps, tolerance, chunk_size)
-    inputs = _inputs(
+    inputs = _checked(
         query, key, value, log_decay, weight, initial_state, cu_seqlens, scale, sweeps, tolerance,
         chunk_size, backend,
     )  # fmt: skip
@@ -149,7 +149,7 @@ def recurrent_nonlinear_gated(
 
     With backend="triton", a call that needs gradients runs the chunked kernels.
     """
-    inputs = _inputs(
+    inputs = _checked(
         query, key, value, log_decay, weight, initial_state, None, scale, SWEEPS, TOLERANCE, None,
         backend,
     )  # fmt: skip
@@ -159,21 +159,13 @@ def recurrent_nonlinear_gated(
     return output, end if return_state else None
 
 
-def _inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    sweeps: int,
-    tolerance: float,
-    chunk_size: int | None,
-    backend: str,
-) -> Inputs:
-    """The arguments, checked, with the state in the precision of the computation."""
+def _checked(*arguments: Any) -> Inputs:
+    """Inputs, with the state in the precision of the computation and the backend chosen.
+
+    arguments: the fields of Inputs but for save_states.
+    """
+    *tensors, state, cu_seqlens, scale, sweeps, tolerance, chunk_size, backend = arguments
+    query, key, value, log_decay, weight = tensors
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay, weight=weight)
     heads = query.shape[2]
@@ -185,7 +177,6 @@ def _inputs(
     shape = (heads, query.shape[3], value.shape[3])
     checks.check_shape("weight", weight, shape, "[H, K, V]: one number for each of the state")
     state = checks.check_heads_state(state, query, key, value, cu_seqlens)
-    tensors = (query, key, value, log_decay, weight)
     backend = choose(OPERATION, backend, *tensors)
     chunk_size = chunk_size or CHUNK_SIZES[backend]
     save_states = checks.needs_gradient(*tensors, state)
