@@ -404,6 +404,7 @@ CASES: list[Case] = [
     accepted(CONVERT + " --keep-attention 0,0", "a layer named twice is kept once"),
     accepted("inspect {rnn} --context ''", "no length is named, so no state is sized"),
     accepted(CONVERT + " --mixer-option expansion=2", "a wider state"),
+    accepted(CONVERT + " --mixer window --mixer-option dropout=1e-1", "a number, however written"),
     *(accepted(f"{CONVERT} --mixer nonlinear_gated --mixer-option solver={name}",
                "how it is solved changes no result") for name in METHODS),
     accepted(CONVERT + " --shard-size inf", "one file, however large"),

@@ -152,6 +152,7 @@ VALUES = [
     ("distill.optimizer.lr=0", "distill.optimizer.lr"),
     ("distill.optimizer.lr=.inf", "distill.optimizer.lr"),
     ("distill.optimizer.lr=fast", "distill.optimizer.lr"),
+    ("distill.optimizer.lr=[1e-3]", "distill.optimizer.lr"),
     ("distill.optimizer.lr=1e38", "lr"),
     ("distill.optimizer.lr=1e300", "lr"),
     ("distill.optimizer.betas=[0.9]", "betas"),
@@ -214,6 +215,7 @@ CASES: list[Case] = [
     accepted(OVERRIDE + "student={gpt2}", "any student of the teacher's vocabulary"),
     accepted(OVERRIDE + "student={base}", "a transformer may be trained as well"),
     accepted(OVERRIDE + "seed=0x10", "YAML has numbers to the base of 16"),
+    accepted(OVERRIDE + "distill.optimizer.lr=1e-3", "a number in scientific notation"),
     accepted(OVERRIDE + "seed=7.0", "a whole number, however it is written"),
     accepted(OVERRIDE + "batch.size=2 batch.size=4", "the last of two overrides counts, as in a "
              "shell"),
