@@ -244,7 +244,7 @@ REFUSED = {
     ],
     # as supra eval was spelled before it had commands
     "eval --model {rnn}": [
-        ("", "--text is missing"),
+        ("--json", "--text is missing"),
         ("--text", "--text needs a value"),
         ("--text {text} --pairs 2", "supra eval task"),
         ("--text {text} --ablate recal --tokens 64", "did you mean 'recall'"),
