@@ -1,4 +1,4 @@
-"""Values out of YAML text."""
+"""Values out of YAML text, and back."""
 
 import re
 from typing import Any
@@ -24,6 +24,11 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
+def to_yaml(value: Any) -> str:
+    """The YAML text of `value`, which `parse_yaml` reads as `value` again."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         lines = {}
@@ -37,4 +42,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that look like numbers to the loader."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))

@@ -12,6 +12,7 @@ import yaml
 
 from supra.checkpoint.files import fsync, locked
 from supra.errors import UserError
+from supra.settings.yaml_text import to_yaml
 from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.manifest import damage
@@ -141,8 +142,7 @@ class RunFolder:
 
     def write_config(self, config: UptrainConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        _write(self.config, text)
+        _write(self.config, to_yaml(config.model_dump(mode="json")))
 
     def truncate_log(self, step: int) -> int:
         """Drop broken lines and what an interrupted run logged after the checkpoint of `step`.

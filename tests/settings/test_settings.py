@@ -9,7 +9,7 @@ from supra.errors import UserError
 from supra.settings.model import Names, Settings
 from supra.settings.outline import COLUMN, WIDTH, outline
 from supra.settings.reading import read
-from supra.settings.yaml_text import parse_yaml
+from supra.settings.yaml_text import parse_yaml, to_yaml
 
 LAYERS = "Layers, with cream between them, or a_long_word_that_only_the_next_line_has_space_for."
 
@@ -55,6 +55,12 @@ def test_numbers_in_scientific_notation(text, number):
 @pytest.mark.parametrize("text", ["e5", "1e", "1e5x", "'1e5'", "1e-", "1e5.5", "_1e5", "1-e5"])
 def test_what_is_no_number_stays_text(text):
     assert parse_yaml(text, "text") == text.strip("'")
+
+
+@pytest.mark.parametrize("value", ["1e5", "1e-4", 1e-4, 1e5, 5, "5", "true", True, None, "null"])
+def test_what_is_written_is_read_again(value):
+    again = parse_yaml(to_yaml({"out": value}), "text")["out"]
+    assert again == value and type(again) is type(value)
 
 
 def test_values_as_yaml_has_them():
