@@ -1,19 +1,19 @@
-"""What peft does not know of a converted model: where LoRA goes, and what cannot go into it.
+"""Tells peft about converted models: where LoRA goes, and which adapters cannot work.
 
     peft.LoraConfig(task_type="CAUSAL_LM")                             mixers stay as they are
     peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["mixer"])  mixers train in full
 
-Without `target_modules`, the adapters are on every projection of the attention modules. The first
-form is for fine-tuning a model that has been uptrained. The second is for uptraining: the file of
-the adapter then holds the mixers too.
+Without `target_modules`, every projection of the attention modules gets an adapter. The first form
+is for fine-tuning a model that has been uptrained. The second is for uptraining: the adapter's file
+then holds the mixers too.
 """
 
 from contextlib import suppress
 
 from supra.errors import UserError
 
-# What families call their attention module, and the projections in it. With its parent's name in
-# front, since in some families a gate_proj, c_proj or Wo is in the feed-forward module too.
+# The names of attention modules in the families, and of the projections in them. The module's name
+# is part of each target: some families have a gate_proj, c_proj or Wo in the feed-forward too.
 _PROJECTIONS = {
     "self_attn": (
         *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "g_proj"),
@@ -28,14 +28,14 @@ TRAINED_IN_FULL = ["mixer"]
 
 
 def refuse_prefix(past_key_values: object) -> None:
-    """Raise UserError: where peft would hand trained keys and values to the model."""
+    """Raise UserError. peft calls this to hand trained keys and values to the model."""
     raise UserError(
         "a prefix of trained keys and values (peft_type PREFIX_TUNING or CARTRIDGE) needs a "
         "key-value cache, which a recurrent model does not have: use LoRA or prompt tuning"
     )
 
 
-# A peft that is absent, or too old to be imported, is no reason not to load a model.
+# Models load without peft, or with one that is too old to import.
 with suppress(ImportError):
     from peft.utils import constants
 

@@ -1,13 +1,13 @@
-"""A mixer inside the family's own attention module, whatever the family.
+"""A mixer inside the attention module of any family.
 
-The attention module runs its own projections, norms and output projection. It calls the attention
-function that its config names, which is ours; a wrapper around the module gives it the identity as
-rotation and hands the true one to the mixer. `attention_mask` is the argument that every family
-passes down untouched, so it carries what the mixers need:
+The family's module runs its own projections and norms. It calls the attention function that the
+config names, which is `supra_attention`; that function runs the mixer. A wrapper around the module
+replaces its rotation by the identity and hands the true rotation to the mixer. Every family passes
+the argument `attention_mask` down unchanged, so it carries what the mixers need:
 
-    None                        no padding, one document a row
+    None                        no padding, one document per row
     bool [B, 1, 1, T]           False where padded
-    int  [1, 1, 1, N + 1]       packed: boundaries of N documents in the row B·T, flattened
+    int  [1, 1, 1, N + 1]       packed: bounds of N documents in the flattened row B·T
 """
 
 import functools
@@ -32,7 +32,7 @@ from supra.model.families import ROTATE_THEMSELVES, WINDOW_IN_MASK
 
 @dataclass(frozen=True)
 class _Call:
-    """What the wrapper around an attention module tells our attention function."""
+    """What the wrapper around an attention module hands to `supra_attention`."""
 
     hidden_states: Tensor
     rotary: Rotary | None
@@ -43,9 +43,16 @@ class _Call:
 def supra_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, Hq, T, K] in, output [B, T, Hq, V] out."""
+    """The attention function of transformers' interface.
+
+    Takes query [B, Hq, T, K], key [B, Hkv, T, K] and value [B, Hkv, T, V]; returns the output
+    [B, T, Hq, V] and no weights.
+    """
     if kwargs.get("block_indices") is not None:
-        raise UserError("attention over chosen blocks of tokens has no mixer")
+        raise UserError(
+            "block_indices (attention over chosen blocks of tokens) mean nothing to a mixer: leave "
+            "them out"
+        )
     call = attention_mask
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if isinstance(call, _Probe):
@@ -75,8 +82,8 @@ AttentionInterface.register("supra", supra_attention)
 class SupraAttention:
     """Mixed into the family's attention class; `mixer` is a submodule of the attention module."""
 
-    rotates: bool  # whether the mixer rotates, and not the module itself or nobody
-    window: int | None  # of which the attention function does not hear
+    rotates: bool  # whether the mixer applies the rotation; else the module does, or nobody
+    window: int | None  # a sliding window that the attention function is not told about
 
     def forward(self, *args, **kwargs):
         kwargs |= zip(self.forward_names, args, strict=False)
@@ -94,7 +101,7 @@ class SupraAttention:
         )
         return super().forward(**kwargs)
 
-    def __reduce__(self):  # the class is made at run time, so a pickle names its base
+    def __reduce__(self):  # the class is made at run time, so pickles name its base class
         return _bare_attention, (type(self).__mro__[2],), self.__dict__
 
 
@@ -106,7 +113,7 @@ def _bare_attention(base: type[nn.Module]) -> nn.Module:
 @functools.cache
 def attention_class(base: type[nn.Module]) -> type[nn.Module]:
     """The family's attention class with the wrapper in front."""
-    # families differ in whether they rotate halves or interleaved pairs
+    # some families rotate halves, others interleaved pairs
     rotate = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
     fields = {
         "forward_names": tuple(inspect.signature(base.forward).parameters)[1:],
@@ -118,7 +125,7 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _features_per_angle(rotate: Callable[..., tuple[Tensor, Tensor]] | None) -> int:
-    """2 where the two features of a pair share one cosine and sine, as in gpt-oss."""
+    """2 if the two features of a pair share one cosine and sine, as in gpt-oss; else 1."""
     if rotate is None:
         return 1
     heads, angles = torch.empty(1, 1, 1, 4, device="meta"), torch.empty(1, 1, 4, device="meta")
@@ -132,8 +139,8 @@ def _features_per_angle(rotate: Callable[..., tuple[Tensor, Tensor]] | None) -> 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The causal self-attention modules, converted or not.
 
-    Those that do not go through transformers' attention interface are left out: nothing could be
-    put in their middle.
+    Modules that do not call transformers' attention interface are left out: no mixer could be put
+    into them.
     """
     return [
         module
@@ -171,7 +178,7 @@ def probe_attention(attention: nn.Module, config: PreTrainedConfig) -> tuple[Att
     """The sizes of an attention module, and whether it rotates its queries and keys.
 
     Configs have many names for sizes, and in some families only some layers rotate. So the module
-    runs on two tokens without memory, and what reaches the attention function is looked at.
+    runs on two tokens on the meta device, and the shapes that reach the attention function count.
     """
     failure = None
     for positions in _positions_to_try(attention):
@@ -181,19 +188,19 @@ def probe_attention(attention: nn.Module, config: PreTrainedConfig) -> tuple[Att
                 _run_without_memory(attention, config.hidden_size, probe, positions)
         except _Answered:
             return AttentionShape(*probe.sizes, config.hidden_size), positions.used
-        except Exception as error:  # of any kind: it comes out of the family's own code
+        except Exception as error:  # of any kind, since it is raised in the family's code
             failure = error
     raise UserError(
-        f"model_type {config.base_model_type!r} has attention into which no mixer can be put: "
-        f"alone it does not reach the attention interface of transformers ({failure})"
+        f"model_type {config.base_model_type!r} has attention that takes no mixer: run alone, its "
+        f"module does not call the attention interface of transformers ({failure})"
     )
 
 
 def _positions_to_try(attention: nn.Module) -> Iterator["_Positions"]:
-    """What families may want as cosines and sines, of which their configs say little."""
+    """Shapes of cosines and sines that families expect; their configs do not give them."""
     names = ("qk_rope_head_dim", "head_dim")
     sizes = [getattr(attention, name) for name in names if hasattr(attention, name)]
-    for size in (*sizes, 1):  # 1 fits any part of a head that is not cut in halves
+    for size in (*sizes, 1):  # 1 broadcasts to any part of a head that is not cut in halves
         yield _Positions(*(torch.empty(1, 2, size, device="meta") for _ in range(2)))
     for size in sizes:
         yield _Positions(torch.empty(1, 2, size // 2, device="meta", dtype=torch.complex64))
@@ -217,11 +224,11 @@ def _run_without_memory(
 
 
 class _Answered(Exception):
-    """The attention function was called: no need to go on."""
+    """Ends a probe: the attention function was called."""
 
 
 class _Probe:
-    """In the place of a mask, it takes down what the attention function gets."""
+    """Passed as the mask, it records the sizes that reach the attention function."""
 
     sizes: tuple[int, int, int, int]
 
@@ -231,7 +238,7 @@ class _Probe:
 
 
 class _Positions(TorchFunctionMode):
-    """Position embeddings, a pair or one complex tensor, that notice when they are used."""
+    """Position embeddings, a pair or one complex tensor, that record whether they are used."""
 
     def __init__(self, *embeddings: Tensor):
         super().__init__()

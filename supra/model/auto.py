@@ -1,4 +1,4 @@
-"""The door for transformers' Auto classes: a config, and the classes of its family registered."""
+"""The entry for transformers' Auto classes: reads a config and registers its family's classes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from supra.model import configuration  # may be half imported: its first import 
 
 
 class SupraConfig(PreTrainedConfig):
-    """The door for AutoConfig: `from_dict` returns the config class of the base family."""
+    """The entry for AutoConfig: `from_dict` returns the config class of the base family."""
 
     model_type = "supra"
 
@@ -26,7 +26,7 @@ class SupraConfig(PreTrainedConfig):
 def converted_config(
     base: PreTrainedConfig, layers: list[str], options: dict[str, dict[str, Any]]
 ) -> PreTrainedConfig:
-    """The config of `base` converted with these mixers: one name a layer, options by name."""
+    """The config of `base` converted with these mixers: one name per layer, options by name."""
     # not at the top: this module is imported while that one is, see supra/model/registration.py
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

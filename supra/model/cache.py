@@ -1,4 +1,4 @@
-"""The cache of a converted model: one layer class, whatever the mixer keeps as its state."""
+"""The cache of a converted model: one layer class for the states of all mixers."""
 
 import weakref
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from supra.mixers import Mixer, MixerInputs
 
 
 class _Call(NamedTuple):
-    """What a layer needs to undo some tokens of one call: to compute the others again."""
+    """One recorded call, kept so that some of its tokens can be undone."""
 
     mixer: Mixer
     inputs: MixerInputs
@@ -24,12 +24,12 @@ class _Call(NamedTuple):
 class MixerLayer(CacheLayerMixin):
     """Holds the state of one layer's mixer: a NamedTuple of tensors with the batch first.
 
-    transformers' own linear-attention layer does not serve here: without a convolution it never
-    reports a previous state, and a cache of such layers alone cannot say how long it is.
+    transformers' own linear-attention layer cannot be used: without a convolution it never reports
+    a previous state, and a cache of such layers alone does not know its length.
 
-    A state cannot forget its last tokens, which assisted decoding asks for. So while
-    `activate_past_recording` holds, every call is kept until the next `crop`, which goes back to
-    the state before the calls it undoes and mixes the tokens that stay once more.
+    A state cannot forget its last tokens, but assisted decoding rolls back. So after
+    `activate_past_recording`, every call is kept until the next `crop`. `crop` returns to the state
+    before the calls that it undoes and mixes the tokens that stay once more.
     """
 
     is_croppable = True
@@ -54,7 +54,7 @@ class MixerLayer(CacheLayerMixin):
         return output
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Count the tokens. The mixer needs those of this call only, so they pass unchanged."""
+        """Count the tokens. Keys and values pass unchanged: a mixer needs only this call's."""
         self.length += key_states.shape[-2]
         return key_states, value_states
 
@@ -62,23 +62,23 @@ class MixerLayer(CacheLayerMixin):
         self.record_past = True
 
     def end_recording(self) -> None:
-        """Forget the calls: they would keep a state for every token of plain decoding."""
+        """Forget the recorded calls, which hold one state for every decoded token."""
         self.record_past = False
         self._calls.clear()
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, of those since recording began or since the last crop: three
-        of them for -3, as in transformers' own layers."""
+        """Roll back the last tokens: three of them for -3, as in transformers' own layers. At most
+        the tokens since recording began or since the last crop."""
         if tokens_to_remove > 0:
             raise UserError(
-                f"crop (={tokens_to_remove}) must be <= 0: minus the number of tokens to take back"
+                f"crop (={tokens_to_remove}) must be <= 0: minus the number of tokens to remove"
             )
         surplus = -tokens_to_remove
         if surplus > (recorded := sum(call.tokens for call in self._calls)):
             raise UserError(
                 f"crop ({surplus} tokens) goes back further than what was recorded ({recorded}): "
-                "call activate_past_recording() on the cache before the tokens to take back"
+                "call activate_past_recording() on the cache before reading tokens to remove later"
             )
         self.length -= surplus
         while surplus > 0:
@@ -116,11 +116,11 @@ class MixerLayer(CacheLayerMixin):
         self.map_state(lambda x: x[indices])
 
     def detach(self) -> None:
-        """No gradient goes back beyond the tokens to come."""
+        """Cut the graph: no gradient reaches tokens that were read before."""
         self.map_state(Tensor.detach)
 
     def map_state(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace each tensor of the state by what `function` returns for it."""
+        """Replace each tensor of the state by `function` of it."""
         if self._calls:
             raise UserError("rows of a cache that records its past cannot change: crop it first")
         if self.state is not None:
@@ -133,8 +133,7 @@ def new_cache(layers: int) -> Cache:
 
 
 def check_rows(cache: Cache, batch: int) -> None:
-    """Raise UserError when a converted model's cache has another number of rows than its input,
-    which has `batch`."""
+    """Raise UserError if a converted model's cache does not have the `batch` rows of the input."""
     states = (layer.state for layer in cache.layers if layer.state is not None)
     rows = next((x.shape[0] for state in states for x in state if x is not None), batch)
     if rows == batch:
@@ -146,7 +145,7 @@ def check_rows(cache: Cache, batch: int) -> None:
 
 
 def belong_to(cache: Cache, model: nn.Module) -> None:
-    """Note which model reads the tokens of a cache, so that a saved state can tell its weights.
+    """Record which model fills a cache, so that a saved state can hold checksums of its weights.
 
     The reference is weak: it does not keep the model alive.
     """
@@ -156,7 +155,7 @@ def belong_to(cache: Cache, model: nn.Module) -> None:
 
 
 def adopt_cache(cache: Cache, layers: int) -> None:
-    """Give an empty cache of any kind the layers of a converted model, in place."""
+    """Replace the layers of an empty cache of any kind by those of a converted model, in place."""
     own = all(isinstance(layer, MixerLayer) for layer in cache.layers)
     if own and len(cache.layers) == layers:
         return

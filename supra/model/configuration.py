@@ -1,11 +1,11 @@
 """The config of a converted model: the base family's own config, plus the mixer of every layer.
 
-One `model_type`, "supra", stands for all families. `config.json` stays flat: the base's fields,
-`base_model_type`, and under `supra` the plan:
+`model_type` is "supra" for all families. `config.json` stays flat: it has the base's fields,
+`base_model_type`, and the plan under `supra`:
 
     {"format_version": 1, "layers": ["supra", "softmax", …], "options": {"supra": {…}}}
 
-and, if states are to be bounded, a `state_policy` beside it.
+A `state_policy` beside the plan bounds the states.
 """
 
 import functools
@@ -18,15 +18,16 @@ from supra.checkpoint.untrusted import without_code
 from supra.errors import UserError, foreign_errors
 
 FORMAT_VERSION = 1
-# what `trust_remote_code=True` loads, out of the module that supra/model/remote_code.py writes
+# what `trust_remote_code=True` loads, from the module that supra/model/remote_code.py writes
 AUTO_MAP = {
     "AutoConfig": "modeling_supra.SupraConfig",
     "AutoModel": "modeling_supra.SupraModel",
     "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
 }
 
-# Not the name of an attention function, so the family's own classes, which would ignore the mixers
-# and only warn, raise an error that contains this text. Converted classes do not read it.
+# Written as `attn_implementation`. The family's own classes would ignore the mixers and only warn;
+# since this is no attention function's name, they raise an error that shows it. Converted classes
+# do not read it.
 REFUSED_ELSEWHERE = "supra (import supra, then AutoModelForCausalLM)"
 
 
@@ -41,7 +42,7 @@ class _ConvertedConfig:
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:
-        """Any other would stand in the mixers' place, and some tools write "eager" here."""
+        """Ignored: any other attention would replace the mixers, and some tools write "eager"."""
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"attn_implementation": REFUSED_ELSEWHERE}
@@ -54,7 +55,7 @@ class _ConvertedConfig:
         check_fields(config_dict)
         check_plan(config_dict, FORMAT_VERSION)
         fields = {key: value for key, value in config_dict.items() if key != "model_type"}
-        # a checkpoint from elsewhere may name its own code there
+        # a checkpoint from elsewhere may name code of its own in auto_map
         fields = without_code(fields) | {"auto_map": dict(AUTO_MAP)}
         with foreign_errors("config.json makes no config"):
             found = super().from_dict(fields, **kwargs)
@@ -69,7 +70,7 @@ def config_class(base_model_type: str) -> type[PreTrainedConfig]:
     """The config class of converted models of one family, `SupraLlamaConfig` for "llama"."""
     if base_model_type not in CONFIG_MAPPING:
         raise UserError(
-            f"base_model_type {base_model_type!r} is not known to this version of transformers: "
+            f"base_model_type {base_model_type!r} is unknown to this version of transformers: "
             "install the version that the checkpoint was written with"
         )
     base = CONFIG_MAPPING[base_model_type]
@@ -83,7 +84,7 @@ def config_class(base_model_type: str) -> type[PreTrainedConfig]:
 
 
 def __getattr__(name: str) -> type[PreTrainedConfig]:
-    """`supra.configuration.SupraLlamaConfig` and its like, for pickle and for imports by name."""
+    """Classes such as `supra.configuration.SupraLlamaConfig`, for pickles and imports by name."""
     for model_type in CONFIG_MAPPING:
         if name.startswith("Supra") and CONFIG_MAPPING[model_type].__name__ == name[5:]:
             return config_class(model_type)

@@ -1,8 +1,8 @@
 """Which families of transformers convert, and why others do not.
 
-A family converts when tests/model/test_families.py shows that the swap loses nothing. Others may
-convert into something else without a sign of it, so they are refused. docs/families.md is made of
-this:
+A family converts if tests/model/test_families.py shows that the swap loses nothing. Others might
+convert into a wrong model without any error, so they are refused. docs/families.md is generated
+from this file:
 
     python -m supra.model.families > docs/families.md
 """
@@ -25,13 +25,13 @@ FAMILIES = (
 
 # What the probe in supra/model/attention.py cannot see:
 
-# q and k are normalised, or put together of parts, after they are rotated: mixers get them rotated
+# q and k are normalised or joined from parts after their rotation: mixers get them rotated
 ROTATE_THEMSELVES = (
     "axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "hunyuan_v1_dense",
     "hunyuan_v1_moe", "minicpm3", "youtu",
 )
 
-# the window is in the masks only, and the attention function does not hear of it
+# the window is only in the masks: the attention function is not told
 WINDOW_IN_MASK = ("phimoe",)
 
 _REASONS = {

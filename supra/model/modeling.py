@@ -1,4 +1,4 @@
-"""The converted model: the base family's own classes, with a mixer in every attention module."""
+"""Converted models: the base family's own classes, with a mixer in every attention module."""
 
 import functools
 import inspect
@@ -52,13 +52,13 @@ from supra.model.rows import (
 
 
 class _SupraPreTrained:
-    """What the headless model and those with a head share."""
+    """What the headless model and the models with a head share."""
 
     _supports_context_parallel = False
-    # what is set as attention implementation would stand in the mixers' place
+    # any other attention implementation would replace the mixers
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
     _supports_attention_backend = False
-    _is_stateful = False  # the cache can go back, see supra/model/cache.py
+    _is_stateful = False  # the cache can roll back, see supra/model/cache.py
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         with making_model(config):
@@ -72,7 +72,7 @@ class _SupraPreTrained:
         return False
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # of others' code, a module with no tensors but its children's counts as initialised
+        # in custom code, transformers counts a module without tensors of its own as initialised
         super()._initialize_weights(module, is_custom_code and not isinstance(module, Mixer))
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -80,14 +80,14 @@ class _SupraPreTrained:
             super()._init_weights(module)
             return
         tensors = (*module.parameters(), *module.buffers())
-        # what is offloaded to a disk has come from there, and has no memory to write to
+        # a tensor offloaded to disk was loaded from there, and has no memory to write to
         if not all(x.is_meta or getattr(x, "_is_hf_initialized", False) for x in tensors):
             with float32_at_least():
                 module.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers', but a missing, unexpected or mis-shaped tensor is an error."""
+        """As in transformers, but a missing, unexpected or misshaped tensor is an error."""
         kwargs["ignore_mismatched_sizes"] = True  # the loading info then lists them by name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_complete(info, f"{cls.base_model_prefix}.", cls._below_prefix(model.config))
@@ -95,12 +95,11 @@ class _SupraPreTrained:
 
     @classmethod
     def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
-        """The kinds of mistakes that `check_complete` reports only in the headless model."""
+        """The kinds of mistakes that `check_complete` reports only for the headless model."""
         return ()
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
-        """As transformers', which would leave out the module that `auto_map` names and the
-        model card."""
+        """As in transformers; also writes the module that `auto_map` names, and the model card."""
         super().save_pretrained(save_directory, *args, **kwargs)
         for file in Path(save_directory).glob("*.safetensors"):
             follow_umask(file)
@@ -108,8 +107,8 @@ class _SupraPreTrained:
         carry_card(self.name_or_path, save_directory)
 
     def _upload_modified_files(self, working_dir: str | Path, *args, **kwargs):
-        """What `push_to_hub` and `save_pretrained(push_to_hub=True)` call before they upload; they
-        have put a placeholder of transformers' in the place of the card."""
+        """Called by `push_to_hub` and `save_pretrained(push_to_hub=True)` before the upload, after
+        transformers has replaced the model card by a placeholder."""
         write_shim(Path(working_dir))
         carry_card(self.name_or_path, working_dir, local_files_only=False)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
@@ -142,7 +141,7 @@ class SupraModel(_SupraPreTrained):
         super().post_init()
 
     def init_parallel_plans(self) -> None:
-        """As the base family's, with attention modules whole on every rank, as their mixers are."""
+        """As in the base family, but attention modules and their mixers are whole on every rank."""
         super().init_parallel_plans()
         mixing = set(attention_modules(self))
         names = (name for name, module in self.named_modules() if module in mixing)
@@ -161,27 +160,21 @@ class SupraModel(_SupraPreTrained):
         use_cache: bool | None = None,
         **kwargs: Any,
     ):
-        """As the base family's. Packed rows are those whose `position_ids` start anew in a row."""
+        """As in the base family. A row is packed if its `position_ids` start anew within it."""
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("a model reads input_ids or inputs_embeds: pass one of them")
         refuse_context_parallel()
         batch, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         boundaries = None
         if attention_mask is None:
-            given = kwargs.get("cu_seq_lens_q")  # collators that pack may know: no wait, one graph
-            # with a cache it is only a mistake to find, not worth breaking a graph
-            look = past_key_values is None or not torch.compiler.is_compiling()
-            look = look and not torch.compiler.is_exporting()  # exports have one document per row
-            if given is not None:
-                boundaries = given_boundaries(given, batch, tokens)
-            elif position_ids is not None and tokens > 1 and look:
-                boundaries = document_boundaries(position_ids, batch)
+            given, cached = kwargs.get("cu_seq_lens_q"), past_key_values is not None
+            boundaries = packed_boundaries(given, position_ids, batch, tokens, cached)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and boundaries is None
         if (use_cache or past_key_values is not None) and boundaries is not None:
             raise UserError(
-                "use_cache (=True) or past_key_values with packed position_ids: a packed row ends "
-                "in no single state; pass use_cache=False and no cache, or one document a row"
+                "use_cache (=True) or past_key_values with packed position_ids: a packed row has "
+                "no single final state; pass use_cache=False and no cache, or one document per row"
             )
         if past_key_values is None and use_cache:
             past_key_values = new_cache(self.config.num_hidden_layers)
@@ -203,6 +196,23 @@ class SupraModel(_SupraPreTrained):
         )
 
 
+def packed_boundaries(
+    given: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int, cached: bool
+) -> Tensor | None:
+    """Bounds of the documents in packed rows, int [1, 1, 1, N + 1]; None if rows are not packed.
+
+    A packing collator may have `given` them, which saves a wait for the device and a graph break.
+    """
+    if given is not None:
+        return given_boundaries(given, batch, tokens)
+    # with a cache, packed positions are a mistake: finding it is not worth a graph break
+    look = not cached or not torch.compiler.is_compiling()
+    look = look and not torch.compiler.is_exporting()  # exports have one document per row
+    if position_ids is not None and tokens > 1 and look:
+        return document_boundaries(position_ids, batch)
+    return None
+
+
 class _SupraHead(_SupraPreTrained):
     """Mixed into the family's models with a head."""
 
@@ -211,7 +221,7 @@ class _SupraHead(_SupraPreTrained):
         if not isinstance(base, SupraModel):
             family = model_class(type(base), self.config.base_model_type, SupraModel)
             setattr(self, self.base_model_prefix, family(self.config))
-            if base.is_activation_checkpointing:  # from the config, where it is found only once
+            if base.is_activation_checkpointing:  # the config set it on the first one
                 self.activation_checkpointing_enable()
         super().post_init()
 
@@ -224,14 +234,14 @@ class SupraForCausalLM(_SupraHead):
         if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
             adopt_cache(cache, self.config.num_hidden_layers)
             refuse_covered_prompt(cache, generation_config, model_kwargs)
-            if generation_config.is_assistant:  # what was activated is gone with the old layers
+            if generation_config.is_assistant:  # the replaced layers had it activated
                 cache.activate_past_recording()
 
     @functools.wraps(GenerationMixin._assisted_decoding)  # generate() looks at its signature
     def _assisted_decoding(self, *args, **kwargs):
         try:
             return super()._assisted_decoding(*args, **kwargs)
-        finally:  # it switches recording on, and leaves it so
+        finally:  # transformers activates recording and does not end it
             for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
                 layer.end_recording()
 
@@ -239,14 +249,14 @@ class SupraForCausalLM(_SupraHead):
 class SupraForRows(_SupraHead):
     """Mixed into the family's other heads, which read whole rows.
 
-    Positions are counted from a row's first token. Otherwise left padding would change features of
-    rotated queries and keys, such as hedgehog's.
+    Positions count from a row's first token. Otherwise left padding would change the features of
+    rotated queries and keys, such as those of Hedgehog.
     """
 
     @classmethod
     def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
-        """In a checkpoint of another class this head is new, and transformers warns about it. In
-        one of this class it may have another size, if the caller says so."""
+        """A checkpoint of another class lacks this head, and transformers warns about that. In one
+        of this class, the head may have another size if the caller allows it."""
         own = cls.__name__ in (config.architectures or ())
         return ("mismatched_keys",) if own else KINDS
 
@@ -258,15 +268,15 @@ class SupraForRows(_SupraHead):
 
 
 class SupraForSequences(SupraForRows):
-    """Mixed into the family's sequence classifier and reward model, which read the last token of a
-    row that is not config.pad_token_id."""
+    """Mixed into the family's sequence classifier and reward model, which read the last token of
+    each row that is not config.pad_token_id."""
 
     def prepare_rows(self, inputs: dict[str, Any]) -> None:
-        """Raises UserError for rows whose last token cannot be found."""
+        """As in SupraForRows. Raises UserError if the last token of rows cannot be found."""
         super().prepare_rows(inputs)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
-        batch = next((x.shape[0] for x in given if x is not None), 1)  # for none the model raises
+        batch = next((x.shape[0] for x in given if x is not None), 1)  # with none, the model raises
         if batch > 1 and self.config.get_text_config().pad_token_id is None:
             raise UserError(
                 f"pad_token_id (=None) in the config must be set for {batch} rows, whose ends "
@@ -279,12 +289,12 @@ class SupraForSequences(SupraForRows):
         if packed:
             raise UserError(
                 "position_ids (or cu_seq_lens_q) pack several texts into a row, but a sequence "
-                "classifier reads the last token alone: pass one text a row, padded"
+                "classifier reads only the last token: pass one text per row, padded"
             )
 
 
 def _over_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of a head over rows, with the signature that Trainer looks at."""
+    """Wrap `forward` of a head over rows. The signature stays, since Trainer inspects it."""
     names = tuple(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
@@ -299,12 +309,12 @@ def _over_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_covered_prompt(
     cache: Cache, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
-    """Raise when the cache already covers the prompt of generate(), which would then read all or
-    part of the prompt again, after itself."""
+    """Raise UserError if the cache already covers the prompt of generate(), which would otherwise
+    read the prompt or part of it a second time."""
     embeddings, mask = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
     if embeddings is not None:
         prompt = embeddings.shape[1]
-    elif mask is not None:  # of the whole conversation, even if input_ids are only its new tokens
+    elif mask is not None:  # covers the whole conversation; input_ids may hold only new tokens
         prompt = mask.shape[1]
     else:  # generate() drops a mask of ones and keeps its length here
         prompt = generation_config._mask_length
@@ -319,14 +329,14 @@ def refuse_covered_prompt(
 def model_class(
     base: type[PreTrainedModel], model_type: str, mixin: type[_SupraPreTrained]
 ) -> type[PreTrainedModel]:
-    """The converted class of a family's headless model, or of one with a head."""
+    """The converted class of a family's headless model or of one with a head."""
     headless = getattr(transformers, MODEL_MAPPING_NAMES[model_type])
     fields = {
         "config_class": config_class(model_type),
-        # some question-answering heads have another prefix than the language model's checkpoints
+        # some question-answering heads have another prefix than checkpoints of the language model
         "base_model_prefix": headless.base_model_prefix,
         "_keep_in_fp32_modules_strict": {"mixer", *(base._keep_in_fp32_modules_strict or ())},
-        # quantisation leaves these alone, and takes a pattern from the start of a module's name
+        # quantisation skips these modules, and matches patterns from the start of their names
         "_keep_in_fp32_modules": {r".*\.mixer", *(base._keep_in_fp32_modules or ())},
         "__module__": "supra.modeling",
         "__doc__": f"{base.__name__} with a mixer in place of softmax attention in every layer.",
@@ -344,7 +354,7 @@ def _class_name(base: type[PreTrainedModel], model_type: str) -> str:
     return f"Supra{family}" + re.search(r"(For[A-Z]\w*|Model)$", base.__name__)[0]
 
 
-# For every auto class: the families' classes of that kind, and what is mixed into them
+# For every auto class: the names of the families' classes, and the mixin that converts them
 _KINDS = {
     AutoModel: (MODEL_MAPPING_NAMES, SupraModel),
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SupraForCausalLM),
@@ -373,7 +383,7 @@ def register_family(config: type[PreTrainedConfig]) -> None:
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
-    """`supra.modeling.SupraLlamaForCausalLM` and its like, for pickle and for imports by name."""
+    """Classes such as `supra.modeling.SupraLlamaForCausalLM`, for pickles and imports by name."""
     if name.startswith("Supra"):
         for model_type in FAMILIES:
             for found in family_classes(model_type).values():

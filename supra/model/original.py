@@ -1,8 +1,7 @@
-"""A converted model as it was before: softmax attention in the place of its mixers.
+"""The teacher inside a converted model: softmax attention in the place of its mixers.
 
-Conversion leaves the teacher's weights as they are, so a model that was not trained yet still is
-its teacher in that state. Every layer can then be shown what the teacher's layer reads, without a
-second model in memory.
+Conversion does not change the teacher's weights. So a model that is not trained yet contains its
+teacher, and each layer can read the inputs of the teacher's layer without a second model in memory.
 """
 
 import copy
@@ -19,13 +18,13 @@ from supra.model.families import no_mixer
 def original(
     model: PreTrainedModel, *, own_attention: bool = False
 ) -> tuple[PreTrainedModel, list[tuple[nn.Module, nn.Module]]]:
-    """The headless teacher, in evaluation mode, of a converted model that was not trained yet.
+    """The headless teacher, in evaluation mode, of a converted model that is not trained yet.
 
-    It shares the weights of `model`; with `own_attention`, those of the attention modules that have
-    a mixer are copies, which stay the teacher's while the model's own are trained.
+    It shares the weights of `model`. own_attention: copy the weights of attention modules that have
+    a mixer, so that they stay the teacher's while the model's own are trained.
 
-    Also returns these attention modules, each with its teacher's. Layers that keep softmax
-    attention are not among them. Raises UserError when there are none.
+    Also returns a pair for each such attention module: the model's and the teacher's. Layers that
+    keep softmax attention are left out. Raises UserError if no layer has a mixer.
     """
     base = model.base_model
     attentions = attention_modules(base)

@@ -1,4 +1,4 @@
-"""Models whose positions are looked up in a table, and end with it."""
+"""Models with learned positions, which end with their table."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -7,16 +7,21 @@ from supra.errors import UserError
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """How many there are, in gpt2 say; None where positions are not learned."""
+    """How many positions the model has learned (gpt2: 1024); None if positions are not learned."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name):
             return model.config.max_position_embeddings
     return None
 
 
-def check_positions(model: PreTrainedModel, argument: str, to: int, answer: int = 0) -> None:
-    """Raise UserError where the table has fewer than `to` positions, or than an answer's more."""
-    most = learned_positions(model)
-    if most is not None and to + answer > most:
-        more = f", and the answer takes up to {answer}" if answer else " and reads no further"
-        raise UserError(f"{argument} (={to}): the model has learned {most} positions{more}")
+def check_positions(model: PreTrainedModel, argument: str, tokens: int, answer: int = 0) -> None:
+    """Raise UserError if `tokens`, and an answer of up to `answer` more, exceed the model's learned
+    positions. `argument` is the name of the value in the message."""
+    learned = learned_positions(model)
+    if learned is None or tokens + answer <= learned:
+        return
+    more = f", and the answer takes up to {answer}" if answer else " and reads no further"
+    raise UserError(
+        f"{argument} (={tokens}): the model has learned {learned} positions{more}: "
+        f"give at most {learned - answer}"
+    )

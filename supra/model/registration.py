@@ -1,6 +1,6 @@
-"""Registers converted models with transformers' Auto classes without importing transformers.
+"""Registers converted models with transformers' Auto classes, without importing transformers.
 
-transformers imports torch, which takes seconds that `supra --help` does not need. So registration
+transformers imports torch, which takes seconds, and `supra --help` needs neither. So registration
 waits until something imports AutoConfig.
 """
 
@@ -14,7 +14,7 @@ AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register_with_transformers() -> None:
-    """Register now if AutoConfig is already imported, otherwise right after its import."""
+    """Register now if AutoConfig is already imported, else right after its import."""
     if AUTO in sys.modules:
         import supra.model.auto  # noqa: F401 (it registers itself)
     else:
@@ -22,7 +22,7 @@ def register_with_transformers() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the module AUTO in the usual way, and imports supra.model.auto right after it."""
+    """Finds the module AUTO in the usual way and imports supra.model.auto right after it."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == AUTO else None

@@ -1,4 +1,4 @@
-"""The second door to a checkpoint: `trust_remote_code=True` for whoever did not import supra."""
+"""The second way to load a checkpoint: `trust_remote_code=True`, without importing supra."""
 
 from pathlib import Path
 
@@ -20,5 +20,5 @@ __all__ = ["SupraConfig", "SupraForCausalLM", "SupraModel"]
 
 
 def write_shim(folder: Path) -> None:
-    """Put the module that config.json's auto_map names into a checkpoint."""
+    """Write the module that config.json's auto_map names into a checkpoint."""
     (folder / "modeling_supra.py").write_text(SHIM)

@@ -8,20 +8,21 @@ from supra.errors import UserError
 
 
 def refuse_context_parallel() -> None:
-    """Raise inside torch's `context_parallel`, which cuts rows along T: the pieces of a row would
-    each start from an empty state. It shows only in the attention function that it swaps."""
+    """Raise UserError inside torch's `context_parallel`. It cuts rows along T, and every piece of a
+    row would start from an empty state. The only sign of it is that it swaps torch's attention."""
     swapped = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
     if not torch.compiler.is_compiling() and "context_parallel" in swapped:
         raise UserError(
-            "context parallelism cuts a row into pieces that do not pass a state on: train a "
-            "recurrent model with cp_size=1, and with activation checkpointing if rows do not fit"
+            "context parallelism cuts a row into pieces, between which a recurrent model's state "
+            "would be lost: train with cp_size=1, and with activation checkpointing if rows do not "
+            "fit in memory"
         )
 
 
 def padding_mask(
     attention_mask: Tensor | None, batch: int, tokens: int, past: int
 ) -> Tensor | None:
-    """Bool [B, 1, 1, T] from a mask [B, T] or [B, past + T]; None when all are kept."""
+    """Bool [B, 1, 1, T] from a mask [B, T] or [B, past + T]; None if nothing is padded."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -33,7 +34,7 @@ def padding_mask(
     if rows != batch or width not in (tokens, past + tokens):
         raise UserError(
             f"attention_mask (={rows} x {width}) must be {batch} x {past + tokens}, for the {past} "
-            f"tokens in past_key_values and the {tokens} of this call: pass the tokenizer's"
+            f"tokens in past_key_values and the {tokens} of this call: pass the tokenizer's mask"
         )
     mask = attention_mask[:, -tokens:].bool()
     if not torch.compiler.is_compiling() and mask.all():
@@ -59,7 +60,8 @@ def given_boundaries(cu_seq_lens: Tensor, batch: int, tokens: int) -> Tensor:
 
 
 def document_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
-    """Int [1, 1, 1, N + 1] where positions [B or 1, T] do not go up by one; None where all do."""
+    """Int [1, 1, 1, N + 1]: bounds of documents, which begin where positions [B or 1, T] do not
+    increase by one. None if every row is one document."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
     if not starts[:, 1:].any():

@@ -1,4 +1,4 @@
-"""How much a model carries from token to token."""
+"""The size of what a model carries from token to token."""
 
 import copy
 
@@ -13,9 +13,9 @@ from supra.checkpoint.config_rules import making_model
 def state_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype | None = None) -> int:
     """Bytes of the cache of one sequence after `context` tokens, for any causal language model.
 
-    The model runs once without data, on the meta device, and the tensors that its cache then holds
-    are counted: nothing is taken from a formula. `dtype` is that of the weights (config's own by
-    default); key-value caches take it over, recurrent states are float32 whatever it is.
+    The model runs once on the meta device, and the tensors in its cache are counted. `dtype` is
+    that of the weights, by default the config's own. Key-value caches have the same dtype;
+    recurrent states are always float32.
     """
     config = copy.deepcopy(config)
     with torch.device("meta"), making_model(config):

@@ -1,4 +1,4 @@
-"""The state of a prompt, kept: read it once, then continue from it as often as needed.
+"""The state of a prompt in a file: read the prompt once, then continue from it many times.
 
     prompt = model(**tokens, use_cache=True).past_key_values
     save_state(prompt, "prompt.safetensors")
@@ -6,7 +6,7 @@
     state = load_state("prompt.safetensors", model)
     model.generate(**longer, past_key_values=fork_state(state))
 
-`longer` are the prompt's tokens and at least one more; only the new ones are computed.
+`longer` holds the prompt's tokens and at least one more; only the new ones are computed.
 """
 
 import copy
@@ -31,17 +31,17 @@ from supra.model.cache import MixerLayer, belong_to, new_cache
 from supra.model.modeling import SupraModel
 
 FORMAT = "supra_state"
-SAMPLES = 64  # numbers of a parameter that go into its checksum
-MAX_TOKENS = 2**53  # beyond it, positions are no longer exact in any of their dtypes
+SAMPLES = 64  # how many numbers of a parameter go into its checksum
+MAX_TOKENS = 2**53  # larger positions are exact in no dtype of theirs
 
 
 def fork_state(cache: Cache, copies: int = 1) -> Cache:
-    """A cache that goes on from the same state without changing it.
+    """A copy of a cache: it continues from the same state and leaves the original unchanged.
 
-    A state that was read with gradients keeps them, so training on continuations reaches the
-    prompt. Read a prompt under torch.no_grad() if nothing trains.
+    A state that was computed with gradients keeps them, so that training on continuations reaches
+    the prompt. Read the prompt under torch.no_grad() if nothing is trained.
 
-    copies: rows of the new cache for each row of the old, for several continuations in one batch.
+    copies: rows of the new cache per row of the old one, for several continuations in one batch.
     """
     if copies < 1:
         raise UserError(f"copies (={copies}) must be >= 1")
@@ -57,8 +57,8 @@ def fork_state(cache: Cache, copies: int = 1) -> Cache:
 
 
 def save_state(cache: Cache, file: str | Path) -> None:
-    """Write the states of all layers into one safetensors file, with checksums of the weights that
-    made them."""
+    """Write the states of all layers into one safetensors file, with checksums of the model's
+    weights."""
     _check(cache)
     tensors, layers = {}, []
     for i, layer in enumerate(cache.layers):
@@ -75,9 +75,9 @@ def save_state(cache: Cache, file: str | Path) -> None:
 
 
 def load_state(file: str | Path, model: PreTrainedModel, *, other_weights: bool = False) -> Cache:
-    """The states in `file` as a cache for `model`, on its device.
+    """Read the states in `file` into a cache for `model`, on its device.
 
-    other_weights: accept a state that a model of the same form made with other weights.
+    other_weights: also accept the state of a model of the same shape with other weights.
 
     Raises UserError for a damaged file and for the state of another model.
     """
@@ -104,8 +104,8 @@ def load_state(file: str | Path, model: PreTrainedModel, *, other_weights: bool 
 
 
 def weights_of(model: nn.Module) -> dict[str, int | None]:
-    """A checksum of some numbers of every parameter, by name; None for parameters that are
-    offloaded, sharded or quantised."""
+    """A checksum over samples of every parameter, by name; None for parameters that are offloaded,
+    sharded or quantised."""
     found: dict[str, int | None] = dict.fromkeys(name for name, _ in model.named_parameters())
     for name, x in model.named_parameters():
         if type(x) is nn.Parameter and x.is_floating_point() and not x.is_meta:
@@ -133,7 +133,7 @@ def _read(file: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read as a state: {error}") from error
     if header.get("format") != FORMAT:
-        raise UserError(f"{file} is no state: write one with save_state()")
+        raise UserError(f"{file} is not a state file: write one with save_state()")
     return header, tensors
 
 
@@ -152,7 +152,7 @@ def _layers(header: dict[str, str], file: str | Path) -> list[dict[str, Any]]:
     """The length and the kind of state of every layer."""
     layers = _json(header, "layers", file)
     if not isinstance(layers, list) or not layers or not all(map(_is_layer, layers)):
-        _damaged(file, "its header must list a length of 1 and more and a state for every layer")
+        _damaged(file, "its header must list a length >= 1 and a state for every layer")
     if len(lengths := {layer["length"] for layer in layers}) > 1:
         _damaged(file, f"its layers have read {min(lengths)} to {max(lengths)} tokens")
     return layers
@@ -168,8 +168,8 @@ def _is_layer(layer: Any) -> bool:
 def _check_tensors(
     tensors: dict[str, Tensor], model: SupraModel, length: int, file: str | Path
 ) -> None:
-    """Check that `model` could have made these names, dtypes, shapes and numbers."""
-    # key-value caches grow up to a window: a run of one token more than they hold shows its size
+    """Check that names, dtypes, shapes and numbers are those of a state of `model`."""
+    # key-value caches grow up to a window: a run of one token more than they hold shows their size
     growing = [i for i, module in enumerate(attention_modules(model)) if not module.mixer.recurrent]
     caches = [x for i in growing for name, x in tensors.items() if name.startswith(f"{i}.")]
     places = max((x.shape[1] for x in caches if x.dim() > 1), default=0)
@@ -195,7 +195,7 @@ def _check_tensors(
 
 @torch.no_grad()
 def _without_data(model: SupraModel, tokens: int) -> dict[str, Tensor]:
-    """The states of one row of this many tokens, without data: from a run on the meta device."""
+    """The states after one row of this many tokens, without data: from a run on the meta device."""
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         twin = AutoModel.from_config(
@@ -204,7 +204,7 @@ def _without_data(model: SupraModel, tokens: int) -> dict[str, Tensor]:
         modules = zip(attention_modules(model), attention_modules(twin), strict=True)
         policies = [module.mixer.policy for module in attention_modules(model)]
         for (_, module), policy in zip(modules, policies, strict=True):
-            # a norm is checked every few tokens, which needs data
+            # the policy `norm` reads the state, and here it has no data
             module.mixer.policy = None if policy and policy.norm is not None else policy
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         cache = twin(ids, use_cache=True).past_key_values
@@ -219,8 +219,8 @@ def _without_data(model: SupraModel, tokens: int) -> dict[str, Tensor]:
 
 
 def _check_weights(header: dict[str, str], model: SupraModel, file: str | Path) -> None:
-    """Check that this model's weights made the state, as far as the checksums of both are known."""
-    if "weights" not in header:  # an older file, or the model was gone when it was written
+    """Check that this model's weights made the state, as far as both have checksums."""
+    if "weights" not in header:  # an older file, or the model no longer existed when it was written
         return
     theirs, ours = _json(header, "weights", file), weights_of(model)
     if not isinstance(theirs, dict):
@@ -232,6 +232,6 @@ def _check_weights(header: dict[str, str], model: SupraModel, file: str | Path) 
     }
     if different:
         raise UserError(
-            f"{file} holds the state of a model with other weights, as {min(different)}: read the "
-            "prompt again with this model, or pass other_weights=True"
+            f"{file} holds the state of a model with other weights, such as {min(different)}: read "
+            "the prompt again with this model, or pass other_weights=True"
         )

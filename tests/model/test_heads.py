@@ -205,7 +205,7 @@ def test_rows_that_a_classifier_cannot_read(reward_model):
     tokens, positions = torch.randint(1, 300, (1, 9)), torch.arange(9)[None] % 5
     bounds = torch.tensor([0, 5, 9])
     for packed in ({"position_ids": positions}, {"cu_seq_lens_q": bounds}):
-        with pytest.raises(UserError, match="reads the last token alone: pass one text a row"):
+        with pytest.raises(UserError, match="reads only the last token: pass one text per row"):
             reward_model(tokens, **packed)
     reward_model(tokens, position_ids=torch.arange(9)[None])
     with pytest.raises(UserError, match="input_ids or inputs_embeds: pass one"):

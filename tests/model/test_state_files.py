@@ -123,8 +123,8 @@ DAMAGED = {
     "inf": (tensor_with("1.value", filled(-torch.inf, -1)), "1.value has numbers that are not"),
     "a negative count": (tensor_with("2.length", filled(-1)), "2.length must count from 0 to 20"),
     "too large a count": (tensor_with("2.length", filled(21)), "2.length must count from 0 to 20"),
-    "no format": (lambda h, t: h.pop("format") and None, "is no state"),
-    "another format": (lambda h, t: h.update(format="pt"), "is no state"),
+    "no format": (lambda h, t: h.pop("format") and None, "is not a state file"),
+    "another format": (lambda h, t: h.update(format="pt"), "is not a state file"),
     "no layers": (lambda h, t: h.pop("layers") and None, "its header has no JSON as layers"),
     "cut JSON": (lambda h, t: h.update(layers=h["layers"][:-3]), "no JSON as layers"),
     "deep JSON": (lambda h, t: h.update(layers="[" * 200_000), "no JSON as layers"),
@@ -133,7 +133,7 @@ DAMAGED = {
     "a list of numbers": (lambda h, t: h.update(layers="[1, 2, 3, 4]"), "must list a length"),
     "no weights": (lambda h, t: h.update(weights=""), "no JSON as weights"),
     "a list of weights": (lambda h, t: h.update(weights="[]"), "a checksum for every parameter"),
-    **{f"length {x}": (all_of_length(x), "must list a length of 1 and more")
+    **{f"length {x}": (all_of_length(x), "must list a length >= 1")
        for x in (-20, 0, 2.5, True, None, "20", 10**30)},
     "another length": (layers_with(lambda all: all[1].update(length=19)), "read 19 to 20 tokens"),
     "too short a length": (all_of_length(3), "must be"),
@@ -201,7 +201,7 @@ def test_a_state_under_a_policy_is_whole(mixer, policy, tmp_path):
 @torch.no_grad()
 def test_another_models_state_is_refused(model, whole):
     load_state(whole, pickle.loads(pickle.dumps(model)))
-    with pytest.raises(UserError, match=r"with other weights, as .*: read the prompt again"):
+    with pytest.raises(UserError, match=r"with other weights, such as .*: read the prompt again"):
         load_state(whole, mixed_model(seed=1))
     load_state(whole, mixed_model(seed=1), other_weights=True)
     with pytest.raises(UserError, match="must be a converted model"):
@@ -213,7 +213,7 @@ def test_another_models_state_is_refused(model, whole):
 def test_one_step_of_training_makes_another_model(model, whole, name):
     tuned = pickle.loads(pickle.dumps(model))
     tuned.model.get_parameter(name).add_(1e-4)
-    with pytest.raises(UserError, match=f"other weights, as {name}"):
+    with pytest.raises(UserError, match=f"other weights, such as {name}"):
         load_state(whole, tuned)
 
 
