@@ -100,8 +100,7 @@ def chunk_d_key(
 ):  # fmt: skip
     """dk, and the products k . dk per state head and block of channels; heads = Hkv.
 
-    grid: (chunks * CHUNK / TILE * blocks of K, Hkv). Transposed scores come from a product of their
-    own: a transposed accumulator as an operand is miscompiled by some versions on sm_90.
+    grid: (chunks * CHUNK / TILE * blocks of K, Hkv).
     """
     chunk, part, block, head, _, row, token, left = locate.tile(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, CHUNK, TILE, PACKED
@@ -127,35 +126,18 @@ def chunk_d_key(
             columns_k, KEY_WIDTH, VALUE_WIDTH, BLOCK_V, PRECISION,
         )  # fmt: skip
         if NORMALIZED:
-            acc += tiles.load_vector(d_normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)[
-                None, :
-            ]
+            d_z = tiles.load_vector(d_normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
+            acc += d_z[None, :]
         own, sums_s = 0.0, sums
         if HAS_DECAY:
             sums_s += locate.offset(row, sums_batch, token, sums_time, state_head, sums_head)
             own = tiles.load_pairs(sums_s + at * 2, rows, left - at)
             acc *= leaving_decay(own, last_pair(sums_s, left, CHUNK))[:, None]
-        for r in range(0, QUERIES):
-            query_at = query + (state_head * QUERIES + r) * tl.cast(query_head, tl.int64)
-            d_at = d_output + (state_head * QUERIES + r) * tl.cast(d_head, tl.int64)
-            for i in range(part, CHUNK // TILE):
-                t = i * TILE
-                d_scores = tiles.products(  # [key token, query token]
-                    value, value_time, left - at, d_at + t * d_time, d_time, left - t, rows,
-                    VALUE_WIDTH, BLOCK_V, PRECISION,
-                )  # fmt: skip
-                if NORMALIZED:
-                    base = factors + ((state_head * QUERIES + r) * tl.cast(total, tl.int64)) * 2
-                    inverse, delta = tiles.load_pairs(base + t * 2, rows, left - t)
-                    d_scores = (d_scores + delta[None, :]) * inverse[None, :]
-                else:
-                    d_scores *= scale
-                future = _future(rows, at, t, left)
-                d_scores = decayed(d_scores, future, own, sums_s, t, rows, left, False, HAS_DECAY)
-                q = tiles.load(
-                    query_at + t * query_time, query_time, rows, left - t, columns_k, KEY_WIDTH
-                )
-                acc = tiles.dot(d_scores, q, acc, PRECISION)
+        acc = _add_queries(
+            acc, value, value_time, d_output, d_time, d_head, query, query_time, query_head,
+            sums_s, own, factors, state_head, rows, part, left, columns_k, total, scale,
+            VALUE_WIDTH, KEY_WIDTH, BLOCK_V, CHUNK, QUERIES, True, HAS_DECAY, NORMALIZED, PRECISION,
+        )  # fmt: skip
         if HAS_DECAY:
             k = tiles.load(key, key_time, rows, left - at, columns_k, KEY_WIDTH)
             lane = block * heads * STATES + state_head
@@ -208,32 +190,54 @@ def chunk_d_value(
             own = tiles.load_pairs(sums_s + at * 2, rows, left - at)
             carried *= leaving_decay(own, last_pair(sums_s, left, CHUNK))[:, None]
         acc += carried
-        for r in range(0, QUERIES):
-            query_at = query + (state_head * QUERIES + r) * tl.cast(query_head, tl.int64)
-            d_at = d_output + (state_head * QUERIES + r) * tl.cast(d_head, tl.int64)
-            for i in range(part, CHUNK // TILE):
-                t = i * TILE
-                scores = tiles.products(  # [key token, query token]
-                    key, key_time, left - at, query_at + t * query_time, query_time, left - t, rows,
-                    KEY_WIDTH, BLOCK_K, PRECISION,
-                )  # fmt: skip
-                if NORMALIZED:
-                    base = factors + ((state_head * QUERIES + r) * tl.cast(total, tl.int64)) * 2
-                    inverse = tiles.load_pairs(base + t * 2, rows, left - t)[0]
-                    scores *= inverse[None, :]
-                else:
-                    scores *= scale
-                future = _future(rows, at, t, left)
-                scores = decayed(scores, future, own, sums_s, t, rows, left, False, HAS_DECAY)
-                do = tiles.load(d_at + t * d_time, d_time, rows, left - t, columns_v, VALUE_WIDTH)
-                acc = tiles.dot(scores, do, acc, PRECISION)
+        acc = _add_queries(
+            acc, key, key_time, query, query_time, query_head, d_output, d_time, d_head,
+            sums_s, own, factors, state_head, rows, part, left, columns_v, total, scale,
+            KEY_WIDTH, VALUE_WIDTH, BLOCK_K, CHUNK, QUERIES, False, HAS_DECAY, NORMALIZED,
+            PRECISION,
+        )  # fmt: skip
 
     base = d_value + locate.dense_offset(row, token + at, length, head, heads, VALUE_WIDTH)
     tiles.store(base, heads * VALUE_WIDTH, rows, left - at, columns_v, VALUE_WIDTH, acc)
 
 
 @triton.jit
-def _future(rows, at, t, left):
-    """Whether the tokens of columns, from t on, read those of rows, from `at` on."""
-    later = (at + rows)[:, None] <= (t + rows)[None, :]
-    return later & (rows < left - t)[None, :]
+def _add_queries(
+    acc, x, x_time, y, y_time, y_head, z, z_time, z_head,
+    sums, own, factors, state_head, rows, part, left, columns, total, scale,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    QUERIES: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_DECAY: tl.constexpr,
+    NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + (x . y) z over the tokens of the chunk that read the tile, and all their queries.
+
+    x: the tile's keys or values [rows, WIDTH]; y and z: queries and gradients of outputs, or the
+    other way round. Transposed scores come from a product of their own: a transposed accumulator
+    as an operand is miscompiled by some versions on sm_90.
+    """
+    TILE: tl.constexpr = rows.shape[0]
+    at = part * TILE
+    for r in range(0, QUERIES):
+        head = state_head * QUERIES + r
+        y_at = y + head * tl.cast(y_head, tl.int64)
+        z_at = z + head * tl.cast(z_head, tl.int64)
+        for i in range(part, CHUNK // TILE):
+            t = i * TILE
+            scores = tiles.products(  # [key token, query token]
+                x, x_time, left - at, y_at + t * y_time, y_time, left - t, rows,
+                WIDTH, BLOCK, PRECISION,
+            )  # fmt: skip
+            if NORMALIZED:
+                base = factors + (head * tl.cast(total, tl.int64) + t) * 2
+                inverse, delta = tiles.load_pairs(base, rows, left - t)
+                if HAS_DELTA:
+                    scores += delta[None, :]
+                scores *= inverse[None, :]
+            else:
+                scores *= scale
+            future = (at + rows)[:, None] <= (t + rows)[None, :]
+            future &= (rows < left - t)[None, :]
+            scores = decayed(scores, future, own, sums, t, rows, left, False, HAS_DECAY)
+            tile = tiles.load(z_at + t * z_time, z_time, rows, left - t, columns, COLUMNS)
+            acc = tiles.dot(scores, tile, acc, PRECISION)
+    return acc

@@ -100,29 +100,18 @@ def chunk_d_states(
             if NORMALIZED:
                 d_z *= whole
         for t in range(0, CHUNK, TILE):
-            at = c * CHUNK + t
+            at, entering, factors_at = c * CHUNK + t, 1.0, factors
             if HAS_DECAY:
-                high = tiles.load_vector(sums_c + t * 2, 2, rows, tokens - at)
-                entering = tl.exp(high)
-            for r in range(0, QUERIES):
-                q = tiles.load(
-                    query + at * query_step + r * tl.cast(query_head, tl.int64),
-                    query_time, rows, tokens - at, columns_k, KEY_WIDTH,
-                )  # fmt: skip
-                do = tiles.load(
-                    d_output + at * d_step + r * tl.cast(d_head, tl.int64),
-                    d_time, rows, tokens - at, columns_v, VALUE_WIDTH,
-                )  # fmt: skip
-                if HAS_DECAY:
-                    q = q * entering[:, None]
-                if NORMALIZED:
-                    base = factors + (at + r * tl.cast(total, tl.int64)) * 2
-                    inverse, delta = tiles.load_pairs(base, rows, tokens - at)
-                    q = q * inverse[:, None]
-                    d_z += tl.sum(q.to(tl.float32) * delta[:, None], 0)
-                else:
-                    q = q.to(tl.float32) * scale
-                acc = tiles.dot(tl.trans(q), do, acc, PRECISION)
+                # one number a token suffices, and moves half of what a pair does
+                entering = tl.exp(tiles.load_vector(sums_c + t * 2, 2, rows, tokens - at))
+            if NORMALIZED:
+                factors_at += at * 2
+            acc, d_z = _add_queries(
+                acc, d_z, query + at * query_step, query_time, query_head,
+                d_output + at * d_step, d_time, d_head, entering, factors_at, total, scale,
+                rows, tokens - at, columns_k, columns_v,
+                KEY_WIDTH, VALUE_WIDTH, QUERIES, HAS_DECAY, NORMALIZED, PRECISION,
+            )  # fmt: skip
 
     if HAS_INITIAL:
         store_both(
@@ -144,3 +133,29 @@ def _along(
         z = tiles.load_vector(normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
         along += tl.sum(z * d_normalizer)
     return along
+
+
+@triton.jit
+def _add_queries(
+    acc, d_z, query, query_time, query_head, d_output, d_time, d_head, entering, factors,
+    total, scale, rows, left, columns_k, columns_v,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
+    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a state and its normalizer, with those added from a tile that reads them."""
+    for r in range(0, QUERIES):
+        q_at = query + r * tl.cast(query_head, tl.int64)
+        q = tiles.load(q_at, query_time, rows, left, columns_k, KEY_WIDTH)
+        d_at = d_output + r * tl.cast(d_head, tl.int64)
+        do = tiles.load(d_at, d_time, rows, left, columns_v, VALUE_WIDTH)
+        if HAS_DECAY:
+            q = q * entering[:, None]
+        if NORMALIZED:
+            base = factors + r * tl.cast(total, tl.int64) * 2
+            inverse, delta = tiles.load_pairs(base, rows, left)
+            q = q * inverse[:, None]
+            d_z += tl.sum(q.to(tl.float32) * delta[:, None], 0)
+        else:
+            q = q.to(tl.float32) * scale
+        acc = tiles.dot(tl.trans(q), do, acc, PRECISION)
+    return acc, d_z
