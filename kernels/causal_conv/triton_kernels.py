@@ -14,10 +14,15 @@ from supra.kernels import locate, tiles
 
 @triton.jit
 def place(
-    cu_seqlens, chunk_offsets, sequences, length,
-    TAPS: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
+    cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """(sequence, row of the batch, its first token there, its tokens, first row of this chunk)"""
+    """Where a program works in a grid (chunks, blocks of channels).
+
+    (first row, tokens of the sequence, columns; the sequence's places in a tensor with these
+    strides, in a contiguous one, and in the states)
+    """
     chunk = tl.program_id(0)
     extended = length + TAPS - 1
     n = locate.sequence_of(chunk, chunk_offsets, sequences, extended, TILE, PACKED)
@@ -26,7 +31,12 @@ def place(
     )
     if not PACKED:
         tokens = length
-    return n.to(tl.int64), batch.to(tl.int64), begin, tokens, (chunk - first) * TILE
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    batch = batch.to(tl.int64)
+    at = batch * batch_stride + begin * token_stride
+    dense = (batch * length + begin) * WIDTH
+    state_at = n.to(tl.int64) * (TAPS - 1) * WIDTH
+    return (chunk - first) * TILE, tokens, columns, at, dense, state_at
 
 
 @triton.jit
@@ -86,23 +96,22 @@ def forward(
     WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, batch, begin, tokens, start = place(
-        cu_seqlens, chunk_offsets, sequences, length, TAPS, TILE, PACKED
-    )
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start, tokens, columns, at, dense, state_at = place(
+        cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+        WIDTH, TAPS, TILE, BLOCK, PACKED,
+    )  # fmt: skip
     rows = start + tl.arange(0, TILE)
-    input += batch * batch_stride + begin * token_stride
+    input += at
     if state is not None:
-        state += n * (TAPS - 1) * WIDTH
+        state += state_at
     total, first = convolve(
         input, token_stride, state, weight, bias, rows, tokens, columns, TAPS, WIDTH
     )
     if SILU:
         total *= tl.sigmoid(total)
-    store_rows(output + (batch * length + begin) * WIDTH, rows, tokens, columns, WIDTH, total)
+    store_rows(output + dense, rows, tokens, columns, WIDTH, total)
     if start + TILE > tokens:
-        end += n * (TAPS - 1) * WIDTH
-        store_rows(end, rows - tokens, TAPS - 1, columns, WIDTH, first)
+        store_rows(end + state_at, rows - tokens, TAPS - 1, columns, WIDTH, first)
 
 
 @triton.jit
@@ -113,23 +122,22 @@ def backward_sums(
     TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sums before silu; what this chunk adds to those of the columns and bias."""
-    n, batch, begin, tokens, start = place(
-        cu_seqlens, chunk_offsets, sequences, length, TAPS, TILE, PACKED
-    )
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start, tokens, columns, at, dense, state_at = place(
+        cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+        WIDTH, TAPS, TILE, BLOCK, PACKED,
+    )  # fmt: skip
     rows = start + tl.arange(0, TILE)
-    input += batch * batch_stride + begin * token_stride
+    input += at
     if state is not None:
-        state += n * (TAPS - 1) * WIDTH
-    packed = (batch * length + begin) * WIDTH
-    d = load_rows(d_output + packed, WIDTH, rows, tokens, columns, WIDTH)
+        state += state_at
+    d = load_rows(d_output + dense, WIDTH, rows, tokens, columns, WIDTH)
     if SILU:
         total, _ = convolve(
             input, token_stride, state, weight, bias, rows, tokens, columns, TAPS, WIDTH
         )
         gate = tl.sigmoid(total)
         d *= gate * (1 + total * (1 - gate))
-        store_rows(d_sum + packed, rows, tokens, columns, WIDTH, tiles.narrow(d, PRECISION))
+        store_rows(d_sum + dense, rows, tokens, columns, WIDTH, tiles.narrow(d, PRECISION))
     partial += tl.program_id(0).to(tl.int64) * (TAPS + 1) * WIDTH + columns
     for j in range(TAPS):
         x = load_window(input, token_stride, state, rows + j, tokens, columns, TAPS, WIDTH)
@@ -145,23 +153,21 @@ def backward_window(
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows: every sum that has the row in its window, and the final state."""
-    n, batch, begin, tokens, start = place(
-        cu_seqlens, chunk_offsets, sequences, length, TAPS, TILE, PACKED
-    )
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start, tokens, columns, _, dense, state_at = place(
+        cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+        WIDTH, TAPS, TILE, BLOCK, PACKED,
+    )  # fmt: skip
     rows = start + tl.arange(0, TILE)
-    packed = (batch * length + begin) * WIDTH
-    d = load_rows(d_sum + packed, WIDTH, rows, tokens, columns, WIDTH)
+    d = load_rows(d_sum + dense, WIDTH, rows, tokens, columns, WIDTH)
     total = d * load_column(weight, 0, columns, WIDTH)
     for j in range(1, TAPS):
-        d = load_rows(d_sum + packed, WIDTH, rows - j, tokens, columns, WIDTH)
+        d = load_rows(d_sum + dense, WIDTH, rows - j, tokens, columns, WIDTH)
         total += d * load_column(weight, j, columns, WIDTH)
-    state_base = n * (TAPS - 1) * WIDTH
     if d_end is not None:
-        total += load_rows(d_end + state_base, WIDTH, rows - tokens, TAPS - 1, columns, WIDTH)
-    store_rows(d_input + packed, rows - (TAPS - 1), tokens, columns, WIDTH, total)
+        total += load_rows(d_end + state_at, WIDTH, rows - tokens, TAPS - 1, columns, WIDTH)
+    store_rows(d_input + dense, rows - (TAPS - 1), tokens, columns, WIDTH, total)
     if d_state is not None:
-        store_rows(d_state + state_base, rows, TAPS - 1, columns, WIDTH, total)
+        store_rows(d_state + state_at, rows, TAPS - 1, columns, WIDTH, total)
 
 
 @triton.jit

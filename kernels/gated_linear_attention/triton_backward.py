@@ -209,16 +209,10 @@ def chunk_d_key(
     )
     acc *= leaving_decay(sums, step, rows, left, columns, KEY_WIDTH)
     k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
-    carried = tl.zeros([BLOCK_K], tl.float32)
-    for i in range(0, value_blocks):
-        part = d_whole + locate.slot_offset(
-            i * tl.cast(chunks, tl.int64) + chunk, head, heads, KEY_WIDTH
-        )
-        carried += tiles.load_vector(part, 1, columns, KEY_WIDTH)
-    logs = tl.zeros([TILE, BLOCK_K], tl.float32) + carried[None, :]
-    for r in range(0, QUERIES):
-        part = d_query_logs + (place * QUERIES + r) * KEY_WIDTH
-        logs += tiles.load(part, step * QUERIES, rows, left, columns, KEY_WIDTH)
+    logs = _later_logs(
+        d_whole, d_query_logs, place, chunk, head, heads, chunks, value_blocks, rows, left, columns,
+        KEY_WIDTH, QUERIES,
+    )  # fmt: skip
     logs = tiles.dot(before_here(rows, TILE), k * acc, logs, PRECISION)
 
     for level in range(0, LEVELS):
@@ -245,6 +239,24 @@ def chunk_d_key(
         acc += own.to(tl.float32)[:, None] * q
     tiles.store(d_key + place * KEY_WIDTH, step, rows, left, columns, KEY_WIDTH, acc)
     tiles.store(d_log_decay + place * KEY_WIDTH, step, rows, left, columns, KEY_WIDTH, logs)
+
+
+@triton.jit
+def _later_logs(
+    d_whole, d_query_logs, place, chunk, head, heads, chunks, value_blocks, rows, left, columns,
+    KEY_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the logs of decay from the state after the chunk and from its queries."""
+    carried = tl.zeros([columns.shape[0]], tl.float32)
+    for i in range(0, value_blocks):
+        slot = i * tl.cast(chunks, tl.int64) + chunk
+        part = d_whole + locate.slot_offset(slot, head, heads, KEY_WIDTH)
+        carried += tiles.load_vector(part, 1, columns, KEY_WIDTH)
+    logs = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32) + carried[None, :]
+    for r in range(0, QUERIES):
+        part = d_query_logs + (place * QUERIES + r) * KEY_WIDTH
+        logs += tiles.load(part, heads * KEY_WIDTH * QUERIES, rows, left, columns, KEY_WIDTH)
+    return logs
 
 
 @triton.jit

@@ -79,26 +79,35 @@ def chunk_gradients(
 
         q = load_block(query + at * query_time, query_time, left, left_k, CHUNK, BLOCK_K)
         d = load_block(d_output + at * d_time, d_time, left, left_v, CHUNK, BLOCK_V)
-        q, d = q[:, :, None], d[:, None, :] * scale
+        d_q, d_k, d_v, d_g, d_a, ds = _gradients(
+            q[:, :, None], k, v, d[:, None, :] * scale, keep, write, a, before, new, ds, rows, CHUNK
+        )
+        da += d_a
         at_key, key_stride = at * heads * KEY_WIDTH + column_k, heads * KEY_WIDTH
-        found = tl.sum(d * (keep * before + write * new), 2)
-        store_block(d_query + at_key, key_stride, left, left_k, found)
-
-        bent = write * (1.0 - new * new)
-        slope = keep + bent * a
-        entering = tl.where(rows == CHUNK - 1, ds[None, :, :], 0.0)
-        leaving, later = affine_scan(slope, slope * (q * d), entering, True)
-        ds = tl.sum(tl.where(rows == 0, leaving, 0.0), 0)
-        d_after = q * d + later  # of the state after each token
-        found = tl.sum(tl.sum(keep * (before - new) * d_after, 2), 1)
-        tl.store(d_log_decay + (at + times) * heads, found, mask=times < left)
-        d_bent = bent * d_after
-        da += tl.sum(d_bent * before, 0)
-        found = tl.sum(d_bent * v, 2)
-        store_block(d_key + at_key, key_stride, left, left_k, found)
-        found = tl.sum(d_bent * k, 1)
+        store_block(d_query + at_key, key_stride, left, left_k, d_q)
+        store_block(d_key + at_key, key_stride, left, left_k, d_k)
         base = d_value + at * heads * VALUE_WIDTH + column_v
-        store_block(base, heads * VALUE_WIDTH, left, left_v, found)
+        store_block(base, heads * VALUE_WIDTH, left, left_v, d_v)
+        tl.store(d_log_decay + (at + times) * heads, d_g, mask=times < left)
     store_block(d_weight + own + corner, VALUE_WIDTH, left_k, left_v, da)
     if HAS_INITIAL:
         store_block(d_state + own + corner, VALUE_WIDTH, left_k, left_v, ds)
+
+
+@triton.jit
+def _gradients(q, k, v, d, keep, write, weight, before, new, ds, rows, CHUNK: tl.constexpr):
+    """Gradients of query, key, value, log_decay, weight, and of the state before the chunk.
+
+    d: gradient of the output; ds: that of the state after the chunk; all else as for solve().
+    """
+    d_query = tl.sum(d * (keep * before + write * new), 2)
+    bent = write * (1.0 - new * new)
+    slope = keep + bent * weight
+    entering = tl.where(rows == CHUNK - 1, ds[None, :, :], 0.0)
+    leaving, later = affine_scan(slope, slope * (q * d), entering, True)
+    ds = tl.sum(tl.where(rows == 0, leaving, 0.0), 0)
+    d_after = q * d + later  # of the state after each token
+    d_log_decay = tl.sum(tl.sum(keep * (before - new) * d_after, 2), 1)
+    d_bent = bent * d_after
+    d_weight = tl.sum(d_bent * before, 0)
+    return d_query, tl.sum(d_bent * v, 2), tl.sum(d_bent * k, 1), d_log_decay, d_weight, ds
