@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from supra.errors import UserError
-from supra.parallel import METHODS, NonlinearGated, NotConverged, ParaGRU, solve
+from supra.parallel import METHODS, FunctionCell, NonlinearGated, NotConverged, ParaGRU, solve
 from supra.parallel.solve import LARGEST
 from tests.parallel.examples import NAMES, example, expanding
 
@@ -83,6 +83,20 @@ def test_sweeps_of_a_contracting_cell_do_not_grow_with_length():
         cell, inputs, state, _ = example("function", tokens=tokens)
         counts[tokens] = solve(cell, inputs, state, "deer").iterations
     assert counts[1024] <= counts[128] + 1 <= 9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "deer"}, {"method": "quasi_deer"},
+     {"method": "quasi_deer", "diagonal": "stochastic"}],
+    ids=["deer", "quasi_deer", "stochastic"],
+)  # fmt: skip
+def test_a_linear_cell_takes_one_sweep(options):
+    """Its Jacobian is diagonal, so the diagonal is all of it."""
+    rates = torch.linspace(0.5, 0.95, 5, dtype=torch.float64)
+    cell = FunctionCell(lambda state, x: rates * state + x, 5)
+    found = solve(cell, torch.randn(2, 77, 5).double(), **options, otherwise="raise")
+    assert found.iterations == 1
 
 
 def test_an_expanding_cell_overflows_newton_and_not_elk():

@@ -126,8 +126,8 @@ def test_resume_is_exact_at_every_block(tokenizer, streaming, world):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_processes_share_the_documents(tokenizer, streaming):
-    source = stream(tokenizer, texts(11), streaming=streaming).source
-    shares = [list(source.epoch(0, rank, 3)) for rank in range(3)]
+    streams = [stream(tokenizer, texts(11), streaming=streaming, rank=x, world=3) for x in range(3)]
+    shares = [list(process.texts) for process in streams]
     assert sorted(text for share in shares for text in share) == sorted(texts(11))
 
 

@@ -92,6 +92,8 @@ def test_a_run_is_its_stages_one_after_the_other(files, tmp_path):
     assert rates[:3] == rates[3:6] == rates[6:] and rates[2] == pytest.approx(3e-4)
     assert "worst_layer" in json.loads((run / "log.jsonl").read_text().splitlines()[0])
     assert list(log(run, "kl")) == [4, 5, 6] and list(log(run, "next_token")) == [*range(4, 10)]
+    moments = torch.load(run / "checkpoints" / "step-00000009" / "optimizer.bin")["state"]
+    assert {x["step"].item() for x in moments.values()} == {3}  # of the last stage alone
 
 
 FULL_NAMES = ("align", "distill", "tune")
