@@ -2,6 +2,7 @@
 # make demo-gemma  the same on Gemma 3 270M, whose tokenizer puts <bos> before every text
 # make test   linter and tests, under 15 minutes on 2 cores
 # make test-faults  a thousand bad inputs over all commands: three minutes
+# make controls   a hundred planted bugs, and the tests that catch them: ten minutes
 # make test-kill   200 kills of convert and uptrain: ten minutes
 # make test-long   fuzz, and every kernel compiled: an hour
 # make test-wheel  the wheel alone, without the checkout: a minute
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 KILLS ?= 100
 SEED ?= 0
 
-.PHONY: demo demo-gemma test test-faults test-kill test-long test-wheel wheel docs lint format clean
+.PHONY: demo demo-gemma test test-faults controls test-kill test-long test-wheel wheel docs lint format clean
 
 demo demo-gemma: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo demo-gemma: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
@@ -36,6 +37,9 @@ test-long: $(VENV)/dev
 
 test-faults: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults tests/faults
+
+controls: $(VENV)/dev
+	$(BIN)/python -m tests.controls
 
 test-kill: $(VENV)/dev
 	$(BIN)/python -m tests.kills --kills $(KILLS) --seed $(SEED)

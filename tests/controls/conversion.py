@@ -1,0 +1,120 @@
+"""Bugs in conversion, in calibration and in the files of a checkpoint."""
+
+from tests.controls.bug import Bug
+
+TENSORS = "supra/conversion/tensors.py"
+CONVERT, CALIBRATE = "tests/conversion/test_convert.py", "tests/conversion/test_calibrate.py"
+LAYERS = "tests/conversion/test_layer_choice.py"
+LOADED = "_finite(fate, plan.reader.load(fate.name))"
+
+BUGS = [
+    Bug(
+        "square_tensors_transposed",
+        "inherited square matrices are transposed",
+        TENSORS,
+        LOADED,
+        "(lambda x: x.mT if x.ndim == 2 and x.shape[0] == x.shape[1] else x)"
+        "(plan.reader.load(fate.name))",
+        (f"{CONVERT}::test_every_tensor_is_accounted_for[llama]",),
+    ),
+    Bug(
+        "keys_and_values_swapped",
+        "the projection of the keys gets the weights of the values",
+        TENSORS,
+        LOADED,
+        '_finite(fate, plan.reader.load(fate.name.replace("k_proj", "v_proj")).clone())',
+        (f"{CONVERT}::test_every_tensor_is_accounted_for[llama]",),
+    ),
+    Bug(
+        "biases_dropped",
+        "inherited biases become zero",
+        TENSORS,
+        LOADED,
+        f'{LOADED} * (not fate.name.endswith(".bias"))',
+        (f"{CONVERT}::test_every_tensor_is_accounted_for[qwen2]",),
+    ),
+    Bug(
+        "weights_rounded_to_16_bits",
+        "inherited tensors pass through bfloat16",
+        TENSORS,
+        "cast = tensor.to(",
+        "cast = tensor.bfloat16().to(",
+        (f"{CONVERT}::test_every_tensor_is_accounted_for[llama]",),
+    ),
+    Bug(
+        "cheapest_layers_keep_attention",
+        "auto keeps attention in the layers whose conversion costs least",
+        "supra/conversion/layer_choice.py",
+        "key=costs.__getitem__, reverse=True",
+        "key=costs.__getitem__, reverse=False",
+        (f"{LAYERS}::test_the_costliest_in_order",),
+    ),
+    Bug(
+        "costs_measured_on_calibration_text",
+        "the cost of a layer is measured on the text that calibrated it",
+        "supra/conversion/layer_choice.py",
+        "divergences(model, blocks[half:]",
+        "divergences(model, blocks[:half]",
+        (f"{LAYERS}::test_the_first_half_calibrates_and_the_second_measures",),
+    ),
+    Bug(
+        "scale_of_another_regression",
+        "the scale of a head is that of a regression of outputs on targets",
+        "supra/mixers/base.py",
+        "(output * output).sum(0)",
+        "(target * target).sum(0)",
+        (f"{CALIBRATE}::test_scale_is_the_least_squares_solution",),
+    ),
+    Bug(
+        "decays_chosen_without_scales",
+        "the candidates of a calibration are judged without their scales",
+        "supra/mixers/base.py",
+        "(target - scale * output)",
+        "(target - output)",
+        (
+            "tests/mixers/test_gated_delta.py::test_calibration_finds_the_sharpness_that_made_the_target",
+        ),
+    ),
+    Bug(
+        "projections_fitted_transposed",
+        "the change of an output projection is added transposed",
+        "supra/conversion/calibrate.py",
+        "change.mT, error",
+        "change, error",
+        (f"{CALIBRATE}::test_projections_come_closer_still[gated]",),
+    ),
+    Bug(
+        "ridge_without_a_scale",
+        "the ridge penalty does not grow with the inputs",
+        "supra/conversion/calibrate.py",
+        "ridge * square.diagonal().mean().clamp(min=1e-30)",
+        "ridge",
+        (f"{CALIBRATE}::test_ridge_regression_solves_its_equation",),
+    ),
+    Bug(
+        "checksums_not_compared",
+        "supra inspect --verify looks at the names of tensors alone",
+        "supra/checkpoint/checksums.py",
+        "found.get(name) != expected[name]",
+        "name not in found",
+        ("tests/checkpoint/test_checksums.py::test_a_flipped_bit_is_found",),
+    ),
+    Bug(
+        "index_lists_the_last_shard",
+        "the index of the shards names the tensors of the last one alone",
+        "supra/checkpoint/weights.py",
+        "weight_map |= dict.fromkeys(names, final)",
+        "weight_map = dict.fromkeys(names, final)",
+        (f"{CONVERT}::test_shards_and_index",),
+    ),
+    Bug(
+        "damaged_checkpoints_go_on",
+        "a run goes on from a checkpoint whose files have other checksums",
+        "supra/uptrain/manifest.py",
+        "_crc32(folder / name) != crc32",
+        "_crc32(folder / name) != crc32 and False",
+        (
+            "tests/uptrain/test_resume.py::test_a_damaged_file_of_a_checkpoint[model.safetensors-flipped]",
+        ),
+    ),
+]

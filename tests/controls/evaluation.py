@@ -1,0 +1,93 @@
+"""Bugs in what is measured, and in how prompts are read."""
+
+from tests.controls.bug import Bug
+
+PASSKEY, TASKS = "tests/evaluate/test_passkey.py", "tests/evaluate/test_ablation_tasks.py"
+SCORING = "supra/evaluate/tasks/scoring.py"
+PERPLEXITY = "supra/evaluate/perplexity.py"
+SCORES = f"{TASKS}::test_scores_are_those_of_whole_rows[supra]"
+
+BUGS = [
+    Bug(
+        "perplexity_of_the_token_itself",
+        "perplexity scores every prediction on the token that was just read",
+        PERPLEXITY,
+        'shifted_labels(batch["labels"])',
+        'batch["labels"]',
+        ("tests/evaluate/test_perplexity.py::test_equals_the_mean_over_documents_alone",),
+    ),
+    Bug(
+        "perplexity_with_dropout",
+        "perplexity is measured in training mode",
+        PERPLEXITY,
+        "model.eval()",
+        "model.train()",
+        ("tests/evaluate/test_perplexity.py::test_dropout_is_off",),
+    ),
+    Bug(
+        "first_token_scored_alone",
+        "an answer is scored by its first token",
+        SCORING,
+        "-nats.sum(1)",
+        "-nats[:, 0]",
+        (SCORES,),
+    ),
+    Bug(
+        "answers_see_no_padding",
+        "an answer of several tokens reads the padding of its prompt",
+        SCORING,
+        "torch.cat([mask, torch.ones_like(given)], dim=1)",
+        "torch.ones(len(mask), mask.shape[1] + given.shape[1], dtype=mask.dtype)",
+        (f"{TASKS}::test_scores_are_those_of_whole_rows[None]",),
+    ),
+    Bug(
+        "passkey_at_the_other_end",
+        "the depth of a passkey is counted from the end",
+        "supra/evaluate/tasks/passkey.py",
+        "int(depth * (count - 1))",
+        "int((1 - depth) * (count - 1))",
+        (f"{PASSKEY}::test_the_key_is_at_its_depth",),
+    ),
+    Bug(
+        "passkeys_lose_their_zeros",
+        "a passkey that begins with zeros has fewer digits",
+        "supra/evaluate/tasks/passkey.py",
+        'f"{key:0{DIGITS}d}"',
+        'f"{key}"',
+        (f"{PASSKEY}::test_keys_keep_their_zeros",),
+    ),
+    Bug(
+        "recall_of_the_question",
+        "the answer that is expected is the key that was asked for",
+        "supra/evaluate/tasks/recall.py",
+        "ids.gather(1, at + 1)",
+        "ids.gather(1, at)",
+        (f"{TASKS}::test_a_model_that_copies_recalls_all",),
+    ),
+    Bug(
+        "silenced_mixers_speak",
+        "the floor without mixing leaves the mixers on",
+        "supra/evaluate/ablate/floors.py",
+        "output[0].new_zeros(output[0].shape)",
+        "output[0]",
+        ("tests/evaluate/test_ablation.py::test_no_mixing_is_a_model_without_output_projections",),
+    ),
+    Bug(
+        "prompts_without_their_start",
+        "supra generate leaves out the tokenizer's start tokens",
+        "supra/serving/generation.py",
+        "[*start_tokens(tokenizer), *text_tokens(tokenizer, prompt)]",
+        "[*text_tokens(tokenizer, prompt)]",
+        (
+            "tests/data/test_start_tokens.py::test_every_reading_begins_with_the_start[generate-start]",
+        ),
+    ),
+    Bug(
+        "stream_begins_anew",
+        "a long text is read from an empty state in every chunk",
+        "supra/long_context/stream.py",
+        "past_key_values=self.cache, use_cache=True",
+        "past_key_values=new_cache(self.model.config.num_hidden_layers), use_cache=True",
+        ("tests/long_context/test_diagnosis.py::test_streaming_loss_is_that_of_one_pass[supra]",),
+    ),
+]
