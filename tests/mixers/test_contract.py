@@ -92,9 +92,14 @@ def shape(request):
 
 @pytest.fixture(params=VARIANTS, ids=[f"{name}{options or ''}" for name, options in VARIANTS])
 def mixer(request, shape):
+    """As after some training: at the start, a convolution or a gate may be the identity."""
     name, options = request.param
     mixer = build_mixer(name, shape, options).double()
     mixer.reset_parameters()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mixer.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.data += 0.1 * noise
     return mixer
 
 
