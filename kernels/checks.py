@@ -164,11 +164,16 @@ def needs_gradient(*inputs: Any) -> bool:
     )
 
 
-def check_in_place(inputs: Any, converted: Tensor | None, **states: Tensor | None) -> None:
-    """in_place=True: the given states can be written over, and nothing asks for a gradient.
+def check_in_place(inputs: Any, fields: tuple[str, ...], name: str, state: Any) -> None:
+    """in_place=True: the given state can be written over, and nothing asks for a gradient.
 
-    converted: the state among the inputs, in the dtype that is computed in.
+    fields: those of inputs that hold the state in the dtype that is computed in. state: one tensor,
+    or a tuple of as many as there are fields.
     """
+    states, converted = {name: state}, getattr(inputs, fields[0])
+    if isinstance(state, tuple):
+        parts = zip(fields, state, strict=True)
+        states = {f"{name}.{field}": x for field, x in parts if x is not None}
     for name, state in states.items():
         if state is None:
             raise ValueError(f"in_place (=True) needs {name} (=None) to write into; give zeros")

@@ -41,20 +41,22 @@ class Operator:
         torch_backend: ModuleType,
         reference: ModuleType | None = None,
         *,
-        state: tuple[str, ...] = ("state",),
+        state: type[tuple] | None = None,
         results: tuple[str, ...] = ("output", "end"),
         saved: tuple[str, ...] = (),
         package: str | None = None,
     ):
-        """state: fields of the initial state; the results after the output are the final one.
+        """state: NamedTuple of the states among the fields of inputs; None for one called `state`.
 
-        saved: the results that the backward pass needs. package: where triton.py is; None for an
-        operation that has the torch backend alone.
+        The results after the output are the final state. saved: the results that the backward pass
+        needs. package: where triton.py is; None for an operation that has the torch backend alone.
         """
         self.inputs, self.package = inputs, package
         self.torch_backend, self.reference = torch_backend, reference
-        self.state, self.saved = state, [results.index(name) for name in saved]
-        self.differentiable = 1 + len(state)
+        self.fields = ("state",) if state is None else state._fields
+        self.state = state or (lambda end: end)
+        self.saved = [results.index(name) for name in saved]
+        self.differentiable = 1 + len(self.fields)
         types = get_type_hints(inputs)
         self.tensors = sum(x in (Tensor, Tensor | None) for x in types.values())
         fields = list(types.items())
@@ -69,11 +71,24 @@ class Operator:
         self.backward = _custom_op(f"{name}_backward", self._backward, backward, self.tensors - 1)
         self.backward.register_fake(self._empty_gradients)
         if package is not None:
-            self.step = _custom_op(f"{name}_step", self._step, fields, 1, mutates=state)
+            self.step = _custom_op(f"{name}_step", self._step, fields, 1, mutates=self.fields)
             self.step.register_fake(lambda *x: inputs(*x).empty_results()[0])
 
-    def run(self, inputs: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Output and final state of whole sequences, by inputs.backend."""
+    def run(self, inputs: Any, return_state: bool) -> tuple[Tensor, Any]:
+        """Output and final state, or None, of whole sequences, by inputs.backend."""
+        output, end = self._whole(inputs)
+        return output, self.state(*end) if return_state else None
+
+    def run_by_token(
+        self, inputs: Any, name: str, state: Any, return_state: bool, in_place: bool
+    ) -> tuple[Tensor, Any]:
+        """The same token by token. in_place: write over the state that the caller gave as name."""
+        if in_place:
+            checks.check_in_place(inputs, self.fields, name, state)
+        output, end = self._by_token(inputs, in_place)
+        return output, self.state(*end) if return_state else None
+
+    def _whole(self, inputs: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         if self.reference is not None and inputs.backend == "reference":
             with without_autocast(_first(inputs).device):
                 found = self.reference.recurrence(inputs)
@@ -81,24 +96,23 @@ class Operator:
             output, *end = (x if x is None else x.to(like.dtype) for x, like in pairs)
         else:
             output, *end = map(_given, self.forward(*inputs))
-        return output, tuple(end[: len(self.state)])
+        return output, tuple(end[: len(self.fields)])
 
-    def run_by_token(self, inputs: Any, in_place: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The same token by token. in_place: the final state is written over the initial one."""
+    def _by_token(self, inputs: Any, in_place: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         if inputs.backend == "torch":
             with without_autocast(_first(inputs).device):
                 output, *end = self.torch_backend.recurrent(inputs, in_place)
             return output, tuple(end)
-        state = tuple(getattr(inputs, name) for name in self.state)
+        state = tuple(getattr(inputs, name) for name in self.fields)
         if inputs.backend == "reference" or checks.needs_gradient(*inputs):
-            output, end = self.run(inputs)
+            output, end = self._whole(inputs)
             if in_place:
                 end = tuple(x if x is None else x.copy_(y) for x, y in zip(state, end, strict=True))
             return output, end
         if not in_place:
             likes = inputs.empty_results()[1 : self.differentiable]
             state = tuple(_own(x, like) for x, like in zip(state, likes, strict=True))
-        changed = dict(zip(self.state, state, strict=True))
+        changed = dict(zip(self.fields, state, strict=True))
         given = (changed.get(name, x) for name, x in zip(inputs._fields, inputs, strict=True))
         return self.step(*given), state
 

@@ -104,8 +104,7 @@ def causal_conv_step(
         raise ValueError("state (=None) must be [B, W - 1, D]; give zeros before the first token")
     inputs = _inputs(token, weight, bias, activation, state, None, backend, "state")
     if in_place:
-        checks.check_in_place(inputs, inputs.state, state=state)
-        output, (end,) = OPERATOR.run_by_token(inputs, in_place)
+        output, end = OPERATOR.run_by_token(inputs, "state", state, True, in_place)
     else:
         output, end = _run(inputs)
     return output.view_as(input), end
@@ -115,8 +114,7 @@ def _run(inputs: Inputs) -> tuple[Tensor, Tensor]:
     packed, reference_asked = inputs.cu_seqlens is not None, inputs.backend == "reference"
     if torch.compiler.is_exporting() and not packed and not reference_asked:
         return torch_backend.plain(inputs)
-    output, (end,) = OPERATOR.run(inputs)
-    return output, end
+    return OPERATOR.run(inputs, return_state=True)
 
 
 def _inputs(

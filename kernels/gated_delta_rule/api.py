@@ -81,8 +81,7 @@ def chunk_gated_delta_rule(
     inputs = _checked(
         query, key, value, beta, log_decay, initial_state, cu_seqlens, scale, chunk_size, backend
     )
-    output, (end,) = OPERATOR.run(inputs)
-    return output, end if return_state else None
+    return OPERATOR.run(inputs, return_state)
 
 
 def recurrent_gated_delta_rule(
@@ -111,10 +110,7 @@ def recurrent_gated_delta_rule(
     inputs = _checked(
         query, key, value, beta, log_decay, initial_state, None, scale, CHUNK, backend
     )
-    if in_place:
-        checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
-    output, (end,) = OPERATOR.run_by_token(inputs, in_place)
-    return output, end if return_state else None
+    return OPERATOR.run_by_token(inputs, "initial_state", initial_state, return_state, in_place)
 
 
 def _checked(*arguments: Any) -> Inputs:

@@ -25,16 +25,6 @@ from supra.kernels.operators import Operator
 
 OPERATION = "linear_attention"
 CHUNK = 64  # tokens, in torch
-OPERATOR = Operator(
-    OPERATION,
-    Inputs,
-    torch_backend,
-    reference,
-    state=("memory", "normalizer"),
-    results=("output", "memory", "normalizer", "weights"),
-    saved=("output", "weights"),
-    package=__package__,
-)
 
 
 class LinearAttentionState(NamedTuple):
@@ -49,6 +39,18 @@ class LinearAttentionState(NamedTuple):
 
     memory: Tensor
     normalizer: Tensor | None
+
+
+OPERATOR = Operator(
+    OPERATION,
+    Inputs,
+    torch_backend,
+    reference,
+    state=LinearAttentionState,
+    results=("output", "memory", "normalizer", "weights"),
+    saved=("output", "weights"),
+    package=__package__,
+)
 
 
 def chunk_linear_attention(
@@ -104,8 +106,7 @@ def chunk_linear_attention(
         query, key, value, log_decay, initial_state, cu_seqlens, normalize, scale, eps, chunk_size,
         backend,
     )  # fmt: skip
-    output, end = OPERATOR.run(inputs)
-    return output, LinearAttentionState(*end) if return_state else None
+    return OPERATOR.run(inputs, return_state)
 
 
 def recurrent_linear_attention(
@@ -135,10 +136,7 @@ def recurrent_linear_attention(
     inputs = _inputs(
         query, key, value, log_decay, initial_state, None, normalize, scale, eps, CHUNK, backend
     )
-    if in_place:
-        _check_in_place(inputs, initial_state)
-    output, end = OPERATOR.run_by_token(inputs, in_place)
-    return output, LinearAttentionState(*end) if return_state else None
+    return OPERATOR.run_by_token(inputs, "initial_state", initial_state, return_state, in_place)
 
 
 def _inputs(
@@ -208,11 +206,3 @@ def _check_state(
         )
     name = "initial_state.normalizer"
     return memory, checks.check_state(name, normalizer, shape[:3], "[N, H, K]", dtype, query=query)
-
-
-def _check_in_place(inputs: Inputs, state: LinearAttentionState | None) -> None:
-    given = {"initial_state": None}
-    if state is not None:
-        names = ("initial_state.memory", "initial_state.normalizer")
-        given = {name: x for name, x in zip(names, state, strict=True) if x is not None}
-    checks.check_in_place(inputs, inputs.memory, **given)

@@ -91,8 +91,7 @@ def chunk_ssm_conv(
         query, key, value, (log_decay, frequency, weight, skip), initial_state, cu_seqlens,
         chunk_size, backend,
     )  # fmt: skip
-    output, (end,) = OPERATOR.run(inputs)
-    return output, end if return_state else None
+    return OPERATOR.run(inputs, return_state)
 
 
 def recurrent_ssm_conv(
@@ -121,10 +120,7 @@ def recurrent_ssm_conv(
     """
     model = (log_decay, frequency, weight, skip)
     inputs = _inputs(query, key, value, model, initial_state, None, CHUNK, backend)
-    if in_place:
-        checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
-    output, (end,) = OPERATOR.run_by_token(inputs, in_place)
-    return output, end if return_state else None
+    return OPERATOR.run_by_token(inputs, "initial_state", initial_state, return_state, in_place)
 
 
 def stream_ssm_conv(
@@ -229,8 +225,7 @@ def fft_conv(
         "initial_state", initial_state, wanted, "[N, L - 1, H, D]", dtype, input=input
     )
     inputs = FftInputs(input, kernel.to(dtype), state, cu_seqlens, block_size)
-    output, (end,) = FFT_OPERATOR.run(inputs)
-    return output, end if return_state else None
+    return FFT_OPERATOR.run(inputs, return_state)
 
 
 def _inputs(

@@ -116,7 +116,7 @@ def chunk_nonlinear_gated(
         chunk_size, backend,
     )  # fmt: skip
     if inputs.backend == "reference":
-        output, (end,) = OPERATOR.run(inputs)
+        output, end = OPERATOR.run(inputs, return_state=True)
         solved = end.new_zeros(2, *end.shape[:2])
     else:
         output, end, _, solved = OPERATOR.forward(*inputs)
@@ -153,10 +153,7 @@ def recurrent_nonlinear_gated(
         query, key, value, log_decay, weight, initial_state, None, scale, SWEEPS, TOLERANCE, None,
         backend,
     )  # fmt: skip
-    if in_place:
-        checks.check_in_place(inputs, inputs.state, initial_state=initial_state)
-    output, (end,) = OPERATOR.run_by_token(inputs, in_place)
-    return output, end if return_state else None
+    return OPERATOR.run_by_token(inputs, "initial_state", initial_state, return_state, in_place)
 
 
 def _checked(*arguments: Any) -> Inputs:
