@@ -165,6 +165,11 @@ def narrow(x: Tensor, like: Tensor) -> Tensor:
     return x[..., : like.shape[-1]].to(like.dtype)
 
 
+def narrow_heads(x: Any, *found: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of x.query, x.key and x.value, as narrow() makes them."""
+    return tuple(map(narrow, found, (x.query, x.key, x.value)))
+
+
 def recurrent_steps(kernel: Any, table: Table, x: Any, state_heads: int, **own: Any) -> Tensor:
     """Output [B, T, Hq, V] of the recurrence token by token; the kernel overwrites the state.
 

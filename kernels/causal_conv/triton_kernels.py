@@ -20,7 +20,7 @@ def place(
 ):  # fmt: skip
     """Where a program works in a grid (chunks, blocks of channels).
 
-    (first row, tokens of the sequence, columns; the sequence's places in a tensor with these
+    (first row, rows, tokens of the sequence, columns; the sequence's places in a tensor with these
     strides, in a contiguous one, and in the states)
     """
     chunk = tl.program_id(0)
@@ -36,7 +36,8 @@ def place(
     at = batch * batch_stride + begin * token_stride
     dense = (batch * length + begin) * WIDTH
     state_at = n.to(tl.int64) * (TAPS - 1) * WIDTH
-    return (chunk - first) * TILE, tokens, columns, at, dense, state_at
+    start = (chunk - first) * TILE
+    return start, start + tl.arange(0, TILE), tokens, columns, at, dense, state_at
 
 
 @triton.jit
@@ -44,8 +45,7 @@ def load_rows(base, stride, rows, count, columns, WIDTH: tl.constexpr):
     """[rows, columns] as float32; zero where a row is not in 0 ... count - 1."""
     mask = ((rows >= 0) & (rows < count))[:, None] & (columns < WIDTH)[None, :]
     places = rows[:, None].to(tl.int64) * stride + columns[None, :]  # rows of a whole sequence
-    x = tl.load(base + places, mask=mask, other=0.0)
-    return x.to(tl.float32)
+    return tl.load(base + places, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -96,11 +96,10 @@ def forward(
     WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start, tokens, columns, at, dense, state_at = place(
+    start, rows, tokens, columns, at, dense, state_at = place(
         cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
         WIDTH, TAPS, TILE, BLOCK, PACKED,
     )  # fmt: skip
-    rows = start + tl.arange(0, TILE)
     input += at
     if state is not None:
         state += state_at
@@ -122,11 +121,10 @@ def backward_sums(
     TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sums before silu; what this chunk adds to those of the columns and bias."""
-    start, tokens, columns, at, dense, state_at = place(
+    _, rows, tokens, columns, at, dense, state_at = place(
         cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
         WIDTH, TAPS, TILE, BLOCK, PACKED,
     )  # fmt: skip
-    rows = start + tl.arange(0, TILE)
     input += at
     if state is not None:
         state += state_at
@@ -153,11 +151,10 @@ def backward_window(
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows: every sum that has the row in its window, and the final state."""
-    start, tokens, columns, _, dense, state_at = place(
+    _, rows, tokens, columns, _, dense, state_at = place(
         cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
         WIDTH, TAPS, TILE, BLOCK, PACKED,
     )  # fmt: skip
-    rows = start + tl.arange(0, TILE)
     d = load_rows(d_sum + dense, WIDTH, rows, tokens, columns, WIDTH)
     total = d * load_column(weight, 0, columns, WIDTH)
     for j in range(1, TAPS):

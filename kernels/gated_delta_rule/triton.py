@@ -5,14 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supra.kernels.gated_delta_rule import (
-    triton_backward,
-    triton_backward_keys,
-    triton_forward,
-)
+from supra.kernels.gated_delta_rule import triton_backward, triton_backward_keys, triton_forward
 from supra.kernels.gated_delta_rule.inputs import Inputs
 from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, strides
-from supra.kernels.plan import DecayedPlan, narrow, recurrent_steps
+from supra.kernels.plan import DecayedPlan, narrow, narrow_heads, recurrent_steps
 
 # T is as wide as its chunk: with 128 tokens a token would cost 5 times the work to invert it, in
 # tiles that no longer fit the registers, to halve the bytes of the states, which up to heads of 128
@@ -104,9 +100,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
         d_key=d_key, key_products=key_products, carried=carried,
     )  # fmt: skip
     return (
-        narrow(d_query, x.query),
-        narrow(d_key, x.key),
-        narrow(d_value, x.value),
+        *narrow_heads(x, d_query, d_key, d_value),
         d_beta.sum(0).T.reshape(x.beta.shape).to(x.beta.dtype),
         plan.d_log_decay(query_products, key_products, carried),
         plan.unpad(d_initial),

@@ -6,7 +6,7 @@ from torch import Tensor
 from supra.kernels.gated_linear_attention import triton_backward, triton_decay, triton_forward
 from supra.kernels.gated_linear_attention.inputs import Inputs
 from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, pad_width, strides
-from supra.kernels.plan import HeadsPlan, contiguous_rows, narrow, recurrent_steps
+from supra.kernels.plan import HeadsPlan, contiguous_rows, narrow, narrow_heads, recurrent_steps
 
 # A chunk is one tile and a state is kept for each: with 128 tokens a chunk the forward pass would
 # move 11 % fewer bytes, since the sums of logs weigh more than the states, and score two tiles.
@@ -85,9 +85,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
         value_blocks=len(d_whole),
     )  # fmt: skip
     return (
-        narrow(d_query, x.query),
-        narrow(d_key, x.key),
-        narrow(d_value, x.value),
+        *narrow_heads(x, d_query, d_key, d_value),
         narrow(d_log_decay, x.log_decay),
         None if x.bonus is None else narrow(d_bonus.sum(0), x.bonus),
         plan.unpad(d_start),

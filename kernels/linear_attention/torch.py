@@ -9,13 +9,7 @@ from torch import Tensor
 
 from supra.kernels import checks
 from supra.kernels.linear_attention.inputs import Inputs
-from supra.kernels.linear_attention.torch_blocks import (
-    Block,
-    Blocks,
-    State,
-    split_rows,
-    state_of,
-)
+from supra.kernels.linear_attention.torch_blocks import Block, Blocks, State, split_rows, state_of
 
 
 def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor, Tensor | None]:

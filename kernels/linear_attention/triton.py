@@ -8,7 +8,7 @@ from torch import Tensor
 from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, blocks, operands, strides
 from supra.kernels.linear_attention import triton_backward, triton_backward_states, triton_forward
 from supra.kernels.linear_attention.inputs import Inputs
-from supra.kernels.plan import DecayedPlan, narrow, recurrent_steps
+from supra.kernels.plan import DecayedPlan, narrow, narrow_heads, recurrent_steps
 
 # A state is kept every CHUNK tokens, in tiles of TILE: halving CHUNK would add a quarter to the
 # bytes of the forward pass, doubling it gains 15 % on an H100 and nothing on an A100.
@@ -92,9 +92,7 @@ def backward(
     )  # fmt: skip
 
     return (
-        narrow(d_query, x.query),
-        narrow(d_key, x.key),
-        narrow(d_value, x.value),
+        *narrow_heads(x, d_query, d_key, d_value),
         plan.d_log_decay(query_products, key_products, carried),
         plan.unpad(d_memory),
         plan.unpad_normalizer(d_normalizer),

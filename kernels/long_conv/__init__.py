@@ -8,10 +8,4 @@ from supra.kernels.long_conv.api import (
     stream_ssm_conv,
 )
 
-__all__ = [
-    "chunk_ssm_conv",
-    "fft_conv",
-    "recurrent_ssm_conv",
-    "ssm_kernel",
-    "stream_ssm_conv",
-]
+__all__ = ["chunk_ssm_conv", "fft_conv", "recurrent_ssm_conv", "ssm_kernel", "stream_ssm_conv"]

@@ -155,9 +155,7 @@ class _Plan(Plan):
 
     def rows(self, x: Tensor | None) -> Tensor | None:
         """[B, T, H, D] -> [B, T, H * D] in the dtype of the inputs, stride 1 along the last."""
-        if x is None:
-            return None
-        return contiguous_rows(x.to(self.dtype).flatten(2))
+        return None if x is None else contiguous_rows(x.to(self.dtype).flatten(2))
 
     def padded(self, x: Tensor) -> Tensor:
         """[..., M, 2] -> [..., MODES], modes of zeros added."""
@@ -180,9 +178,7 @@ class _Plan(Plan):
         self.launch(
             triton_columns.gather_columns, (self.slots, blocks(self.heads, heads), across),
             left=left, right=right, columns=columns,
-            left_batch=0 if left is None else left.stride(0),
-            left_time=0 if left is None else left.stride(1),
-            right_batch=right.stride(0), right_time=right.stride(1),
+            **strides("left", left), **strides("right", right),
             HEADS=heads, BLOCK_K=key, BLOCK_V=value,
             HAS_LEFT=left is not None, HAS_FIRST=first,
         )  # fmt: skip
@@ -203,9 +199,7 @@ class _Plan(Plan):
             self.launch(
                 triton_columns.contract_columns, (self.count if slots else self.chunks, *grid),
                 columns=columns, by=by, output=output,
-                by_batch=0 if by is None else by.stride(0),
-                by_time=0 if by is None else by.stride(1),
-                out_batch=output.stride(0), out_time=output.stride(1),
+                **strides("by", by), **strides("out", output),
                 HEADS=heads, BLOCK_K=key, BLOCK_V=value,
                 OVER_KEY=over == "key", HAS_BY=by is not None, FIRST=slots,
             )  # fmt: skip

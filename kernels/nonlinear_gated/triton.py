@@ -10,7 +10,7 @@ from torch import Tensor
 from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, strides
 from supra.kernels.nonlinear_gated import triton_backward, triton_forward
 from supra.kernels.nonlinear_gated.inputs import Inputs
-from supra.kernels.plan import HeadsPlan, narrow, recurrent_steps
+from supra.kernels.plan import HeadsPlan, narrow, narrow_heads, recurrent_steps
 
 # 16 to 32 numbers of a tile are a thread's; the backward pass has more tiles alive at once
 TILINGS: Table = {
@@ -61,9 +61,7 @@ def backward(
         HAS_INITIAL=x.state is not None,
     )  # fmt: skip
     return (
-        narrow(d_query.sum(0), x.query),
-        narrow(d_key.sum(0), x.key),
-        narrow(d_value.sum(0), x.value),
+        *narrow_heads(x, d_query.sum(0), d_key.sum(0), d_value.sum(0)),
         d_log_decay.sum(0).to(x.log_decay.dtype),
         plan.unpad(d_weight).sum(0).to(x.weight.dtype),
         plan.unpad(d_state),
