@@ -34,14 +34,8 @@ def sums_in_chunks(
     total = batch * length
     sums = log_decay.new_empty(heads, total, 2, dtype=torch.float32)
     launch(
-        decay_sums,
-        (chunks, heads),
-        {
-            **sequences, "log_decay": log_decay, "sums": sums, **strides("decay", log_decay),
-            "total": total, "lowest": LOWEST_LOG_DECAY,
-        },
-        SMALL,
-        CHUNK=chunk,
+        decay_sums, (chunks, heads), sequences, SMALL, log_decay=log_decay, sums=sums,
+        **strides("decay", log_decay), total=total, lowest=LOWEST_LOG_DECAY, CHUNK=chunk,
     )  # fmt: skip
     return dict(zip(names, (sums, 2 * length, 2, 2 * total), strict=True))
 
@@ -115,12 +109,11 @@ def decay_sums(
 
     grid: (chunks, Hs). The second number is the remainder that float32 would lose, see split_sum.
     """
-    _, _, head, _, row, token, left = locate.chunk(
+    _, _, head, _, row, token, left, rows, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
     base = log_decay + locate.offset(row, decay_batch, token, decay_time, head, decay_head)
     x = tiles.load_vector(base, decay_time, rows, left).to(tl.float64)
     high, low = split_sum(tl.cumsum(tl.maximum(x, lowest), 0))
@@ -138,12 +131,11 @@ def chunk_d_log_decay(
 
     A chunk at a time: sums over a whole sequence would cancel digits that a long text has not got.
     """
-    chunk, _, head, _, row, token, left = locate.chunk(
+    chunk, _, head, _, row, token, left, rows, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
     place = row * tl.cast(length, tl.int64) + token
     d_sums = tl.zeros([CHUNK], tl.float32)
     for block in range(0, query_blocks):

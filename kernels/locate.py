@@ -14,14 +14,20 @@ def block_of_state(
     heads, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """(lane, sequence, head, block of K, block of V) in a grid (sequences * heads * blocks,).
+    """Where a program works in a grid (sequences * heads * blocks,).
 
-    A lane is one head of one sequence; states before and after a sequence are [lanes, K, V].
+    (lane, sequence, head, block of K, block of V, columns of K, columns of V). A lane is one head
+    of one sequence; states before and after a sequence are [lanes, K, V].
     """
     across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
     blocks: tl.constexpr = across * ((KEY_WIDTH + BLOCK_K - 1) // BLOCK_K)
     lane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    return tl.cast(lane, tl.int64), lane // heads, lane % heads, block // across, block % across
+    block_k = block // across if blocks > across else block * 0
+    block_v = block % across
+    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    sequence, head = lane // heads, lane % heads
+    return tl.cast(lane, tl.int64), sequence, head, block_k, block_v, columns_k, columns_v
 
 
 @triton.jit
@@ -31,13 +37,13 @@ def chunk(
 ):  # fmt: skip
     """Where a program works in a grid (chunks * blocks of WIDTH columns, heads).
 
-    (chunk, block, head, sequence, row of the batch, first token of the chunk, tokens from there on)
-    No tokens are left for a chunk past the end of all sequences.
+    (chunk, block, head, sequence, row of the batch, first token of the chunk, tokens from there on,
+    rows, columns of the block). No tokens are left for a chunk past the end of all sequences.
     """
-    c, _, block, head, n, row, token, left = tile(
+    c, _, _, block, head, n, row, token, left, rows, columns = tile(
         cu_seqlens, chunk_offsets, sequences, length, WIDTH, BLOCK, CHUNK, CHUNK, PACKED
     )
-    return c, block, head, n, row, token, left
+    return c, block, head, n, row, token, left, rows, columns
 
 
 @triton.jit
@@ -45,15 +51,19 @@ def tile(
     cu_seqlens, chunk_offsets, sequences, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The same in a grid (chunks * tiles of a chunk * blocks, heads): the tile comes second."""
+    """The same in a grid (chunks * tiles of a chunk * blocks, heads).
+
+    The tile comes second and its first row third. Token and tokens left are those of the chunk.
+    """
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     tiles: tl.constexpr = CHUNK // TILE
-    at, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
-    c, part = at // tiles, at % tiles
+    place, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    c, part = place // tiles, place % tiles
     n = sequence_of(c, chunk_offsets, sequences, length, CHUNK, PACKED)
     row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    at = (c - first) * CHUNK
-    return c, part, block, head, n, row, begin + at, tokens - at
+    token, left, at = begin + (c - first) * CHUNK, tokens - (c - first) * CHUNK, part * TILE
+    rows, columns = tl.arange(0, TILE), block * BLOCK + tl.arange(0, BLOCK)
+    return c, part, at, block, head, n, row, token, left, rows, columns
 
 
 @triton.jit

@@ -24,13 +24,11 @@ def chunk_d_written(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """du from the outputs of the chunk; grid: (chunks * blocks of V, Hkv)."""
-    _, block, head, _, row, token, left = locate.chunk(
+    _, _, head, _, row, token, left, rows, columns_v = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     query += locate.offset(row, query_batch, token, query_time, head * QUERIES, query_head)
     d_output += locate.offset(row, d_batch, token, d_time, head * QUERIES, d_head)
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
@@ -76,9 +74,9 @@ def chunk_d_states(
 
     grid: (N * Hkv * blocks of V,). The mirror of chunk_states.
     """
-    lane, n, head, _, block = locate.block_of_state(heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V)
-    columns_k = tl.arange(0, BLOCK_K)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
+        heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
     rows = tl.arange(0, CHUNK)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
     query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
@@ -148,13 +146,11 @@ def chunk_d_value(
     bf16, where keys are alike.
     grid: (chunks * blocks of V, Hkv).
     """
-    _, block, head, _, row, token, left = locate.chunk(
+    _, block, head, _, row, token, left, rows, columns = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
-    columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
     inverse += locate.dense_offset(row, token, length, head, heads, CHUNK)
     t = tiles.load(inverse, heads * CHUNK, rows, left, rows, CHUNK)
     place = locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)

@@ -29,12 +29,12 @@ def chunk_d_overlap(
 
     grid: (chunks, Hkv). key_products, block 0: the part of -dG that stays within the chunk.
     """
-    _, _, head, _, row, token, left = locate.chunk(
+    _, _, head, _, row, token, left, _, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
+    rows = tl.arange(0, CHUNK)  # made before the return, it takes one more register
     i, j = rows[:, None], rows[None, :]
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     place = locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
@@ -48,8 +48,7 @@ def chunk_d_overlap(
         sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
         own = tiles.load_pairs(sums, rows, left)
         decay = decay_between(own)
-        below *= decay
-        above *= decay
+        below, above = below * decay, above * decay
     below = tl.where(i > j, below * b[None, :], 0.0)
     above = tl.where(i < j, above, 0.0)
     base = d_overlap + locate.dense_offset(row, token, length, head, heads, CHUNK)
@@ -111,14 +110,12 @@ def chunk_d_query(
 
     grid: (chunks * blocks of K, Hq).
     """
-    chunk, block, query_at, n, row, token, left = locate.chunk(
+    chunk, block, query_at, n, row, token, left, rows, columns_k = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, CHUNK, PACKED
     )
     head = query_at // QUERIES
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
-    columns_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     d_output += locate.offset(row, d_batch, token, d_time, query_at, d_head)
     errors += locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
     states += locate.slot_offset(chunk + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
@@ -170,13 +167,11 @@ def chunk_d_key(
     chunk, added to what chunk_d_overlap left in block 0; carried [blocks, Hkv, chunks]: <S, dS>
     after the chunk, the gradient of the sum of all its logs.
     """
-    chunk, block, head, n, row, token, left = locate.chunk(
+    chunk, block, head, n, row, token, left, rows, columns_k = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
-    columns_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     place = locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH

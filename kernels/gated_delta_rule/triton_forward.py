@@ -44,12 +44,11 @@ def chunk_inverse(
     its corner; all corners of a size are one product of whole tiles. It has no loop over rows, and
     is as stable as substitution, where a series in powers of B overflows for keys that are alike.
     """
-    _, _, head, _, row, token, left = locate.chunk(
+    _, _, head, _, row, token, left, rows, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
     i, j = rows[:, None], rows[None, :]
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     below = tiles.products(
@@ -82,13 +81,11 @@ def chunk_solve(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T x, or T (exp(G) x) where DECAYED; grid: (chunks * blocks, Hkv)."""
-    _, block, head, _, row, token, left = locate.chunk(
+    _, _, head, _, row, token, left, rows, columns = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, WIDTH, BLOCK, CHUNK, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
     x += locate.offset(row, x_batch, token, x_time, head, x_head)
     tile = tiles.load(x, x_time, rows, left, columns, WIDTH)
     if DECAYED:
@@ -115,9 +112,9 @@ def chunk_states(
 
     grid: (N * Hkv * blocks of V,). Errors are scaled by the decay, since the keys are wider.
     """
-    lane, n, head, _, block = locate.block_of_state(heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V)
-    columns_k = tl.arange(0, BLOCK_K)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
+        heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
     rows = tl.arange(0, CHUNK)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
     key += locate.offset(row, key_batch, begin, key_time, head, key_head)
@@ -173,14 +170,12 @@ def chunk_output(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs; heads = Hkv. grid: (chunks * blocks of V, Hq)."""
-    chunk, block, query_at, n, row, token, left = locate.chunk(
+    chunk, _, query_at, n, row, token, left, rows, columns_v = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
     )
     head = query_at // QUERIES
     if left <= 0:
         return
-    rows = tl.arange(0, CHUNK)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     query += locate.offset(row, query_batch, token, query_time, query_at, query_head)
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     states += locate.slot_offset(chunk + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
@@ -223,9 +218,9 @@ def recurrent_steps(
 
     grid: (N * Hkv * blocks of V,); heads = Hkv.
     """
-    lane, n, head, _, block = locate.block_of_state(heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V)
-    columns_k = tl.arange(0, BLOCK_K)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
     query += locate.offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
     key += locate.offset(n, key_batch, 0, key_time, head, key_head) + columns_k
     value += locate.offset(n, value_batch, 0, value_time, head, value_head) + columns_v

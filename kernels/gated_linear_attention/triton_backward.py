@@ -35,11 +35,9 @@ def chunk_d_states(
     grid: (N * Hkv * blocks,). d_whole [blocks of V, chunks, Hkv, K] gets the gradient of the log of
     every chunk's whole decay.
     """
-    lane, n, head, block_k, block_v = locate.block_of_state(
+    lane, n, head, _, block_v, columns_k, columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
-    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, TILE, PACKED)
     query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
@@ -98,12 +96,11 @@ def chunk_d_scores(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores, those in the future included; heads = Hq. grid: (chunks, Hq)."""
-    _, _, head, _, row, token, left = locate.chunk(
+    _, _, head, _, row, token, left, rows, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, TILE, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, TILE)
     value += locate.offset(row, value_batch, token, value_time, head // QUERIES, value_head)
     d_output += locate.offset(row, d_batch, token, d_time, head, d_head)
     found = tiles.products(
@@ -127,13 +124,11 @@ def chunk_d_query(
 
     grid: (chunks * blocks of K, Hq). d_logs [B, T, Hq, K], d_bonus [chunks, Hq, K].
     """
-    chunk, block, head, n, row, token, left = locate.chunk(
+    chunk, _, head, n, row, token, left, rows, columns = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, TILE)
-    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
     query += locate.offset(row, query_batch, token, query_time, head, query_head)
     key += locate.offset(row, key_batch, token, key_time, kv_head, key_head)
@@ -188,14 +183,12 @@ def chunk_d_key(
     HAS_BONUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and the gradient of log_decay; heads = Hkv. grid: (chunks * blocks of K, Hkv)."""
-    chunk, block, head, _, row, token, left = locate.chunk(
+    chunk, _, head, _, row, token, left, rows, columns = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
     )
     if left <= 0:
         return
     place = locate.dense_offset(row, token, length, head, heads, 1)
-    rows = tl.arange(0, TILE)
-    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     query += locate.offset(row, query_batch, token, query_time, head * QUERIES, query_head)
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     value += locate.offset(row, value_batch, token, value_time, head, value_head)
@@ -268,14 +261,12 @@ def chunk_d_value(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv; heads = Hkv. grid: (chunks * blocks of V, Hkv)."""
-    chunk, block, head, _, row, token, left = locate.chunk(
+    chunk, _, head, _, row, token, left, rows, columns_v = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, TILE, PACKED
     )
     if left <= 0:
         return
     place = locate.dense_offset(row, token, length, head, heads, 1)
-    rows = tl.arange(0, TILE)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     d_output += locate.offset(row, d_batch, token, d_time, head * QUERIES, d_head)
     sums += place * KEY_WIDTH

@@ -29,13 +29,11 @@ def decay_sums(
 
     grid: (chunks * blocks of K, Hkv).
     """
-    chunk, block, head, _, row, token, left = locate.chunk(
+    chunk, _, head, _, row, token, left, rows, columns = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, TILE)
-    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     log_decay += locate.offset(row, decay_batch, token, decay_time, head, decay_head)
     x = tiles.load(log_decay, decay_time, rows, left, columns, KEY_WIDTH).to(tl.float32)
     exact = (tl.maximum(x, LOWEST) * 2.0**40).to(tl.int64)

@@ -29,11 +29,9 @@ def chunk_states(
 
     grid: (N * Hkv * blocks,).
     """
-    lane, n, head, block_k, block_v = locate.block_of_state(
+    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
-    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, TILE, PACKED)
     key += locate.offset(row, key_batch, begin, key_time, head, key_head)
@@ -84,12 +82,11 @@ def chunk_scores(
 
     grid: (chunks, Hq). Each level is one product of the whole tile, of which it keeps its blocks.
     """
-    _, _, head, _, row, token, left = locate.chunk(
+    _, _, head, _, row, token, left, rows, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, TILE, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, TILE)
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
     query += locate.offset(row, query_batch, token, query_time, head, query_head)
     key += locate.offset(row, key_batch, token, key_time, kv_head, key_head)
@@ -126,13 +123,11 @@ def chunk_output(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output tiles [TILE, BLOCK_V]; heads = Hq. grid: (chunks * blocks of V, Hq)."""
-    chunk, block, head, n, row, token, left = locate.chunk(
+    chunk, _, head, n, row, token, left, rows, columns_v = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, TILE, PACKED
     )
     if left <= 0:
         return
-    rows = tl.arange(0, TILE)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
     query += locate.offset(row, query_batch, token, query_time, head, query_head)
     value += locate.offset(row, value_batch, token, value_time, kv_head, value_head)
@@ -167,9 +162,9 @@ def recurrent_steps(
 
     grid: (B * Hkv * blocks of V,). A program reads and writes its own block of the state only.
     """
-    lane, n, head, _, block = locate.block_of_state(heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V)
-    columns_k = tl.arange(0, BLOCK_K)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
     query += locate.offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
     key += locate.offset(n, key_batch, 0, key_time, head, key_head) + columns_k
     value += locate.offset(n, value_batch, 0, value_time, head, value_head) + columns_v

@@ -55,11 +55,9 @@ def chunk_d_states(
     grid: (N * Hs * blocks,). `carried` [blocks, Hs, chunks] gets <state, its gradient>, which is
     the gradient of the log of the chunk's whole decay.
     """
-    lane, n, head, block_k, block_v = locate.block_of_state(
+    lane, n, head, block_k, block_v, columns_k, columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
-    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
     query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)

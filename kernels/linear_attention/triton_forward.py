@@ -57,11 +57,9 @@ def chunk_states(
     grid: (N * Hs * blocks,). Keys are scaled by the decay to the end of their chunk, since they
     serve the state and the normalizer both.
     """
-    lane, n, head, block_k, block_v = locate.block_of_state(
+    lane, n, head, _, block_v, columns_k, columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
-    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
     key += locate.offset(row, key_batch, begin, key_time, head // STATES, key_head)
@@ -131,14 +129,13 @@ def chunk_output(
 
     grid: (chunks * CHUNK / TILE * blocks of V, Hq).
     """
-    chunk, part, block, head, n, row, token, left = locate.tile(
+    chunk, part, at, block, head, n, row, token, left, _, _ = locate.tile(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, TILE, PACKED
     )
-    at = part * TILE
     if at >= left:
         return
-    rows = tl.arange(0, TILE)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    # made before the return, these two take 6 more registers
+    rows, columns_v = tl.arange(0, TILE), block * BLOCK_V + tl.arange(0, BLOCK_V)
     state_head = head // QUERIES
     kv_head = state_head // STATES
     query += locate.offset(row, query_batch, token + at, query_time, head, query_head)
@@ -216,9 +213,9 @@ def recurrent_steps(
     grid: (N * Hs * blocks of V,). memory is updated in place: a program reads and writes its own
     block only. The normalizer, which all blocks of a head read, ends up in end_normalizer.
     """
-    lane, n, head, _, block = locate.block_of_state(heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V)
-    columns_k = tl.arange(0, BLOCK_K)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, _, block, columns_k, columns_v = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
     query += locate.offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
     key += locate.offset(n, key_batch, 0, key_time, head // STATES, key_head) + columns_k
     value += locate.offset(n, value_batch, 0, value_time, head // STATES, value_head) + columns_v

@@ -32,7 +32,7 @@ def chunk_gradients(
     d_query, d_key: [blocks of V, B, T, H, K], d_value: [blocks of K, B, T, H, V], d_log_decay:
     [blocks, B, T, H], d_weight: [N, H, K, V].
     """
-    lane, n, head, block_k, block_v = locate.block_of_state(
+    lane, n, head, block_k, block_v, _columns_k, _columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
     column_k, column_v = block_k * BLOCK_K, block_v * BLOCK_V

@@ -33,7 +33,7 @@ def chunk_output(
     grid: (N * H * blocks,). output: [blocks of K, B, T, H, V], what each of them adds. solved:
     [2, N * H * blocks], the largest residual and the most sweeps of a chunk.
     """
-    lane, n, head, block_k, block_v = locate.block_of_state(
+    lane, n, head, block_k, block_v, _columns_k, _columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
     column_k, column_v = block_k * BLOCK_K, block_v * BLOCK_V
@@ -98,9 +98,9 @@ def recurrent_steps(
 
     grid: (B * H * blocks of V,). A program reads and writes its own block of the state only.
     """
-    lane, n, head, _, block = locate.block_of_state(heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V)
-    columns_k = tl.arange(0, BLOCK_K)
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
     query += locate.offset(n, query_batch, 0, query_time, head, query_head) + columns_k
     key += locate.offset(n, key_batch, 0, key_time, head, key_head) + columns_k
     value += locate.offset(n, value_batch, 0, value_time, head, value_head) + columns_v
