@@ -118,7 +118,7 @@ def test_short_documents_are_left_out(tokenizer):
         (
             {"segments": None, "min_document_tokens": 400},
             r"data.min_document_tokens \(=400\) leaves no document: the longest of 32 documents "
-            r"has 170; lower it",
+            r"has 170 tokens; lower it",
         ),
     ],
 )
@@ -169,8 +169,18 @@ def test_mistakes_in_settings(changes, message):
     [
         ("window", "llama", {"initial_state": "noise"}, r"noise\) cannot .* layer 0 \(window\)"),
         ("hedgehog", "llama", {"initial_state": "noise"}, "cannot replace normalizer"),
-        ("softmax", "llama", {"initial_state": "carried"}, "keep softmax attention: take zero"),
-        ("supra", "gpt2", {"state_passing": 52}, "is 520 tokens, and .* positions for 512"),
+        (
+            "softmax",
+            "llama",
+            {"initial_state": "carried"},
+            "keep softmax attention: set it to zero",
+        ),
+        (
+            "supra",
+            "gpt2",
+            {"state_passing": 52},
+            "is 520 tokens, but the student has only 512 positions",
+        ),
     ],
 )
 def test_students_that_cannot(mixer, family, extend, message):

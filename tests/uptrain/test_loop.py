@@ -380,7 +380,7 @@ def test_bad_inputs(files, tmp_path, changes, message):
 
 def test_another_vocabulary(files, tmp_path, capsys):
     testing.tiny_checkpoint(tmp_path / "teacher", vocab_size=320)
-    with pytest.raises(UserError, match="vocab_size 320, not 300"):
+    with pytest.raises(UserError, match="vocab_size 320 and the student has 300"):
         loop.train(config(files, tmp_path / "run", teacher=str(tmp_path / "teacher")))
     assert "tok/s" not in capsys.readouterr().err, "the bar begins with training"
 
