@@ -99,11 +99,12 @@ def chunk_d_key(
 
     grid: (chunks * CHUNK / TILE * blocks of K, Hkv).
     """
-    chunk, part, at, block, head, _, row, token, left, rows, columns_k = locate.tile(
+    chunk, part, at, block, head, _, row, token, left, _, _ = locate.tile(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, CHUNK, TILE, PACKED
     )
     if at >= left:
         return
+    rows, columns_k = tl.arange(0, TILE), block * BLOCK_K + tl.arange(0, BLOCK_K)
     value += locate.offset(row, value_batch, token + at, value_time, head, value_head)
     key += locate.offset(row, key_batch, token + at, key_time, head, key_head)
     query += locate.offset(row, query_batch, token, query_time, 0, query_head)
@@ -154,11 +155,12 @@ def chunk_d_value(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv; heads = Hkv. grid: (chunks * CHUNK / TILE * blocks of V, Hkv)."""
-    chunk, part, at, _, head, _, row, token, left, rows, columns_v = locate.tile(
+    chunk, part, at, block, head, _, row, token, left, _, _ = locate.tile(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, TILE, PACKED
     )
     if at >= left:
         return
+    rows, columns_v = tl.arange(0, TILE), block * BLOCK_V + tl.arange(0, BLOCK_V)
     key += locate.offset(row, key_batch, token + at, key_time, head, key_head)
     query += locate.offset(row, query_batch, token, query_time, 0, query_head)
     d_output += locate.offset(row, d_batch, token, d_time, 0, d_head)

@@ -57,9 +57,11 @@ def chunk_states(
     grid: (N * Hs * blocks,). Keys are scaled by the decay to the end of their chunk, since they
     serve the state and the normalizer both.
     """
-    lane, n, head, _, block_v, columns_k, columns_v = locate.block_of_state(
+    lane, n, head, block_k, block_v, _, _ = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
+    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
     key += locate.offset(row, key_batch, begin, key_time, head // STATES, key_head)
@@ -134,7 +136,7 @@ def chunk_output(
     )
     if at >= left:
         return
-    # made before the return, these two take 6 more registers
+    # made before the return, rows and columns take up to 10 more registers, here and in backward
     rows, columns_v = tl.arange(0, TILE), block * BLOCK_V + tl.arange(0, BLOCK_V)
     state_head = head // QUERIES
     kv_head = state_head // STATES
