@@ -30,8 +30,7 @@ def sums_in_chunks(
         high = exact.float()
         sums = torch.stack((high, (exact - high).float()), -1)
         return dict(zip(names, (sums, 0, 0, 2 * chunk), strict=True))
-    batch, length = log_decay.shape[:2]
-    total = batch * length
+    length, total = log_decay.shape[1], log_decay.shape[:2].numel()
     sums = log_decay.new_empty(heads, total, 2, dtype=torch.float32)
     launch(
         decay_sums, (chunks, heads), sequences, SMALL, log_decay=log_decay, sums=sums,

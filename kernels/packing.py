@@ -88,8 +88,7 @@ class Layout(NamedTuple):
 
     def scatter(self, tiles: Tensor, like: Tensor) -> Tensor:
         """Tiles [chunks, H, C, D] -> [B, T, H, D], with B, T and H of `like` [B, T, H, ...]."""
-        count = like.shape[:3].numel()
-        rows = self._rows(like.shape[2])
+        count, rows = like.shape[:3].numel(), self._rows(like.shape[2])
         if self.padded is not None:  # padded places go to a spare row at the end
             rows = rows.masked_fill(self.padded[:, None], count)
         out = tiles.new_empty(count + 1, tiles.shape[-1])

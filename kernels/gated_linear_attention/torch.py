@@ -70,8 +70,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     d_out = tiles.of_heads(d_output, clear=True)
     d_out = d_out if x.scale == 1 else d_out.mul_(x.scale)
 
-    d_scores = torch.bmm(d_out, tiles.value.mT)
-    d_value = torch.bmm(scores.mT, d_out)
+    d_scores, d_value = torch.bmm(d_out, tiles.value.mT), torch.bmm(scores.mT, d_out)
     d_entering = torch.bmm(d_out, states.flatten(0, 1))
     steps = torch.bmm(d_out.mT, tiles.entering).view_as(states)
     d_states, d_start = tiles.scan(steps, d_end, reversed(tiles.layout.levels))

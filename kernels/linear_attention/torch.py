@@ -161,8 +161,7 @@ def _block_gradients(
     if delta is not None:
         d_scores += delta
     block.mask(d_scores)
-    dq = torch.bmm(d_scores, k).baddbmm_(do, s.mT)
-    dk = torch.bmm(v, ds.mT)
+    dq, dk = torch.bmm(d_scores, k).baddbmm_(do, s.mT), torch.bmm(v, ds.mT)
     dv = torch.bmm(block.scores().mT, do).baddbmm_(k, ds)
     if delta is not None:
         dz = block.scan(torch.bmm(q.mT, delta)[..., 0], d_end_z, back=True)
