@@ -134,7 +134,7 @@ def stream_ssm_conv(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Convolve a sequence that comes in segments, of which one at a time is in memory.
+    """Convolve a sequence that comes in segments. One segment at a time is in memory.
 
     The outputs together are those of one run over all of them, whatever the lengths, and so are the
     gradients: the state carries both. Without gradients the memory does not grow with the length.

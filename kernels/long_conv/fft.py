@@ -76,7 +76,7 @@ def backward(
 
 
 class _Later:
-    """Two tensors [T, H, D] one after the other, of which parts are taken."""
+    """Two tensors [T, H, D], one after the other, to take parts from."""
 
     def __init__(self, first: Tensor, second: Tensor):
         self.first, self.second = first, second

@@ -30,7 +30,7 @@ PIECE = 128  # tokens that are transposed at a time, which a cache holds
 
 
 def split_rows(x: Inputs, columns: int, size: int) -> list[Group]:
-    """Groups of which a chunk fits into a block. columns: K * V of all heads."""
+    """Groups, each small enough for a block to hold a chunk. columns: K * V of all heads."""
     return split_groups(x.value, x.cu_seqlens, max(1, BLOCK // (columns * size)))
 
 

@@ -28,7 +28,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan, kernel = _Plan(x), triton_forward.chunk_output
     grid, (parts, _) = plan.by_state(kernel), plan.blocks(kernel)
     end, states = plan.new_state(), plan.new_slots(plan.chunks if x.save_states else 0)
-    if x.cu_seqlens is not None:  # of which some are spare
+    if x.cu_seqlens is not None:  # some of these are spare
         states.zero_()
     wide = plan.weight if parts > 1 else plan.query  # what is added up is float32
     output = wide.new_empty(parts, *x.query.shape[:3], plan.value_width)

@@ -35,12 +35,12 @@ ROTATE_THEMSELVES = (
 WINDOW_IN_MASK = ("phimoe",)
 
 _REASONS = {
-    "its text model is a part of it: take a checkpoint of the text alone": (
+    "the language model is a part of it: take a checkpoint of the language model alone": (
         "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified",
         "git", "got_ocr2", "llama4", "mllama", "moshi", "moss_transcribe_diarize", "musicgen",
         "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
     ),
-    "it reads both ways, or another text besides: no state carries that": (
+    "its attention is bidirectional or reads a second text, which no state can carry": (
         "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot",
         "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "marian",
         "mbart", "megatron-bert", "mvp", "pegasus", "plbart", "prophetnet", "reformer",
@@ -51,14 +51,14 @@ _REASONS = {
         "bloom", "codegen", "cpmant", "ctrl", "doge", "falcon", "gpt_neo",
         "gpt_neox_japanese", "gptj", "mpt", "openai-gpt", "xglm",
     ),
-    "it is recurrent already, in some or all layers, with a cache of its own": (
+    "some or all of its layers are recurrent already": (
         "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid",
         "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3",
         "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text",
         "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm",
         "zamba", "zamba2", "zaya",
     ),
-    "an index of its own chooses the tokens that its attention sees": (
+    "a learned index chooses the tokens that its attention sees": (
         "axk2", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "hy_v4",
         "minimax_m3_vl_text",
     ),
@@ -67,11 +67,11 @@ _REASONS = {
         "gemma4_unified_text",
     ),
     "its layers call attention twice": ("diffllama", "longcat_flash"),
-    "its layers run several times a token": ("hrm_text",),
-    "its heads are experts, other ones for every token": ("jetmoe",),
-    "its language model goes around the headless model": ("llama4_text", "opt"),
-    "its checkpoints say gpt2, which converts": ("gpt-sw3",),
-    "the defaults of its config make no model": ("cohere_compass_text", "dbrx"),
+    "its layers run several times per token": ("hrm_text",),
+    "its attention heads are experts, chosen anew for every token": ("jetmoe",),
+    "its language model does not call the headless model": ("llama4_text", "opt"),
+    "its checkpoints have the model_type gpt2, which converts": ("gpt-sw3",),
+    "no model can be built from the defaults of its config": ("cohere_compass_text", "dbrx"),
 }
 # fmt: on
 
