@@ -130,7 +130,7 @@ CASES = [
             "min_document_tokens"),
     refused("uptrain --config {yaml} out={out} data.eval_documents=1000000", "eval_documents"),
     refused("uptrain --config {yaml} out={out} data.sequence_length=100000000", "sequence_length"),
-    refused("uptrain --config {yaml} out={out} data.eval_split=test", "split 'test'"),
+    refused("uptrain --config {yaml} out={out} data.eval_split=test", "split (='test')"),
     accepted(EVAL + "t.txt", "text after a mark of order is text",
              make=written("t.txt", b"\xef\xbb\xbf" + TEXT.encode() * 9), name="a mark of order"),
     accepted(EVAL + "t.jsonl", "a record without text is no document",
