@@ -53,13 +53,13 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise UserError(f"unknown {name} {shown(value)}{hint} (known: {', '.join(choices)})")
 
 
-def check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    """Raise UserError unless `value` is a whole number from `least` to `most` (None: LARGEST)."""
+def check_whole(name: str, value: int, minimum: int, maximum: int | None = None) -> None:
+    """Raise UserError unless `value` is whole, from `minimum` to `maximum` (None: LARGEST)."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    too_large = whole and value > (LARGEST if most is None else most)
-    if not whole or value < least or too_large:
-        rule = f"from {least} to {LARGEST if most is None else most}"
-        rule = f">= {least}" if most is None and not too_large else rule
+    too_large = whole and value > (LARGEST if maximum is None else maximum)
+    if not whole or value < minimum or too_large:
+        rule = f"from {minimum} to {LARGEST if maximum is None else maximum}"
+        rule = f">= {minimum}" if maximum is None and not too_large else rule
         raise UserError(f"{name} (={shown(value)}) must be a whole number {rule}")
 
 

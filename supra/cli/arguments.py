@@ -10,32 +10,32 @@ from supra.errors import UserError, check_choice, shown
 from supra.uptrain import limits
 
 
-def parse_whole(option: str, text: str, least: int | None, most: int) -> int:
-    """A whole number from `least` to `most`."""
+def parse_whole(option: str, text: str, minimum: int | None, maximum: int) -> int:
+    """A whole number from `minimum` to `maximum`."""
     try:
         value = int(text)
     except ValueError:
         raise UserError(f"{option} (={shown(text)}) must be a whole number") from None
-    _check_range(option, value, least, most)
+    _check_range(option, value, minimum, maximum)
     return value
 
 
 def parse_integers(
-    option: str, text: str, least: int | None = None, most: int | None = None
+    option: str, text: str, minimum: int | None = None, maximum: int | None = None
 ) -> list[int]:
-    """`"3,7"` as a list of whole numbers from `least` to `most`; empty text is none."""
+    """`"3,7"` as a list of whole numbers from `minimum` to `maximum`; empty text is none."""
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UserError(f"{option} {shown(text)} must be integers with commas, as 3,7") from None
     for value in values:
-        _check_range(option, value, least, most)
+        _check_range(option, value, minimum, maximum)
     return values
 
 
 def parse_seeds(text: str) -> list[int]:
     """`"0,1,2"` as a list with at least one seed."""
-    seeds = parse_integers("--seeds", text, most=limits.SEED)
+    seeds = parse_integers("--seeds", text, maximum=limits.SEED)
     if not seeds or min(seeds) < 0:
         raise UserError(f"--seeds {text!r} must name seeds from 0 on, as 0,1,2")
     return seeds
@@ -77,8 +77,8 @@ def parse_folder(option: str, text: str) -> Path:
     return Path(text)
 
 
-def _check_range(option: str, value: int, least: int | None, most: int | None) -> None:
-    if least is not None and value < least:
-        raise UserError(f"{option} (={shown(value)}) must be at least {least}")
-    if most is not None and value > most:
-        raise UserError(f"{option} (={shown(value)}) must be at most {most}")
+def _check_range(option: str, value: int, minimum: int | None, maximum: int | None) -> None:
+    if minimum is not None and value < minimum:
+        raise UserError(f"{option} (={shown(value)}) must be at least {minimum}")
+    if maximum is not None and value > maximum:
+        raise UserError(f"{option} (={shown(value)}) must be at most {maximum}")

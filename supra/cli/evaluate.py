@@ -27,7 +27,7 @@ from supra.uptrain import limits
 TASKS = ("associative-recall", "induction", "mqar", "recent-recall")
 
 SequenceLength = Annotated[
-    int, whole("--sequence-length", "Tokens of a row.", limits.PASS, least=2, metavar="TOKENS")
+    int, whole("--sequence-length", "Tokens of a row.", limits.PASS, minimum=2, metavar="TOKENS")
 ]
 Batch = Annotated[int, whole("--batch", "Rows of a forward pass.", limits.COUNT)]
 
@@ -141,7 +141,7 @@ def task(
             "--vocabulary",
             "Words of the language. Default: depends on the task.",
             limits.VOCABULARY,
-            least=None,
+            minimum=None,
         ),
     ] = None,
     samples: Annotated[int, whole("--samples", "Rows of each length.", limits.COUNT)] = 256,

@@ -41,13 +41,15 @@ def string(name: str, help: str, metavar: str = "TEXT", **more: Any) -> Any:
 
 
 def whole(
-    name: str, help: str, most: int, least: int | None = 1, metavar: str = "N", **more: Any
+    name: str, help: str, maximum: int, minimum: int | None = 1, metavar: str = "N", **more: Any
 ) -> Any:
-    return option(name, help, partial(parse_whole, least=least, most=most), metavar, **more)
+    return option(
+        name, help, partial(parse_whole, minimum=minimum, maximum=maximum), metavar, **more
+    )
 
 
-def integers(name: str, help: str, most: int, least: int | None = 1) -> Any:
-    return option(name, help, partial(parse_integers, least=least, most=most), "A,B")
+def integers(name: str, help: str, maximum: int, minimum: int | None = 1) -> Any:
+    return option(name, help, partial(parse_integers, minimum=minimum, maximum=maximum), "A,B")
 
 
 def number(name: str, help: str, metavar: str = "X") -> Any:
@@ -98,5 +100,5 @@ Dtype = Annotated[
         "--dtype", f"{', '.join(DTYPES)}. Default: the dtype of the model's file.", DTYPES, "DTYPE"
     ),
 ]
-Seed = Annotated[int, whole("--seed", "Seed of all random choices.", limits.SEED, least=0)]
+Seed = Annotated[int, whole("--seed", "Seed of all random choices.", limits.SEED, minimum=0)]
 Json = Annotated[bool, flag("--json", "Print the result as JSON.")]
