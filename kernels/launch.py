@@ -13,7 +13,7 @@ from torch import Tensor
 
 from supra.kernels import checks
 from supra.kernels.backends import interpreting
-from supra.kernels.packing import count_chunks
+from supra.kernels.chunks import count_chunks
 
 # "small" is for less than 100 KiB of shared memory a block; its kernels fit into 64 KiB
 TARGETS = ("sm_80", "sm_90", "sm_100", "small")

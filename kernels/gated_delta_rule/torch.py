@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.chunks import Layout
 from supra.kernels.gated_delta_rule.inputs import Inputs
-from supra.kernels.packing import Layout
 
 
 def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:

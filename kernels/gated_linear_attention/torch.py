@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.chunks import Layout
 from supra.kernels.gated_linear_attention.inputs import Inputs
-from supra.kernels.packing import Layout
 
 # products with denormal numbers take 200 times as long, and what is below 1e-30 is lost in any sum
 NEGLIGIBLE = 1e-30

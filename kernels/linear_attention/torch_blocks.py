@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.chunks import Group, split_groups
 from supra.kernels.linear_attention.inputs import Inputs
-from supra.kernels.packing import Group, split_groups
 
 # Tiles that a product should have: with fewer the calls cost more than the work
 TILES = 32

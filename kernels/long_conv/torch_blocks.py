@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from supra.kernels.chunks import Group, split_groups
 from supra.kernels.long_conv.inputs import Inputs
 from supra.kernels.long_conv.modes import (
     Matrices,
@@ -23,7 +24,6 @@ from supra.kernels.long_conv.modes import (
     transition,
     wide,
 )
-from supra.kernels.packing import Group, split_groups
 
 BLOCK = 1 << 23  # numbers in the columns of a block, at the most: 32 MiB in float32
 PIECE = 128  # tokens that are transposed at a time, which a cache holds

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from supra.kernels.checks import sequences, state_dtype
-from supra.kernels.packing import count_chunks
+from supra.kernels.chunks import count_chunks
 
 
 class Inputs(NamedTuple):

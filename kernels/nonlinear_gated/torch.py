@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels.chunks import count_chunks, split_groups
 from supra.kernels.nonlinear_gated.inputs import Inputs
-from supra.kernels.packing import count_chunks, split_groups
 
 
 class _Run(NamedTuple):
