@@ -162,7 +162,7 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `name` refers to. Raises UserError if there is none."""
+    """The checkpoint that `name` refers to. Raises UserError if it does not exist."""
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -186,7 +186,7 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> None:
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the model's first tensor with NaN or infinity; None if there is none."""
+    """The name of the model's first tensor with NaN or infinity, or None."""
     tensors = ((name, x) for name, x in model.state_dict().items() if not x.is_meta)
     return next((name for name, x in tensors if not x.isfinite().all()), None)
 

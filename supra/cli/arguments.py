@@ -23,7 +23,7 @@ def parse_whole(option: str, text: str, minimum: int | None, maximum: int) -> in
 def parse_integers(
     option: str, text: str, minimum: int | None = None, maximum: int | None = None
 ) -> list[int]:
-    """`"3,7"` as a list of whole numbers from `minimum` to `maximum`; empty text is none."""
+    """`"3,7"` as a list of whole numbers from `minimum` to `maximum`; [] for ""."""
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -50,7 +50,7 @@ def parse_number(option: str, text: str) -> float:
 
 
 def parse_names(option: str, text: str) -> list[str]:
-    """`"a,b"` as a list; empty text is none."""
+    """`"a,b"` as a list; [] for ""."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

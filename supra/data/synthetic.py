@@ -47,7 +47,7 @@ class Induction:
     """Recall the word that followed the mark's first occurrence (Fu et al. 2022, arXiv 2212.14052).
 
     A row has `length` random words, one of them replaced by the mark; then the mark again, and the
-    answer. The paper uses 30 words from a vocabulary of 20, two of which are marks.
+    answer. The paper uses 30 words from a vocabulary of 18 words and 2 marks.
     """
 
     name: ClassVar[str] = "induction"

@@ -32,7 +32,9 @@ class Losses:
     beyond_four: float | None  # everything after four trained lengths
     excess: float  # of the spans beyond the trained length: loss in the stream minus loss anew
     ratio: float  # the same as a quotient
-    falls_apart_from: int | None  # the token from which on the excess is harmful, see `departure`
+    falls_apart_from: (
+        int | None
+    )  # the excess is harmful from this token to the end, see `departure`
     spans: list[Span]
     by_position: list[Bucket]  # buckets that double in size
     fine: list[Bucket]  # buckets of equal size
@@ -53,13 +55,13 @@ class Head:
     largest_norm: float  # of the state within the trained length
     growth: float  # norm at the end, divided by largest_norm
     verdict: str  # one of those in supra.long_context.words
-    since: int | None  # the token from which on the norm is out of bounds
+    since: int | None  # the norm is out of bounds from this token to the end
     statistics: dict[str, list[float]]  # one value per probe
 
 
 @dataclass(frozen=True)
 class Remembrance:
-    """Effective remembrance, by the token from which on the text is read: the mean over `places`
+    """Effective remembrance, by the token at which reading starts: the mean over `places`
     predictions in `texts` texts."""
 
     length: int

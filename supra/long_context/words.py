@@ -51,7 +51,7 @@ def harm(loss: float, anew: float) -> float:
 def head_verdict(
     norms: Sequence[float], places: Sequence[int], largest: float, kept: float
 ) -> tuple[str, int | None]:
-    """The verdict on a head, and the token from which on its norm is out of bounds.
+    """The verdict on a head, and the token after which its norm stays out of bounds.
 
     Args:
         norms: norms of its state beyond the trained length; at least four.
