@@ -37,7 +37,7 @@ def model_of(kind):
 
 NO_MIXER = {
     "llama": "the model has no mixers: run `supra convert` on it first",
-    "mamba2": "the model has no mixers, and model_type 'mamba2' does not convert: it is recurrent",
+    "mamba2": "the model has no mixers, and model_type 'mamba2' does not convert: some or all",
     "falcon": "the model has no mixers, and model_type 'falcon' does not convert: its attention",
     "softmax": "all layers of the model keep softmax attention: convert its teacher again",
 }
