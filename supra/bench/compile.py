@@ -28,17 +28,26 @@ PARTS = ("forward", "backward", "recurrent")
 PREFACE = f"""\
 # Compiled kernels
 
-Made by `supra bench compile{{options}} --out kernels/COMPILED.md` with Triton {{version}}; bf16
-inputs.
+Made by `supra bench compile{{options}} --out kernels/COMPILED.md` with Triton {{version}};
+all inputs are bf16.
 
-Stack is what a thread spills, in bytes. Shared memory is that of a block, and blocks per SM is how
-many fit at once. Dots are the products of tiles in the source. 128-bit bytes is the share of the
-bytes that move in accesses of 128 bits a thread, a loop taken to run {LOOP_RUNS} times; kernels
-without matrices have none. Narrow accesses are the instructions for fewer bits.
+The columns of the kernels:
 
-Traffic is in bytes per token and head, at {TOKENS} tokens. Least: inputs once, outputs once.
-Requested: by the lanes of the kernels. Distinct: with each sector of memory once a kernel. Torch:
-around the kernels. Ratio: distinct and torch to least.
+- stack: the bytes that a thread spills to memory.
+- shared KiB: the shared memory of one block.
+- blocks per SM: how many blocks a multiprocessor holds at once.
+- dots: the products of tiles in the source.
+- 128-bit bytes: the share of all bytes that move in accesses of 128 bits per thread. Every loop
+  counts as {LOOP_RUNS} runs. Kernels that read and write no matrices have no share.
+- narrow accesses: the number of instructions that move fewer than 128 bits per thread.
+
+The traffic of an operation is in bytes per token and head, at {TOKENS} tokens:
+
+- minimum: every input is read once, and every output is written once.
+- requested: what the lanes of the kernels ask for.
+- distinct: every sector of memory counts once per kernel.
+- torch: what torch moves around the kernels.
+- ratio: distinct and torch together, divided by the minimum.
 """
 
 KERNEL_HEADER = (
@@ -47,7 +56,7 @@ KERNEL_HEADER = (
     "gates",
 )  # fmt: skip
 TRAFFIC_HEADER = (
-    "pass", "case", "head size", "targets", "least", "requested", "distinct", "torch", "ratio",
+    "pass", "case", "head size", "targets", "minimum", "requested", "distinct", "torch", "ratio",
 )  # fmt: skip
 
 
@@ -179,7 +188,7 @@ def kernel_row(row: Compiled) -> list[str]:
 
 
 def traffic_row(row: Traffic) -> list[str]:
-    numbers = (row.least, sum(row.requested.values()), sum(row.distinct.values()), row.torch)
+    numbers = (row.minimum, sum(row.requested.values()), sum(row.distinct.values()), row.torch)
     return [
         row.part,
         row.case,

@@ -4,7 +4,7 @@ Triton's interpreter runs the kernels with the tilings of their target, and ever
 counted. `requested` is the sum. `distinct` counts each sector of 32 bytes once per kernel for loads
 and once for stores, as if caches held everything that a kernel touches. The traffic of GPU memory
 lies between the two. The operators of torch around the kernels count all tensors that they read or
-write. `least` is the minimum: every input read once, and every output written once.
+write. `minimum` is: every input read once, and every output written once.
 """
 
 from collections import defaultdict
@@ -41,7 +41,7 @@ class Traffic:
     case: str
     width: int
     part: str
-    least: float
+    minimum: float
     torch: float = 0.0
     requested: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by kernel
     distinct: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -49,7 +49,7 @@ class Traffic:
 
     @property
     def ratio(self) -> float:
-        return (sum(self.distinct.values()) + self.torch) / self.least
+        return (sum(self.distinct.values()) + self.torch) / self.minimum
 
 
 def measure(job: Job) -> list[Traffic]:
@@ -63,8 +63,8 @@ def measure(job: Job) -> list[Traffic]:
         key = (call.part, str([(x.kernel.__name__, x.grid, x.constants) for x in launches]))
         if key not in found:
             rows = HEADS * (1 if call.part == "recurrent" else TOKENS)
-            least = _bytes((call.arguments, result, call.changed)) / rows
-            traffic = Traffic(*job[:3], call.part, least, around.total / rows)
+            minimum = _bytes((call.arguments, result, call.changed)) / rows
+            traffic = Traffic(*job[:3], call.part, minimum, around.total / rows)
             for launched in launches:
                 with counting() as counted:
                     kernel, grid, arguments, constants, cut = launched

@@ -55,7 +55,7 @@ CASES = [(name, case) for name in OPERATIONS for case in OPERATIONS[name]]
 
 
 @pytest.mark.parametrize(("operation", "case"), [x for x in CASES if x[0] != "long_conv"])
-def test_no_operation_moves_less_than_the_least(short, operation, case):
+def test_no_operation_moves_less_than_the_minimum(short, operation, case):
     rows = traffic.measure(traffic.Job(operation, case, 32, ("sm_90",)))
     parts = {row.part for row in rows}
     assert {"forward", "backward"} <= parts <= {"forward", "backward", "recurrent"}
@@ -75,10 +75,10 @@ def test_bytes_that_a_token_adds_to_a_long_convolution(monkeypatch, case, column
             if row.part == "recurrent":
                 assert 0.99 <= row.ratio <= 6, row
             else:
-                bytes_ = torch.tensor([row.ratio * row.least, row.least]) * tokens
+                bytes_ = torch.tensor([row.ratio * row.minimum, row.minimum]) * tokens
                 moved[row.part] = bytes_ - moved.get(row.part, 0)
-    for part, (all_bytes, least) in moved.items():
-        assert 2 < all_bytes / least <= 6.5 * columns, part
+    for part, (all_bytes, minimum) in moved.items():
+        assert 2 < all_bytes / minimum <= 6.5 * columns, part
 
 
 def test_targets_of_equal_tilings_are_one_row(short):
@@ -88,8 +88,8 @@ def test_targets_of_equal_tilings_are_one_row(short):
 
 def test_bytes_of_linear_attention(short):
     rows = traffic.measure(traffic.Job("linear_attention", "plain", 32, ("sm_80",)))
-    least = {row.part: row.least for row in rows}
+    minimum = {row.part: row.minimum for row in rows}
     state = 32 * 32 * 4
-    assert least["forward"] == 4 * 32 * 2 + state / 128  # query, key, value, output, final state
-    assert least["backward"] == (5 + 3) * 32 * 2  # the same, the gradient of the output; and theirs
-    assert least["recurrent"] == 4 * 32 * 2 + 2 * state
+    assert minimum["forward"] == 4 * 32 * 2 + state / 128  # query, key, value, output, final state
+    assert minimum["backward"] == (5 + 3) * 32 * 2  # and gradients
+    assert minimum["recurrent"] == 4 * 32 * 2 + 2 * state
