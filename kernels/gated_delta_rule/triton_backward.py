@@ -47,15 +47,8 @@ def chunk_d_written(
         do = tiles.load(base, d_time, rows, left, columns_v, VALUE_WIDTH)
         acc = tiles.dot(scores, do, acc, PRECISION)
     d_written += locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
-    tiles.store(
-        d_written,
-        heads * VALUE_WIDTH,
-        rows,
-        left,
-        columns_v,
-        VALUE_WIDTH,
-        tiles.narrow(acc, PRECISION),
-    )
+    kept = tiles.narrow(acc, PRECISION)
+    tiles.store(d_written, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
 
 
 @triton.jit
@@ -100,9 +93,11 @@ def chunk_d_states(
         at = c * CHUNK
         left = tokens - at
         slot = d_states + locate.slot_offset(first + c, head, heads, state_size)
-        triton_state.store(slot, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds, PRECISION)
         k_at = key + at * tl.cast(key_time, tl.int64)
-        du = triton_state.read(ds, k_at, key_time, left, rows, columns_k, KEY_WIDTH, PRECISION)
+        du = triton_state.store_and_read(
+            slot, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds,
+            k_at, key_time, left, rows, PRECISION,
+        )  # fmt: skip
         entering = scale
         if HAS_DECAY:
             sums_at = sums + at * sums_time
@@ -162,7 +157,5 @@ def chunk_d_value(
     e = tiles.load(errors + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH)
     base = d_beta + locate.offset(row, length, token, 1, block * heads + head, total)
     tiles.store_vector(base, rows, left, tl.sum(e.to(tl.float32) * acc, 1) / b)
-    tiles.store(
-        d_value + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH,
-        tiles.narrow(acc, PRECISION),
-    )  # fmt: skip
+    kept = tiles.narrow(acc, PRECISION)
+    tiles.store(d_value + place, heads * VALUE_WIDTH, rows, left, columns, VALUE_WIDTH, kept)

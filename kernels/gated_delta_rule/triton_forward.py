@@ -133,14 +133,13 @@ def chunk_states(
 
     for at in range(0, tokens, CHUNK):
         left = tokens - at
-        triton_state.store(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, PRECISION)
+        w_at, place = reading + at * step * KEY_WIDTH, errors + at * step * VALUE_WIDTH
+        e = tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
+        e -= triton_state.store_and_read(
+            states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s,
+            w_at, heads * KEY_WIDTH, left, rows, PRECISION,
+        )  # fmt: skip
         states += step * state_size
-        w_at = reading + at * step * KEY_WIDTH
-        read = triton_state.read(
-            s, w_at, heads * KEY_WIDTH, left, rows, columns_k, KEY_WIDTH, PRECISION
-        )
-        place = errors + at * step * VALUE_WIDTH
-        e = tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH) - read
         kept = tiles.narrow(e, PRECISION)
         tiles.store(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
         b = tiles.load_vector(beta + at * tl.cast(beta_time, tl.int64), beta_time, rows, left)

@@ -33,31 +33,32 @@ def store(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the state as narrow as tiles.narrow() makes it."""
-    kept = tiles.narrow(state[0], PRECISION)
-    tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
-    if columns_k.shape[0] < KEY_WIDTH:
-        columns_k += columns_k.shape[0]
-        kept = tiles.narrow(state[1], PRECISION)
-        tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
+    for half in tl.static_range(tl.cdiv(KEY_WIDTH, columns_k.shape[0])):
+        kept, columns = tiles.narrow(state[half], PRECISION), columns_k + half * columns_k.shape[0]
+        tiles.store_state(base, columns, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
 
 
 @triton.jit
 def scale(state, factor, columns_k, KEY_WIDTH: tl.constexpr):
-    if columns_k.shape[0] < KEY_WIDTH:
-        return state[0] * factor, state[1] * factor
-    else:
-        return state[0] * factor, state[1]
+    second = state[1] * factor if columns_k.shape[0] < KEY_WIDTH else state[1]
+    return state[0] * factor, second
 
 
 @triton.jit
-def read(state, x, stride, end, rows, columns_k, KEY_WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Products of the rows of x [rows, KEY_WIDTH] with the state, [rows, columns_v]."""
-    found = tl.zeros([rows.shape[0], state[0].shape[1]], tl.float32)
-    tile = tiles.load(x, stride, rows, end, columns_k, KEY_WIDTH)
-    found = tiles.dot(tile, state[0], found, PRECISION)
-    if columns_k.shape[0] < KEY_WIDTH:
-        tile = tiles.load(x, stride, rows, end, columns_k + columns_k.shape[0], KEY_WIDTH)
-        found = tiles.dot(tile, state[1], found, PRECISION)
+def store_and_read(
+    base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, state,
+    x, stride, end, rows, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the state; products of the rows of x [rows, KEY_WIDTH] with it, [rows, columns_v].
+
+    Half by half: stored as a whole before it is read, it takes 32 KiB of shared memory, not 24.
+    """
+    found = tl.zeros([rows.shape[0], columns_v.shape[0]], tl.float32)
+    for half in tl.static_range(tl.cdiv(KEY_WIDTH, columns_k.shape[0])):
+        kept, columns = tiles.narrow(state[half], PRECISION), columns_k + half * columns_k.shape[0]
+        tiles.store_state(base, columns, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
+        tile = tiles.load(x, stride, rows, end, columns, KEY_WIDTH)
+        found = tiles.dot(tile, kept, found, PRECISION)
     return found
 
 
