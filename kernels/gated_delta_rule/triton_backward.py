@@ -24,11 +24,12 @@ def chunk_d_written(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """du from the outputs of the chunk; grid: (chunks * blocks of V, Hkv)."""
-    _, _, head, _, row, token, left, rows, columns_v = locate.chunk(
+    _, block, head, _, row, token, left, _, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
     )
     if left <= 0:
         return
+    rows, columns_v = tl.arange(0, CHUNK), block * BLOCK_V + tl.arange(0, BLOCK_V)
     query += locate.offset(row, query_batch, token, query_time, head * QUERIES, query_head)
     d_output += locate.offset(row, d_batch, token, d_time, head * QUERIES, d_head)
     key += locate.offset(row, key_batch, token, key_time, head, key_head)

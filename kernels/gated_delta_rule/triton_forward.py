@@ -2,8 +2,9 @@
 
 Legend as in torch.py: e, the errors that are written with the strength beta, T = (1 + B)^-1 with
 B_ij = D_ij (k_i . k_j) beta_j below the diagonal, W = T (exp(G) k). Rows of a tile are the tokens
-of one chunk. What is kept between kernels is [B, T, Hkv, D], T itself with D = CHUNK. The state
-before chunk c of sequence n lies in slot c + n of `states`, which has one more for the state after.
+of one chunk; made before a kernel may return, they take up to 50 registers more. What is kept
+between kernels is [B, T, Hkv, D], T itself with D = CHUNK. The state before chunk c of sequence n
+lies in slot c + n of `states`, which has one more for the state after.
 """
 
 import triton
@@ -44,11 +45,12 @@ def chunk_inverse(
     its corner; all corners of a size are one product of whole tiles. It has no loop over rows, and
     is as stable as substitution, where a series in powers of B overflows for keys that are alike.
     """
-    _, _, head, _, row, token, left, rows, _ = locate.chunk(
+    _, _, head, _, row, token, left, _, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
     )
     if left <= 0:
         return
+    rows = tl.arange(0, CHUNK)
     i, j = rows[:, None], rows[None, :]
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     below = tiles.products(
@@ -169,12 +171,13 @@ def chunk_output(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs; heads = Hkv. grid: (chunks * blocks of V, Hq)."""
-    chunk, _, query_at, n, row, token, left, rows, columns_v = locate.chunk(
+    chunk, block, query_at, n, row, token, left, _, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
     )
     head = query_at // QUERIES
     if left <= 0:
         return
+    rows, columns_v = tl.arange(0, CHUNK), block * BLOCK_V + tl.arange(0, BLOCK_V)
     query += locate.offset(row, query_batch, token, query_time, query_at, query_head)
     key += locate.offset(row, key_batch, token, key_time, head, key_head)
     states += locate.slot_offset(chunk + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
