@@ -220,9 +220,10 @@ def recurrent_steps(
 
     grid: (N * Hkv * blocks of V,); heads = Hkv.
     """
-    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
+    lane, n, head, _, block, columns_k, _ = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
+    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)  # made by locate, 8 more registers
     query += locate.offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
     key += locate.offset(n, key_batch, 0, key_time, head, key_head) + columns_k
     value += locate.offset(n, value_batch, 0, value_time, head, value_head) + columns_v
@@ -233,14 +234,13 @@ def recurrent_steps(
     s = tiles.load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     for t in range(0, length):
         k = tiles.load_token(key, key_time, t, columns_k, KEY_WIDTH)
-        v = tiles.load_token(value, value_time, t, columns_v, VALUE_WIDTH)
-        b = tl.load(beta + locate.offset(n, beta_batch, t, beta_time, head, beta_head)).to(
-            tl.float32
-        )
+        v_at = value + t * tl.cast(value_time, tl.int64)
+        v = tl.load(v_at, mask=columns_v < VALUE_WIDTH, other=0.0)  # made float32 only where used
+        b = tl.load(beta + locate.offset(n, beta_batch, t, beta_time, head, beta_head))
         if HAS_DECAY:
             g = tl.load(log_decay + locate.offset(n, decay_batch, t, decay_time, head, decay_head))
             s *= tl.exp(g.to(tl.float32))
-        written = b * (v - tl.sum(k[:, None] * s, 0))
+        written = b.to(tl.float32) * (v.to(tl.float32) - tl.sum(k[:, None] * s, 0))
         s += k[:, None] * written[None, :]
         for r in range(0, QUERIES):
             at = query + r * tl.cast(query_head, tl.int64)
