@@ -147,8 +147,8 @@ def chunk_states(
         b = tiles.load_vector(beta + at * tl.cast(beta_time, tl.int64), beta_time, rows, left)
         if HAS_DECAY:
             sums_at = sums + at * sums_time
-            last = last_pair(sums_at, left, CHUNK)
-            b *= leaving_decay(tiles.load_pairs(sums_at, rows, left), last)
+            own, last = tiles.load_pairs(sums_at, rows, left), last_pair(sums_at, left, CHUNK)
+            b *= leaving_decay(own, last)
             s = triton_state.scale(s, entering_decay(last), columns_k, KEY_WIDTH)
         k_at = key + at * tl.cast(key_time, tl.int64)
         e *= b[:, None]
