@@ -132,9 +132,8 @@ def _states(plan: _Plan, start: Tensor | None, end: Tensor | None = None) -> Ten
 
 def _scores(plan: _Plan) -> Tensor:
     scores = plan.new_kept(*plan.query.shape[:3], TILE)
-    plan.launch(
-        triton_forward.chunk_scores, (plan.chunks, plan.heads), heads=plan.heads, scores=scores
-    )
+    kernel = triton_forward.chunk_scores
+    plan.launch(kernel, (plan.chunks, plan.heads), heads=plan.heads, scores=scores)
     return scores
 
 

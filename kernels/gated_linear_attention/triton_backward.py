@@ -46,26 +46,22 @@ def chunk_d_states(
     sums += locate.dense_offset(row, begin, length, head, heads, KEY_WIDTH)
     sums_step = tl.cast(heads, tl.int64) * KEY_WIDTH
     whole += locate.slot_offset(first, head, heads, KEY_WIDTH)
-    d_whole += locate.slot_offset(
-        block_v * tl.cast(chunks, tl.int64) + first, head, heads, KEY_WIDTH
-    )
+    slot = block_v * tl.cast(chunks, tl.int64) + first
+    d_whole += locate.slot_offset(slot, head, heads, KEY_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     states += locate.slot_offset(first + n, head, heads, state_size)
     d_states += locate.slot_offset(first, head, heads, state_size)
     state_step = tl.cast(heads, tl.int64) * state_size
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if HAS_END:
-        acc = tiles.load_state(
-            d_end + lane * state_size, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH
-        )
+        d_end += lane * state_size
+        acc = tiles.load_state(d_end, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
     count = tl.cdiv(tokens, TILE)
     for back in range(0, count):
         c = count - 1 - back
-        base = d_states + c * state_step
-        tiles.store_state(
-            base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, tiles.narrow(acc, PRECISION)
-        )
+        base, kept = d_states + c * state_step, tiles.narrow(acc, PRECISION)
+        tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
         s = tiles.load_state(states + c * state_step, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
         acc *= tiles.load_vector(whole + c * sums_step, 1, columns_k, KEY_WIDTH)[:, None]
         along = tl.sum(s.to(tl.float32) * acc, 1)

@@ -40,8 +40,10 @@ def decay_sums(
     base = whole + locate.slot_offset(chunk, head, heads, KEY_WIDTH)
     tiles.store_vector(base, columns, KEY_WIDTH, tl.exp(tl.sum(exact, 0).to(tl.float32) * 2.0**-40))
     inexact = ((tl.cumsum(exact, 0) + (1 << 21)) >> 22).to(tl.int32)
-    base = sums + locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
-    tiles.store(base, heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH, inexact)
+    # as tiles.store() at the offset of the head, this takes up to 28 more registers
+    base = sums + locate.dense_offset(row, token, length, 0, heads, KEY_WIDTH) + head * KEY_WIDTH
+    mask = (rows < left)[:, None] & (columns < KEY_WIDTH)[None, :]
+    tl.store(base + rows[:, None] * heads * KEY_WIDTH + columns[None, :], inexact, mask=mask)
 
 
 @triton.jit

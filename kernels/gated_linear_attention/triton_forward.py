@@ -44,27 +44,23 @@ def chunk_states(
     states += locate.slot_offset(first + n, head, heads, state_size)
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if HAS_INITIAL:
-        acc = tiles.load_state(
-            state + lane * state_size, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH
-        )
+        state += lane * state_size
+        acc = tiles.load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
     for c in range(0, tl.cdiv(tokens, TILE)):
-        tiles.store_state(
-            states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, tiles.narrow(acc, PRECISION)
-        )
+        kept = tiles.narrow(acc, PRECISION)
+        tiles.store_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
         states += tl.cast(heads, tl.int64) * state_size
         left = tokens - c * TILE
         k = tiles.load(key + c * TILE * key_step, key_time, rows, left, columns_k, KEY_WIDTH)
-        v = tiles.load(
-            value + c * TILE * value_step, value_time, rows, left, columns_v, VALUE_WIDTH
-        )
+        v_at = value + c * TILE * value_step
+        v = tiles.load(v_at, value_time, rows, left, columns_v, VALUE_WIDTH)
         sums_at = sums + c * TILE * sums_step
         k *= leaving_decay(sums_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH)
         acc *= tiles.load_vector(whole + c * sums_step, 1, columns_k, KEY_WIDTH)[:, None]
         acc = tiles.dot(tl.trans(k), v, acc, PRECISION)
-    tiles.store_state(
-        states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, tiles.narrow(acc, PRECISION)
-    )
+    kept = tiles.narrow(acc, PRECISION)
+    tiles.store_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
     if HAS_END:
         base = end_state + lane * state_size
         tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, acc)
@@ -181,13 +177,11 @@ def recurrent_steps(
         before = s
         s = s * tl.exp(g)[:, None] + k[:, None] * v[None, :]
         for r in range(0, QUERIES):
-            q = tiles.load_token(
-                query + r * tl.cast(query_head, tl.int64), query_time, t, columns_k, KEY_WIDTH
-            )
+            q_at = query + r * tl.cast(query_head, tl.int64)
+            q = tiles.load_token(q_at, query_time, t, columns_k, KEY_WIDTH)
             if HAS_BONUS:
-                u = tiles.load_vector(
-                    bonus + (head * QUERIES + r) * KEY_WIDTH, 1, columns_k, KEY_WIDTH
-                )
+                base = bonus + (head * QUERIES + r) * KEY_WIDTH
+                u = tiles.load_vector(base, 1, columns_k, KEY_WIDTH)
                 out = tl.sum(q[:, None] * before, 0) + tl.sum(q * u.to(tl.float32) * k, 0) * v
             else:
                 out = tl.sum(q[:, None] * s, 0)
