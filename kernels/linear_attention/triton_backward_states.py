@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from supra.kernels import locate, tiles
+from supra.kernels.decay import last_pair
 from supra.kernels.linear_attention.triton_forward import store_both
 
 
@@ -63,8 +64,12 @@ def chunk_d_states(
     query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
     d_output += locate.offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
     query_step, d_step = tl.cast(query_time, tl.int64), tl.cast(d_time, tl.int64)
+    d_states += locate.slot_offset(first, head, heads, KEY_WIDTH * VALUE_WIDTH)
+    states += locate.slot_offset(first + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
     if NORMALIZED:
         factors += locate.offset(row, length, begin, 1, head * QUERIES, total) * 2
+        d_normalizers += locate.slot_offset(first, head, heads, KEY_WIDTH)
+        normalizers += locate.slot_offset(first + n, head, heads, KEY_WIDTH)
     if HAS_DECAY:
         sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
         block = block_k * ((VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V) + block_v
@@ -81,27 +86,26 @@ def chunk_d_states(
     for back in range(0, count):
         c = count - 1 - back
         store_both(
-            d_states, d_normalizers, locate.slot_offset(first + c, head, heads, 1),
-            tiles.narrow(acc, PRECISION), d_z, columns_k, columns_v, block_v,
-            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+            d_states, d_normalizers, c, heads, tiles.narrow(acc, PRECISION), d_z,
+            columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
         )  # fmt: skip
         if HAS_DECAY:
             along = _along(
-                states, normalizers, locate.slot_offset(first + n + c + 1, head, heads, 1),
-                acc, d_z, columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+                states, normalizers, c + 1, heads, acc, d_z, columns_k, columns_v, block_v,
+                KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
             )  # fmt: skip
             tl.store(carried + c, along)
             sums_c = sums + c * CHUNK * tl.cast(sums_time, tl.int64)
-            last = sums_c + tl.minimum(tokens - c * CHUNK, CHUNK) * 2 - 2
-            whole = tl.exp(tl.load(last))
+            whole = tl.exp(last_pair(sums_c, tokens - c * CHUNK, CHUNK)[0])
             acc *= whole
             if NORMALIZED:
                 d_z *= whole
         for t in range(0, CHUNK, TILE):
             at, entering, factors_at = c * CHUNK + t, 1.0, factors
             if HAS_DECAY:
-                # one number a token suffices, and moves half of what a pair does
-                entering = tl.exp(tiles.load_vector(sums_c + t * 2, 2, rows, tokens - at))
+                # half of a pair suffices; load_vector() from sums_c + t * 2 takes 60 more registers
+                high = tl.load(sums_c + (t + rows) * 2, mask=rows < tokens - at, other=0.0)
+                entering = tl.exp(high)
             if NORMALIZED:
                 factors_at += at * 2
             acc, d_z = _add_queries(
@@ -113,22 +117,23 @@ def chunk_d_states(
 
     if HAS_INITIAL:
         store_both(
-            d_memory, d_normalizer, lane, acc, d_z, columns_k, columns_v, block_v,
+            d_memory, d_normalizer, lane, 1, acc, d_z, columns_k, columns_v, block_v,
             KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
         )  # fmt: skip
 
 
 @triton.jit
 def _along(
-    states, normalizers, slot, d_state, d_normalizer, columns_k, columns_v, block_v,
+    states, normalizers, slot, heads, d_state, d_normalizer, columns_k, columns_v, block_v,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, NORMALIZED: tl.constexpr,
 ):  # fmt: skip
     """<state, its gradient> of a block, with the normalizer's in the first block of V."""
-    base = states + slot * (KEY_WIDTH * VALUE_WIDTH)
+    step = tl.cast(heads, tl.int64)
+    base = states + slot * (step * (KEY_WIDTH * VALUE_WIDTH))
     s = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     along = tl.sum(s.to(tl.float32) * d_state)
     if NORMALIZED and block_v == 0:
-        z = tiles.load_vector(normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
+        z = tiles.load_vector(normalizers + slot * (step * KEY_WIDTH), 1, columns_k, KEY_WIDTH)
         along += tl.sum(z * d_normalizer)
     return along
 

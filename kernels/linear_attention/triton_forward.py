@@ -31,14 +31,20 @@ def decayed(
 
 @triton.jit
 def store_both(
-    states, normalizers, slot, state, normalizer, columns_k, columns_v, block_v,
+    states, normalizers, slot, heads, state, normalizer, columns_k, columns_v, block_v,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, NORMALIZED: tl.constexpr,
 ):  # fmt: skip
-    """A block of a state in its slot, and of the normalizer, which the first block of V stores."""
-    base = states + slot * (KEY_WIDTH * VALUE_WIDTH)
-    tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, state)
+    """A block of a state in its slot, and of the normalizer, which the first block of V stores.
+
+    states and normalizers: those of one head, which has `heads` of them in a slot. Their step is a
+    product of its own: with slot * heads first, loops over slots take up to 54 registers more.
+    """
+    step = tl.cast(heads, tl.int64)
+    states += slot * (step * (KEY_WIDTH * VALUE_WIDTH))
+    tiles.store_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, state)
     if NORMALIZED and block_v == 0:
-        tiles.store_vector(normalizers + slot * KEY_WIDTH, columns_k, KEY_WIDTH, normalizer)
+        normalizers += slot * (step * KEY_WIDTH)
+        tiles.store_vector(normalizers, columns_k, KEY_WIDTH, normalizer)
 
 
 @triton.jit
@@ -57,18 +63,14 @@ def chunk_states(
     grid: (N * Hs * blocks,). Keys are scaled by the decay to the end of their chunk, since they
     serve the state and the normalizer both.
     """
-    lane, n, head, block_k, block_v, _, _ = locate.block_of_state(
+    lane, n, head, _, block_v, columns_k, columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
-    columns_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, TILE)
     row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
     key += locate.offset(row, key_batch, begin, key_time, head // STATES, key_head)
     value += locate.offset(row, value_batch, begin, value_time, head // STATES, value_head)
     key_step, value_step = tl.cast(key_time, tl.int64), tl.cast(value_time, tl.int64)
-    if HAS_DECAY:
-        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     z = tl.zeros([BLOCK_K], tl.float32)
     if HAS_INITIAL:
@@ -76,13 +78,17 @@ def chunk_states(
         acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
         if NORMALIZED:
             z = tiles.load_vector(normalizer + lane * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
+    if HAS_DECAY:
+        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
+    states += locate.slot_offset(first + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
+    if NORMALIZED:
+        normalizers += locate.slot_offset(first + n, head, heads, KEY_WIDTH)
 
     count = tl.cdiv(tokens, CHUNK)
     for c in range(0, count):
         store_both(
-            states, normalizers, locate.slot_offset(first + n + c, head, heads, 1),
-            tiles.narrow(acc, PRECISION), z, columns_k, columns_v, block_v,
-            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+            states, normalizers, c, heads, tiles.narrow(acc, PRECISION), z,
+            columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
         )  # fmt: skip
         if HAS_DECAY:
             sums_c = sums + c * CHUNK * tl.cast(sums_time, tl.int64)
@@ -94,9 +100,8 @@ def chunk_states(
         for t in range(0, CHUNK, TILE):
             at = c * CHUNK + t
             k = tiles.load(key + at * key_step, key_time, rows, tokens - at, columns_k, KEY_WIDTH)
-            v = tiles.load(
-                value + at * value_step, value_time, rows, tokens - at, columns_v, VALUE_WIDTH
-            )
+            v_at = value + at * value_step
+            v = tiles.load(v_at, value_time, rows, tokens - at, columns_v, VALUE_WIDTH)
             if HAS_DECAY:
                 own = tiles.load_pairs(sums_c + t * 2, rows, tokens - at)
                 k = k * leaving_decay(own, last)[:, None]
@@ -105,13 +110,12 @@ def chunk_states(
             acc = tiles.dot(tl.trans(k), v, acc, PRECISION)
 
     store_both(
-        states, normalizers, locate.slot_offset(first + n + count, head, heads, 1),
-        tiles.narrow(acc, PRECISION), z, columns_k, columns_v, block_v,
-        KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+        states, normalizers, count, heads, tiles.narrow(acc, PRECISION), z,
+        columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
     )  # fmt: skip
     if HAS_END:
         store_both(
-            end_memory, end_normalizer, lane, acc, z, columns_k, columns_v, block_v,
+            end_memory, end_normalizer, lane, 1, acc, z, columns_k, columns_v, block_v,
             KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
         )  # fmt: skip
 
@@ -241,9 +245,8 @@ def recurrent_steps(
         if NORMALIZED:
             z += k
         for r in range(0, QUERIES):
-            q = tiles.load_token(
-                query + r * tl.cast(query_head, tl.int64), query_time, t, columns_k, KEY_WIDTH
-            )
+            q_at = query + r * tl.cast(query_head, tl.int64)
+            q = tiles.load_token(q_at, query_time, t, columns_k, KEY_WIDTH)
             out = tl.sum(q[:, None] * s, 0)
             if NORMALIZED:
                 out /= tl.sum(q * z, 0) + eps
