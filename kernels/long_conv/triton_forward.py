@@ -51,9 +51,8 @@ def chunk_convolve(
         x = tiles.load(states + place * MODES, MODES, line, rows - at, mode, MODES)
         r = tiles.load(far + head * (MODES * CHUNK), CHUNK, mode, MODES, time, CHUNK)
         acc = tiles.dot(x, r, acc, PRECISION)
-    tiles.store(
-        output + place * CHUNK, CHUNK, line, rows - at, time, CHUNK, tiles.narrow(acc, PRECISION)
-    )
+    output += place * CHUNK
+    tiles.store(output, CHUNK, line, rows - at, time, CHUNK, tiles.narrow(acc, PRECISION))
 
 
 @triton.jit
