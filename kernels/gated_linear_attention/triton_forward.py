@@ -78,11 +78,12 @@ def chunk_scores(
 
     grid: (chunks, Hq). Each level is one product of the whole tile, of which it keeps its blocks.
     """
-    _, _, head, _, row, token, left, rows, _ = locate.chunk(
+    _, _, head, _, row, token, left, _, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, 1, 1, TILE, PACKED
     )
     if left <= 0:
         return
+    rows = tl.arange(0, TILE)
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
     query += locate.offset(row, query_batch, token, query_time, head, query_head)
     key += locate.offset(row, key_batch, token, key_time, kv_head, key_head)
