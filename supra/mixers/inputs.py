@@ -13,6 +13,7 @@ from torch import Tensor
 from supra.mixers.state_policy import PolicyRun
 
 MIN_POWER = 1e-5  # smallest mean square of a head that anything is divided by
+NORM_EPS = 1e-5  # of norms, where nothing says otherwise
 
 # Takes the log decays of a call: [H], [B, T, H] or [B, T, H, K], or None if nothing decays.
 Watch = Callable[[Tensor | None], None]
@@ -20,13 +21,17 @@ Watch = Callable[[Tensor | None], None]
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The sizes of the attention module that the mixer is a part of."""
+    """The sizes of the attention module that the mixer is a part of.
+
+    norm_eps: the eps of the model's own RMSNorms, which other architectures give to a mixer's norm.
+    """
 
     query_heads: int
     key_heads: int
     head_size: int
     value_size: int
     hidden_size: int
+    norm_eps: float = NORM_EPS
 
 
 @dataclass(frozen=True)

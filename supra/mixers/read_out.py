@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supra.mixers.inputs import AttentionShape
+from supra.mixers.inputs import NORM_EPS, AttentionShape
 
 Norm = Callable[[Tensor], Tensor]  # of [B, T, Hq, V], over V alone: a token needs no other token
-
-NORM_EPS = 1e-5
 
 
 def group_norm(x: Tensor) -> Tensor:
@@ -19,9 +17,9 @@ def group_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """RMSNorm with one group per head and no weights: mean square 1 over V."""
-    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class OutputGate(nn.Module):

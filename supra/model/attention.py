@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from supra.errors import UserError
 from supra.mixers import AttentionShape, MixerInputs, Rotary, build_mixer
+from supra.mixers.inputs import NORM_EPS
 from supra.mixers.state_policy import StatePolicy
 from supra.model.cache import MixerLayer
 from supra.model.families import ROTATE_THEMSELVES, WINDOW_IN_MASK
@@ -187,7 +188,8 @@ def probe_attention(attention: nn.Module, config: PreTrainedConfig) -> tuple[Att
             with torch.no_grad(), positions:
                 _run_without_memory(attention, config.hidden_size, probe, positions)
         except _Answered:
-            return AttentionShape(*probe.sizes, config.hidden_size), positions.used
+            eps = getattr(config, "rms_norm_eps", NORM_EPS)
+            return AttentionShape(*probe.sizes, config.hidden_size, eps), positions.used
         except Exception as error:  # of any kind, since it is raised in the family's code
             failure = error
     raise UserError(
