@@ -63,7 +63,9 @@ class Mixer(nn.Module, ABC):
         output_gate: OutputGate | None = None,
     ):
         """norm, scale, output_gate: the pieces of `read_out`, each of which may be absent. The
-        scale is a trained factor per head and channel."""
+        scale is a trained factor per head and channel.
+
+        Options with `rotary` false take the family's rotation away from `mix`."""
         super().__init__()
         self.shape = shape
         self.options = options
@@ -74,6 +76,7 @@ class Mixer(nn.Module, ABC):
         self.scale = nn.Parameter(torch.empty(sizes)) if scale else None
         self.register_buffer("magnitude", torch.ones(sizes[0], 1) if scale else None)
         self.output_gate = output_gate
+        self.rotates = getattr(options, "rotary", True)
 
     def reset_parameters(self) -> None:
         """Write the starting values into the parameters and the fixed buffers, in place."""
@@ -90,6 +93,7 @@ class Mixer(nn.Module, ABC):
         Returns the output [B, T, Hq, V] in the value's dtype, and the new state or None. Some
         policies remember past tokens: the state then has the fields of Past as well.
         """
+        inputs = self.placed(inputs)
         if self.recurrent and takes_steps(inputs):
             return step_by_step(self, inputs, state)
         if self.watch is not None:
@@ -102,6 +106,10 @@ class Mixer(nn.Module, ABC):
         if end is not None and run is not None and self.policy.keeps_past:
             end = self.state_type(*end, *run.past)
         return self.read_out(inputs, output).to(inputs.value.dtype), end
+
+    def placed(self, inputs: MixerInputs) -> MixerInputs:
+        """The inputs without their rotation, if the options leave it out."""
+        return inputs if self.rotates else replace(inputs, rotary=None)
 
     def _split(self, state: Any) -> tuple[Any, Past | None]:
         """The mixer's own state, and what the policy keeps beside it."""
@@ -171,6 +179,10 @@ class Mixer(nn.Module, ABC):
 
         Takes memory for T² numbers per head; meant for T of a few hundred.
         """
+        return self.matrix(self.placed(inputs))
+
+    def matrix(self, inputs: MixerInputs) -> Tensor:
+        """`mixing_matrix`, of inputs that have the rotation that the options ask for."""
         batch, tokens, heads, _ = inputs.value.shape
         identity = torch.eye(tokens, dtype=inputs.value.dtype, device=inputs.value.device)
         value = identity[None, :, None].expand(batch, -1, heads, -1)

@@ -35,11 +35,13 @@ class GatedDeltaOptions:
         "identity" or "sign_pair" (supra/mixers/feature_maps.py).
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher.
     """
 
     feature_map: Literal["hedgehog", "identity", "sign_pair"] = "hedgehog"
     output_gate: bool = True
     scale: bool = True
+    rotary: bool = True
 
 
 class GatedDeltaState(NamedTuple):

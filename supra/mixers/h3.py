@@ -203,7 +203,7 @@ class H3(Mixer):
             x = x[:, :, :, torch.arange(self.blocks, device=x.device) * count // self.blocks]
         return x.flatten(2, 3)
 
-    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+    def matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T]: the mean over the blocks of each head of attention."""
         batch, tokens, heads, _ = inputs.query.shape
         if self.options.gates:

@@ -54,6 +54,7 @@ class Mamba2Options:
     normalize: "none", or "rms", RMSNorm with one group per head after the gate, as published.
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by SiLU(z), z = Wu + b of the hidden states u.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher.
     """
 
     conv_size: int = Field(4, ge=1, le=MAX_TAPS)
@@ -61,6 +62,7 @@ class Mamba2Options:
     normalize: Literal["none", "rms"] = "none"
     scale: bool = True
     output_gate: bool = True
+    rotary: bool = True
 
 
 class Mamba2State(NamedTuple):
@@ -132,7 +134,7 @@ class Mamba2(Mixer):
         )  # fmt: skip
         return output + self.D[:, None] * value, None if end is None else end.memory
 
-    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+    def matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
         The SiLU on values is left out, since it is not linear."""
         convolved, _ = self._convolve(inputs)

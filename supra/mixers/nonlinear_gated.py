@@ -44,6 +44,7 @@ class NonlinearGatedOptions:
         one.
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher.
     """
 
     largest: float = Field(0.9, gt=0, le=2.4)
@@ -51,6 +52,7 @@ class NonlinearGatedOptions:
     sweeps: int = Field(8, ge=1, le=MAX_SWEEPS)
     scale: bool = True
     output_gate: bool = True
+    rotary: bool = True
 
 
 class NonlinearGatedState(NamedTuple):
@@ -159,7 +161,7 @@ class NonlinearGatedMixer(Mixer):
         log_decay = self.decay_gate(inputs.hidden_states).to(wide)
         return query.to(wide), key, value * bounded_exp(self.log_gain)[:, None], log_decay
 
-    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+    def matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T] of the linear part. The tanh is left out."""
         query, key, _, log_decay = self._tensors(inputs)
         batch, tokens, heads, _ = query.shape

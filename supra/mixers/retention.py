@@ -30,11 +30,13 @@ class RetentionOptions:
         per head, as in the authors' code.
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by SiLU(Wu + b) of the hidden states u.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher.
     """
 
     normalize: Literal[*NORMS] = "group"
     scale: bool = True
     output_gate: bool = True
+    rotary: bool = True
 
 
 class RetentionState(NamedTuple):

@@ -45,6 +45,7 @@ class RwkvOptions:
     normalize: "none", or "group", GroupNorm with one group per head, as published.
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by g = 2σ(Wx + b) of the hidden states.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher.
     """
 
     rank: int = Field(64, ge=1, le=MAX_RANK)
@@ -53,6 +54,7 @@ class RwkvOptions:
     normalize: Literal["none", "group"] = "none"
     scale: bool = True
     output_gate: bool = True
+    rotary: bool = True
 
 
 class RwkvState(NamedTuple):
@@ -162,11 +164,11 @@ class Rwkv(Mixer):
             scale=inputs.scaling,
         )  # fmt: skip
 
-    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+    def matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T]. The shares of the token shift differ by channel: here each head uses their
         mean."""
         if not self.options.token_shift:
-            return super().mixing_matrix(inputs)
+            return super().matrix(inputs)
         taps = self._taps()[: self.shape.key_heads * self.shape.value_size]
         shifted, _ = self._shift(inputs)
         output, _ = self._scan(replace(shifted, value=convolved_identity(inputs, taps)))

@@ -63,7 +63,7 @@ class Softmax(Mixer):
         end = SoftmaxState(key, value, valid)
         return output, end if inputs.sliding_window is None else last_tokens(end, inputs)
 
-    def mixing_matrix(self, inputs: MixerInputs) -> Tensor:
+    def matrix(self, inputs: MixerInputs) -> Tensor:
         """The attention weights. Mixing an identity of width T would cost T / V times as much."""
         query, key = inputs.rotated(inputs.query, inputs.key)
         tokens = query.shape[1]

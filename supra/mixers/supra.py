@@ -52,6 +52,7 @@ class SupraOptions:
     scale: whether the output is multiplied by s, one factor per head and channel. It can be folded
         into the output projection.
     output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher.
     """
 
     feature_map: Literal[*FEATURE_MAPS] = "sign_pair"
@@ -60,13 +61,14 @@ class SupraOptions:
     normalize: Literal["group", "sum", "none"] = "group"
     scale: bool = True
     output_gate: bool = False
+    rotary: bool = True
 
     def __post_init__(self):
         check_expansion(self.expansion, self.feature_map)
         if self.normalize == "sum" and not FEATURE_MAPS[self.feature_map].after_rotary:
             raise UserError(
-                f"normalize (='sum') needs features that stay nonnegative, and rotation makes "
-                f"those of feature_map (={self.feature_map!r}) negative: take relu or hedgehog, or "
+                f"normalize (='sum') needs features that stay nonnegative, and those of "
+                f"feature_map (={self.feature_map!r}) need not: take relu or hedgehog, or "
                 "normalize=group"
             )
 

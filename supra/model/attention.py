@@ -170,6 +170,11 @@ def insert_mixer(
     if config.base_model_type in WINDOW_IN_MASK:
         attention.window = config.sliding_window
     attention.mixer = build_mixer(name, shape, options)
+    if rotated and not attention.rotates and not attention.mixer.rotates:
+        raise UserError(
+            f"rotary (=False) of {name} cannot act: attention of model_type "
+            f"{config.base_model_type!r} rotates queries and keys itself; set rotary to true"
+        )
     if config.state_policy is not None:
         policy = StatePolicy.from_dict(config.state_policy)
         attention.mixer.set_policy(policy, attention.layer_idx)

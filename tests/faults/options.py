@@ -78,6 +78,8 @@ REFUSED = {
         ("--mixer-option expansion=true --mixer-option feature_map=relu", "expansion"),
         ("--mixer-option expansion=1048576 --mixer-option feature_map=relu", "1 to 256"),
         ("--mixer-option normalize=sum", "normalize"),
+        ("--mixer-option rotary=1", "rotary"),
+        ("--mixer h3 --mixer-option rotary=false", "rotary"),
         ("--mixer softmax --mixer-option decay=fixed", "decay"),
         ("--mixer mamba2 --mixer-option state_size=0", "state_size"),
         ("--mixer mamba2 --mixer-option conv_size=-1", "conv_size"),

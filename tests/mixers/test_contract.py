@@ -15,6 +15,7 @@ from supra.mixers.gates import bounded_exp
 from supra.testing import mixer_inputs
 
 NAMES = [*MIXERS, *PRESETS]
+ROTATED = [name for name in MIXERS if "rotary" in resolve(name)[1]]
 VARIANTS = [(name, {}) for name in NAMES] + [
     ("supra", {"feature_map": "identity"}),
     ("supra", {"expansion": 2}),
@@ -28,6 +29,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("h3", {"gates": False, "d_state": 6}),
     ("rwkv", {"token_shift": True, "normalize": "group", "balance_state": False}),
     ("retention", {"normalize": "rms", "output_gate": False}),
+    ("supra", {"rotary": False}),
 ]
 SHAPES = [
     AttentionShape(query_heads=6, key_heads=2, head_size=8, value_size=8, hidden_size=48),
@@ -288,6 +290,21 @@ def test_packed_documents_are_separate(mixer, shape):
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         alone, _ = mixer(part(separate, start, end, positions=torch.arange(end - start)))
         close(packed[:, start:end], alone)
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_without_rotary_the_rotation_is_not_seen(name, shape):
+    inputs = make_inputs(shape, tokens=20)
+    plain = dataclasses.replace(inputs, rotary=None)
+    mixers = [build_mixer(name, shape, {"rotary": x}).double() for x in (False, True)]
+    for mixer in mixers:
+        mixer.reset_parameters()
+    without, with_it = mixers
+    without.load_state_dict(with_it.state_dict())
+    for run in (lambda mixer, x: mixer(x)[0], lambda mixer, x: mixer.mixing_matrix(x)):
+        found, expected = run(without, inputs), run(with_it, plain)
+        assert torch.equal(found, expected)
+        assert not torch.allclose(found, run(with_it, inputs))
 
 
 def test_causal_by_gradient(mixer, shape):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from supra.errors import UserError
 from supra.model.attention import attention_modules
 from supra.testing import tiny_config, untrained_model
 
@@ -14,3 +15,8 @@ def test_a_mixer_knows_the_eps_of_the_models_rms_norms(family, overrides, eps):
     """Models without RMSNorm have none to tell."""
     model = untrained_model(tiny_config(family, **overrides), "retention", {})
     assert [x.mixer.shape.norm_eps for x in attention_modules(model)] == [eps, eps]
+
+
+def test_a_rotation_that_the_family_applies_itself_cannot_be_left_out():
+    with pytest.raises(UserError, match=r"rotary \(=False\) of supra .* 'deepseek_v3' rotates"):
+        untrained_model(tiny_config("deepseek_v3"), "supra", {"rotary": False})
