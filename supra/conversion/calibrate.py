@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from supra.errors import UserError
+from supra.mixers.ridge import ridge_regression
 from supra.model.original import original
 
 # Ridge penalties to try on the change of the projection, relative to the mean square of the mixer's
@@ -72,19 +73,6 @@ def _fit_projection(
             weight, best = change.mT, error
     projection.weight += weight
     fitted.append(projection)
-
-
-def ridge_regression(x: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """The W [D, E] that minimises |y − xW|² + ridge · |x|² / D · |W|².
-
-    x: [..., D]. y: [..., E]. An infinite ridge gives W = 0.
-    """
-    x, y = (z.flatten(0, -2).double() for z in (x, y))
-    square = x.mT @ x
-    if ridge == torch.inf:
-        return torch.zeros_like(x.mT @ y).float()
-    square.diagonal().add_(ridge * square.diagonal().mean().clamp(min=1e-30))
-    return torch.linalg.solve(square, x.mT @ y).float()
 
 
 def _output_projection(

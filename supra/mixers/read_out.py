@@ -23,21 +23,26 @@ def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
 
 
 class OutputGate(nn.Module):
-    """2σ(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
+    """2σ(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D].
 
-    def __init__(self, shape: AttentionShape):
+    bias: whether there is a b.
+    """
+
+    def __init__(self, shape: AttentionShape, bias: bool = True):
         super().__init__()
         self.sizes = shape.query_heads, shape.value_size
         self.weight = nn.Parameter(torch.empty(math.prod(self.sizes), shape.hidden_size))
-        self.bias = nn.Parameter(torch.empty(math.prod(self.sizes)))
+        self.bias = nn.Parameter(torch.empty(math.prod(self.sizes))) if bias else None
 
     def reset_parameters(self) -> None:
         self.weight.data.zero_()
-        self.bias.data.zero_()
+        if self.bias is not None:
+            self.bias.data.zero_()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight, bias = (x.to(hidden_states.dtype) for x in (self.weight, self.bias))
-        gate = F.linear(hidden_states, weight, bias)
+        dtype = hidden_states.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        gate = F.linear(hidden_states, self.weight.to(dtype), bias)
         return self.activate(gate.float()).unflatten(-1, self.sizes)
 
     def activate(self, logits: Tensor) -> Tensor:
@@ -48,11 +53,17 @@ SILU_ONE = 1.2784645  # SiLU of it is 1
 
 
 class SiLUGate(OutputGate):
-    """SiLU(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
+    """SiLU(Wx + b) per head and channel, 1 at the start: from hidden states [B, T, D]. Without a
+    bias it is 0 until `open` is called."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.bias.data.fill_(SILU_ONE)
+        if self.bias is not None:
+            self.bias.data.fill_(SILU_ONE)
+
+    def open(self, direction: Tensor) -> None:
+        """Start at 1 without a bias: from a direction w [D] with w·x ≈ 1 for all tokens."""
+        self.weight.data.copy_(SILU_ONE * direction)
 
     def activate(self, logits: Tensor) -> Tensor:
         return F.silu(logits)

@@ -86,10 +86,10 @@ BUGS = [
     Bug(
         "ridge_without_a_scale",
         "the ridge penalty does not grow with the inputs",
-        "supra/conversion/calibrate.py",
+        "supra/mixers/ridge.py",
         "ridge * square.diagonal().mean().clamp(min=1e-30)",
         "ridge",
-        (f"{CALIBRATE}::test_ridge_regression_solves_its_equation",),
+        ("tests/mixers/test_ridge.py::test_ridge_regression_solves_its_equation",),
     ),
     Bug(
         "checksums_not_compared",
