@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from supra.errors import UserError, not_finite
+from supra.mixers.channel_scales import channel_scales
 from supra.mixers.exported import step_by_step, takes_steps
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs, Watch
 from supra.mixers.read_out import Norm, OutputGate
+from supra.mixers.signs import ONE_SIGN, Signs, signed
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
 
 # Fields of states that had another name in files of earlier versions, each with its name today.
@@ -61,9 +63,13 @@ class Mixer(nn.Module, ABC):
         norm: Norm | None = None,
         scale: bool = False,
         output_gate: OutputGate | None = None,
+        signs: Signs = ONE_SIGN,
     ):
         """norm, scale, output_gate: the pieces of `read_out`, each of which may be absent. The
-        scale is a trained factor per head and channel.
+        scale is a trained factor per head and channel of the sums.
+
+        signs: the sums of a head are a block of V channels for each sign. The output is the blocks
+            added up; at the start, with these signs.
 
         Options with `rotary` false take the family's rotation away from `mix`."""
         super().__init__()
@@ -72,7 +78,7 @@ class Mixer(nn.Module, ABC):
         self.norm = norm
         # The factors are stored in units of each head's magnitude: calibrated factors go down to
         # 0.01, and AdamW at a rate of 1e-3 would flip the sign of those within ten steps.
-        sizes = shape.query_heads, shape.value_size
+        self.signs, sizes = signs, (shape.query_heads, len(signs) * shape.value_size)
         self.scale = nn.Parameter(torch.empty(sizes)) if scale else None
         self.register_buffer("magnitude", torch.ones(sizes[0], 1) if scale else None)
         self.output_gate = output_gate
@@ -81,7 +87,8 @@ class Mixer(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Write the starting values into the parameters and the fixed buffers, in place."""
         if self.scale is not None:
-            self.set_scale(torch.ones_like(self.scale))
+            ones = torch.ones(self.shape.query_heads, self.shape.value_size)
+            self.set_scale(signed(ones, self.signs))
         for module in self.children():
             module.reset_parameters()
 
@@ -96,6 +103,14 @@ class Mixer(nn.Module, ABC):
         inputs = self.placed(inputs)
         if self.recurrent and takes_steps(inputs):
             return step_by_step(self, inputs, state)
+        output, end = self._mix_and_read(inputs, state, return_state)
+        first, *others = self.in_blocks(output).unbind(-2)
+        return sum(others, first).to(inputs.value.dtype), end
+
+    def _mix_and_read(
+        self, inputs: MixerInputs, state: Any = None, return_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Under the policy: what is read out, [B, T, Hq, P · V], and the new state."""
         if self.watch is not None:
             inputs = replace(inputs, watch=self.watch)
         own, past = self._split(state)
@@ -105,7 +120,7 @@ class Mixer(nn.Module, ABC):
         )
         if end is not None and run is not None and self.policy.keeps_past:
             end = self.state_type(*end, *run.past)
-        return self.read_out(inputs, output).to(inputs.value.dtype), end
+        return self.read_out(inputs, output), end
 
     def placed(self, inputs: MixerInputs) -> MixerInputs:
         """The inputs without their rotation, if the options leave it out."""
@@ -153,12 +168,17 @@ class Mixer(nn.Module, ABC):
     ) -> tuple[Tensor, Any]:
         """Sum values over tokens.
 
-        Returns the sums [B, T, Hq, V], linear in the value, and the new state or None.
+        Returns the sums [B, T, Hq, V], linear in the value, and the new state or None. With sign
+        pairs, the sums are [B, T, Hq, 2V].
         """
 
     def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        """The output of each token from its own sums [B, T, Hq, V]: norm, then scale, then gate."""
+        """The sums of each token after norm, then scale, then gate. Shape as it was."""
         return self.gated(self.scaled(self.normalized(output)), inputs)
+
+    def in_blocks(self, output: Tensor) -> Tensor:
+        """What is read out, [B, T, Hq, P · V] for P signs, as [B, T, Hq, P, V]."""
+        return output.unflatten(-1, (len(self.signs), -1))
 
     def normalized(self, output: Tensor) -> Tensor:
         """The output after the norm, if the mixer has one."""
@@ -206,22 +226,23 @@ class Mixer(nn.Module, ABC):
         with its own least-squares scale per channel, and the winner's scale is set as well. Raises
         UserError if no candidate has a finite error.
         """
-        heads, scaled = self.shape.query_heads, self.scale is not None
+        inputs, scaled = self.placed(inputs), self.scale is not None
         target = target.float().flatten(0, 1)  # [B·T, Hq, V]
-        best_error, best = target.new_full((heads,), torch.inf), target.new_empty(heads)
-        best_scale = torch.ones_like(target[0])
+        best_error = target.new_full((self.shape.query_heads,), torch.inf)
+        best = torch.empty_like(best_error)
+        ones = target.new_ones(len(best), len(self.signs) * target.shape[-1])
+        best_scale = torch.empty_like(ones)
         if scaled:
-            self.set_scale(best_scale)
+            self.set_scale(ones)
         for candidate in candidates:
             assign(torch.full_like(best, candidate))
-            output = self(inputs)[0].float().flatten(0, 1)
-            scale = torch.ones_like(best_scale)
-            if scaled:
-                scale = (output * target).sum(0) / (output * output).sum(0).clamp(min=MIN_POWER)
-            error = (target - scale * output).pow(2).sum((0, 2))
+            output, _ = self._mix_and_read(inputs)
+            blocks = self.in_blocks(output).float().flatten(0, 1)  # [B·T, Hq, P, V]
+            scale = channel_scales(blocks, target) if scaled else torch.ones_like(blocks[0])
+            error = (target - (scale * blocks).sum(2)).pow(2).sum((0, 2))
             better = error < best_error
             best_error = torch.where(better, error, best_error)
-            best_scale[better], best[better] = scale[better], candidate
+            best_scale[better], best[better] = scale.flatten(1)[better], candidate
         if not best_error.isfinite().all():
             what = f"calibration of {self.name}: the teacher's attention input or output"
             raise not_finite(what, inputs.query.dtype)
@@ -230,7 +251,7 @@ class Mixer(nn.Module, ABC):
             self.set_scale(best_scale)
 
     def set_scale(self, scale: Tensor) -> None:
-        """Store factors per head and channel, [Hq, V], as magnitude times scale."""
+        """Store factors per head and channel, [Hq, P · V], as magnitude times scale."""
         magnitude = scale.square().mean(1, keepdim=True).sqrt().clamp(min=MIN_POWER)
         self.magnitude.data.copy_(magnitude)
         self.scale.data.copy_(scale / magnitude)

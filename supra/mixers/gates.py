@@ -24,14 +24,15 @@ def bounded_exp(x: Tensor) -> Tensor:
 class HeadLogits(nn.Module):
     """Wx + b, W = 0 at the start. In float32 even under autocast: bf16 rounds decays near 1."""
 
-    def __init__(self, shape: AttentionShape):
+    def __init__(self, shape: AttentionShape, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.query_heads, shape.hidden_size))
-        self.bias = nn.Parameter(torch.empty(shape.query_heads))
+        self.bias = nn.Parameter(torch.empty(shape.query_heads)) if bias else None
 
     def reset_parameters(self) -> None:
         self.weight.data.zero_()
-        self.bias.data.zero_()
+        if self.bias is not None:
+            self.bias.data.zero_()
 
     def set(self, bias: Tensor) -> None:
         """Start every head [Hq] at this value for all tokens."""

@@ -12,16 +12,17 @@ from supra.mixers.padding import pick, tokens_first
 
 
 class ShortConv(nn.Module):
-    """Depthwise, with a bias. It starts as the identity: 1 at the last tap, 0 elsewhere."""
+    """Depthwise. It starts as the identity: 1 at the last tap, 0 elsewhere."""
 
-    def __init__(self, channels: int, size: int):
+    def __init__(self, channels: int, size: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, size))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def reset_parameters(self) -> None:
         self.weight.data.zero_()[:, -1] = 1
-        self.bias.data.zero_()
+        if self.bias is not None:
+            self.bias.data.zero_()
 
     def forward(
         self, inputs: MixerInputs, names: Sequence[str], **settings
