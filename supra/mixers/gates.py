@@ -77,6 +77,6 @@ def slope_of_half_life(tokens: Tensor) -> Tensor:
     return (math.log(2) / tokens).log()
 
 
-def fill_heads(parameter: nn.Parameter, number: Tensor) -> None:
-    """Write one number per head [H] into all channels of a parameter [H, D]."""
-    parameter.data.copy_(number[:, None].expand_as(parameter))
+def fill_heads(tensor: Tensor, number: Tensor) -> None:
+    """Write one number per head [H] into all channels of a tensor [H, D]."""
+    tensor.data.copy_(number[:, None].expand_as(tensor))

@@ -97,3 +97,10 @@ class MixerInputs:
         """Root mean squares of each head's queries [Hq] and keys [Hkv], never 0."""
         squares = (x.float().square().mean((0, 1, 3)) for x in (self.query, self.key))
         return tuple(x.clamp(min=MIN_POWER).sqrt() for x in squares)
+
+    def query_head_magnitudes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Root mean squares of query, key and value for each query head, [Hq] each, never 0."""
+        squares = [x.float().square().mean((0, 1, 3)) for x in (self.query, self.key, self.value)]
+        groups = len(squares[0]) // len(squares[1])
+        squares[1:] = [x.repeat_interleave(groups) for x in squares[1:]]
+        return tuple(x.clamp(min=MIN_POWER).sqrt() for x in squares)

@@ -7,11 +7,19 @@ C, B and x are the teacher's query, key and value, as in MambaInLlama (Wang et a
 its factor on QKᵀ. New parts start where they change nothing, as in Phi-Mamba (Bick et al. 2024):
 the convolutions are deltas, the gate is 1, D is 0. With A = −1 and W = 0, the start is linear
 attention with one decay per head, whose weights sum to about 1, since Δ is nearly 1 − exp(−Δ).
+
+The form "granite" is the layer of Granite 4 with other weights:
+
+    x, B, C = SiLU(conv([v, −v])), SiLU(conv([k, −k])), SiLU(conv([q, −q]))
+    yᵢ = CᵢSᵢ + D xᵢ        [aᵢ, bᵢ] = s · RMSNorm(SiLU(zᵢ) yᵢ)        v'ᵢ = aᵢ + bᵢ
+
+Signs fold into the projections before and after it, and s is the weight of its norm.
 """
 
 import math
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,14 +27,19 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from supra.errors import UserError
 from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
-from supra.mixers.gates import HeadLogits, bounded_exp
-from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.channel_scales import channel_scales
+from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads
+from supra.mixers.inputs import MIN_POWER, NORM_EPS, AttentionShape, MixerInputs
+from supra.mixers.options import Form
 from supra.mixers.read_out import SiLUGate, rms_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
+from supra.mixers.ridge import constant_direction
 from supra.mixers.short_conv import ShortConv, convolved_identity
+from supra.mixers.signs import ONE_SIGN, SIGN_PAIR, Signs, signed
 from supra.settings.model import STRICT
 
 HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibration
@@ -45,29 +58,71 @@ SKIPS = (
     10.0,
 )  # D; below 0 too, since sums without normalization can be too large
 
+# A layer of Granite 4: GraniteMoeHybridMambaLayer in transformers.
+GRANITE = Form(
+    fixed={
+        "activation": "silu", "normalize": "rms", "scale": True, "output_gate": True,
+        "rotary": False,
+    },
+    defaults={"sign_pairs": True},
+)  # fmt: skip
+# In Granite's form B and C start as SiLU(SHARPNESS · (x / |x| + bias)). With 1 in place of 0.2, the
+# error on SmolLM2-135M rises from 0.34 to 0.38.
+SHARPNESS = 0.2
+# Sums start this far below the norm's √eps, up to a factor of B and C. So small, they pass the norm
+# nearly unchanged, and SiLU of values is linear. What they lack is in the scale.
+VALUE_SIZE = 0.3
+# Δ of Granite's form at the start. llama.cpp computes softplus without log1p, which costs three
+# digits of a Δ of 1e-4: slow heads have a small A instead.
+MIN_STEP = 1 / 64
+KEY_SHIFTS = (-0.3, 0.0, 0.2, 0.4, 0.7, 1.0)  # shares of the token before, in calibration
+
 
 @dataclass(frozen=True, config=STRICT)
 class Mamba2Options:
-    """conv_size: taps of the convolution over x, B and C; 1 for none.
+    """form: "supra", which starts near the teacher; or "granite", a layer of Granite 4, which other
+        engines run. That one has SiLU, the norm and the gate, each without rotary positions, and no
+        bias in the gate. So its output is 0 until it is calibrated.
+    conv_size: taps of the convolution over x, B and C; 1 for none.
     activation: after the convolution: "none", or "silu" as published. SiLU nearly removes negative
         features, and the teacher's have both signs.
     normalize: "none", or "rms", RMSNorm with one group per head after the gate, as published.
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by SiLU(z), z = Wu + b of the hidden states u.
     rotary: whether queries and keys are rotated to their positions, as in the teacher.
+    sign_pairs: in the form "granite", whether heads are twice as wide: v, k and q become [v, −v],
+        [k, −k] and [q, −q], and the output is the difference of its halves. What SiLU removes from
+        one half is in the other. True in this form unless set otherwise.
     """
 
+    forms: ClassVar = {"granite": GRANITE}
+
+    form: Literal["supra", "granite"] = "supra"
     conv_size: int = Field(4, ge=1, le=MAX_TAPS)
     activation: Literal["none", "silu"] = "none"
     normalize: Literal["none", "rms"] = "none"
     scale: bool = True
     output_gate: bool = True
     rotary: bool = True
+    sign_pairs: bool = False
+
+    def __post_init__(self):
+        if self.sign_pairs and self.form != "granite":
+            raise UserError(
+                f"sign_pairs (=True) of mamba2 belong to form=granite, got form={self.form}: set "
+                "form to granite, or leave sign_pairs out"
+            )
 
 
 class Mamba2State(NamedTuple):
     memory: Tensor  # [B, Hq, K, V], float32; transposed from the paper's
     conv_state: Tensor  # [B, conv_size − 1, channels of x, B and C], the newest last
+
+
+def granite_shape(shape: AttentionShape, signs: Signs) -> AttentionShape:
+    """The sizes of the heads inside Granite's form: a key and a value for every query head."""
+    sizes = {name: len(signs) * getattr(shape, name) for name in ("head_size", "value_size")}
+    return replace(shape, key_heads=shape.query_heads, **sizes)
 
 
 class Mamba2(Mixer):
@@ -78,16 +133,21 @@ class Mamba2(Mixer):
     State = Mamba2State
 
     def __init__(self, shape: AttentionShape, options: Mamba2Options):
+        granite, signs = options.form == "granite", SIGN_PAIR if options.sign_pairs else ONE_SIGN
+        inner = granite_shape(shape, signs) if granite else shape
+        eps = shape.norm_eps if granite else NORM_EPS
         super().__init__(
             shape,
             options,
-            norm=rms_norm if options.normalize == "rms" else None,
+            norm=partial(rms_norm, eps=eps) if options.normalize == "rms" else None,
             scale=options.scale,
-            output_gate=SiLUGate(shape) if options.output_gate else None,
+            output_gate=SiLUGate(inner, bias=not granite) if options.output_gate else None,
+            signs=signs,
         )
-        values = shape.key_heads * shape.value_size
-        features = (shape.key_heads + shape.query_heads) * shape.head_size
-        self.conv = ShortConv(values + features, options.conv_size)
+        self.inner = inner
+        values = inner.key_heads * inner.value_size
+        features = (inner.key_heads + inner.query_heads) * inner.head_size
+        self.conv = ShortConv(values + features, options.conv_size, gain=granite)
         self.dt = HeadLogits(shape)
         self.A_log = nn.Parameter(torch.empty(shape.query_heads))
         self.D = nn.Parameter(torch.empty(shape.query_heads))
@@ -103,9 +163,20 @@ class Mamba2(Mixer):
         self, inputs: MixerInputs, state: Mamba2State | None = None, return_state: bool = False
     ) -> tuple[Tensor, Mamba2State | None]:
         memory, conv_state = state or (None, None)
+        inputs = self._widened(inputs)
         inputs, conv_state = self._convolve(inputs, conv_state, return_state)
         output, memory = self._scan(inputs, memory, return_state)
         return output, None if memory is None else Mamba2State(memory, conv_state)
+
+    def _widened(self, inputs: MixerInputs) -> MixerInputs:
+        """The inputs with the heads that the recurrence has. Granite's form has a key and a value
+        for every query head."""
+        if self.options.form != "granite":
+            return inputs
+        groups = self.shape.query_heads // self.shape.key_heads
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (inputs.key, inputs.value))
+        heads = {"query": inputs.query, "key": key, "value": value}
+        return replace(inputs, **{name: signed(x, self.signs) for name, x in heads.items()})
 
     def _convolve(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False
@@ -122,7 +193,7 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """The recurrence over x, B and C, and the skip."""
         query, key = inputs.rotated(inputs.query, inputs.key)
-        groups = self.shape.query_heads // self.shape.key_heads
+        groups = self.inner.query_heads // self.inner.key_heads
         key, value = (x.repeat_interleave(groups, dim=2) for x in (key, inputs.value))
         step = F.softplus(self.dt(inputs.hidden_states))
         output, end = scan(
@@ -130,15 +201,16 @@ class Mamba2(Mixer):
             log_decay=-bounded_exp(self.A_log) * step,
             state=None if memory is None else LinearAttentionState(memory, None),
             return_state=return_state,
-            scale=inputs.scaling,
+            scale=1.0 if self.options.form == "granite" else inputs.scaling,
         )  # fmt: skip
         return output + self.D[:, None] * value, None if end is None else end.memory
 
     def matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
         The SiLU on values is left out, since it is not linear."""
+        inputs = self._widened(inputs)
         convolved, _ = self._convolve(inputs)
-        taps = self.conv.weight[: self.shape.key_heads * self.shape.value_size]
+        taps = self.conv.taps()[0][: self.inner.key_heads * self.inner.value_size]
         output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
         return output.transpose(1, 2)
 
@@ -151,6 +223,9 @@ class Mamba2(Mixer):
         """Choose per head, one after the other: the decay, the bias of C, the skip; and the scale
         with each."""
         if not self.options.scale:
+            return
+        if self.options.form == "granite":
+            self._calibrate_granite(inputs, target)
             return
         shape, size = self.shape, self.shape.head_size
         values, keys = shape.key_heads * shape.value_size, shape.key_heads * size
@@ -166,8 +241,58 @@ class Mamba2(Mixer):
         self.choose(inputs, target, HALF_LIVES, self._set_half_life)
         self.choose(inputs, target, SKIPS, self.D.data.copy_)
 
+    def _calibrate_granite(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Open the gate. Choose per head: the decay, the bias of C, how much B is of the token
+        before. Fit the taps of x per channel, which are what helps most."""
+        self.output_gate.open(constant_direction(inputs.hidden_states))
+        query, key, value = inputs.query_head_magnitudes()
+        (_, key_bias, query_bias), (value_gain, key_gain, query_gain) = (
+            self._parts(x) for x in (self.conv.bias.data, self.conv.gain)
+        )
+        key_taps = self._parts(self.conv.weight.data)[1]
+
+        def set_half_life(tokens: Tensor) -> None:
+            self._set_half_life(tokens)
+            size = VALUE_SIZE * math.sqrt(self.shape.norm_eps) * self.A_log.exp()
+            fill_heads(value_gain, size / value)
+
+        def shift_keys(share: Tensor) -> None:
+            key_taps[..., -2:] = torch.stack([share, 1 - share], -1)[:, None]
+
+        fill_heads(key_gain, SHARPNESS / key)
+        fill_heads(query_gain, SHARPNESS / query)
+        self.choose(inputs, target, HALF_LIVES, set_half_life)
+        fill_heads(key_bias, KEY_BIAS * key)
+        self.choose(inputs, target, QUERY_BIASES, lambda x: fill_heads(query_bias, x * query))
+        self._fit_value_taps(inputs, target)
+        if self.options.conv_size > 1:
+            self.choose(inputs, target, KEY_SHIFTS, shift_keys)
+        self.choose(inputs, target, HALF_LIVES, set_half_life)
+        self._fit_value_taps(inputs, target)
+
+    def _fit_value_taps(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Give each channel of x the taps, and the scale, of the smallest error."""
+        taps, outputs = self._parts(self.conv.weight.data)[0], []
+        self.set_scale(signed(torch.ones_like(target[0, 0]), self.signs))
+        for tap in range(self.options.conv_size):
+            taps.zero_()[..., tap] = 1
+            outputs.append(self(inputs)[0].float().flatten(0, 1))
+        found = channel_scales(torch.stack(outputs, 2), target.float().flatten(0, 1)).mT
+        size = found.norm(dim=-1).clamp(min=MIN_POWER)  # [Hq, V]
+        taps.copy_((found / size[..., None]).repeat(1, len(self.signs), 1))
+        self.set_scale(signed(size, self.signs))
+
+    def _parts(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of what the convolution has per channel, of x, B and C: [Hq, channels, …] each."""
+        inner = self.inner
+        sizes = [inner.query_heads * x for x in (inner.value_size, *[inner.head_size] * 2)]
+        return tuple(x.unflatten(0, (inner.query_heads, -1)) for x in channels.split(sizes))
+
     def _set_half_life(self, tokens: Tensor) -> None:
-        """Start every head [Hq] with this half-life. With A = −1, Δ sets both how much is forgotten
-        and how much is written."""
+        """Start every head [Hq] with this half-life. Δ sets both how much is forgotten and how much
+        is written: with A = −1, weights of tokens sum to about 1."""
         step = math.log(2) / tokens.double()
+        if self.options.form == "granite":
+            step = step.clamp(min=MIN_STEP)
+            self.A_log.data.copy_((math.log(2) / tokens / step).log())
         self.dt.set(step + (-torch.expm1(-step)).log())  # the inverse of softplus

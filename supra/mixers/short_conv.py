@@ -12,23 +12,38 @@ from supra.mixers.padding import pick, tokens_first
 
 
 class ShortConv(nn.Module):
-    """Depthwise. It starts as the identity: 1 at the last tap, 0 elsewhere."""
+    """Depthwise. It starts as the identity: 1 at the last tap, 0 elsewhere.
 
-    def __init__(self, channels: int, size: int, bias: bool = True):
+    gain: whether the outputs are multiplied by a fixed factor per channel, 1 at the start. Then
+        trained taps and biases are in units of the inputs, which suits rates of training, even
+        where an activation is to read much smaller or larger numbers.
+    """
+
+    def __init__(self, channels: int, size: int, bias: bool = True, gain: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.register_buffer("gain", torch.empty(channels) if gain else None)
 
     def reset_parameters(self) -> None:
         self.weight.data.zero_()[:, -1] = 1
         if self.bias is not None:
             self.bias.data.zero_()
+        if self.gain is not None:
+            self.gain.fill_(1)
+
+    def taps(self) -> tuple[Tensor, Tensor | None]:
+        """The weight [C, W] and the bias [C] with the gain in them."""
+        if self.gain is None:
+            return self.weight, self.bias
+        bias = None if self.bias is None else self.bias * self.gain
+        return self.weight * self.gain[:, None], bias
 
     def forward(
         self, inputs: MixerInputs, names: Sequence[str], **settings
     ) -> tuple[MixerInputs, Tensor | None]:
         """`convolve` with this module's weight. An offloaded weight exists only in `forward`."""
-        return convolve(inputs, names, self.weight, self.bias, **settings)
+        return convolve(inputs, names, *self.taps(), **settings)
 
 
 def convolve(

@@ -25,6 +25,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("window", {"size": 1, "sinks": 0, "decay": "none"}),
     ("mamba2", {"conv_size": 1, "output_gate": False}),
     ("mamba2", {"activation": "silu", "normalize": "rms"}),
+    ("mamba2", {"form": "granite"}),
     ("h3", {"init": "published", "d_state": 6, "shift_size": 5}),
     ("h3", {"gates": False, "d_state": 6}),
     ("rwkv", {"token_shift": True, "normalize": "group", "balance_state": False}),
