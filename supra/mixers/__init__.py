@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from supra.errors import UserError, check_choice
 from supra.mixers.base import Mixer, float32_at_least
 from supra.mixers.gated_delta import GatedDelta
+from supra.mixers.gated_deltanet import GatedDeltaNet
 from supra.mixers.h3 import H3
 from supra.mixers.inputs import AttentionShape, MixerInputs, Rotary
 from supra.mixers.mamba2 import Mamba2
@@ -38,7 +39,18 @@ def by_name(entries: Iterable[Any], taken: Container[str] = ()) -> dict[str, Any
 
 
 MIXERS: dict[str, type[Mixer]] = by_name(
-    (Softmax, Supra, Window, GatedDelta, Mamba2, Rwkv, H3, NonlinearGatedMixer, Retention)
+    (
+        Softmax,
+        Supra,
+        Window,
+        GatedDelta,
+        GatedDeltaNet,
+        Mamba2,
+        Rwkv,
+        H3,
+        NonlinearGatedMixer,
+        Retention,
+    )
 )
 
 PRESETS: dict[str, Preset] = by_name(

@@ -100,6 +100,8 @@ REFUSED = {
         ("--mixer h3 --mixer-option state_size=0", "state_size"),
         ("--mixer h3 --mixer-option state_size=.inf", "state_size"),
         ("--mixer gated_delta --mixer-option conv_size=0.5", "conv_size"),
+        ("--mixer gated_deltanet --mixer-option beta_range=2.5", "beta_range"),
+        ("--mixer gated_deltanet --mixer-option sign_pairs=2", "sign_pairs"),
         ("--mixer rwkv --mixer-option lora=-1", "lora"),
         ("--keep-attention 2", "layers 0 to 1"),
         ("--keep-attention=-3", "layers 0 to 1"),

@@ -1,0 +1,230 @@
+"""`gated_deltanet`: the linear layer of Qwen3.5 in the place of attention. Other engines run it.
+
+    q, k, v = SiLU(conv(x + b · wu)) of the teacher's query, key and value x, as sign pairs [x, −x]
+    q, k = x · (Σx² + 1e-6)^-½        γ = exp(−exp(A) softplus(W_a u + a))        β = σ(W_b u)
+    Sᵢ = γᵢ (1 − βᵢ kᵢkᵢᵀ) Sᵢ₋₁ + βᵢ kᵢvᵢᵀ        v'ᵢ = s · RMSNorm(qᵢSᵢ) · SiLU(W_z u)
+
+This is Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, section 3.3) without biases. The layer's own
+forms stand for what this file adds: the pairs and w fold into its projections of u, the factors s
+into its output projection. wu is near 1 on all tokens, so that b and the starts of W_z and W_b,
+which are multiples of w, act as biases.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supra.kernels.causal_conv.api import MAX_TAPS
+from supra.kernels.gated_delta_rule.api import MAX_KEY_CHANNELS
+from supra.mixers.base import Mixer
+from supra.mixers.gates import HeadLogits, bounded_exp
+from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs
+from supra.mixers.read_out import SiLUGate, rms_norm
+from supra.mixers.recurrence import GATED_DELTA_RULE, scan
+from supra.mixers.ridge import constant_direction
+from supra.mixers.short_conv import ShortConv, convolved_identity
+from supra.mixers.signs import ONE_SIGN, SIGN_PAIR, signed
+from supra.settings.model import STRICT
+
+STRENGTH = 0.12  # β at the start
+HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibration
+STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # β; candidates in calibration
+# Factors before SiLU, in units of 1 over the root mean square of a head. Of large numbers SiLU is a
+# ReLU, of small ones it is nearly linear.
+SHARPNESSES = (0.25, 0.5, 1.0, 2.0)
+VALUE_BIASES = (-0.5, 0.0, 0.25, 0.5, 1.0, 2.0)  # in units of values
+LENGTH_EPS = 1e-6  # of the layer in Qwen3.5
+PARTS = ("query", "key", "value")  # in the order of the convolution's channels
+
+
+@dataclass(frozen=True, config=STRICT)
+class GatedDeltaNetOptions:
+    """conv_size: taps of the convolution over query, key and value; 1 for none.
+    sign_pairs: whether each head has [x, −x] in the place of x, since SiLU nearly removes negative
+        numbers; null: if such a head has at most 256 channels.
+    beta_range: the largest β, at most 2. Over 1 the state can change the sign of what it holds.
+        Only 1 can be exported.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher. Only without
+        it the layer can be exported.
+    """
+
+    conv_size: int = Field(4, ge=1, le=MAX_TAPS)
+    sign_pairs: bool | None = None
+    beta_range: float = Field(1.0, ge=1.0, le=2.0)
+    rotary: bool = False
+
+
+class GatedDeltaNetState(NamedTuple):
+    memory: Tensor  # [B, Hq, P · K, P · V], float32
+    conv_state: Tensor  # [B, conv_size − 1, channels of query, key and value], the newest last
+
+
+class GatedDeltaNet(Mixer):
+    """Qwen3.5's gated delta rule, with keys and values of its own for every query head."""
+
+    name = "gated_deltanet"
+    Options = GatedDeltaNetOptions
+    State = GatedDeltaNetState
+    refuses: ClassVar = {
+        "window": "what the delta rule writes depends on what was stored before, so no token can "
+        "be subtracted again; take decay_scale or norm",
+        "insert_scale": "the delta rule erases as much as it writes; take decay_scale or norm",
+    }
+
+    def __init__(self, shape: AttentionShape, options: GatedDeltaNetOptions):
+        pairs = options.sign_pairs
+        if pairs is None:
+            pairs = 2 * max(shape.head_size, shape.value_size) <= MAX_KEY_CHANNELS
+        signs = SIGN_PAIR if pairs else ONE_SIGN
+        super().__init__(
+            shape,
+            options,
+            norm=partial(rms_norm, eps=shape.norm_eps),
+            scale=True,
+            output_gate=SiLUGate(
+                replace(shape, value_size=len(signs) * shape.value_size), bias=False
+            ),
+            signs=signs,
+        )
+        heads, blocks = shape.query_heads, len(signs)
+        sizes = [blocks * x for x in (shape.head_size, shape.head_size, shape.value_size)]
+        self.conv = ShortConv(heads * sum(sizes), options.conv_size, bias=False)
+        self.query_bias, self.key_bias, self.value_bias = (
+            nn.Parameter(torch.empty(heads, size)) for size in sizes
+        )
+        self.constant = HeadLogits(replace(shape, query_heads=1), bias=False)
+        self.dt = HeadLogits(shape)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.strength = HeadLogits(shape, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Without a text, any w is as good as another; `calibrate` fits it."""
+        super().reset_parameters()
+        shape, heads = self.shape, self.shape.query_heads
+        fixed = torch.Generator().manual_seed(0)
+        direction = torch.randn(shape.hidden_size, generator=fixed) / math.sqrt(shape.hidden_size)
+        self._set_constant(direction)
+        for bias in (self.query_bias, self.key_bias, self.value_bias):
+            bias.data.zero_()
+        self.A_log.data.zero_()
+        self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+
+    def mix(
+        self, inputs: MixerInputs, state: GatedDeltaNetState | None = None, return_state=False
+    ) -> tuple[Tensor, GatedDeltaNetState | None]:
+        memory, conv_state = state or (None, None)
+        inputs, conv_state = self._convolve(inputs, conv_state, return_state)
+        output, memory = self._scan(inputs, memory, return_state)
+        return output, None if memory is None else GatedDeltaNetState(memory, conv_state)
+
+    def _convolve(
+        self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False
+    ) -> tuple[MixerInputs, Tensor | None]:
+        """The inputs with the features [B, T, Hq, P · K or P · V] of query, key and value in their
+        place; and the state of the convolution."""
+        constant = self.constant(inputs.hidden_states)[..., None]
+        groups = self.shape.query_heads // self.shape.key_heads
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (inputs.key, inputs.value))
+        heads = {
+            name: signed(x, self.signs) + (constant * bias).to(x.dtype)
+            for name, x, bias in (
+                ("query", inputs.query, self.query_bias),
+                ("key", key, self.key_bias),
+                ("value", value, self.value_bias),
+            )
+        }
+        inputs = replace(inputs, **heads)
+        return self.conv(inputs, PARTS, activation="silu", state=state, return_state=return_state)
+
+    def _scan(
+        self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The recurrence over features."""
+        query, key = self._rotated(inputs, *(_of_length_one(x) for x in (inputs.query, inputs.key)))
+        strength = self.options.beta_range * self.strength(inputs.hidden_states).sigmoid()
+        step = F.softplus(self.dt(inputs.hidden_states))
+        return scan(
+            GATED_DELTA_RULE, inputs, query, key, inputs.value, strength,
+            log_decay=-bounded_exp(self.A_log) * step,
+            state=memory,
+            return_state=return_state,
+            scale=query.shape[-1] ** -0.5,
+        )  # fmt: skip
+
+    def _rotated(self, inputs: MixerInputs, *features: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions, the blocks of a pair one by one."""
+        blocks = (self.in_blocks(x).flatten(2, 3) for x in features)
+        return tuple(x.reshape(features[0].shape) for x in inputs.rotated(*blocks))
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Fit w, and choose per head, one after the other: the half-life, the strength, the
+        sharpness of queries and values, the bias of values; and the scales with each."""
+        self._set_constant(constant_direction(inputs.hidden_states))
+        lengths = self._lengths(inputs)
+        for part, length in zip(PARTS, lengths, strict=True):
+            self._set_sharpness(part, 1 / length)
+        self.choose(inputs, target, HALF_LIVES, self._set_half_life)
+        self.choose(inputs, target, STRENGTHS, self._set_strength)
+        for part, length in zip(("query", "value"), lengths[::2], strict=True):
+            self.choose(
+                inputs, target, SHARPNESSES,
+                lambda x, part=part, length=length: self._set_sharpness(part, x / length),
+            )  # fmt: skip
+        bias = self.value_bias.data
+        self.choose(
+            inputs, target, VALUE_BIASES,
+            lambda x: bias.copy_((x * lengths[2])[:, None].expand_as(bias)),
+        )  # fmt: skip
+        self.choose(inputs, target, HALF_LIVES, self._set_half_life)
+
+    def matrix(self, inputs: MixerInputs) -> Tensor:
+        """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
+        The SiLU on values is left out, since it is not linear."""
+        convolved, _ = self._convolve(inputs)
+        heads = self.shape.query_heads
+        taps = self.conv.weight[-self.value_bias.numel() :]
+        inputs = replace(inputs, value=inputs.value[:, :, :1].expand(-1, -1, heads, -1))
+        output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
+        return output.transpose(1, 2)
+
+    def _set_constant(self, direction: Tensor) -> None:
+        """Start from this w [D], with every gate and strength at its start where wu is 1."""
+        self.constant.weight.data.copy_(direction)
+        self.output_gate.open(direction)
+        self._set_strength(torch.full((self.shape.query_heads,), STRENGTH))
+
+    def _set_strength(self, share: Tensor) -> None:
+        """Start every head [Hq] at this β where wu is 1."""
+        self.strength.weight.data.copy_(share.logit()[:, None] * self.constant.weight)
+
+    def _lengths(self, inputs: MixerInputs) -> list[Tensor]:
+        """Root mean squares of query, key and value for each query head, [Hq] each."""
+        groups = self.shape.query_heads // self.shape.key_heads
+        query, key = inputs.magnitudes()
+        value = inputs.value.float().square().mean((0, 1, 3)).clamp(min=MIN_POWER).sqrt()
+        return [query, *(x.repeat_interleave(groups) for x in (key, value))]
+
+    def _set_sharpness(self, part: str, factor: Tensor) -> None:
+        """Start with this factor per head [Hq] on the newest token of a part."""
+        biases = (self.query_bias, self.key_bias, self.value_bias)
+        rows = self.conv.weight.data.split([x.numel() for x in biases])[PARTS.index(part)]
+        rows.view(len(factor), -1, rows.shape[-1])[:, :, -1] = factor[:, None]
+
+    def _set_half_life(self, tokens: Tensor) -> None:
+        """Start every head [Hq] with this half-life in tokens."""
+        step = math.log(2) / tokens.double()
+        self.dt.set(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+
+
+def _of_length_one(x: Tensor) -> Tensor:
+    """x [..., C] divided by its length, in its own dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + LENGTH_EPS)).to(x.dtype)
