@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from supra.errors import UserError
+from supra.mixers import MixerInputs
 from supra.mixers.ridge import ridge_regression
 from supra.model.original import original
 
@@ -37,9 +38,12 @@ def calibrate(
     teacher, pairs = original(model)
     fitted: list[nn.Module] = []
     for attention, teachers in pairs:
+        targets: list[Tensor] = []
         teachers.mixer.register_forward_hook(
-            lambda _, inputs, output, mixer=attention.mixer: mixer.calibrate(*inputs, output[0])
+            lambda _, inputs, output, targets=targets: targets.append(output[0])
         )
+        start = partial(_calibrate_mixer, attention, targets)
+        teachers.register_forward_hook(start, with_kwargs=True)
         if projections:
             fit = partial(_fit_projection, attention, fitted)
             teachers.register_forward_hook(fit, with_kwargs=True)
@@ -49,6 +53,25 @@ def calibrate(
             f"calibrate.projections: {model.config.base_model_type} has no linear output "
             "projection to fit: set calibrate.projections to false"
         )
+
+
+def _calibrate_mixer(
+    attention: nn.Module,
+    targets: list[Tensor],
+    teacher: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
+    """A forward hook of the teacher's attention module: calibrates the student's mixer.
+
+    The student's module runs to get the inputs, because it may leave out a part of QK-norm.
+    """
+    inputs: list[MixerInputs] = []
+    hook = attention.mixer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    attention(*args, **kwargs)
+    hook.remove()
+    attention.mixer.calibrate(inputs[0], targets.pop())
 
 
 def _fit_projection(

@@ -17,8 +17,10 @@ from supra.checkpoint.weights import (
 )
 from supra.errors import UserError
 from supra.mixers import NEW_PARAMETERS
+from supra.model.attention import SupraAttention
 from supra.model.auto import converted_config
 from supra.model.families import FAMILIES, refusal
+from supra.model.qk_norm import qk_norms
 
 
 class Plan(NamedTuple):
@@ -83,9 +85,10 @@ def plan_tensors(
     wanted = student.state_dict()
     tied = tied_names(student)
     float32 = student._keep_in_fp32_modules_strict  # parts of names, such as a router's bias
+    undivided = _undivided_norms(student)
     fates = {}
     for name, spec in reader.specs.items():
-        fate, note, kept = "copied", "", spec.dtype
+        fate, note, kept = "copied", undivided.get(name, ""), spec.dtype
         if name in wanted and name not in tied:
             check_fits(name, spec, wanted[name])
         if name not in wanted:
@@ -117,6 +120,16 @@ def plan_tensors(
         if NEW_PARAMETERS in name:
             fates[name] = TensorFate(name, "new", tuple(tensor.shape), "float32")
     return list(fates.values())
+
+
+def _undivided_norms(student: PreTrainedModel) -> dict[str, str]:
+    """A note for each weight of a QK-norm that does no more than multiply."""
+    return {
+        f"{module_name}.{norm_name}.weight": f"without its norm: {module.mixer.name} has its own"
+        for module_name, module in student.named_modules()
+        if isinstance(module, SupraAttention) and module.mixer.drops_qk_norm
+        for norm_name, _ in qk_norms(module)
+    }
 
 
 def main_dtype(specs: dict[str, TensorSpec]) -> torch.dtype:

@@ -51,6 +51,7 @@ class Mixer(nn.Module, ABC):
     branches: ClassVar[tuple[str, ...]] = ()  # names of the parts, if the mixer adds up several
     only: str | None = None  # the one branch that runs alone, to measure its share
     recurrent: ClassVar[bool] = True  # whether the state has the same size for every context
+    drops_qk_norm: ClassVar[bool] = False  # of the teacher's QK-norm, only the weight acts
     refuses: ClassVar[dict[str, str]] = {}  # fields of StatePolicy that cannot act here, and why
     policy: LayerPolicy | None = None
     watch: Watch | None = None  # called with the log decays of every call

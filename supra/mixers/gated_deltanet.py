@@ -72,6 +72,7 @@ class GatedDeltaNet(Mixer):
     name = "gated_deltanet"
     Options = GatedDeltaNetOptions
     State = GatedDeltaNetState
+    drops_qk_norm = True  # Qwen3.5's layer has none
     refuses: ClassVar = {
         "window": "what the delta rule writes depends on what was stored before, so no token can "
         "be subtracted again; take decay_scale or norm",

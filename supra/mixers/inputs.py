@@ -67,7 +67,7 @@ class MixerInputs:
     """All that a mixer may read in one call. Query and key are not rotated yet."""
 
     hidden_states: Tensor  # [B, T, D], the input of the attention module
-    query: Tensor  # [B, T, Hq, K], after biases and QK-norm
+    query: Tensor  # [B, T, Hq, K], after biases and QK-norm; see Mixer.drops_qk_norm
     key: Tensor  # [B, T, Hkv, K]
     value: Tensor  # [B, T, Hkv, V]
     rotary: Rotary | None  # None for families without rotary positions

@@ -29,6 +29,7 @@ from supra.mixers.inputs import NORM_EPS
 from supra.mixers.state_policy import StatePolicy
 from supra.model.cache import MixerLayer
 from supra.model.families import ROTATE_THEMSELVES, WINDOW_IN_MASK
+from supra.model.qk_norm import drop_division
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def insert_mixer(
     if config.base_model_type in WINDOW_IN_MASK:
         attention.window = config.sliding_window
     attention.mixer = build_mixer(name, shape, options)
+    if attention.mixer.drops_qk_norm:
+        drop_division(attention)
     if rotated and not attention.rotates and not attention.mixer.rotates:
         raise UserError(
             f"rotary (=False) of {name} cannot act: attention of model_type "

@@ -13,6 +13,7 @@ from supra.errors import UserError
 from supra.mixers import build_mixer
 from supra.model.attention import attention_modules
 from supra.model.families import no_mixer
+from supra.model.qk_norm import restore_division
 
 
 def original(
@@ -36,5 +37,7 @@ def original(
     memo = {id(x): x for x in tensors if id(x) not in copied}
     memo |= {id(x.mixer): build_mixer("softmax", x.mixer.shape, {}) for x in mixing}
     teacher = copy.deepcopy(base, memo).eval()
+    for attention in attention_modules(teacher):
+        restore_division(attention)
     pairs = zip(attentions, attention_modules(teacher), strict=True)
     return teacher, [(own, other) for own, other in pairs if own in mixing]
