@@ -32,7 +32,14 @@ from supra.checkpoint.files import fingerprint
 from supra.checkpoint.gguf_file import GgufFile
 from supra.checkpoint.json_files import read_fields
 from supra.checkpoint.untrusted import TOKENIZER_FILES, check_opened
-from supra.checkpoint.weights import check_complete, check_safetensors, check_tensors
+from supra.checkpoint.weights import (
+    FolderReader,
+    ModuleReader,
+    check_complete,
+    check_safetensors,
+    check_tensors,
+    model_names,
+)
 from supra.errors import UserError, check_choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +72,12 @@ class Checkpoint:
         if self.gguf_file is not None:
             arguments["gguf_file"] = self.gguf_file
         return arguments
+
+    @property
+    def public_name(self) -> str:
+        """The hub id, or the last part of a local path: the model card, which may be published,
+        shows this name."""
+        return self.hub_id or Path(os.path.abspath(self.name)).name
 
     def fingerprint(self) -> str:
         """A fingerprint of config and weights: sizes and samples of local files, or the commit of a
@@ -142,6 +155,22 @@ class Checkpoint:
         with self.named():
             check_complete(info)
         return model
+
+    def tensors(self, config: PreTrainedConfig) -> FolderReader | ModuleReader:
+        """A reader that gives each tensor the name it has in the model.
+
+        Files may use older names, as GPT-NeoX's head does. When transformers fuses several stored
+        tensors into one parameter, the whole model is loaded into memory instead.
+        """
+        if self.gguf_file is not None:
+            return ModuleReader(self.model())
+        self.fetch_weights()
+        reader = FolderReader(self.folder)
+        names, fused = model_names(meta_model(config), reader.specs)
+        if fused:
+            return ModuleReader(self.model())
+        reader.rename(names)
+        return reader
 
     @contextmanager
     def named(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ Tensors are copied one at a time, so the model need not fit into memory. The new
 only when it is complete.
 """
 
-import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,12 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from supra.checkpoint.card import write_card
 from supra.checkpoint.checksums import checksum
-from supra.checkpoint.config_rules import check_generation_config, meta_model
+from supra.checkpoint.config_rules import check_generation_config
 from supra.checkpoint.conversion_report import ConversionReport
 from supra.checkpoint.files import check_space, check_vacant, staged_folder
 from supra.checkpoint.opening import Checkpoint, find_checkpoint
 from supra.checkpoint.untrusted import LICENSE_FILES, TOKENIZER_FILES, copy_data, drop_code
-from supra.checkpoint.weights import FolderReader, ModuleReader, ShardWriter, model_names
+from supra.checkpoint.weights import ShardWriter
 from supra.conversion.layer_choice import (
     costliest,
     evenly_spaced,
@@ -94,7 +93,7 @@ def convert(
         # reading the weights frees a parsed GGUF file, so its tokenizer is read first
         tokenizer = checkpoint.tokenizer()
     blocks = read_blocks(tokenizer, text, text_field) if ranked else []
-    reader = open_weights(checkpoint, base)
+    reader = checkpoint.tensors(base)
     plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
     check_space(out, sum(fate.nbytes for fate in plan.fates))
     costs = []
@@ -103,7 +102,7 @@ def convert(
         layers = plan_layers(count, mixer, costliest(costs, share))
         plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
     report = ConversionReport(
-        teacher=public_name(checkpoint),
+        teacher=checkpoint.public_name,
         family=base.model_type,
         layers=layers,
         options={name: options for name in dict.fromkeys(layers) if name == mixer},
@@ -131,12 +130,6 @@ def _base_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return base
 
 
-def public_name(checkpoint: Checkpoint) -> str:
-    """The hub id, or the last part of a local path: the model card, which may be published, shows
-    this name."""
-    return checkpoint.hub_id or Path(os.path.abspath(checkpoint.name)).name
-
-
 def command_line(
     checkpoint: Checkpoint,
     out: Path,
@@ -148,7 +141,7 @@ def command_line(
 ) -> str:
     """The command that repeats the conversion. It names every option, but only the last part of
     each path."""
-    words = ["supra", "convert", "--model", public_name(checkpoint)]
+    words = ["supra", "convert", "--model", checkpoint.public_name]
     if checkpoint.revision is not None:
         words += ["--revision", checkpoint.revision]
     words += ["--out", f"./{out.name}", "--mixer", mixer]
@@ -159,23 +152,6 @@ def command_line(
     if dtype is not None:
         words += ["--dtype", short_name(dtype)]
     return shlex.join([*words, "--seed", str(seed)])
-
-
-def open_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> FolderReader | ModuleReader:
-    """A reader that gives each tensor the name it has in the model.
-
-    Files may use older names, as GPT-NeoX's head does. When transformers fuses several stored
-    tensors into one parameter, the whole model is loaded into memory instead.
-    """
-    if checkpoint.gguf_file is not None:
-        return ModuleReader(checkpoint.model())
-    checkpoint.fetch_weights()
-    reader = FolderReader(checkpoint.folder)
-    names, fused = model_names(meta_model(config), reader.specs)
-    if fused:
-        return ModuleReader(checkpoint.model())
-    reader.rename(names)
-    return reader
 
 
 def carried_bytes(student: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int]:

@@ -15,9 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import supra.checkpoint.files
 import supra.checkpoint.weights
-import supra.conversion.convert
 from supra.checkpoint.opening import find_checkpoint
-from supra.checkpoint.weights import INDEX, ShardWriter
+from supra.checkpoint.weights import INDEX, FolderReader, ShardWriter
 from supra.conversion.convert import convert
 from supra.errors import UserError
 from supra.mixers.supra import lightning_slopes
@@ -449,12 +448,8 @@ def test_only_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
     """Each tensor is written before the next one is read."""
     tiny_checkpoint(tmp_path / "base")
     order = []
-    load, add = supra.conversion.convert.FolderReader.load, ShardWriter.add
-    monkeypatch.setattr(
-        supra.conversion.convert.FolderReader,
-        "load",
-        lambda s, n: (order.append("read"), load(s, n))[1],
-    )
+    load, add = FolderReader.load, ShardWriter.add
+    monkeypatch.setattr(FolderReader, "load", lambda s, n: (order.append("read"), load(s, n))[1])
     monkeypatch.setattr(ShardWriter, "add", lambda s, n, x: (order.append("write"), add(s, n, x)))
     convert(str(tmp_path / "base"), tmp_path / "rnn", mixer="softmax")
     assert order == ["read", "write"] * (len(order) // 2)

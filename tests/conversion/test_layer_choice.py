@@ -224,7 +224,7 @@ def test_short_texts(tmp_path, monkeypatch):
 
 def test_the_model_in_memory_is_the_one_on_disk(tmp_path):
     """Even with renamed tensors, tied embeddings and random starting values."""
-    from supra.conversion.convert import convert, open_weights
+    from supra.conversion.convert import convert
     from supra.conversion.plan import plan_conversion
     from supra.conversion.tensors import load_converted
 
@@ -233,7 +233,7 @@ def test_the_model_in_memory_is_the_one_on_disk(tmp_path):
     checkpoint = find_checkpoint(str(tmp_path / "base"))
     name, options = resolve_mixer("supra_paper")
     base = checkpoint.config()
-    reader = open_weights(checkpoint, base)
+    reader = checkpoint.tensors(base)
     plan = plan_conversion(reader, base, [name] * 2, {name: options}, None)
     memory = load_converted(plan, 3, progress=False)
     disk = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")
