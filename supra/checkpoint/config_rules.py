@@ -152,7 +152,8 @@ def _check_shares(field: Callable[[str], tuple[str, Any]]) -> None:
     for of, count in map(field, EXPERTS):
         if not isinstance(count, list | dict | None):
             check_whole(of, count, 0)
-        if _is_number(used) and _is_number(count) and not 0 < used <= count:
+        # dense models of families with experts have 0 of 0
+        if _is_number(used) and _is_number(count) and not min(count, 1) <= used <= count:
             raise UserError(f"{name} (={used}) must be from 1 to {of} (={count})")
 
 

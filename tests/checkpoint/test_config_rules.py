@@ -121,3 +121,10 @@ def test_generation_config(damaged, text, says):
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(UserError, match=f"generation_config.json.*{says}"):
         find_checkpoint(str(folder)).model()
+
+
+def test_dense_models_of_families_with_experts_have_no_expert_per_token():
+    given = {"model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 0}
+    check_fields(given)
+    with pytest.raises(UserError, match=r"num_experts_per_tok \(=1\) must be from 1 to"):
+        check_fields(given | {"num_experts_per_tok": 1})
