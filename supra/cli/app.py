@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from supra import __version__
-from supra.cli import bench, convert, diagnose, evaluate, generate, inspect, serve, uptrain
+from supra.cli import (
+    bench,
+    convert,
+    diagnose,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    serve,
+    uptrain,
+)
 from supra.cli.help import Group
 from supra.cli.mistakes import explain
 from supra.cli.old_eval import renamed
@@ -26,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="supra COMMAND --help shows the options of a command and an example.",
 )
-for room in (convert, uptrain, inspect, evaluate, diagnose, generate, serve, bench):
+for room in (convert, uptrain, inspect, evaluate, diagnose, generate, serve, export, bench):
     app.add_typer(room.app, rich_help_panel=room.app.rich_help_panel)
 
 

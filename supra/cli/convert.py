@@ -7,7 +7,7 @@ import typer
 
 from supra.cli.arguments import parse_integers
 from supra.cli.help import MODELS, Command
-from supra.cli.options import Dtype, Seed, folder, number, string
+from supra.cli.options import EXPORT_TARGETS, Dtype, Seed, choice, folder, number, string
 from supra.errors import UserError, shown
 
 app = typer.Typer()
@@ -22,19 +22,29 @@ def convert(
     model: Annotated[str, string("--model", "Transformer: hub id, folder or GGUF file.", "MODEL")],
     out: Annotated[Path, folder("--out", "Folder to make for the converted model.")],
     mixer: Annotated[
-        str,
+        str | None,
         string(
             "--mixer",
-            "Mixer in place of attention, e.g. supra, gated or mamba2; a wrong name lists all.",
+            "Mixer in place of attention, e.g. gated or mamba2; a wrong name lists all. Default: "
+            "supra, or what --export-ready takes.",
             "NAME",
         ),
-    ] = "supra",
+    ] = None,
     mixer_option: Annotated[
         list[str] | None,
         string(
             "--mixer-option",
             "Option of the mixer, e.g. feature_map=identity; repeatable.",
             "NAME=VALUE",
+        ),
+    ] = None,
+    export_ready: Annotated[
+        str | None,
+        choice(
+            "--export-ready",
+            f"Convert so that the model can be exported there: {' or '.join(EXPORT_TARGETS)}.",
+            EXPORT_TARGETS,
+            "TARGET",
         ),
     ] = None,
     keep_attention: Annotated[
@@ -80,6 +90,7 @@ def convert(
         out,
         mixer=mixer,
         options=parse_options(mixer_option or []),
+        export_ready=export_ready,
         keep_attention=parse_layers(keep_attention),
         text=measured_text,
         text_field=text_field or "text",

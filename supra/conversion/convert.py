@@ -23,6 +23,7 @@ from supra.checkpoint.files import check_space, check_vacant, staged_folder
 from supra.checkpoint.opening import Checkpoint, find_checkpoint
 from supra.checkpoint.untrusted import LICENSE_FILES, TOKENIZER_FILES, copy_data, drop_code
 from supra.checkpoint.weights import ShardWriter
+from supra.conversion.export_ready import check_ready, ready_mixer
 from supra.conversion.layer_choice import (
     costliest,
     evenly_spaced,
@@ -42,8 +43,9 @@ def convert(
     model: str | Path,
     out: str | Path,
     *,
-    mixer: str = "supra",
+    mixer: str | None = None,
     options: dict[str, Any] | None = None,
+    export_ready: str | None = None,
     keep_attention: Iterable[int] | float | str = (),
     text: str | None = None,
     text_field: str = "text",
@@ -58,8 +60,11 @@ def convert(
     Args:
         model: a causal language model: a hub id, a folder with safetensors, or a GGUF file.
         out: the new folder; it must be missing or empty.
-        mixer: a name in MIXERS or PRESETS, for all layers except those in `keep_attention`.
+        mixer: a name in MIXERS or PRESETS, for all layers except those in `keep_attention`. None is
+            "supra", or with `export_ready` the mixer that it takes.
         options: options of that mixer; the others keep their defaults.
+        export_ready: a target of `supra export`. The model is then converted so that it can be
+            exported there; one that cannot is refused at once.
         keep_attention: indices of the layers that keep softmax attention; −1 is the last layer. A
             float is a share of the layers, evenly spaced. "auto:0.25" keeps attention in the
             quarter of the layers whose conversion costs most on `text`; the whole model is then
@@ -76,7 +81,8 @@ def convert(
     Raises UserError for a user's mistake, and then leaves no folder behind.
     """
     out = Path(out).expanduser()
-    mixer, options = resolve_mixer(mixer, options)
+    if export_ready is None:
+        mixer, options = resolve_mixer(mixer or "supra", options)
     check_vacant(out)
     if not shard_bytes > 0:
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")
@@ -87,8 +93,10 @@ def convert(
     base = _base_config(checkpoint)
     count = base.num_hidden_layers
     if share is not None:
-        keep_attention = () if ranked else evenly_spaced(count, share)
-    layers = plan_layers(count, mixer, keep_attention)
+        keep_attention = evenly_spaced(count, share)
+    if export_ready is not None:
+        mixer, options = ready_mixer(base, export_ready, mixer, options, keep_attention)
+    layers = plan_layers(count, mixer, () if ranked else keep_attention)
     if ranked or checkpoint.gguf_file is not None:
         # reading the weights frees a parsed GGUF file, so its tokenizer is read first
         tokenizer = checkpoint.tokenizer()
@@ -101,6 +109,8 @@ def convert(
         costs = layer_costs(load_converted(plan, seed, progress), blocks, progress)
         layers = plan_layers(count, mixer, costliest(costs, share))
         plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
+        if export_ready is not None:
+            check_ready(plan.config, export_ready)
     report = ConversionReport(
         teacher=checkpoint.public_name,
         family=base.model_type,

@@ -1,6 +1,6 @@
 """What a model consists of: layers, parameters, and the size of its state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -9,13 +9,15 @@ from supra.checkpoint.config_rules import meta_model
 from supra.checkpoint.conversion_report import describe_layers
 from supra.conversion.plan import check_family
 from supra.errors import UserError
+from supra.export.targets import TARGETS
 from supra.mixers import NEW_PARAMETERS
 from supra.model.state_size import state_bytes
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`parameters` count values; `state_bytes` has the bytes of one sequence by context length."""
+    """`parameters` count values; `state_bytes` has the bytes of one sequence by context length;
+    `exports` has what keeps a converted model out of each target of `supra export`."""
 
     family: str
     layers: list[str]
@@ -23,6 +25,7 @@ class Inspection:
     parameters: int
     new_parameters: int
     state_bytes: dict[int, int]
+    exports: dict[str, list[str]] = field(default_factory=dict)
     verified: int | None = None  # tensors whose checksums match
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,6 +45,9 @@ class Inspection:
                 lines.append(f"{name + ':':<11} {listed}")
         for context, size in self.state_bytes.items():
             lines.append(f"state:      {size:,} bytes per sequence at {context:,} tokens")
+        for target, obstacles in self.exports.items():
+            lines.append(f"export:     {'not ' if obstacles else ''}to {target}")
+            lines += [f"            {obstacle}" for obstacle in obstacles]
         if self.verified is not None:
             lines.append(f"verified:   {self.verified:,} tensors match their checksums")
         return lines
@@ -68,4 +74,5 @@ def inspect_model(config: PreTrainedConfig, contexts: list[int]) -> Inspection:
         parameters=sum(sizes.values()),
         new_parameters=sum(size for name, size in sizes.items() if NEW_PARAMETERS in name),
         state_bytes={context: state_bytes(config, context) for context in contexts},
+        exports={name: target.obstacles(config) for name, target in TARGETS.items() if plan},
     )

@@ -9,6 +9,7 @@ ABLATE = "eval ablate --model {rnn} --text {text} --sequence-length 16 --tokens 
 TASK = "eval task --model {rnn} --task"
 PASSKEY = "eval passkey --model {rnn}"
 DIAGNOSE = "diagnose {rnn} --text {text} --to 64 --trained-length 16"
+EXPORT = "export {ready} --to qwen3_5 --idle-attention --out {out}"
 GENERATE = "generate --model {rnn} --max-new-tokens 2"
 
 # a command, then rows of (what is added to it, what the line names)
@@ -313,6 +314,44 @@ REFUSED = {
         ("--prompt caf\udce9", "--prompt"),
         ("--prompt '\udcff\udcfe'", "--prompt"),
         ("--prompt 'a\ud800b'", "--prompt"),
+    ],
+    CONVERT + " --export-ready": [
+        ("''", "unknown --export-ready"),
+        ("qwen35", "did you mean 'qwen3_5'?"),
+        ("granite --mixer gated", "mixer (='gated') is not what granite has"),
+        ("granite --mixer-option form=supra", "form=granite"),
+        ("granite --mixer-option conv_size=8", "conv_size=4"),
+        ("qwen3_5 --keep-attention 1", "layer 1 keeps attention"),
+        ("qwen3_5 --keep-attention auto:0.5 --text {text}", "keeps attention"),
+        ("qwen3_5 --mixer-option rotary=true", "rotary=false"),
+        ("qwen3_5 --mixer-option beta_range=2", "beta_range=1"),
+    ],
+    "export": [
+        ("", "MODEL"),
+        ("{rnn}", "--to"),
+        ("{rnn} --to granite", "--out"),
+        ("{rnn} --to granit --out {out}", "did you mean 'granite'?"),
+        ("{rnn} --to '' --out {out}", "unknown --to"),
+        ("{base} --to granite --out {out}", "--export-ready granite"),
+        ("{gguf} --to granite --out {out}", "--export-ready granite"),
+        ("{rnn} --to granite --out {out}", "--mixer mamba2"),
+        ("{hybrid} --to qwen3_5 --out {out}", "--mixer gated_deltanet"),
+        ("{here}/none --to granite --out {out}", "no such folder"),
+        ("{ready} --to qwen3_5 --out {out}", "--idle-attention"),
+        ("{ready} --to granite --out {out}", "--mixer mamba2"),
+        ("{ready} --to qwen3_5 --idle-attention --out ''", "--out"),
+        ("{ready} --to qwen3_5 --idle-attention --out {text}", "is a file"),
+        ("{ready} --to qwen3_5 --idle-attention --out {base}", "is not empty"),
+        ("{ready} --to qwen3_5 --idle-attention=yes --out {out}", "takes no value"),
+    ],
+    EXPORT: [
+        ("--dtype float33", "float33"),
+        ("--shard-size 0", "--shard-size"),
+        ("--shard-size nan", "--shard-size"),
+        ("--revision main", "only for models on the hub"),
+        ("--text-field body", "--text-field"),
+        ("--text {here}/none.txt", "no such file"),
+        ("--text {jsonl} --text-field body", "body"),
     ],
     "serve": [
         ("", "model"),

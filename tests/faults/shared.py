@@ -18,7 +18,7 @@ batch: {{size: 2}}
 precision: fp32
 checkpoint: {{every: 1, keep: 2}}
 """
-NAMES = ("base", "rnn", "hybrid", "gpt2", "gemma3", "qwen3_moe", "sharded", "stopped")
+NAMES = ("base", "rnn", "hybrid", "gpt2", "gemma3", "qwen3_moe", "sharded", "ready", "stopped")
 
 
 def build(folder: Path) -> None:
@@ -33,6 +33,7 @@ def build(folder: Path) -> None:
     convert(folder / "base", folder / "rnn")
     convert(folder / "base", folder / "hybrid", keep_attention=[1])
     convert(folder / "base", folder / "sharded", shard_bytes=1e5)
+    convert(folder / "base", folder / "ready", export_ready="qwen3_5")
     _write_texts(folder)
     _write_gguf(folder / "model.gguf")
     (folder / "run.yaml").write_text(RUN.format(folder=folder))
