@@ -100,6 +100,14 @@ class Converted:
             weight = weight * factors[:, None]
         return weight.repeat_interleave(shape.query_heads // count, dim=0)
 
+    def convolution(self, layer: int, part: str) -> Tensor:
+        """The "weight" [C, W] or "bias" [C] of a layer's convolution, times its gain."""
+        tensor = self.mixer(layer, f"conv.{part}")
+        if self.structure.attention[layer].mixer.conv.gain is None:
+            return tensor
+        gain = self.mixer(layer, "conv.gain")
+        return tensor * gain.view(-1, *[1] * (tensor.dim() - 1))
+
     def outputs(self, layer: int) -> Tensor:
         """The output projection, once for every block of a head's channels: [D, Hq, P, V]."""
         mixer = self.structure.attention[layer].mixer

@@ -171,10 +171,9 @@ def _recurrent(model: Converted, layer: int) -> Iterator[NativeTensor]:
 
     rows = values + channels + shape.query_heads
     yield made("in_proj.weight", (rows, hidden), partial(_projections, model, layer))
-    gain = partial(model.mixer, layer, "conv.gain")
-    weight, bias = (partial(model.mixer, layer, f"conv.{name}") for name in ("weight", "bias"))
-    yield made("conv1d.weight", (channels, 1, taps), lambda: (weight() * gain()[:, None])[:, None])
-    yield made("conv1d.bias", (channels,), lambda: bias() * gain())
+    convolution = partial(model.convolution, layer)
+    yield made("conv1d.weight", (channels, 1, taps), lambda: convolution("weight")[:, None])
+    yield made("conv1d.bias", (channels,), partial(convolution, "bias"))
     yield model.of_mixer(f"{path}.dt_bias", layer, "dt.bias")
     yield made("A_log", (shape.query_heads,), lambda: bounded(model.mixer(layer, "A_log")))
     yield model.of_mixer(f"{path}.D", layer, "D")

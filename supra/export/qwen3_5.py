@@ -171,7 +171,7 @@ def _recurrent(model: Converted, layer: int) -> Iterator[NativeTensor]:
     yield model.of_mixer(f"{path}.in_proj_a.weight", layer, "dt.weight")
     yield model.of_mixer(f"{path}.dt_bias", layer, "dt.bias")
     yield made("A_log", (shape.query_heads,), lambda: bounded(model.mixer(layer, "A_log")))
-    convolution = partial(model.mixer, layer, "conv.weight")
+    convolution = partial(model.convolution, layer, "weight")
     yield made("conv1d.weight", (channels, 1, taps), lambda: convolution()[:, None])
     yield constant(f"{path}.norm.weight", (blocks * shape.value_size,), 1.0)
     yield made("out_proj.weight", (hidden, values), partial(_outputs, model, layer))
