@@ -210,3 +210,12 @@ def test_config_json_is_json(source, exported):
     set_fields(source.parent / "out")  # reads and writes it
     text = (source.parent / "out" / "config.json").read_text()
     assert "Infinity" not in text and "NaN" not in text
+
+
+def test_a_model_that_transformers_saved(source, tmp_path):
+    """As training saves it: other shards, other tensors first, no report."""
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "rnn", max_shard_size="20KB"
+    )
+    result = export(tmp_path / "rnn", tmp_path / "out", **TO)
+    assert result.dtype == "bfloat16" and result.difference.largest < 1e-5
