@@ -92,8 +92,7 @@ def convert(
     checkpoint = find_checkpoint(str(model), revision)
     base = _base_config(checkpoint)
     count = base.num_hidden_layers
-    if share is not None:
-        keep_attention = evenly_spaced(count, share)
+    keep_attention = list(keep_attention) if share is None else evenly_spaced(count, share)
     if export_ready is not None:
         mixer, options = ready_mixer(base, export_ready, mixer, options, keep_attention)
     layers = plan_layers(count, mixer, () if ranked else keep_attention)

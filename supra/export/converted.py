@@ -24,6 +24,8 @@ FAMILIES = (
 )  # fmt: skip
 # Rotary scalings that do not depend on the length of the text that is read.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Fields of Granite's models. Others lack them, and compute as if they were 1.
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 KEPT = "softmax"
 
 

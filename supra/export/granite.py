@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from supra.checkpoint.opening import Checkpoint
 from supra.export.converted import (
     KEPT,
+    MULTIPLIERS,
     Converted,
     Structure,
     bounded,
@@ -27,7 +28,6 @@ from supra.mixers.signs import signed
 
 MIXER = "mamba2"
 FORMS = ((MIXER, {"form": "granite"}),)
-MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 def obstacles(config: PreTrainedConfig) -> list[str]:
@@ -98,7 +98,7 @@ def native_config(structure: Structure, idle_attention: bool = False) -> dict[st
     config = structure.config
     kinds = ["attention" if mixer == KEPT else "mamba" for mixer in structure.layers]
     kinds += ["attention"] * idle_attention
-    first = structure.attention[(structure.kept or [0])[0]]
+    kept = [structure.attention[layer] for layer in structure.kept]
     fields = common_fields(config, len(kinds)) | {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -107,13 +107,15 @@ def native_config(structure: Structure, idle_attention: bool = False) -> dict[st
         "shared_intermediate_size": config.intermediate_size,
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
-        "position_embedding_type": "rope" if first.rotates else "nope",
-        "attention_multiplier": first.scaling,
+        "position_embedding_type": "rope" if any(x.rotates for x in kept) else "nope",
+        "attention_multiplier": structure.attention[0].scaling,
         "rope_theta": config.rope_parameters["rope_theta"],
         **_mamba_fields(structure),
         **{name: getattr(config, name, 1.0) for name in MULTIPLIERS},
     }
     if idle_attention:
+        divides = config.hidden_size % config.num_attention_heads == 0
+        fields["num_attention_heads"] = config.num_attention_heads if divides else 1
         fields["num_key_value_heads"] = 1  # the smallest cache
     return fields
 

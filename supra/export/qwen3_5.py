@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from supra.checkpoint.opening import Checkpoint
 from supra.export.converted import (
     KEPT,
+    MULTIPLIERS,
     Converted,
     Structure,
     bounded,
@@ -29,8 +30,6 @@ from supra.mixers.signs import signed
 
 MIXER = "gated_deltanet"
 FORMS: tuple[tuple[str, dict[str, Any]], ...] = ((MIXER, {}),)
-# Of Granite's models; 1 in others, which lack the fields.
-MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 def obstacles(config: PreTrainedConfig) -> list[str]:
@@ -46,13 +45,20 @@ def obstacles(config: PreTrainedConfig) -> list[str]:
     for name in MULTIPLIERS:
         if (value := getattr(config, name, 1.0)) != 1.0:
             found.append(f"its {name} is {value}, and Qwen3.5 has none: export to granite")
-    normalized = {layer: hasattr(structure.attention[layer], "q_norm") for layer in structure.kept}
-    if bare := [layer for layer, norm in normalized.items() if not norm]:
+    lacking = {layer: _lacking(structure.attention[layer]) for layer in structure.kept}
+    for layer in [layer for layer, part in lacking.items() if part][:1]:
         found.append(
-            f"layer {bare[0]} keeps attention without a norm of queries and keys, as Qwen3.5 has "
-            "it: convert without --keep-attention, or for granite"
+            f"layer {layer} keeps attention without {lacking[layer]}, which Qwen3.5 has: convert "
+            "without --keep-attention, or for granite"
         )
     return found
+
+
+def _lacking(attention: nn.Module) -> str | None:
+    """What a kept layer lacks of an attention layer of Qwen3.5; None if nothing."""
+    if not hasattr(attention, "q_norm"):
+        return "a norm of queries and keys"
+    return None if attention.rotates else "rotary positions"
 
 
 def native_model(checkpoint: Checkpoint, idle_attention: bool = False) -> NativeModel:
