@@ -9,6 +9,7 @@ from supra.checkpoint.config_rules import meta_model
 from supra.checkpoint.conversion_report import describe_layers
 from supra.conversion.plan import check_family
 from supra.errors import UserError
+from supra.export.converted import KEPT
 from supra.export.targets import TARGETS
 from supra.mixers import NEW_PARAMETERS
 from supra.model.state_size import state_bytes
@@ -46,7 +47,8 @@ class Inspection:
         for context, size in self.state_bytes.items():
             lines.append(f"state:      {size:,} bytes per sequence at {context:,} tokens")
         for target, obstacles in self.exports.items():
-            lines.append(f"export:     {'not ' if obstacles else ''}to {target}")
+            way = "" if obstacles or KEPT in self.layers else " with --idle-attention"
+            lines.append(f"export:     {'not ' if obstacles else ''}to {target}{way}")
             lines += [f"            {obstacle}" for obstacle in obstacles]
         if self.verified is not None:
             lines.append(f"verified:   {self.verified:,} tensors match their checksums")

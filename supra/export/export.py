@@ -45,9 +45,10 @@ class Export:
 
     def lines(self) -> list[str]:
         """The export for a terminal."""
+        rest = "" if self.dtype == "float32" else ", and the rest in float32"
         lines = [
             f"{self.target}: {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB, matrices in "
-            f"{self.dtype}, the rest in float32",
+            f"{self.dtype}{rest}",
             f"in float32 its logits differ from the converted model's {self.difference.line()}",
         ]
         if self.rounded is not None:

@@ -23,9 +23,16 @@ def teachers(tmp_path_factory):
         tiny_checkpoint(folder / family, family)
     tiny_checkpoint(folder / "window", "mistral", sliding_window=9)
     tiny_checkpoint(folder / "gelu", "llama", hidden_act="gelu")
+    tiny_checkpoint(folder / "narrow", "llama", hidden_size=36)
+    tiny_checkpoint(folder / "scaled", "granite", residual_multiplier=0.5)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    rope["original_max_position_embeddings"] = 128
+    tiny_checkpoint(folder / "longrope", "llama", rope_parameters=rope)
     return folder
 
 
+FORM = {"mixer": "mamba2", "options": {"form": "granite"}}
 # teacher, how it is converted, target, what the line says
 REFUSED = {
     "another mixer": ("llama", {"mixer": "gated"}, QWEN, "its layers are supra: convert with"),
@@ -37,6 +44,27 @@ REFUSED = {
         "llama", {"mixer": "gated_deltanet", "keep_attention": [1]}, QWEN,
         "layer 1 keeps attention without a norm",
     ),
+    "a window": (
+        "window", {**FORM, "keep_attention": [1]}, GRANITE, "sliding window of 9 tokens",
+    ),
+    "positions by length": (
+        "longrope", {**FORM, "keep_attention": [1]}, GRANITE, "rope_type longrope",
+    ),
+    "multipliers": (
+        "scaled", {"mixer": "gated_deltanet"}, QWEN, "residual_multiplier is 0.5",
+    ),
+    "taps": (
+        "llama", {**FORM, "options": {"form": "granite", "conv_size": 1}}, GRANITE, "conv_size=4",
+    ),
+    "mamba2 in its own form": ("llama", {"mixer": "mamba2"}, GRANITE, "form=granite"),
+    "norms in recurrent layers": ("qwen3", FORM, GRANITE, "norms, which mamba2 keeps"),
+    "norms in kept layers": (
+        "qwen3", {**FORM, "keep_attention": [1]}, GRANITE, "layer 1 keeps attention with a norm",
+    ),
+    "kept heads of another size": (
+        "narrow", {**FORM, "keep_attention": [1]}, GRANITE, "have 36 channels together",
+    ),
+    "recurrent heads of another size": ("narrow", FORM, GRANITE, "6 heads of 16 channels"),
     "rotary": (
         "llama", {"mixer": "gated_deltanet", "options": {"rotary": True}}, QWEN, "rotary=false",
     ),
@@ -118,5 +146,5 @@ def test_export_ready_takes_options_of_its_mixer(teachers, tmp_path):
 def test_inspection_says_where_a_model_can_go(ready):
     found = inspect_model(find_checkpoint(str(ready)).config(), [1])
     assert found.exports[QWEN] == []
-    assert "export:     to qwen3_5" in found.lines()
+    assert "export:     to qwen3_5 with --idle-attention" in found.lines()
     assert "mamba2" in found.exports[GRANITE][0]
