@@ -50,6 +50,11 @@ class Structure:
         """The layers with a recurrent mixer."""
         return [layer for layer, name in enumerate(self.layers) if name != KEPT]
 
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer's mixer rotates queries and keys to their positions."""
+        attention = self.attention[layer]
+        return attention.rotates and attention.mixer.rotates
+
     def options(self, mixer: str) -> dict[str, Any]:
         """The options of a mixer of the model; {} if no layer has it."""
         return self.config.supra["options"].get(mixer) or {}

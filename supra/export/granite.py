@@ -68,7 +68,7 @@ def _kept_obstacles(structure: Structure) -> Iterator[str]:
                 "convert without --keep-attention"
             )
             return
-    if len({structure.attention[layer].rotates for layer in structure.kept}) > 1:
+    if len({structure.rotates(layer) for layer in structure.kept}) > 1:
         yield (
             "some kept layers have rotary positions and some have none: convert with "
             "--keep-attention of one kind"
@@ -98,7 +98,7 @@ def native_config(structure: Structure, idle_attention: bool = False) -> dict[st
     config = structure.config
     kinds = ["attention" if mixer == KEPT else "mamba" for mixer in structure.layers]
     kinds += ["attention"] * idle_attention
-    kept = [structure.attention[layer] for layer in structure.kept]
+    rotated = any(structure.rotates(layer) for layer in structure.kept)
     fields = common_fields(config, len(kinds)) | {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -107,7 +107,7 @@ def native_config(structure: Structure, idle_attention: bool = False) -> dict[st
         "shared_intermediate_size": config.intermediate_size,
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
-        "position_embedding_type": "rope" if any(x.rotates for x in kept) else "nope",
+        "position_embedding_type": "rope" if rotated else "nope",
         "attention_multiplier": structure.attention[0].scaling,
         "rope_theta": config.rope_parameters["rope_theta"],
         **_mamba_fields(structure),

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from supra.checkpoint.opening import Checkpoint
@@ -45,7 +45,7 @@ def obstacles(config: PreTrainedConfig) -> list[str]:
     for name in MULTIPLIERS:
         if (value := getattr(config, name, 1.0)) != 1.0:
             found.append(f"its {name} is {value}, and Qwen3.5 has none: export to granite")
-    lacking = {layer: _lacking(structure.attention[layer]) for layer in structure.kept}
+    lacking = {layer: _lacking(structure, layer) for layer in structure.kept}
     for layer in [layer for layer, part in lacking.items() if part][:1]:
         found.append(
             f"layer {layer} keeps attention without {lacking[layer]}, which Qwen3.5 has: convert "
@@ -54,11 +54,11 @@ def obstacles(config: PreTrainedConfig) -> list[str]:
     return found
 
 
-def _lacking(attention: nn.Module) -> str | None:
+def _lacking(structure: Structure, layer: int) -> str | None:
     """What a kept layer lacks of an attention layer of Qwen3.5; None if nothing."""
-    if not hasattr(attention, "q_norm"):
+    if not hasattr(structure.attention[layer], "q_norm"):
         return "a norm of queries and keys"
-    return None if attention.rotates else "rotary positions"
+    return None if structure.rotates(layer) else "rotary positions"
 
 
 def native_model(checkpoint: Checkpoint, idle_attention: bool = False) -> NativeModel:
