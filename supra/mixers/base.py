@@ -251,6 +251,18 @@ class Mixer(nn.Module, ABC):
         if scaled:
             self.set_scale(best_scale)
 
+    def set_taps(self, taps: Tensor, outputs: Sequence[Tensor], target: Tensor) -> None:
+        """Give each channel of values the taps, and the scale, of the smallest error.
+
+        taps: of the values' convolution, [Hq, P · V, W], in place. outputs: what each tap alone
+        gives, W times [B, T, Hq, V].
+        """
+        alone = torch.stack([x.float().flatten(0, 1) for x in outputs], 2)
+        found = channel_scales(alone, target.float().flatten(0, 1)).mT
+        size = found.norm(dim=-1).clamp(min=MIN_POWER)  # [Hq, V]
+        taps.copy_((found / size[..., None]).repeat(1, len(self.signs), 1))
+        self.set_scale(signed(size, self.signs))
+
     def set_scale(self, scale: Tensor) -> None:
         """Store factors per head and channel, [Hq, P · V], as magnitude times scale."""
         magnitude = scale.square().mean(1, keepdim=True).sqrt().clamp(min=MIN_POWER)

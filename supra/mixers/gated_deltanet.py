@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.gated_delta_rule.api import MAX_KEY_CHANNELS
 from supra.mixers.base import Mixer
-from supra.mixers.gates import HeadLogits, bounded_exp
+from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads, slope_of_half_life
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs
 from supra.mixers.read_out import SiLUGate, rms_norm
 from supra.mixers.recurrence import GATED_DELTA_RULE, scan
@@ -39,7 +39,6 @@ STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # β; candidates in calibration
 # Factors before SiLU, in units of 1 over the root mean square of a head. Of large numbers SiLU is a
 # ReLU, of small ones it is nearly linear.
 SHARPNESSES = (0.25, 0.5, 1.0, 2.0)
-VALUE_BIASES = (-0.5, 0.0, 0.25, 0.5, 1.0, 2.0)  # in units of values
 LENGTH_EPS = 1e-6  # of the layer in Qwen3.5
 PARTS = ("query", "key", "value")  # in the order of the convolution's channels
 
@@ -96,7 +95,7 @@ class GatedDeltaNet(Mixer):
         )
         heads, blocks = shape.query_heads, len(signs)
         sizes = [blocks * x for x in (shape.head_size, shape.head_size, shape.value_size)]
-        self.conv = ShortConv(heads * sum(sizes), options.conv_size, bias=False)
+        self.conv = ShortConv(heads * sum(sizes), options.conv_size, bias=False, gain=True)
         self.query_bias, self.key_bias, self.value_bias = (
             nn.Parameter(torch.empty(heads, size)) for size in sizes
         )
@@ -114,7 +113,6 @@ class GatedDeltaNet(Mixer):
         self._set_constant(direction)
         for bias in (self.query_bias, self.key_bias, self.value_bias):
             bias.data.zero_()
-        self.A_log.data.zero_()
         self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
 
     def mix(
@@ -166,32 +164,41 @@ class GatedDeltaNet(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Fit w, and choose per head, one after the other: the half-life, the strength, the
-        sharpness of queries and values, the bias of values; and the scales with each."""
+        """Fit w. Choose per head, one after the other: the half-life, the strength, the sharpness
+        of queries. Fit the taps of values per channel, and the gate per head."""
+        inputs = self.placed(inputs)
         self._set_constant(constant_direction(inputs.hidden_states))
-        lengths = self._lengths(inputs)
-        for part, length in zip(PARTS, lengths, strict=True):
-            self._set_sharpness(part, 1 / length)
+        sizes = inputs.query_head_magnitudes()
+        gains = self._parts(self.conv.gain)
+        for gain, size in zip(gains, sizes, strict=True):
+            fill_heads(gain, 1 / size)
         self.choose(inputs, target, HALF_LIVES, self._set_half_life)
         self.choose(inputs, target, STRENGTHS, self._set_strength)
-        for part, length in zip(("query", "value"), lengths[::2], strict=True):
-            self.choose(
-                inputs, target, SHARPNESSES,
-                lambda x, part=part, length=length: self._set_sharpness(part, x / length),
-            )  # fmt: skip
-        bias = self.value_bias.data
-        self.choose(
-            inputs, target, VALUE_BIASES,
-            lambda x: bias.copy_((x * lengths[2])[:, None].expand_as(bias)),
-        )  # fmt: skip
-        self.choose(inputs, target, HALF_LIVES, self._set_half_life)
+        self.choose(inputs, target, SHARPNESSES, lambda x: fill_heads(gains[0], x / sizes[0]))
+        self._fit_value_taps(inputs, target)
+        self.choose(inputs, target, STRENGTHS, self._set_strength)
+        self.output_gate.follow(inputs.hidden_states, self(inputs)[0], target)
+        self.choose(inputs, target, (0.0,), lambda _: None)
+
+    def _fit_value_taps(self, inputs: MixerInputs, target: Tensor) -> None:
+        """Give each channel of values the taps of the smallest error. What the norm divides by
+        depends on them; here it stays as it is."""
+        sums, _ = self.mix(inputs)
+        factor = self.norm(sums).norm(dim=-1) / sums.norm(dim=-1).clamp(min=MIN_POWER)
+        taps, outputs = self._parts(self.conv.weight.data)[2], []
+        for tap in range(self.options.conv_size):
+            taps.zero_()[..., tap] = 1
+            sums, _ = self.mix(inputs)
+            first, *negative = self.in_blocks(sums * factor[..., None]).unbind(-2)
+            outputs.append(first - sum(negative))
+        self.set_taps(taps, outputs, target)
 
     def matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
         The SiLU on values is left out, since it is not linear."""
         convolved, _ = self._convolve(inputs)
         heads = self.shape.query_heads
-        taps = self.conv.weight[-self.value_bias.numel() :]
+        taps = self.conv.taps()[0][-self.value_bias.numel() :]
         inputs = replace(inputs, value=inputs.value[:, :, :1].expand(-1, -1, heads, -1))
         output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
         return output.transpose(1, 2)
@@ -206,23 +213,17 @@ class GatedDeltaNet(Mixer):
         """Start every head [Hq] at this β where wu is 1."""
         self.strength.weight.data.copy_(share.logit()[:, None] * self.constant.weight)
 
-    def _lengths(self, inputs: MixerInputs) -> list[Tensor]:
-        """Root mean squares of query, key and value for each query head, [Hq] each."""
-        groups = self.shape.query_heads // self.shape.key_heads
-        query, key = inputs.magnitudes()
-        value = inputs.value.float().square().mean((0, 1, 3)).clamp(min=MIN_POWER).sqrt()
-        return [query, *(x.repeat_interleave(groups) for x in (key, value))]
-
-    def _set_sharpness(self, part: str, factor: Tensor) -> None:
-        """Start with this factor per head [Hq] on the newest token of a part."""
-        biases = (self.query_bias, self.key_bias, self.value_bias)
-        rows = self.conv.weight.data.split([x.numel() for x in biases])[PARTS.index(part)]
-        rows.view(len(factor), -1, rows.shape[-1])[:, :, -1] = factor[:, None]
+    def _parts(self, channels: Tensor) -> list[Tensor]:
+        """Views of what the convolution has per channel, of query, key and value: [Hq, channels, …]
+        each."""
+        sizes = [x.numel() for x in (self.query_bias, self.key_bias, self.value_bias)]
+        return [x.unflatten(0, (self.shape.query_heads, -1)) for x in channels.split(sizes)]
 
     def _set_half_life(self, tokens: Tensor) -> None:
-        """Start every head [Hq] with this half-life in tokens."""
-        step = math.log(2) / tokens.double()
-        self.dt.set(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+        """Start every head [Hq] with this half-life in tokens, and every step at 1: some engines
+        compute softplus as log(1 + exp), which is inexact for small steps."""
+        self.dt.set(torch.full_like(tokens, math.log(math.expm1(1))))
+        self.A_log.data.copy_(slope_of_half_life(tokens))
 
 
 def _of_length_one(x: Tensor) -> Tensor:

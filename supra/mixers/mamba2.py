@@ -31,9 +31,8 @@ from supra.errors import UserError
 from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
-from supra.mixers.channel_scales import channel_scales
 from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads
-from supra.mixers.inputs import MIN_POWER, NORM_EPS, AttentionShape, MixerInputs
+from supra.mixers.inputs import NORM_EPS, AttentionShape, MixerInputs
 from supra.mixers.options import Form
 from supra.mixers.read_out import SiLUGate, rms_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
@@ -276,11 +275,8 @@ class Mamba2(Mixer):
         self.set_scale(signed(torch.ones_like(target[0, 0]), self.signs))
         for tap in range(self.options.conv_size):
             taps.zero_()[..., tap] = 1
-            outputs.append(self(inputs)[0].float().flatten(0, 1))
-        found = channel_scales(torch.stack(outputs, 2), target.float().flatten(0, 1)).mT
-        size = found.norm(dim=-1).clamp(min=MIN_POWER)  # [Hq, V]
-        taps.copy_((found / size[..., None]).repeat(1, len(self.signs), 1))
-        self.set_scale(signed(size, self.signs))
+            outputs.append(self(inputs)[0])
+        self.set_taps(taps, outputs, target)
 
     def _parts(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of what the convolution has per channel, of x, B and C: [Hq, channels, …] each."""
