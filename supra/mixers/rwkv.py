@@ -6,11 +6,13 @@
 r, k and v are the teacher's query, key and value, as in RADLADS (Goldstein et al. 2025), c is its
 factor on QKᵀ, and xᵢ are the hidden states. The decay w differs by channel and token. A token reads
 the state before its own decay, and itself with the weight u.
+
+The form "qrwkv" is the layer of QRWKV (RADLADS), as llama.cpp runs it: yᵢ = c · rᵢ Sᵢ, without u.
 """
 
 import math
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,6 +23,7 @@ from supra.kernels.backends import without_autocast
 from supra.mixers.base import Mixer
 from supra.mixers.gates import bounded_exp, fill_heads, slope_of_half_life
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.options import Form
 from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import GATED_LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve, convolved_identity
@@ -31,14 +34,26 @@ HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibratio
 # score, as the teacher's exponentials are for small scores. The error on SmolLM2-135M falls by a
 # quarter.
 KEY_BIAS, QUERY_BIASES = 0.5, (0.0, 0.25, 0.5, 1.0, 2.0)
+QRWKV_KEY_BIAS = 0.25  # an error of 0.47 on SmolLM2-135M, where 0.5 gives 0.48
 BONUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 MAX_RANK = 4096  # published models have 64 and 128
 SMALL = 1e-3  # entries of B at the start
 
+# A layer of QRWKV: `rwkv6qwen2` in llama.cpp.
+QRWKV = Form(
+    fixed={
+        "balance_state": True, "token_shift": False, "normalize": "none", "output_gate": True,
+        "rotary": False,
+    },
+    defaults={},
+)  # fmt: skip
+
 
 @dataclass(frozen=True, config=STRICT)
 class RwkvOptions:
-    """rank: columns of A, the rank of the part of the decay that depends on the token.
+    """form: "supra", or "qrwkv", a layer of QRWKV, which llama.cpp runs: without u, without rotary
+        positions and without a bias in the gate.
+    rank: columns of A, the rank of the part of the decay that depends on the token.
     balance_state: whether k is multiplied by 1 − w, which turns the sums into averages.
     token_shift: whether r, k, v and x are mixed with those of the token before, by a share per
         channel that is 0 at the start.
@@ -48,6 +63,9 @@ class RwkvOptions:
     rotary: whether queries and keys are rotated to their positions, as in the teacher.
     """
 
+    forms: ClassVar = {"qrwkv": QRWKV}
+
+    form: Literal["supra", "qrwkv"] = "supra"
     rank: int = Field(64, ge=1, le=MAX_RANK)
     balance_state: bool = True
     token_shift: bool = False
@@ -99,15 +117,17 @@ class Rwkv(Mixer):
     State = RwkvState
 
     def __init__(self, shape: AttentionShape, options: RwkvOptions):
+        published = options.form == "qrwkv"
         super().__init__(
             shape,
             options,
             norm=group_norm if options.normalize == "group" else None,
             scale=options.scale,
-            output_gate=OutputGate(shape) if options.output_gate else None,
+            output_gate=OutputGate(shape, bias=not published) if options.output_gate else None,
         )
         self.decay = ChannelDecay(shape, options.rank)
-        self.bonus = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
+        sizes = shape.query_heads, shape.head_size
+        self.bonus = None if published else nn.Parameter(torch.empty(sizes))
         self.query_bias = nn.Parameter(torch.empty(shape.query_heads, shape.head_size))
         self.key_bias = nn.Parameter(torch.empty(shape.key_heads, shape.head_size))
         if options.token_shift:
@@ -117,7 +137,8 @@ class Rwkv(Mixer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.bonus.data.fill_(1.0)
+        if self.bonus is not None:
+            self.bonus.data.fill_(1.0)
         self.query_bias.data.zero_()
         self.key_bias.data.zero_()
         if self.options.token_shift:
@@ -182,9 +203,11 @@ class Rwkv(Mixer):
             return
         query, key = inputs.magnitudes()
         self.choose(inputs, target, HALF_LIVES, self.decay.set_half_life)
-        fill_heads(self.key_bias, KEY_BIAS * key)
+        bias = QRWKV_KEY_BIAS if self.options.form == "qrwkv" else KEY_BIAS
+        fill_heads(self.key_bias, bias * key)
         self.choose(
             inputs, target, QUERY_BIASES, lambda bias: fill_heads(self.query_bias, bias * query)
         )
-        self.choose(inputs, target, BONUSES, lambda weight: fill_heads(self.bonus, weight))
+        if self.bonus is not None:
+            self.choose(inputs, target, BONUSES, lambda weight: fill_heads(self.bonus, weight))
         self.choose(inputs, target, HALF_LIVES, self.decay.set_half_life)

@@ -29,6 +29,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("h3", {"init": "published", "d_state": 6, "shift_size": 5}),
     ("h3", {"gates": False, "d_state": 6}),
     ("rwkv", {"token_shift": True, "normalize": "group", "balance_state": False}),
+    ("rwkv", {"form": "qrwkv", "rank": 3}),
     ("retention", {"normalize": "rms", "output_gate": False}),
     ("supra", {"rotary": False}),
 ]

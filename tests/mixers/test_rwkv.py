@@ -61,6 +61,29 @@ def test_is_its_equation(token_shift, balance_state):
     torch.testing.assert_close(mixer(inputs)[0], expected, atol=1e-6, rtol=1e-6)
 
 
+def test_the_form_of_qrwkv_is_its_equation():
+    """The state is read after its decay, without a bonus, and the gate has no bias."""
+    mixer, inputs = build({"form": "qrwkv", "rank": 5}, seed=0), mixer_inputs(SHAPE, 35, seed=1)
+    x, query, key = inputs.hidden_states, inputs.query + mixer.query_bias, inputs.key
+    key, value = (y.repeat_interleave(3, dim=2) for y in (key + mixer.key_bias, inputs.value))
+    delta = (x @ mixer.decay.A).tanh() @ mixer.decay.B
+    decay = (-(mixer.decay.w0 + delta.unflatten(-1, (6, 8))).exp()).exp()
+    state, outputs = torch.zeros(2, 6, 8, 7, dtype=torch.float64), []
+    for t in range(35):
+        written = (key * (1 - decay))[:, t, :, :, None] * value[:, t, :, None]
+        state = decay[:, t, ..., None] * state + written
+        outputs.append(8**-0.5 * torch.einsum("bhk,bhkv->bhv", query[:, t], state))
+    gate = 2 * (x @ mixer.output_gate.weight.T).sigmoid().unflatten(-1, (6, 7))
+    expected = torch.stack(outputs, 1) * mixer.scale * gate
+    output, end = mixer(inputs, return_state=True)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(end.memory, state, atol=1e-12, rtol=1e-12)
+    names = {name for name, _ in mixer.named_parameters()}
+    assert names == {
+        "scale", "query_bias", "key_bias", "decay.w0", "decay.A", "decay.B", "output_gate.weight"
+    }  # fmt: skip
+
+
 def quadratic(inputs, half_lives, bonus):
     """scaling · Σ (1 − w) w^(i−1−j) (qᵢ·kⱼ) vⱼ, the token itself with the weight (1 − w) u."""
     decay = torch.exp2(-1 / half_lives.double())[:, None, None]
@@ -84,14 +107,20 @@ def test_starts_as_linear_attention_with_the_teachers_weights():
     torch.testing.assert_close(mixer(inputs)[0], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_calibration_finds_what_made_the_target():
+@pytest.mark.parametrize("form", ["supra", "qrwkv"])
+def test_calibration_finds_what_made_the_target(form):
     """Half-lives, biases of r and bonuses per head, and a scale."""
-    maker, mixer, inputs = build(), build(), mixer_inputs(SHAPE, 200, seed=1)
+    maker, mixer, inputs = (
+        build({"form": form}),
+        build({"form": form}),
+        mixer_inputs(SHAPE, 200, seed=1),
+    )
     query, key = inputs.magnitudes()
     maker.decay.set_half_life(torch.tensor([1.0, 4, 16, 64, 256, 16]))
-    fill_heads(maker.bonus, torch.tensor([1.0, 0, 2, 1, 4, 0.5]))
+    if form == "supra":
+        fill_heads(maker.bonus, torch.tensor([1.0, 0, 2, 1, 4, 0.5]))
     fill_heads(maker.query_bias, torch.tensor([0, 0.25, 0.5, 1, 2, 0]) * query)
-    fill_heads(maker.key_bias, 0.5 * key)
+    fill_heads(maker.key_bias, (0.25 if form == "qrwkv" else 0.5) * key)
     target = 3 * maker(inputs)[0].detach()
     before = (mixer(inputs)[0] - target).square().sum()
     mixer.calibrate(inputs, target)
@@ -144,6 +173,7 @@ def test_what_no_rwkv_has_is_refused():
         ({"rank": 0}, r"rank \(=0\) must be a whole number from 1 to 4096"),
         ({"rank": 4097}, r"rank \(=4097\) must be a whole number from 1 to 4096"),
         ({"normalize": "rms"}, "normalize 'rms'"),
+        ({"form": "qrwkv", "token_shift": True}, r"token_shift \(=True\) must be False in the f"),
         ({"token_shift": 1}, r"token_shift \(=1\) must be true or false"),
     ):
         with pytest.raises(UserError, match=match):
