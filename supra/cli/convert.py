@@ -56,6 +56,14 @@ def convert(
             "LAYERS",
         ),
     ] = "",
+    attention_positions: Annotated[
+        str,
+        string(
+            "--attention-positions",
+            "Positions of the layers that keep attention: rope, as in the teacher, or none.",
+            "NAME",
+        ),
+    ] = "rope",
     measured_text: Annotated[
         str | None,
         string(
@@ -92,6 +100,7 @@ def convert(
         options=parse_options(mixer_option or []),
         export_ready=export_ready,
         keep_attention=parse_layers(keep_attention),
+        attention_positions=attention_positions,
         text=measured_text,
         text_field=text_field or "text",
         dtype=parse_dtype(dtype),

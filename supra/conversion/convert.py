@@ -31,7 +31,14 @@ from supra.conversion.layer_choice import (
     read_blocks,
     read_share,
 )
-from supra.conversion.plan import Plan, check_family, plan_conversion, plan_layers, short_name
+from supra.conversion.plan import (
+    Plan,
+    check_family,
+    check_positions,
+    plan_conversion,
+    plan_layers,
+    short_name,
+)
 from supra.conversion.tensors import converted_tensors, load_converted
 from supra.errors import UserError
 from supra.mixers import MixerInputs, resolve_mixer
@@ -47,6 +54,7 @@ def convert(
     options: dict[str, Any] | None = None,
     export_ready: str | None = None,
     keep_attention: Iterable[int] | float | str = (),
+    attention_positions: str = "rope",
     text: str | None = None,
     text_field: str = "text",
     dtype: torch.dtype | None = None,
@@ -69,6 +77,9 @@ def convert(
             float is a share of the layers, evenly spaced. "auto:0.25" keeps attention in the
             quarter of the layers whose conversion costs most on `text`; the whole model is then
             loaded into memory.
+        attention_positions: "rope", or "none" to leave the rotation out of the layers that keep
+            softmax attention. The recurrent layers then carry the positions, and the kept layers
+            have no distances that they were not trained on (HALO, arXiv 2601.22156).
         text: the text to measure those costs on: a file, a folder, a glob or a hub data set.
         text_field: the field of a record that holds its text.
         dtype: dtype of the inherited tensors; None keeps each tensor's own. New parameters are
@@ -93,29 +104,33 @@ def convert(
     base = _base_config(checkpoint)
     count = base.num_hidden_layers
     keep_attention = list(keep_attention) if share is None else evenly_spaced(count, share)
+    keeps, kept = bool(keep_attention) or mixer == "softmax", {}
+    if check_positions(attention_positions, base, keeps) == "none":
+        kept = {"softmax": {"rotary": False}}
     if export_ready is not None:
-        mixer, options = ready_mixer(base, export_ready, mixer, options, keep_attention)
+        mixer, options = ready_mixer(base, export_ready, mixer, options, keep_attention, kept)
     layers = plan_layers(count, mixer, () if ranked else keep_attention)
+    chosen = {mixer: options} | kept
     if ranked or checkpoint.gguf_file is not None:
         # reading the weights frees a parsed GGUF file, so its tokenizer is read first
         tokenizer = checkpoint.tokenizer()
     blocks = read_blocks(tokenizer, text, text_field) if ranked else []
     reader = checkpoint.tensors(base)
-    plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
+    plan = plan_conversion(reader, base, layers, chosen, dtype)
     check_space(out, sum(fate.nbytes for fate in plan.fates))
     costs = []
     if ranked:
         costs = layer_costs(load_converted(plan, seed, progress), blocks, progress)
         layers = plan_layers(count, mixer, costliest(costs, share))
-        plan = plan_conversion(reader, base, layers, {mixer: options}, dtype)
+        plan = plan_conversion(reader, base, layers, chosen, dtype)
         if export_ready is not None:
             check_ready(plan.config, export_ready)
     report = ConversionReport(
         teacher=checkpoint.public_name,
         family=base.model_type,
         layers=layers,
-        options={name: options for name in dict.fromkeys(layers) if name == mixer},
-        command=command_line(checkpoint, out, layers, mixer, options, dtype, seed),
+        options={name: chosen[name] for name in dict.fromkeys(layers) if name in chosen},
+        command=command_line(checkpoint, out, layers, mixer, chosen, dtype, seed),
         layer_costs=costs,
         tensors=plan.fates,
     )
@@ -144,7 +159,7 @@ def command_line(
     out: Path,
     layers: list[str],
     mixer: str,
-    options: dict[str, Any],
+    options: dict[str, dict[str, Any]],
     dtype: torch.dtype | None,
     seed: int,
 ) -> str:
@@ -154,10 +169,12 @@ def command_line(
     if checkpoint.revision is not None:
         words += ["--revision", checkpoint.revision]
     words += ["--out", f"./{out.name}", "--mixer", mixer]
-    for name, value in options.items():
+    for name, value in options[mixer].items():
         words += ["--mixer-option", f"{name}={str(value).lower()}"]
     if kept := [str(n) for n, name in enumerate(layers) if name != mixer]:
         words += ["--keep-attention", ",".join(kept)]
+        if "softmax" in options:
+            words += ["--attention-positions", "none"]
     if dtype is not None:
         words += ["--dtype", short_name(dtype)]
     return shlex.join([*words, "--seed", str(seed)])

@@ -15,9 +15,9 @@ from supra.checkpoint.weights import (
     check_fits,
     tied_names,
 )
-from supra.errors import UserError
+from supra.errors import UserError, check_choice
 from supra.mixers import NEW_PARAMETERS
-from supra.model.attention import SupraAttention
+from supra.model.attention import SupraAttention, attention_modules
 from supra.model.auto import converted_config
 from supra.model.families import FAMILIES, refusal
 from supra.model.qk_norm import qk_norms
@@ -73,6 +73,29 @@ def plan_layers(count: int, mixer: str, keep_attention: Iterable[int]) -> list[s
             )
         layers[layer] = "softmax"
     return layers
+
+
+def check_positions(attention_positions: str, config: PreTrainedConfig, kept: bool) -> str:
+    """The positions of the layers that keep attention, "rope" or "none".
+
+    kept: whether a layer keeps attention. Raises UserError for "none" where no layer does, or where
+    the family's attention has no rotation that it could do without.
+    """
+    check_choice("attention_positions", attention_positions, ("rope", "none"))
+    if attention_positions == "rope":
+        return attention_positions
+    if not kept:
+        raise UserError(
+            "attention_positions (='none') is for layers that keep attention, and no layer does: "
+            "give keep_attention, or the mixer option rotary=false for recurrent layers"
+        )
+    kept_alone = converted_config(config, ["softmax"] * config.num_hidden_layers, {})
+    if not any(attention.rotates for attention in attention_modules(meta_model(kept_alone))):
+        raise UserError(
+            f"attention_positions (='none'): attention of model_type {config.model_type!r} has no "
+            "rotary positions that can be left out: leave attention_positions out"
+        )
+    return attention_positions
 
 
 def plan_tensors(

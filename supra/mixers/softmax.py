@@ -1,20 +1,26 @@
 """`softmax`: the original attention. Hybrids use it in the layers that keep attention."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from supra.mixers.base import Mixer
 from supra.mixers.inputs import MixerInputs
 from supra.mixers.padding import pick
+from supra.settings.model import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SoftmaxOptions:
-    """Softmax attention has no options."""
+    """rotary: whether queries and keys are rotated to their positions, as in the teacher. Hybrids
+    can do without it, since their recurrent layers tell tokens' places (HALO, arXiv 2601.22156,
+    keeps rotary positions in recurrent layers alone).
+    """
+
+    rotary: bool = True
 
 
 class SoftmaxState(NamedTuple):

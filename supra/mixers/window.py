@@ -48,6 +48,8 @@ class WindowOptions:
     output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
     dropout: share of the calls in training in which the window is the current token alone, so that
         the linear part learns to work without it.
+    rotary: whether queries and keys of the linear part are rotated to their positions. Those of the
+        window and the sinks always are, as in the teacher.
     """
 
     size: int = Field(64, ge=1, le=MAX_TOKENS)
@@ -57,13 +59,15 @@ class WindowOptions:
     decay: Literal["gated", "none"] = "gated"
     output_gate: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
+    rotary: bool = True
 
     def __post_init__(self):
         check_expansion(self.expansion, self.feature_map)
 
 
 class WindowState(NamedTuple):
-    """W window tokens and S sinks: the same size for every context."""
+    """W window tokens and S sinks: the same size for every context. If the linear part is not
+    rotated, keys are followed by themselves without rotation: 2K in the place of K."""
 
     memory: Tensor  # [B, Hq, features, V + 1], float32; the last column sums the weights
     window_key: Tensor  # [B, W, Hkv, K], rotated, the newest last
@@ -94,10 +98,17 @@ class Window(Mixer):
         if self.options.decay == "gated":  # the linear part is for distant tokens
             self.decay_gate.set_half_life(torch.full((self.shape.query_heads,), HALF_LIVES[-1]))
 
+    def placed(self, inputs: MixerInputs) -> MixerInputs:
+        """The inputs as they are, since the window is rotated whatever the options say."""
+        return inputs
+
     def mix(
         self, inputs: MixerInputs, state: WindowState | None = None, return_state: bool = False
     ) -> tuple[Tensor, WindowState | None]:
         query, key = inputs.rotated(inputs.query, inputs.key)
+        if not self.options.rotary:  # the window reads the first half, the linear part the second
+            query = torch.cat([query, inputs.query], dim=-1)
+            key = torch.cat([key, inputs.key], dim=-1)
         inputs = replace(inputs, query=query, key=key, rotary=None)
         if inputs.padding_mask is None:
             return self._mix(inputs, state, return_state)
@@ -181,7 +192,8 @@ class Window(Mixer):
             x[:, : inputs.key.shape[1]] for x in near
         )  # what leaves the window at each token
         left = (rank >= self.options.sinks + size)[..., None, None]
-        query, key = map_features(self.feature_map, inputs, inputs.query, key)
+        query, key = (x[..., -self.shape.head_size :] for x in (inputs.query, key))
+        query, key = map_features(self.feature_map, inputs, query, key)
         wide = torch.promote_types(value.dtype, torch.float32)
         value = torch.nn.functional.pad(value.to(wide), (0, 1), value=1.0)
         gated = self.options.decay == "gated"
@@ -206,6 +218,7 @@ class Window(Mixer):
         wide = linear.dtype
         query, key, value = (x.to(wide) for x in (inputs.query, *near))
         sink_key, sink_value = (x.to(wide) for x in sinks)
+        query, key, sink_key = (x[..., : self.shape.head_size] for x in (query, key, sink_key))
         distance = band_distance(query.shape[1], size, query.device)
         outside = (distance < 0) | (distance >= size)
         outside = outside | (distance > rank[..., None] - self.options.sinks)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from supra.errors import UserError
-from supra.mixers import build_mixer
+from supra.mixers import Mixer, build_mixer
 from supra.model.attention import attention_modules
 from supra.model.families import no_mixer
 from supra.model.qk_norm import restore_division
@@ -25,11 +25,12 @@ def original(
     a mixer, so that they stay the teacher's while the model's own are trained.
 
     Also returns a pair for each such attention module: the model's and the teacher's. Layers that
-    keep softmax attention are left out. Raises UserError if no layer has a mixer.
+    keep the teacher's attention are left out; those that keep it without rotary positions are not.
+    Raises UserError if no layer has a mixer.
     """
     base = model.base_model
     attentions = attention_modules(base)
-    mixing = [x for x in attentions if hasattr(x, "mixer") and x.mixer.name != "softmax"]
+    mixing = [x for x in attentions if hasattr(x, "mixer") and not _is_original(x.mixer)]
     if not mixing:
         raise UserError(no_mixer(model.config.model_type))
     copied = {id(x) for module in mixing for x in module.parameters()} if own_attention else set()
@@ -41,3 +42,8 @@ def original(
         restore_division(attention)
     pairs = zip(attentions, attention_modules(teacher), strict=True)
     return teacher, [(own, other) for own, other in pairs if own in mixing]
+
+
+def _is_original(mixer: Mixer) -> bool:
+    """Whether a mixer computes what the teacher's attention does."""
+    return mixer.name == "softmax" and mixer.rotates

@@ -18,8 +18,10 @@ import supra.checkpoint.weights
 from supra.checkpoint.opening import find_checkpoint
 from supra.checkpoint.weights import INDEX, FolderReader, ShardWriter
 from supra.conversion.convert import convert
+from supra.conversion.inspection import inspect_model
 from supra.errors import UserError
 from supra.mixers.supra import lightning_slopes
+from supra.model.original import original
 from supra.states import save_state
 from supra.testing import MAIN_FAMILIES, tiny_checkpoint
 
@@ -122,6 +124,59 @@ def test_keep_attention(base, tmp_path):
     report = convert(str(base), tmp_path / "rnn", keep_attention=[0, -1])
     assert report.layers == ["softmax", "supra", "softmax"]
     assert not any("layers.0" in n and ".mixer." in n for n in tensors_of(tmp_path / "rnn"))
+
+
+@torch.no_grad()
+def test_kept_attention_without_positions(base, tmp_path):
+    """It computes the same wherever a text begins, decodes, and is written down."""
+    arguments = {"mixer": "rwkv", "options": {"rotary": False}, "keep_attention": [1]}
+    report = convert(base, tmp_path / "rnn", attention_positions="none", **arguments)
+    assert report.options["softmax"] == {"rotary": False}
+    assert "--keep-attention 1 --attention-positions none" in report.command
+    assert "`softmax`: rotary False" in (tmp_path / "rnn" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn").eval()
+    assert "softmax:    rotary=False" in inspect_model(model.config, [16]).lines()
+    tokens = torch.arange(3, 33)[None]
+    logits = model(tokens).logits
+    later = model(tokens, position_ids=torch.arange(500, 530)[None]).logits
+    torch.testing.assert_close(later, logits, atol=0, rtol=0)
+    with_cache = model(tokens[:, :20], use_cache=True)
+    rest = model(tokens[:, 20:], past_key_values=with_cache.past_key_values).logits
+    torch.testing.assert_close(rest, logits[:, 20:], atol=1e-4, rtol=1e-4)
+    padded = model(
+        torch.cat([torch.zeros(1, 5, dtype=torch.long), tokens], 1),
+        attention_mask=(torch.arange(35) >= 5)[None].long(),
+    ).logits[:, 5:]
+    torch.testing.assert_close(padded, logits, atol=1e-4, rtol=1e-4)
+    convert(base, tmp_path / "rope", **arguments)
+    rope = AutoModelForCausalLM.from_pretrained(tmp_path / "rope").eval()
+    assert (rope(tokens).logits - logits).abs().max() > 1e-2
+
+
+def test_the_teacher_inside_has_positions_where_kept_attention_has_none(base, tmp_path):
+    arguments = {"mixer": "rwkv", "keep_attention": [1], "attention_positions": "none"}
+    convert(base, tmp_path / "rnn", **arguments)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn").eval()
+    teacher, pairs = original(model)
+    tokens = torch.arange(3, 33)[None]
+    expected = AutoModelForCausalLM.from_pretrained(base).model(tokens).last_hidden_state
+    torch.testing.assert_close(teacher(tokens).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    assert [attention.mixer.name for attention, _ in pairs] == ["rwkv", "softmax", "rwkv"]
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "says"),
+    [
+        ("llama", {}, r"attention_positions \(='none'\) .* give keep_attention"),
+        ("gpt2", {"keep_attention": [1]}, "'gpt2' has no rotary positions"),
+        ("deepseek_v3", {"keep_attention": [1]}, "'deepseek_v3' has no rotary positions that can"),
+    ],
+)
+def test_attention_positions_that_cannot_be_left_out(family, arguments, says, tmp_path):
+    tiny_checkpoint(tmp_path / "base", family)
+    with pytest.raises(UserError, match=says):
+        convert(tmp_path / "base", tmp_path / "rnn", attention_positions="none", **arguments)
+    assert not (tmp_path / "rnn").exists()
 
 
 def test_a_share_keeps_attention_evenly(base, tmp_path):
@@ -431,6 +486,7 @@ def slow(self, name, tensor):
 ShardWriter.add = slow
 from supra.checkpoint.opening import find_checkpoint
 from supra.conversion.convert import convert
+from supra.conversion.inspection import inspect_model
 convert({str(base)!r}, {str(tmp_path / "rnn")!r}, shard_bytes=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

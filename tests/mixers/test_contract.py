@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import sys
+import types
 
 import accelerate
 import pytest
@@ -15,13 +16,15 @@ from supra.mixers.gates import bounded_exp
 from supra.testing import mixer_inputs
 
 NAMES = [*MIXERS, *PRESETS]
-ROTATED = [name for name in MIXERS if "rotary" in resolve(name)[1]]
+# those that rotate all that they read or nothing: a window is always rotated
+ROTATED = [name for name in MIXERS if "rotary" in resolve(name)[1] and name != "window"]
 VARIANTS = [(name, {}) for name in NAMES] + [
     ("supra", {"feature_map": "identity"}),
     ("supra", {"expansion": 2}),
     ("gated", {"expansion": 3}),
     ("window", {"expansion": 2}),
     ("window", {"size": 5, "sinks": 3}),
+    ("window", {"size": 5, "rotary": False}),
     ("window", {"size": 1, "sinks": 0, "decay": "none"}),
     ("mamba2", {"conv_size": 1, "output_gate": False}),
     ("mamba2", {"activation": "silu", "normalize": "rms"}),
@@ -365,15 +368,19 @@ def test_calibration_on_what_is_not_finite_is_refused(name):
         mixer.calibrate(inputs, target)
 
 
-def test_unknown_names_are_refused_with_the_nearest():
+def test_unknown_names_are_refused_with_the_nearest(monkeypatch):
     with pytest.raises(UserError, match="did you mean 'supra'"):
         resolve("supr")
     with pytest.raises(UserError, match="did you mean 'feature_map'"):
         resolve("supra", {"featuremap": "identity"})
     with pytest.raises(UserError, match="hedgehog, identity, mixed_relu"):
         resolve("supra", {"feature_map": "none"})
-    with pytest.raises(UserError, match="has no options"):
+    with pytest.raises(UserError, match=r"option of mixer 'softmax' 'scale' \(known: rotary"):
         resolve("softmax", {"scale": True})
+    bare = dataclasses.make_dataclass("Bare", [])
+    monkeypatch.setitem(MIXERS, "bare", types.SimpleNamespace(Options=bare))
+    with pytest.raises(UserError, match="has no options"):
+        resolve("bare", {"scale": True})
 
 
 def test_a_name_that_is_taken_twice_is_refused():

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from supra.errors import UserError
-from supra.mixers import AttentionShape, build_mixer
+from supra.mixers import AttentionShape, Rotary, build_mixer
 from supra.mixers.band import band_distance, band_scores, band_sums
 from supra.testing import mixer_inputs
 
@@ -34,6 +35,27 @@ def test_nothing_left_is_softmax_attention(options):
     mixer = window(output_gate=False, **options)
     torch.testing.assert_close(mixer(inputs())[0], softmax(inputs()))
     assert (window(size=65, sinks=4)(inputs())[0] - softmax(inputs()))[:, -1].abs().max() > 1e-3
+
+
+def test_without_rotary_the_window_is_rotated_and_the_linear_part_is_not():
+    angles = torch.arange(TOKENS).double()[None, :, None].expand(-1, -1, 8) / 3
+    turned = Rotary(angles.cos(), angles.sin(), apply_rotary_pos_emb, 8)
+    whole = window(size=70, rotary=False)
+    torch.testing.assert_close(whole(inputs(rotary=turned))[0], softmax(inputs(rotary=turned)))
+    mixer, rotated = window(size=5, rotary=False), window(size=5)
+    rotated.load_state_dict(mixer.state_dict())
+    with_rotary, without = (
+        [x(inputs(rotary=y))[0] for x in (mixer, rotated)] for y in (turned, None)
+    )
+    assert (with_rotary[0] - with_rotary[1]).abs().max() > 1e-3
+    torch.testing.assert_close(*without)
+    mixer, rotated = (window(size=5, sinks=0, rotary=x) for x in (False, True))
+    rotated.load_state_dict(mixer.state_dict())
+    for part in (mixer, rotated):
+        part.only = "linear"
+    # what remains of the window is the current token, whose score no rotation changes
+    alone = [x(inputs(rotary=y))[0] for x, y in ((mixer, turned), (rotated, None))]
+    torch.testing.assert_close(*alone)
 
 
 @pytest.mark.parametrize("field", [{"softcap": 1.5}, {"sinks": torch.linspace(-1, 2, 6)}])
