@@ -93,6 +93,18 @@ class MixerInputs:
             cut["rotary"] = replace(self.rotary, cos=cos, sin=sin)
         return replace(self, **cut)
 
+    def first_rows(self, rows: int) -> "MixerInputs":
+        """The first rows, packed or not."""
+        names = ("hidden_states", "query", "key", "value", "padding_mask")
+        cut = {name: x[:rows] for name in names if (x := getattr(self, name)) is not None}
+        if self.rotary is not None:
+            cos, sin = self.rotary.cos[:rows], self.rotary.sin[:rows]
+            cut["rotary"] = replace(self.rotary, cos=cos, sin=sin)
+        if self.cu_seqlens is not None:  # a document ends where its row does
+            end = rows * self.query.shape[1]
+            cut["cu_seqlens"] = self.cu_seqlens[self.cu_seqlens <= end]
+        return replace(self, **cut)
+
     def magnitudes(self) -> tuple[Tensor, Tensor]:
         """Root mean squares of each head's queries [Hq] and keys [Hkv], never 0."""
         squares = (x.float().square().mean((0, 1, 3)) for x in (self.query, self.key))

@@ -312,6 +312,17 @@ def test_without_rotary_the_rotation_is_not_seen(name, shape):
         assert not torch.allclose(found, run(with_it, inputs))
 
 
+def test_first_rows_are_the_rows_alone():
+    mixer = build_mixer("mamba2", SHAPES[0], {}).double()
+    mixer.reset_parameters()
+    inputs = dataclasses.replace(
+        make_inputs(SHAPES[0]), cu_seqlens=torch.tensor([0, 9, 70, 101, 140], dtype=torch.int32)
+    )
+    alone = inputs.first_rows(1)
+    assert alone.cu_seqlens.tolist() == [0, 9, 70]
+    close(mixer(alone)[0], mixer(inputs)[0][:1])
+
+
 def test_causal_by_gradient(mixer, shape):
     inputs = make_inputs(shape)
     leaves = [x.requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
