@@ -84,6 +84,36 @@ BUGS = [
         (f"{CALIBRATE}::test_projections_come_closer_still[gated]",),
     ),
     Bug(
+        "kept_attention_without_positions_is_taken_for_the_teacher",
+        "layers learn from a teacher whose kept layers have lost their positions",
+        "supra/model/original.py",
+        'mixer.name == "softmax" and mixer.rotates',
+        'mixer.name == "softmax"',
+        (
+            "tests/conversion/test_convert.py::"
+            "test_the_teacher_inside_has_positions_where_kept_attention_has_none",
+        ),
+    ),
+    Bug(
+        "granite_gate_after_the_norm",
+        "mamba2 normalises before the gate, as other layers do",
+        "supra/mixers/mamba2.py",
+        "self.scaled(self.normalized(self.gated(output, inputs)))",
+        "self.gated(self.scaled(self.normalized(output)), inputs)",
+        ("tests/mixers/test_granite.py::test_is_transformers_granite_layer[odd-False]",),
+    ),
+    Bug(
+        "window_rotates_its_linear_part",
+        "rotary=false of window leaves the linear part rotated",
+        "supra/mixers/window.py",
+        "x[..., -self.shape.head_size :]",
+        "x[..., : self.shape.head_size]",
+        (
+            "tests/mixers/test_window.py::"
+            "test_without_rotary_the_window_is_rotated_and_the_linear_part_is_not",
+        ),
+    ),
+    Bug(
         "ridge_without_a_scale",
         "the ridge penalty does not grow with the inputs",
         "supra/mixers/ridge.py",
