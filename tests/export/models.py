@@ -19,11 +19,20 @@ ODD = {
 }
 
 
-def converted(folder: Path, family: str, target: str, keep=(), dtype=None, **sizes) -> Path:
+def converted(
+    folder: Path, family: str, target: str, keep=(), dtype=None, positions="rope", **sizes
+) -> Path:
     """A converted model, ready for `target`, in a folder of its own in `folder`."""
     sizes = {"num_hidden_layers": 3} | sizes
     tiny_checkpoint(folder / "base", family, **sizes)
-    convert(folder / "base", folder / "rnn", export_ready=target, keep_attention=keep, dtype=dtype)
+    convert(
+        folder / "base",
+        folder / "rnn",
+        export_ready=target,
+        keep_attention=keep,
+        attention_positions=positions,
+        dtype=dtype,
+    )
     shake(folder / "rnn")
     return folder / "rnn"
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from supra.errors import UserError
 from supra.export.converted import FAMILIES
 from supra.export.export import export
 from tests.export.models import converted
@@ -26,3 +27,12 @@ def test_families_export_exactly(tmp_path, family):
     sizes, target = SIZES.get(family, {}), "qwen3_5" if family == "qwen3" else "granite"
     source = converted(tmp_path, family, target, [1], num_hidden_layers=2, **sizes)
     assert export(source, tmp_path / "out", to=target).difference.largest < 1e-5
+
+
+def test_kept_layers_without_positions(tmp_path):
+    """Granite's attention can do without, Qwen3.5's cannot."""
+    sizes = {"positions": "none", "num_hidden_layers": 2}
+    source = converted(tmp_path / "one", "llama", "granite", [1], **sizes)
+    assert export(source, tmp_path / "out", to="granite").difference.largest < 1e-5
+    with pytest.raises(UserError, match="layer 1 keeps attention without rotary positions"):
+        converted(tmp_path / "other", "qwen3", "qwen3_5", [1], **sizes)
