@@ -12,8 +12,10 @@ from supra.export.gguf.model import (
     GgufModel,
     backbone,
     changed,
+    interleave_pairs,
     renamed,
     rope_base,
+    rope_factors,
     text_config,
 )
 from supra.export.native import NativeModel, NativeTensor
@@ -47,6 +49,8 @@ def gguf_model(native: NativeModel) -> GgufModel:
             "together are as wide as the model"
         )
     tensors = [x for tensor in native.tensors for x in _tensors(tensor, config)]
+    if config["position_embedding_type"] == "rope":
+        tensors += rope_factors(config)
     return GgufModel("granitehybrid", _metadata(config, inner), tensors)
 
 
@@ -101,10 +105,3 @@ def _tensors(tensor: NativeTensor, config: Mapping[str, Any]) -> Iterator[Native
 
 def _rows(rows: slice, weight: Tensor) -> Tensor:
     return weight[rows]
-
-
-def interleave_pairs(heads: int, weight: Tensor) -> Tensor:
-    """Rows of a query or key projection in llama.cpp's order of rotary pairs for this family: the
-    two channels of a pair are neighbours, and not half a head apart as in transformers."""
-    pairs = weight.unflatten(0, (heads, 2, -1))
-    return pairs.transpose(1, 2).reshape(weight.shape)

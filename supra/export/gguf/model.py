@@ -5,8 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from supra.errors import UserError
 from supra.export.native import NativeModel, NativeTensor
 
 # what is named alike in transformers and, by other names, in llama.cpp
@@ -77,6 +81,32 @@ def backbone(config: Mapping[str, Any]) -> dict[str, Any]:
 def rope_base(config: Mapping[str, Any]) -> float:
     """The base of rotary positions."""
     return float(config["rope_parameters"]["rope_theta"])
+
+
+def rope_factors(config: Mapping[str, Any]) -> list[NativeTensor]:
+    """How many times as long as by `rope_base` every rotary pair takes for a turn, as a tensor that
+    llama.cpp reads; none if positions are not scaled.
+
+    Raises UserError for a scaling that changes more than that.
+    """
+    kind = config["rope_parameters"].get("rope_type", "default")
+    if kind == "default":
+        return []
+    made = AutoConfig.for_model(**config)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](made, "cpu")
+    if factor != 1 or kind in ("dynamic", "longrope"):
+        raise UserError(f"rotary positions of rope_type (={kind!r}) are not written to GGUF")
+    pairs = torch.arange(len(frequencies)) / len(frequencies)
+    factors = rope_base(config) ** -pairs / frequencies
+    return [NativeTensor("rope_freqs.weight", tuple(factors.shape), lambda: factors)]
+
+
+def interleave_pairs(heads: int, weight: Tensor) -> Tensor:
+    """Rows of a query or key projection in the order of rotary pairs that llama.cpp has for Llama
+    and Granite: the two channels of a pair are neighbours, and not half a head apart as in
+    transformers. A bias has rows too."""
+    pairs = weight.unflatten(0, (heads, 2, -1))
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def text_config(model: NativeModel) -> dict[str, Any]:
