@@ -36,6 +36,12 @@ def check_vacant(folder: Path, argument: str = "out") -> None:
         )
 
 
+def check_new(file: Path, argument: str = "out") -> None:
+    """Raise UserError if there is something under the name of a file that is to be written."""
+    if file.exists():
+        raise UserError(f"{argument} (={file}) exists: name a new file, or remove it")
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise UserError when the disk of `folder` cannot hold `needed` more bytes."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -73,6 +79,31 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             fsync(folder.parent)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def staged_file(file: Path) -> Iterator[Path]:
+    """Yield a path beside `file` to write to, and rename it to `file` after success.
+
+    On any error it is removed. What a killed process left is written over by the next one. Raises
+    UserError while another process writes the same file.
+    """
+    file = file.absolute()
+    staging = file.with_name(f".{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if staging.is_symlink():
+        staging.unlink()
+    staging.touch()
+    with held(staging, file):
+        try:
+            with disk_errors():
+                yield staging
+            fsync(staging)
+            os.rename(staging, file)
+            fsync(file.parent)
+        except BaseException:
+            staging.unlink(missing_ok=True)
             raise
 
 
