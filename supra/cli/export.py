@@ -1,7 +1,7 @@
 """`supra export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from supra.cli.options import (
 from supra.errors import UserError
 
 app = typer.Typer()
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 
 
 @app.command(
@@ -32,7 +33,7 @@ def export(
         str,
         choice("--to", f"Architecture: {' or '.join(EXPORT_TARGETS)}.", EXPORT_TARGETS, "TARGET"),
     ],
-    out: Annotated[Path, folder("--out", "Folder to make for the exported model.")],
+    out: Annotated[Path, folder("--out", "Folder, or GGUF file, to make for the exported model.")],
     idle_attention: Annotated[
         bool,
         flag(
@@ -42,6 +43,12 @@ def export(
         ),
     ] = False,
     dtype: Dtype = None,
+    type: Annotated[
+        str | None,
+        choice(
+            "--type", f"Of a GGUF file: {', '.join(GGUF_TYPES)}. Default: f16.", GGUF_TYPES, "TYPE"
+        ),
+    ] = None,
     compared_text: Annotated[
         str | None,
         string("--text", "Text to compare logits on. Default: Python's manual.", "FILE"),
@@ -54,28 +61,59 @@ def export(
         str | None, string("--revision", "Revision of the hub id.", "REVISION")
     ] = None,
     shard_size: Annotated[
-        float, number("--shard-size", "Largest size of a safetensors file, in GB.", "GB")
-    ] = 4.0,
+        float | None,
+        number("--shard-size", "Largest size of a safetensors file, in GB. Default: 4.", "GB"),
+    ] = None,
 ) -> None:
     """Rewrite a converted model for engines that do not know supra."""
+    if text_field is not None and compared_text is None:
+        raise UserError(f"--text-field (={text_field}) needs --text: give both")
+    given = {
+        "idle_attention": idle_attention,
+        "text": compared_text,
+        "text_field": text_field or "text",
+        "revision": revision,
+    }
+    if to == "gguf":
+        result = _export_gguf(model, out, type, dtype, shard_size, given)
+    else:
+        result = _export_folder(model, out, to, type, dtype, shard_size, given)
+    print("\n".join(result.lines()))
+    print(f"wrote {out}; how engines serve it: docs/guides/serve_anywhere.md")
+
+
+def _export_gguf(
+    model: str,
+    out: Path,
+    type: str | None,
+    dtype: str | None,
+    shard_size: float | None,
+    given: dict[str, Any],
+) -> Any:
+    from supra.export.gguf.export import export_gguf
+
+    for name, value in (("--dtype", dtype), ("--shard-size", shard_size)):
+        if value is not None:
+            raise UserError(f"{name} (={value}) is not for --to gguf: give --type")
+    return export_gguf(model, out, type=type or "f16", **given)
+
+
+def _export_folder(
+    model: str,
+    out: Path,
+    to: str,
+    type: str | None,
+    dtype: str | None,
+    shard_size: float | None,
+    given: dict[str, Any],
+) -> Any:
     from supra.checkpoint.opening import parse_dtype
     from supra.export.export import export
 
-    if text_field is not None and compared_text is None:
-        raise UserError(f"--text-field (={text_field}) needs --text: give both")
-    if not shard_size > 0:
+    if type is not None:
+        raise UserError(f"--type (={type}) is for --to gguf: give --dtype")
+    if shard_size is not None and not shard_size > 0:
         raise UserError(f"--shard-size (={shard_size}) must be above 0")
-    result = export(
-        model,
-        out,
-        to=to,
-        dtype=parse_dtype(dtype),
-        idle_attention=idle_attention,
-        text=compared_text,
-        text_field=text_field or "text",
-        shard_bytes=shard_size * 1e9,
-        revision=revision,
-        progress=True,
-    )
-    print("\n".join(result.lines()))
-    print(f"wrote {out}; how engines serve it: docs/guides/serve_anywhere.md")
+    shard_bytes = 4e9 if shard_size is None else shard_size * 1e9
+    given |= {"dtype": parse_dtype(dtype), "shard_bytes": shard_bytes, "progress": True}
+    return export(model, out, to=to, **given)

@@ -20,7 +20,7 @@ from supra.errors import UserError
 from supra.uptrain import limits
 
 DTYPES = ("float32", "bfloat16", "float16")
-EXPORT_TARGETS = ("qwen3_5", "granite")
+EXPORT_TARGETS = ("qwen3_5", "granite", "gguf")
 
 
 def option(name: str, help: str, read: Callable[[str, str], Any], metavar: str, **more: Any) -> Any:

@@ -169,8 +169,13 @@ def common_fields(config: PreTrainedConfig, layers: int) -> dict[str, Any]:
     }
 
 
-def common_obstacles(structure: Structure, mixer: str) -> Iterator[str]:
-    """What keeps a model out of every target whose recurrent layers are `mixer`."""
+def common_obstacles(
+    structure: Structure, mixer: str, biases: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """What keeps a model out of every target whose recurrent layers are `mixer`.
+
+    biases: how the names of biases end that the target can hold.
+    """
     config = structure.config
     if config.base_model_type not in FAMILIES:
         yield (
@@ -187,8 +192,9 @@ def common_obstacles(structure: Structure, mixer: str) -> Iterator[str]:
         yield f"its conv_size is {taps}, and engines have 2 to 4 taps: convert with conv_size=4"
     if config.hidden_act != "silu":
         yield f"its hidden_act is {config.hidden_act}, not silu: convert another model"
-    if biases := [name for name in structure.model.state_dict() if _is_bias(name)]:
-        yield f"it has biases ({biases[0]}): convert a model without, such as a Llama or a Qwen3"
+    names = filter(_is_bias, structure.model.state_dict())
+    if others := [name for name in names if not name.endswith(biases)]:
+        yield f"it has biases ({others[0]}): convert a model without, such as a Llama or a Qwen3"
     attentions = [structure.attention[layer] for layer in structure.recurrent]
     if [x for x in attentions if hasattr(x, "q_norm") and not x.mixer.drops_qk_norm]:
         yield (

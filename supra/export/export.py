@@ -23,7 +23,7 @@ from supra.export.comparison import Difference, check_difference, compare, sampl
 from supra.export.converted import cache_bytes
 from supra.export.model_card import write_card
 from supra.export.native import NativeModel
-from supra.export.targets import TARGETS, check_exportable, check_idle_attention
+from supra.export.targets import FOLDERS, check_exportable, check_idle_attention
 from supra.export.tokenizer import check_tokenizer, copy_tokenizer
 
 
@@ -94,7 +94,7 @@ def export(
     behind.
     """
     out = Path(out).expanduser()
-    check_choice("--to", to, TARGETS)
+    check_choice("--to", to, FOLDERS)
     check_vacant(out)
     if not shard_bytes > 0:
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")
@@ -105,7 +105,7 @@ def export(
     with checkpoint.named():
         check_generation_config(checkpoint.folder)
     tokens = sample(checkpoint, text, text_field)
-    native = TARGETS[to].native_model(checkpoint, idle_attention)
+    native = FOLDERS[to].native_model(checkpoint, idle_attention)
     dtype = dtype or config.dtype
     native.config["dtype"] = str(dtype).removeprefix("torch.")
     size = sum(

@@ -8,9 +8,12 @@ from supra.checkpoint.opening import Checkpoint
 from supra.errors import UserError
 from supra.export import granite, qwen3_5
 from supra.export.converted import KEPT
+from supra.export.gguf import target as gguf
 
 # Each has FORMS, the mixers and options that it can hold; obstacles(); and native_model().
-TARGETS: dict[str, ModuleType] = {"qwen3_5": qwen3_5, "granite": granite}
+FOLDERS: dict[str, ModuleType] = {"qwen3_5": qwen3_5, "granite": granite}
+# gguf has gguf_model() in its place
+TARGETS = FOLDERS | {"gguf": gguf}
 
 
 def check_exportable(checkpoint: Checkpoint, config: PreTrainedConfig, target: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from supra.checkpoint import files
-from supra.checkpoint.files import disk_errors, locked, staged_folder
+from supra.checkpoint.files import disk_errors, locked, staged_file, staged_folder
 from supra.errors import UserError
 
 
@@ -44,6 +44,25 @@ def test_a_folder_has_one_writer(tmp_path, hold):
     with hold(folder):
         pass
     assert os.listdir(tmp_path) == ["out"] and os.listdir(folder) == []
+
+
+def test_a_file_has_one_writer_and_appears_complete(tmp_path):
+    file = tmp_path / "folder" / "out"
+    with another_process(file, staged_file):
+        message = f"another process is writing to {file}: wait"
+        with pytest.raises(UserError, match=message), staged_file(file):
+            raise AssertionError
+    with staged_file(file) as staging:
+        staging.write_bytes(b"whole")
+        assert not file.exists()
+    assert os.listdir(file.parent) == ["out"] and file.read_bytes() == b"whole"
+
+
+def test_an_error_leaves_no_part_of_a_file(tmp_path):
+    with pytest.raises(KeyError), staged_file(tmp_path / "out") as staging:
+        staging.write_bytes(b"half")
+        raise KeyError
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("hold", [locked, staged_folder], ids=["run", "staged"])

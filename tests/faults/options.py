@@ -9,6 +9,7 @@ ABLATE = "eval ablate --model {rnn} --text {text} --sequence-length 16 --tokens 
 TASK = "eval task --model {rnn} --task"
 PASSKEY = "eval passkey --model {rnn}"
 DIAGNOSE = "diagnose {rnn} --text {text} --to 64 --trained-length 16"
+GGUF = "export {ready} --to gguf --idle-attention --out {out}"
 EXPORT = "export {ready} --to qwen3_5 --idle-attention --out {out}"
 GENERATE = "generate --model {rnn} --max-new-tokens 2"
 
@@ -354,6 +355,20 @@ REFUSED = {
         ("{ready} --to qwen3_5 --idle-attention --out {text}", "is a file"),
         ("{ready} --to qwen3_5 --idle-attention --out {base}", "is not empty"),
         ("{ready} --to qwen3_5 --idle-attention=yes --out {out}", "takes no value"),
+        ("{ready} --to qwen3_5 --idle-attention --type f16 --out {out}", "--type"),
+        ("{ready} --to gguf --out {out}", "--idle-attention"),
+        ("{rnn} --to gguf --out {out}", "--mixer gated_deltanet"),
+        ("{base} --to gguf --out {out}", "--export-ready gguf"),
+        ("{ready} --to gguf --idle-attention --out {text}", "exists: name a new file"),
+    ],
+    GGUF: [
+        ("--type q3", "unknown --type"),
+        ("--type ''", "unknown --type"),
+        ("--type q8_0", "multiple of 32 values"),
+        ("--type q4_k_m", "multiple of 32 values"),
+        ("--dtype float16", "--dtype"),
+        ("--shard-size 1", "--shard-size"),
+        ("--text {here}/none.txt", "no such file"),
     ],
     EXPORT: [
         ("--dtype float33", "float33"),

@@ -38,20 +38,27 @@ NAMES = {
 
 
 def gguf_model(native: NativeModel) -> GgufModel:
-    """The model for llama.cpp. Raises UserError if the recurrent layers are not twice as wide as
-    the model, which llama.cpp takes for granted."""
+    """The model for llama.cpp. Raises UserError for recurrent layers of a width that it does not
+    load."""
     config = text_config(native)
     inner = config["mamba_n_heads"] * config["mamba_d_head"]
-    if inner != 2 * config["hidden_size"]:
-        raise UserError(
-            f"recurrent layers {inner} channels wide: llama.cpp needs twice the hidden_size "
-            f"(={config['hidden_size']}); convert with signs: pairs, from a teacher whose heads "
-            "together are as wide as the model"
-        )
+    if found := width_obstacles(inner, config["hidden_size"]):
+        raise UserError(found[0])
     tensors = [x for tensor in native.tensors for x in _tensors(tensor, config)]
     if config["position_embedding_type"] == "rope":
         tensors += rope_factors(config)
     return GgufModel("granitehybrid", _metadata(config, inner), tensors)
+
+
+def width_obstacles(inner: int, hidden: int) -> list[str]:
+    """What keeps recurrent layers of `inner` channels out of a model of `hidden` ones."""
+    if inner == 2 * hidden:
+        return []
+    return [
+        f"its recurrent layers are {inner} channels wide, and llama.cpp needs twice the "
+        f"hidden_size (={hidden}): convert with sign_pairs=true, from a teacher whose heads "
+        "together are as wide as the model"
+    ]
 
 
 def _metadata(config: Mapping[str, Any], inner: int) -> dict[str, Any]:

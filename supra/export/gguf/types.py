@@ -106,3 +106,8 @@ def _eight_bits(rows: Tensor) -> Tensor:
 def stored_bytes(tensor: NativeTensor, kind: int) -> int:
     """The bytes of a tensor in the type `kind`."""
     return math.prod(tensor.shape[:-1]) * row_bytes(kind, tensor.shape[-1])
+
+
+def made_by_llama_cpp(kinds: Sequence[int]) -> bool:
+    """Whether llama.cpp's quantiser makes one of these types."""
+    return any(kind not in (F32, F16, BF16, Q8_0) for kind in kinds)
