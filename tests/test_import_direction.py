@@ -45,6 +45,7 @@ PACKAGES = {
     "supra/model/adapters.py": {"peft"},
     "supra/model/rows.py": {"torch"},
     "supra/bench": {"torch", "triton"},
+    "supra/bench/decode.py": {"torch", "transformers"},
     "supra/bench/rivals": {"torch", "transformers"},
     "supra/cli": {"torch"},
     "supra/uptrain": {"torch", "transformers", "safetensors", "accelerate", "peft", "datasets"},

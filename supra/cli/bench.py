@@ -1,4 +1,4 @@
-"""`supra bench kernels | compile | parallel`."""
+"""`supra bench kernels | compile | parallel | decode`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,9 @@ import typer
 from supra.cli.help import DEVELOP, Command, Group
 from supra.cli.options import (
     DTYPES,
+    GGUF_TYPES,
     Json,
+    argument,
     choice,
     file,
     flag,
@@ -27,7 +29,7 @@ Batch = Annotated[int, whole("--batch", "Rows of a batch.", limits.COUNT)]
 Repeats = Annotated[int, whole("--repeats", "Measurements of each.", limits.COUNT)]
 
 app = typer.Typer(
-    name="bench", cls=Group, rich_help_panel=DEVELOP, help="Measure kernels and solvers."
+    name="bench", cls=Group, rich_help_panel=DEVELOP, help="Measure kernels, solvers and models."
 )
 
 
@@ -138,5 +140,44 @@ def parallel(
         batch=batch,
         dtype=dtype,
         repeats=repeats,
+        as_json=json,
+    )
+
+
+@app.command(cls=Command, epilog="supra bench decode ./rnn --teacher ./teacher --type q8_0")
+def decode(
+    model: Annotated[str, argument("MODEL", "Converted model: hub id or folder.")],
+    teacher: Annotated[
+        str, string("--teacher", "The model that it was converted from.", "TEACHER")
+    ],
+    lengths: Annotated[Sequence[int], integers("--lengths", "Tokens of context.", limits.PASS)] = (
+        2048,
+        8192,
+        32768,
+    ),
+    tokens: Annotated[int, whole("--tokens", "Tokens to decode at each length.", limits.PASS)] = 32,
+    engines: Annotated[
+        Sequence[str], names("--engines", "transformers, llama.cpp. Default: both.")
+    ] = (),
+    type: Annotated[
+        str,
+        choice("--type", f"Of the GGUF files: {', '.join(GGUF_TYPES)}.", GGUF_TYPES, "TYPE"),
+    ] = "q8_0",
+    dtype: Annotated[
+        str, choice("--dtype", f"In transformers: {', '.join(DTYPES)}.", DTYPES, "DTYPE")
+    ] = "float32",
+    json: Json = False,
+) -> None:
+    """Compare how fast a converted model and its teacher decode, in two engines."""
+    from supra.bench.decode import ENGINES, report
+
+    report(
+        model,
+        teacher=teacher,
+        lengths=lengths,
+        tokens=tokens,
+        engines=engines or ENGINES,
+        type=type,
+        dtype=dtype,
         as_json=json,
     )

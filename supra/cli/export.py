@@ -8,6 +8,7 @@ import typer
 from supra.cli.help import RUN, Command
 from supra.cli.options import (
     EXPORT_TARGETS,
+    GGUF_TYPES,
     Dtype,
     argument,
     choice,
@@ -19,7 +20,6 @@ from supra.cli.options import (
 from supra.errors import UserError
 
 app = typer.Typer()
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 
 
 @app.command(

@@ -20,6 +20,7 @@ from supra.errors import UserError
 from supra.uptrain import limits
 
 DTYPES = ("float32", "bfloat16", "float16")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 EXPORT_TARGETS = ("qwen3_5", "granite", "gguf")
 
 

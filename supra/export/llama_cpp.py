@@ -80,6 +80,12 @@ class _ContextSettings(Structure):
         ("callback", c_void_p * 2),
         ("key_type", c_int),
         ("value_type", c_int),
+        ("pointers", c_void_p * 3),
+        ("embeddings", c_bool),
+        ("offload", c_bool * 2),
+        ("operations", c_bool),
+        ("whole_windows", c_bool),
+        ("shared_cache", c_bool),
         ("bytes", ctypes.c_char * 256),
     )
 
@@ -87,6 +93,7 @@ class _ContextSettings(Structure):
 # What a library whose settings are laid out as above writes by default.
 _DEFAULTS = {"context": 512, "batch": 2048, "micro_batch": 512, "max_sequences": 1}
 _DEFAULTS |= {"max_outputs": 0, "max_outputs_per_sequence": 1, "key_type": 1, "value_type": 1}
+_DEFAULTS |= {"embeddings": False, "operations": True, "shared_cache": False}
 
 _LOG = CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _ERROR = 4  # the level of errors in its log
@@ -114,10 +121,18 @@ _FUNCTIONS = {
     "llama_init_from_model": (c_void_p, (c_void_p, _ContextSettings)),
     "llama_log_set": (None, (_LOG, c_void_p)),
     "llama_memory_clear": (None, (c_void_p, c_bool)),
+    "llama_memory_seq_add": (None, (c_void_p, *[c_int32] * 4)),
+    "llama_memory_seq_cp": (None, (c_void_p, *[c_int32] * 4)),
+    "llama_memory_seq_rm": (c_bool, (c_void_p, *[c_int32] * 3)),
     "llama_model_default_params": (_ModelSettings, ()),
     "llama_model_free": (None, (c_void_p,)),
     "llama_model_get_vocab": (c_void_p, (c_void_p,)),
+    "llama_model_is_hybrid": (c_bool, (c_void_p,)),
+    "llama_model_is_recurrent": (c_bool, (c_void_p,)),
     "llama_model_load_from_file": (c_void_p, (c_char_p, _ModelSettings)),
+    "llama_state_seq_get_data": (c_size_t, (c_void_p, c_void_p, c_size_t, c_int32)),
+    "llama_state_seq_get_size": (c_size_t, (c_void_p, c_int32)),
+    "llama_state_seq_set_data": (c_size_t, (c_void_p, c_void_p, c_size_t, c_int32)),
     "llama_tokenize": (
         c_int32, (c_void_p, c_char_p, c_int32, c_void_p, c_int32, c_bool, c_bool),
     ),
@@ -200,6 +215,7 @@ class LlamaCpp:
         settings = self._library.llama_context_default_params()
         settings.context, settings.batch, settings.micro_batch = context, BATCH, BATCH
         settings.max_outputs_per_sequence = 0  # as many as there are tokens
+        settings.max_sequences, settings.shared_cache = 2, True  # the second is for `repeat`
         settings.threads = settings.batch_threads = threads or torch.get_num_threads()
         if exact:
             settings.key_type = settings.value_type = settings.flash_attention = 0
@@ -263,6 +279,32 @@ class LlamaCpp:
             source = self._library.llama_get_logits_ith(self._context, place)
             ctypes.memmove(rows[row].data_ptr(), source, size * 4)
         return rows
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of the text's state: keys and values, and states of recurrent layers."""
+        return self._library.llama_state_seq_get_size(self._context, 0)
+
+    @property
+    def only_attends(self) -> bool:
+        """Whether no layer is recurrent."""
+        recurrent = self._library.llama_model_is_recurrent(self._model)
+        return not (recurrent or self._library.llama_model_is_hybrid(self._model))
+
+    def repeat(self, times: int) -> None:
+        """Append copies of the keys and values so far, at later positions, until there are `times`
+        as many. It is for measuring: a long text that is read takes hours, and a step after it
+        takes the same time whatever it says. Only for models that only attend."""
+        library, memory = self._library, self._library.llama_get_memory(self._context)
+        data = (ctypes.c_ubyte * self.state_bytes)()
+        library.llama_state_seq_get_data(self._context, data, len(data), 0)
+        length = self.position
+        for _ in range(times - 1):
+            library.llama_state_seq_set_data(self._context, data, len(data), 1)
+            library.llama_memory_seq_add(memory, 1, -1, -1, self.position)
+            library.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+            library.llama_memory_seq_rm(memory, 1, -1, -1)
+            self.position += length
 
     def generate(self, tokens: Sequence[int], count: int) -> list[int]:
         """Read the tokens of a new text and continue it greedily by `count` tokens."""

@@ -54,3 +54,23 @@ def test_scaled_positions_of_other_families_are_refused(tmp_path):
     tiny_checkpoint(tmp_path / "teacher", "qwen2", rope_parameters=LLAMA3)
     with pytest.raises(UserError, match=r"scales rotary positions, .* for no qwen2"):
         gguf_model(find_checkpoint(str(tmp_path / "teacher")))
+
+
+def test_repeated_keys_and_values_are_those_of_a_text_read_again(tmp_path):
+    """In a model of one layer they do not depend on what comes before."""
+    tiny_checkpoint(tmp_path / "teacher", "llama", num_hidden_layers=1)
+    checkpoint = find_checkpoint(str(tmp_path / "teacher"))
+    model = gguf_model(checkpoint)
+    words = vocabulary(checkpoint.tokenizer(), model.metadata["vocab_size"])
+    write_gguf(model, words, tmp_path / "teacher.gguf")
+    tokens = torch.randint(1, 300, (37,)).tolist()
+    with LlamaCpp(tmp_path / "teacher.gguf", context=256) as engine:
+        assert engine.only_attends
+        expected = engine.read([*tokens * 3, 5])[-1]
+        size = engine.state_bytes
+        engine.reset()
+        engine.read(tokens)
+        engine.repeat(3)
+        found = engine.read([5])[0]
+        assert engine.position == 3 * 37 + 1 and engine.state_bytes == size
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
