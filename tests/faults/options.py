@@ -386,6 +386,18 @@ REFUSED = {
         ("{text}", "text.txt"),
         ("''", "model"),
     ],
+    "bench decode": [
+        ("", "MODEL"),
+        ("{rnn}", "--teacher"),
+        ("{rnn} --teacher ''", "model ''"),
+        ("{rnn} --teacher {here}/none", "no such folder"),
+        ("{here}/none --teacher {base}", "no such folder"),
+        ("{rnn} --teacher {base} --engines vllm", "unknown engines 'vllm'"),
+        ("{rnn} --teacher {base} --lengths 0", "--lengths"),
+        ("{rnn} --teacher {base} --tokens 0", "--tokens"),
+        ("{rnn} --teacher {base} --type q5", "unknown --type"),
+        ("{rnn} --teacher {base} --dtype int8", "unknown --dtype"),
+    ],
     "bench kernels": [
         ("--ops sum", "sum"),
         ("--ops linear_attention,sum", "sum"),

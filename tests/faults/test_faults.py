@@ -22,7 +22,7 @@ MODULES = (
     "supra.serving.generation", "supra.serving.http",
     "supra.uptrain.loop", "supra.evaluate.ablate.ablation", "supra.evaluate.tasks.task",
     "supra.evaluate.tasks.passkey", "supra.long_context.diagnosis", "supra.bench.kernels",
-    "supra.bench.parallel", "gguf", "peft", "pyarrow.parquet",
+    "supra.bench.parallel", "supra.bench.decode", "gguf", "peft", "pyarrow.parquet",
 )  # fmt: skip
 # what a run that begins writes before it looks at its models
 BEGUN = {"config.yaml", "log.jsonl"}
