@@ -125,6 +125,13 @@ def test_rows_that_blocks_do_not_divide_are_refused(type):
         tensor_types(model, type)
 
 
+def test_weights_that_overflow_are_refused(tmp_path):
+    model = tiny_qwen3_5()
+    model.lm_head.weight.data[3, 4] = 1e5
+    with pytest.raises(UserError, match=r"output\.weight is not finite as f16: give --type bf16"):
+        written(qwen35.gguf_model(native(model)), tmp_path, "f16")
+
+
 def test_an_unknown_type_is_refused():
     with pytest.raises(UserError, match=r"unknown type 'q4' \(known: bf16, f16"):
         tensor_types(qwen35.gguf_model(native(tiny_qwen3_5())), "q4")

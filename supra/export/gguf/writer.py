@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from supra.errors import UserError
@@ -80,12 +81,17 @@ def _write_tensors(writer: Any, model: GgufModel, kinds: list[int]) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, kind in zip(model.tensors, kinds, strict=True):
-            writer.write_tensor_data(_bytes(encoded(tensor.load(), kind)))
+            stored = encoded(tensor.load(), kind)
+            if stored.is_floating_point() and not stored.isfinite().all():
+                raise UserError(
+                    f"tensor {tensor.name} is not finite as "
+                    f"{gguf.GGMLQuantizationType(kind).name.lower()}: give --type bf16, or use an "
+                    "earlier checkpoint"
+                )
+            writer.write_tensor_data(_bytes(stored))
     finally:
         writer.close()
 
 
 def _bytes(tensor: Tensor) -> Any:
-    import torch
-
     return tensor.detach().contiguous().view(torch.uint8).numpy()
