@@ -10,6 +10,7 @@ from supra.checkpoint.conversion_report import describe_layers
 from supra.conversion.plan import check_family
 from supra.errors import UserError
 from supra.export.converted import KEPT
+from supra.export.gguf import rwkv6qwen2
 from supra.export.targets import TARGETS
 from supra.mixers import NEW_PARAMETERS
 from supra.model.state_size import state_bytes
@@ -47,7 +48,8 @@ class Inspection:
         for context, size in self.state_bytes.items():
             lines.append(f"state:      {size:,} bytes per sequence at {context:,} tokens")
         for target, obstacles in self.exports.items():
-            way = "" if obstacles or KEPT in self.layers else " with --idle-attention"
+            alone = {KEPT, rwkv6qwen2.MIXER}.isdisjoint(self.layers)
+            way = " with --idle-attention" if alone and not obstacles else ""
             lines.append(f"export:     {'not ' if obstacles else ''}to {target}{way}")
             lines += [f"            {obstacle}" for obstacle in obstacles]
         if self.verified is not None:

@@ -6,6 +6,7 @@ import supra.export.gguf.export
 from supra.checkpoint.opening import find_checkpoint
 from supra.cli import main
 from supra.conversion.convert import convert
+from supra.conversion.inspection import inspect_model
 from supra.errors import UserError
 from supra.export import llama_cpp
 from supra.export.gguf.export import export_gguf
@@ -82,6 +83,15 @@ def test_other_mixers_are_named(tmp_path):
     (found,) = obstacles(tmp_path, "llama", "retention")
     names = "--mixer gated_deltanet, or mamba2 form=granite, or rwkv form=qrwkv"
     assert "its layers are" in found and found.endswith(f"convert with {names}")
+
+
+def test_rwkv_needs_no_idle_layer(tmp_path):
+    options = {"form": "qrwkv"}
+    assert obstacles(tmp_path, "qwen2", "rwkv", options) == []
+    lines = inspect_model(find_checkpoint(str(tmp_path / "rnn")).config(), []).lines()
+    assert "export:     to gguf" in lines
+    with pytest.raises(UserError, match="not for rwkv, which needs no attention"):
+        export_gguf(tmp_path / "rnn", tmp_path / "rnn.gguf", idle_attention=True)
 
 
 def test_rwkv_of_another_form_is_named(tmp_path):
