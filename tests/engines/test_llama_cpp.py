@@ -108,3 +108,25 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(UserError, match=r"xllamacpp .* does not load .*model\.gguf: \S"):
         LlamaCpp(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("bias, least, most", [(-4, 0, 3e-5), (-9, 3e-5, 3e-3), (-11, 1e-4, 1e-2)])
+def test_small_steps_lose_digits_in_llama_cpp(tokenizer, tokens, tmp_path, bias, least, most):
+    """Its softplus is log(1 + eˣ). A step of e⁻⁴ loses nothing, and one of e⁻¹¹ three digits."""
+    made = tiny_granite(len(tokenizer))
+    for name, weight in made.named_parameters():
+        if name.endswith("dt_bias"):
+            weight.data += bias
+        elif name.endswith("mamba.D"):
+            weight.data.zero_()  # else the skip hides it
+    words = vocabulary(tokenizer, len(tokenizer))
+    write_gguf(granitehybrid.gguf_model(native(made)), words, tmp_path / "model.gguf")
+    with LlamaCpp(tmp_path / "model.gguf", context=256) as engine:
+        assert least <= apart(engine.read(tokens), logits(made, tokens)) < most
+
+
+def test_a_library_of_another_layout_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setitem(llama_cpp._DEFAULTS, "micro_batch", 1024)
+    llama_cpp._library.cache_clear()
+    with pytest.raises(UserError, match=r"is a llama\.cpp of another version than the ones"):
+        LlamaCpp(tmp_path / "model.gguf")
