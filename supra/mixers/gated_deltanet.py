@@ -39,6 +39,7 @@ STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # β; candidates in calibration
 # Factors before SiLU, in units of 1 over the root mean square of a head. Of large numbers SiLU is a
 # ReLU, of small ones it is nearly linear.
 SHARPNESSES = (0.25, 0.5, 1.0, 2.0)
+CHOICE_TOKENS = 1024  # about how many a choice reads: it is one of few, and takes most of the time
 LENGTH_EPS = 1e-6  # of the layer in Qwen3.5
 PARTS = ("query", "key", "value")  # in the order of the convolution's channels
 
@@ -172,11 +173,13 @@ class GatedDeltaNet(Mixer):
         gains = self._parts(self.conv.gain)
         for gain, size in zip(gains, sizes, strict=True):
             fill_heads(gain, 1 / size)
-        self.choose(inputs, target, HALF_LIVES, self._set_half_life)
-        self.choose(inputs, target, STRENGTHS, self._set_strength)
-        self.choose(inputs, target, SHARPNESSES, lambda x: fill_heads(gains[0], x / sizes[0]))
+        rows = max(1, CHOICE_TOKENS // inputs.query.shape[1])
+        some = inputs.first_rows(rows), target[:rows]
+        self.choose(*some, HALF_LIVES, self._set_half_life)
+        self.choose(*some, STRENGTHS, self._set_strength)
+        self.choose(*some, SHARPNESSES, lambda x: fill_heads(gains[0], x / sizes[0]))
         self._fit_value_taps(inputs, target)
-        self.choose(inputs, target, STRENGTHS, self._set_strength)
+        self.choose(*some, STRENGTHS, self._set_strength)
         self.output_gate.follow(inputs.hidden_states, self(inputs)[0], target)
         self.choose(inputs, target, (0.0,), lambda _: None)
 

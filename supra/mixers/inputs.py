@@ -93,15 +93,15 @@ class MixerInputs:
             cut["rotary"] = replace(self.rotary, cos=cos, sin=sin)
         return replace(self, **cut)
 
-    def first_rows(self, rows: int) -> "MixerInputs":
-        """The first rows, packed or not."""
+    def first_rows(self, count: int) -> "MixerInputs":
+        """The first rows of the batch, packed or not."""
         names = ("hidden_states", "query", "key", "value", "padding_mask")
-        cut = {name: x[:rows] for name in names if (x := getattr(self, name)) is not None}
-        if self.rotary is not None:
-            cos, sin = self.rotary.cos[:rows], self.rotary.sin[:rows]
+        cut = {name: x[:count] for name in names if (x := getattr(self, name)) is not None}
+        if self.rotary is not None:  # one row of angles may serve all
+            cos, sin = self.rotary.cos[:count], self.rotary.sin[:count]
             cut["rotary"] = replace(self.rotary, cos=cos, sin=sin)
-        if self.cu_seqlens is not None:  # a document ends where its row does
-            end = rows * self.query.shape[1]
+        if self.cu_seqlens is not None:
+            end = cut["query"].shape[:2].numel()
             cut["cu_seqlens"] = self.cu_seqlens[self.cu_seqlens <= end]
         return replace(self, **cut)
 

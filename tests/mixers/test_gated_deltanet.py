@@ -199,6 +199,18 @@ def test_calibration_finds_what_made_the_target():
     assert after < 0.1 * target.square().sum()
 
 
+@torch.no_grad()
+def test_first_rows_are_computed_as_in_the_whole_batch():
+    mixer, inputs = build(options={"rotary": True}, seed=5), mixer_inputs(GROUPED, 12, seed=6)
+    angles = torch.arange(12.0).expand(2, 12)[..., None] * torch.ones(8)
+    angles = Rotary(angles.cos(), angles.sin(), apply_rotary_pos_emb, 8)
+    bounds = torch.tensor([0, 5, 12, 20, 24], dtype=torch.int32)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    for case in ({}, {"cu_seqlens": bounds}, {"padding_mask": mask}):
+        given = dataclasses.replace(inputs, rotary=angles, **case)
+        torch.testing.assert_close(mixer(given.first_rows(1))[0], mixer(given)[0][:1])
+
+
 def test_what_no_layer_of_qwen3_5_has_is_refused():
     for options, match in (
         ({"conv_size": 0}, r"conv_size \(=0\) must be a whole number from 1 to 64"),
