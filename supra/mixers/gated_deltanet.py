@@ -4,10 +4,10 @@
     q, k = x · (Σx² + 1e-6)^-½        γ = exp(−exp(A) softplus(W_a u + a))        β = σ(W_b u)
     Sᵢ = γᵢ (1 − βᵢ kᵢkᵢᵀ) Sᵢ₋₁ + βᵢ kᵢvᵢᵀ        v'ᵢ = s · RMSNorm(qᵢSᵢ) · SiLU(W_z u)
 
-This is Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, section 3.3) without biases. The layer's own
-forms stand for what this file adds: the pairs and w fold into its projections of u, the factors s
-into its output projection. wu is near 1 on all tokens, so that b and the starts of W_z and W_b,
-which are multiples of w, act as biases.
+u are the hidden states. This is Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, section 3.3). The
+layer of Qwen3.5 has no biases. Here wu is near 1 on all tokens, so multiples of w act as biases:
+b · wu, and the starts of W_z and W_b. That layer can hold all of this: pairs and b fold into its
+projections of u, and s into its output projection.
 """
 
 import math
