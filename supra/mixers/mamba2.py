@@ -81,9 +81,9 @@ KEY_SHIFTS = (-0.3, 0.0, 0.2, 0.4, 0.7, 1.0)  # shares of the token before, in c
 
 @dataclass(frozen=True, config=STRICT)
 class Mamba2Options:
-    """form: "supra", which starts near the teacher; or "granite", a layer of Granite 4, which other
-        engines run. That one has SiLU, the norm and the gate, each without rotary positions, and no
-        bias in the gate. So its output is 0 until it is calibrated.
+    """form: "supra"; or "granite", a layer of Granite 4, which other engines run: with SiLU, the
+        norm and the gate, without rotary positions and without a bias in the gate. Its output is 0
+        until it is calibrated.
     conv_size: taps of the convolution over x, B and C; 1 for none.
     activation: after the convolution: "none", or "silu" as published. SiLU nearly removes negative
         features, and the teacher's have both signs.
