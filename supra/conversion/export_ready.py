@@ -18,10 +18,12 @@ def ready_mixer(
     mixer: str | None,
     options: dict[str, Any] | None,
     keep_attention: Iterable[int],
+    kept: dict[str, dict[str, Any]],
 ) -> tuple[str, dict[str, Any]]:
     """The mixer for a model of config `base`, and all its options.
 
     mixer, options: what the user has chosen, which must be something that the target can hold.
+    kept: the options of the layers that keep attention, under the name of their mixer.
     Raises UserError with everything that stands in the way.
     """
     check_choice("export_ready", target, TARGETS)
@@ -35,7 +37,7 @@ def ready_mixer(
     for name, given in forms:
         name, resolved = resolve_mixer(name, {**given, **(options or {})})
         layers = plan_layers(base.num_hidden_layers, name, keep_attention)
-        found = TARGETS[target].obstacles(converted_config(base, layers, {name: resolved}))
+        found = TARGETS[target].obstacles(converted_config(base, layers, {name: resolved, **kept}))
         if not found:
             return name, resolved
         obstacles = obstacles or found

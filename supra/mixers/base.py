@@ -65,14 +65,15 @@ class Mixer(nn.Module, ABC):
         scale: bool = False,
         output_gate: OutputGate | None = None,
         signs: Signs = ONE_SIGN,
+        rotary: bool = True,
     ):
         """norm, scale, output_gate: the pieces of `read_out`, each of which may be absent. The
         scale is a trained factor per head and channel of the sums.
 
         signs: the sums of a head are a block of V channels for each sign. The output is the blocks
             added up; at the start, with these signs.
-
-        Options with `rotary` false take the family's rotation away from `mix`."""
+        rotary: whether `mix` gets the family's rotation.
+        """
         super().__init__()
         self.shape = shape
         self.options = options
@@ -83,7 +84,7 @@ class Mixer(nn.Module, ABC):
         self.scale = nn.Parameter(torch.empty(sizes)) if scale else None
         self.register_buffer("magnitude", torch.ones(sizes[0], 1) if scale else None)
         self.output_gate = output_gate
-        self.rotates = getattr(options, "rotary", True)
+        self.rotates = rotary
 
     def reset_parameters(self) -> None:
         """Write the starting values into the parameters and the fixed buffers, in place."""

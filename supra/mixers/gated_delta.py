@@ -66,6 +66,7 @@ class GatedDelta(Mixer):
             options,
             scale=options.scale,
             output_gate=OutputGate(shape) if options.output_gate else None,
+            rotary=options.rotary,
         )
         self.feature_map = FEATURE_MAPS[options.feature_map](shape)
         self.decay_gate = DecayGate(shape)

@@ -93,6 +93,7 @@ class GatedDeltaNet(Mixer):
                 replace(shape, value_size=len(signs) * shape.value_size), bias=False
             ),
             signs=signs,
+            rotary=options.rotary,
         )
         heads, blocks = shape.query_heads, len(signs)
         sizes = [blocks * x for x in (shape.head_size, shape.head_size, shape.value_size)]

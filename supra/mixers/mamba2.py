@@ -144,6 +144,7 @@ class Mamba2(Mixer):
             scale=options.scale,
             output_gate=SiLUGate(inner, bias=not granite) if options.output_gate else None,
             signs=signs,
+            rotary=options.rotary,
         )
         self.inner = inner
         values = inner.key_heads * inner.value_size

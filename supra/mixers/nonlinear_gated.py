@@ -76,6 +76,7 @@ class NonlinearGatedMixer(Mixer):
             options,
             scale=options.scale,
             output_gate=OutputGate(shape) if options.output_gate else None,
+            rotary=options.rotary,
         )
         heads, size = shape.query_heads, shape.head_size
         self.decay_gate = DecayGate(shape)

@@ -63,6 +63,7 @@ class Retention(Mixer):
             norm=NORMS[options.normalize],
             scale=options.scale,
             output_gate=SiLUGate(shape) if options.output_gate else None,
+            rotary=options.rotary,
         )
         # a buffer: loading makes every parameter trainable
         self.register_buffer("log_decay", retention_log_decay(shape.query_heads))

@@ -124,6 +124,7 @@ class Rwkv(Mixer):
             norm=group_norm if options.normalize == "group" else None,
             scale=options.scale,
             output_gate=OutputGate(shape, bias=not published) if options.output_gate else None,
+            rotary=options.rotary,
         )
         self.decay = ChannelDecay(shape, options.rank)
         sizes = shape.query_heads, shape.head_size

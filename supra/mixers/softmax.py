@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from supra.mixers.base import Mixer
-from supra.mixers.inputs import MixerInputs
+from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import pick
 from supra.settings.model import STRICT
 
@@ -38,6 +38,9 @@ class Softmax(Mixer):
     Options = SoftmaxOptions
     State = SoftmaxState
     recurrent = False
+
+    def __init__(self, shape: AttentionShape, options: SoftmaxOptions):
+        super().__init__(shape, options, rotary=options.rotary)
 
     def mix(
         self, inputs: MixerInputs, state: SoftmaxState | None = None, return_state: bool = False

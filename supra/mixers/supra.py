@@ -92,6 +92,7 @@ class Supra(Mixer):
             norm=group_norm if options.normalize == "group" else None,
             scale=options.scale,
             output_gate=OutputGate(shape) if options.output_gate else None,
+            rotary=options.rotary,
         )
         self.feature_map = build_feature_map(options.feature_map, shape, options.expansion)
         if options.decay == "gated":

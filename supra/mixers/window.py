@@ -87,7 +87,7 @@ class Window(Mixer):
 
     def __init__(self, shape: AttentionShape, options: WindowOptions):
         gate = OutputGate(shape) if options.output_gate else None
-        super().__init__(shape, options, output_gate=gate)
+        super().__init__(shape, options, output_gate=gate, rotary=options.rotary)
         self.feature_map = build_feature_map(options.feature_map, shape, options.expansion)
         self.linear_weight = HeadLogits(shape)
         if options.decay == "gated":
