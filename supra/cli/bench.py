@@ -157,7 +157,7 @@ def decode(
     ),
     tokens: Annotated[int, whole("--tokens", "Tokens to decode at each length.", limits.PASS)] = 32,
     engines: Annotated[
-        Sequence[str], names("--engines", "transformers, llama.cpp. Default: both.")
+        Sequence[str], names("--engines", "Engines: transformers, llama.cpp. Default: both.")
     ] = (),
     type: Annotated[
         str,

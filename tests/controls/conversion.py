@@ -60,17 +60,17 @@ BUGS = [
     Bug(
         "scale_of_another_regression",
         "the scale of a head is that of a regression of outputs on targets",
-        "supra/mixers/base.py",
-        "(output * output).sum(0)",
-        "(target * target).sum(0)",
+        "supra/mixers/channel_scales.py",
+        "[(x * y).sum(0) for y in parts]",
+        "[(target * target).sum(0) for y in parts]",
         (f"{CALIBRATE}::test_scale_is_the_least_squares_solution",),
     ),
     Bug(
         "decays_chosen_without_scales",
         "the candidates of a calibration are judged without their scales",
         "supra/mixers/base.py",
-        "(target - scale * output)",
-        "(target - output)",
+        "(target - (scale * blocks).sum(2))",
+        "(target - blocks.sum(2))",
         (
             "tests/mixers/test_gated_delta.py::test_calibration_finds_the_sharpness_that_made_the_target",
         ),
