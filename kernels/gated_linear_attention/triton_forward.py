@@ -172,9 +172,9 @@ def recurrent_steps(
     state += lane * (KEY_WIDTH * VALUE_WIDTH)
     s = tiles.load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     for t in range(0, length):
-        k = tiles.load_token(key, key_time, t, columns_k, KEY_WIDTH)
         v = tiles.load_token(value, value_time, t, columns_v, VALUE_WIDTH)
         g = tiles.load_token(log_decay, decay_time, t, columns_k, KEY_WIDTH)
+        k = tiles.load_token(key, key_time, t, columns_k, KEY_WIDTH)  # first, 4 more registers
         before = s
         s = s * tl.exp(g)[:, None] + k[:, None] * v[None, :]
         for r in range(0, QUERIES):
