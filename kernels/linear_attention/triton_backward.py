@@ -72,14 +72,14 @@ def chunk_d_query(
         acc *= inverse[:, None]
     else:
         acc *= scale
-    base = d_query + locate.dense_offset(row, token + at, length, head, heads, KEY_WIDTH)
-    tiles.store(base, heads * KEY_WIDTH, rows, left - at, columns_k, KEY_WIDTH, acc)
+    base = d_query + locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
+    tiles.store(base, heads * KEY_WIDTH, at + rows, left, columns_k, KEY_WIDTH, acc)
     if HAS_DECAY:
-        query += locate.offset(row, query_batch, token + at, query_time, head, query_head)
-        q = tiles.load(query, query_time, rows, left - at, columns_k, KEY_WIDTH)
+        query += locate.offset(row, query_batch, token, query_time, head, query_head)
+        q = tiles.load(query, query_time, at + rows, left, columns_k, KEY_WIDTH)
         lane = block * heads + head
-        base = query_products + locate.offset(row, length, token + at, 1, lane, total)
-        tiles.store_vector(base, rows, left - at, tl.sum(q.to(tl.float32) * acc, 1))
+        base = query_products + locate.offset(row, length, token, 1, lane, total)
+        tiles.store_vector(base, at + rows, left, tl.sum(q.to(tl.float32) * acc, 1))
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def chunk_d_key(
         return
     rows, columns_k = tl.arange(0, TILE), block * BLOCK_K + tl.arange(0, BLOCK_K)
     value += locate.offset(row, value_batch, token + at, value_time, head, value_head)
-    key += locate.offset(row, key_batch, token + at, key_time, head, key_head)
+    key += locate.offset(row, key_batch, token, key_time, head, key_head)
     query += locate.offset(row, query_batch, token, query_time, 0, query_head)
     d_output += locate.offset(row, d_batch, token, d_time, 0, d_head)
     if NORMALIZED:
@@ -133,14 +133,14 @@ def chunk_d_key(
             VALUE_WIDTH, KEY_WIDTH, BLOCK_V, CHUNK, QUERIES, True, HAS_DECAY, NORMALIZED, PRECISION,
         )  # fmt: skip
         if HAS_DECAY:
-            k = tiles.load(key, key_time, rows, left - at, columns_k, KEY_WIDTH)
+            k = tiles.load(key, key_time, at + rows, left, columns_k, KEY_WIDTH)
             lane = block * heads * STATES + state_head
-            base = key_products + locate.offset(row, length, token + at, 1, lane, total)
-            tiles.store_vector(base, rows, left - at, tl.sum(k.to(tl.float32) * acc, 1))
+            base = key_products + locate.offset(row, length, token, 1, lane, total)
+            tiles.store_vector(base, at + rows, left, tl.sum(k.to(tl.float32) * acc, 1))
         all_states += acc
 
-    d_key += locate.dense_offset(row, token + at, length, 0, heads, KEY_WIDTH) + head * KEY_WIDTH
-    tiles.store(d_key, heads * KEY_WIDTH, rows, left - at, columns_k, KEY_WIDTH, all_states)
+    d_key += locate.dense_offset(row, token, length, 0, heads, KEY_WIDTH) + head * KEY_WIDTH
+    tiles.store(d_key, heads * KEY_WIDTH, at + rows, left, columns_k, KEY_WIDTH, all_states)
 
 
 @triton.jit
@@ -190,9 +190,8 @@ def chunk_d_value(
         )  # fmt: skip
 
     # the head apart, here and in dk: within the offset it takes up to 24 more registers
-    d_value += locate.dense_offset(row, token + at, length, 0, heads, VALUE_WIDTH)
-    base = d_value + head * VALUE_WIDTH
-    tiles.store(base, heads * VALUE_WIDTH, rows, left - at, columns_v, VALUE_WIDTH, acc)
+    d_value += locate.dense_offset(row, token, length, 0, heads, VALUE_WIDTH) + head * VALUE_WIDTH
+    tiles.store(d_value, heads * VALUE_WIDTH, at + rows, left, columns_v, VALUE_WIDTH, acc)
 
 
 @triton.jit

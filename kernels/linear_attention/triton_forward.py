@@ -172,15 +172,16 @@ def chunk_output(
         v = tiles.load(value + t * value_time, value_time, rows, left - t, columns_v, VALUE_WIDTH)
         acc = tiles.dot(scores, v, acc, PRECISION)
 
+    # stored by rows of the chunk, here and in backward: by those of the tile, 36 more registers
     if NORMALIZED:
         if block == 0:
-            base = weights + locate.dense_offset(row, token + at, length, head, heads, 1)
-            tl.store(base + rows * heads, weight, mask=rows < left - at)
+            base = weights + locate.dense_offset(row, token, length, head, heads, 1)
+            tl.store(base + (at + rows) * heads, weight, mask=at + rows < left)
         acc /= (weight + eps)[:, None]
     else:
         acc *= scale
-    base = output + locate.dense_offset(row, token + at, length, head, heads, VALUE_WIDTH)
-    tiles.store(base, heads * VALUE_WIDTH, rows, left - at, columns_v, VALUE_WIDTH, acc)
+    base = output + locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
+    tiles.store(base, heads * VALUE_WIDTH, at + rows, left, columns_v, VALUE_WIDTH, acc)
 
 
 @triton.jit
