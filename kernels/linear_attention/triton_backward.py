@@ -77,8 +77,7 @@ def chunk_d_query(
     if HAS_DECAY:
         query += locate.offset(row, query_batch, token, query_time, head, query_head)
         q = tiles.load(query, query_time, at + rows, left, columns_k, KEY_WIDTH)
-        lane = block * heads + head
-        base = query_products + locate.offset(row, length, token, 1, lane, total)
+        base = query_products + locate.offset(row, length, token, 1, block * heads + head, total)
         tiles.store_vector(base, at + rows, left, tl.sum(q.to(tl.float32) * acc, 1))
 
 
