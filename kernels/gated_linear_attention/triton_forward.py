@@ -120,11 +120,12 @@ def chunk_output(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output tiles [TILE, BLOCK_V]; heads = Hq. grid: (chunks * blocks of V, Hq)."""
-    chunk, _, head, n, row, token, left, rows, columns_v = locate.chunk(
+    chunk, block, head, n, row, token, left, _, _ = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, TILE, PACKED
     )
     if left <= 0:
         return
+    rows, columns_v = tl.arange(0, TILE), block * BLOCK_V + tl.arange(0, BLOCK_V)
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
     query += locate.offset(row, query_batch, token, query_time, head, query_head)
     value += locate.offset(row, value_batch, token, value_time, kv_head, value_head)
