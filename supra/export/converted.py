@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from supra.checkpoint.config_rules import meta_model
 from supra.checkpoint.opening import Checkpoint
 from supra.checkpoint.weights import FolderReader, ModuleReader, tied_names
-from supra.export.native import NativeTensor
+from supra.export.native import NativeModel, NativeTensor
 from supra.mixers.gates import MAX_EXPONENT
 from supra.model.attention import attention_modules
 
@@ -135,10 +135,42 @@ class Converted:
         return [] if tied else [self.inherited(name, name)]
 
 
+# What a target makes of one layer: its tensors, by the layer's number.
+LayerTensors = Callable[[Converted, int], Iterator[NativeTensor]]
+
+
 def open_converted(checkpoint: Checkpoint) -> Converted:
     """The converted model in a checkpoint."""
     config = checkpoint.config()
     return Converted(Structure(config), checkpoint.tensors(config))
+
+
+def rewritten(
+    checkpoint: Checkpoint,
+    idle_attention: bool,
+    *,
+    config: Callable[[Structure, bool], dict[str, Any]],
+    kept: LayerTensors,
+    recurrent: LayerTensors,
+    around: LayerTensors,
+    final_norm: Callable[[Converted, str], NativeTensor],
+    idle: Callable[[dict[str, Any], int], Iterator[NativeTensor]],
+) -> NativeModel:
+    """The converted model in a checkpoint, put together from what a target makes of its parts.
+
+    kept, recurrent: what replaces the attention of such a layer. around: its norms and its MLP.
+    idle: with `idle_attention`, one more layer whose output is 0.
+    """
+    model = open_converted(checkpoint)
+    tensors = [model.inherited("model.embed_tokens.weight", "model.embed_tokens.weight")]
+    for layer, mixer in enumerate(model.structure.layers):
+        tensors += kept(model, layer) if mixer == KEPT else recurrent(model, layer)
+        tensors += around(model, layer)
+    fields = config(model.structure, idle_attention)
+    if idle_attention:
+        tensors += idle(fields, len(model.structure.layers))
+    tensors.append(final_norm(model, "model.norm.weight"))
+    return NativeModel(fields, [*tensors, *model.head()])
 
 
 def bounded(logarithm: Tensor) -> Tensor:

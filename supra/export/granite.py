@@ -21,7 +21,7 @@ from supra.export.converted import (
     common_fields,
     common_obstacles,
     constant,
-    open_converted,
+    rewritten,
 )
 from supra.export.native import NativeModel, NativeTensor
 from supra.mixers.signs import signed
@@ -80,16 +80,16 @@ def native_model(checkpoint: Checkpoint, idle_attention: bool = False) -> Native
 
     idle_attention: append an attention layer whose output is 0.
     """
-    model = open_converted(checkpoint)
-    tensors = [model.inherited("model.embed_tokens.weight", "model.embed_tokens.weight")]
-    for layer, mixer in enumerate(model.structure.layers):
-        tensors += _kept(model, layer) if mixer == KEPT else _recurrent(model, layer)
-        tensors += _around(model, layer)
-    config = native_config(model.structure, idle_attention)
-    if idle_attention:
-        tensors += _idle(config, len(model.structure.layers))
-    tensors.append(model.inherited("model.norm.weight", "model.norm.weight"))
-    return NativeModel(config, [*tensors, *model.head()])
+    return rewritten(
+        checkpoint,
+        idle_attention,
+        config=native_config,
+        kept=_kept,
+        recurrent=_recurrent,
+        around=_around,
+        final_norm=lambda model, name: model.inherited(name, name),
+        idle=_idle,
+    )
 
 
 def native_config(structure: Structure, idle_attention: bool = False) -> dict[str, Any]:
