@@ -6,6 +6,8 @@ output projection after the mixer can reduce the remaining error, because it mix
 channels. Its best weights for the mixer's outputs solve a linear least-squares problem.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -47,12 +49,26 @@ def calibrate(
         if projections:
             fit = partial(_fit_projection, attention, fitted)
             teachers.register_forward_hook(fit, with_kwargs=True)
-    teacher(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    with _fresh_casts():
+        teacher(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     if projections and not fitted:
         raise UserError(
             f"calibrate.projections: {model.config.base_model_type} has no linear output "
             "projection to fit: set calibrate.projections to false"
         )
+
+
+@contextmanager
+def _fresh_casts() -> Iterator[None]:
+    """Inside, autocast casts a weight each time it is used. It would keep the casts of weights that
+    calibration goes on to change."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def _calibrate_mixer(

@@ -13,10 +13,10 @@ from supra.model.auto import converted_config
 from supra.testing import tiny_config
 
 
-def converted(mixer, layers=3, keep=()):
+def converted(mixer, layers=3, keep=(), options=None):
     """A random teacher, and a student with its weights and that mixer."""
     config = tiny_config("llama", num_hidden_layers=layers)
-    name, options = resolve_mixer(mixer)
+    name, options = resolve_mixer(mixer, options)
     names = ["softmax" if layer in keep else name for layer in range(layers)]
     torch.manual_seed(4)
     student = AutoModelForCausalLM.from_config(converted_config(config, names, {name: options}))
@@ -58,6 +58,20 @@ def test_every_layer_comes_closer_to_its_teacher(batch):
     after = errors(teacher, student, batch[0])
     assert all(new < 0.9 * old for new, old in zip(after, before, strict=True))
     assert max(after) < 1, "zeros would be closer to the teacher"
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "mamba2"])
+def test_autocast_keeps_no_weight_that_changes(mixer, batch):
+    """Gates without a bias are closed until calibration opens them."""
+    options = {"form": "granite"} if mixer == "mamba2" else {}
+    found = {}
+    for enabled in (False, True):
+        teacher, student = converted(mixer, layers=1, options=options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            calibrate(student, *batch)
+        found[enabled] = errors(teacher, student, batch[0])
+    for exact, rounded in zip(found[False], found[True], strict=True):
+        assert rounded < 1.1 * exact + 0.01
 
 
 def test_scale_is_the_least_squares_solution(batch):
