@@ -28,13 +28,13 @@ def chunk_d_query(
 
     grid: (chunks * CHUNK / TILE * blocks of K, Hq).
     """
-    chunk, part, at, block, head, n, row, token, left, rows, columns_k = locate.tile(
+    chunk, part, at, block, head, n, row, token, left, _, _ = locate.tile(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, CHUNK, TILE, PACKED
     )
     if at >= left:
         return
-    state_head = head // QUERIES
-    kv_head = state_head // STATES
+    rows, columns_k = tl.arange(0, TILE), block * BLOCK_K + tl.arange(0, BLOCK_K)
+    state_head, kv_head = head // QUERIES, head // (QUERIES * STATES)
     d_output += locate.offset(row, d_batch, token + at, d_time, head, d_head)
     key += locate.offset(row, key_batch, token, key_time, kv_head, key_head)
     value += locate.offset(row, value_batch, token, value_time, kv_head, value_head)
