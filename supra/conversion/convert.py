@@ -93,7 +93,7 @@ def convert(
     """
     out = Path(out).expanduser()
     if export_ready is None:
-        mixer, options = resolve_mixer(mixer or "supra", options)
+        mixer, options = resolve_mixer("supra" if mixer is None else mixer, options)
     check_vacant(out)
     if not shard_bytes > 0:
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")

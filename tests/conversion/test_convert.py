@@ -435,6 +435,10 @@ def test_converted_already(base, tmp_path):
     fails("already converted", tmp_path / "rnn", tmp_path / "again")
 
 
+def test_an_empty_name_is_no_mixer(base, tmp_path):
+    fails("mixer ''", base, tmp_path / "rnn", mixer="")
+
+
 def test_layers_out_of_range(base, tmp_path):
     fails("layer 7: the model has layers 0 to 2", base, tmp_path / "rnn", keep_attention=[7])
 
