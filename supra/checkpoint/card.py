@@ -1,7 +1,7 @@
 """The model card of a converted checkpoint: README.md, as the hub reads it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def update_card(
     *,
     tokens: int,
     results: Mapping[str, Mapping[str, float]],
-    dataset: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> None:
     """Replace the section on uptraining in the card of `folder`.
 
@@ -109,16 +109,17 @@ def update_card(
     Args:
         tokens: the number of tokens that the model was trained on.
         results: a table, by row (a model, such as "teacher") and column (a measure).
-        dataset: the hub name of the training text; None for text that is not on the hub.
+        datasets: the hub names of the training texts; () for text that is not on the hub.
     """
     path = Path(folder) / CARD
     card = read_card(path)
     if card is None:
         return
-    if dataset is not None:
-        card.data.datasets = [dataset]
+    if datasets:
+        card.data.datasets = list(datasets)
     text = card.text.split(UPTRAINING)[0].rstrip("\n") + f"\n{UPTRAINING}\n"
-    text += f"Trained on {tokens:,} tokens" + (f" of {dataset}.\n" if dataset else ".\n")
+    of = f" of {' and '.join(datasets)}" if datasets else ""
+    text += f"Trained on {tokens:,} tokens{of}.\n"
     if results:
         measures = list(dict.fromkeys(name for row in results.values() for name in row))
         rows = [

@@ -51,7 +51,8 @@ def _refuse(settings: Node, mistake: ErrorDetails) -> NoReturn:
 
 def _refuse_key(settings: Node, path: tuple[str | int, ...]) -> NoReturn:
     """Say which key was meant: judged by the whole path, then by its last part alone."""
-    *parents, last = (str(part)[:LONGEST_KEY] for part in path)
+    # a place in a list is left out, because keys are the same in all places
+    *parents, last = (part[:LONGEST_KEY] for part in path if isinstance(part, str))
     dotted, known = ".".join((*parents, last)), list(keys(settings))
     by_last = {key.rpartition(".")[2]: key for key in known}
     near = difflib.get_close_matches(dotted, known, n=1) or [
@@ -67,7 +68,8 @@ def _refuse_gap(settings: Node, path: tuple[str | int, ...]) -> NoReturn:
     while inner := section(node_at(settings, path)):
         path = (*path, inner["required"][0])
     key = _dotted(path)
-    raise UserError(f"{key} is missing: set it in the config file or {key}=...")
+    override = "" if any(isinstance(part, int) for part in path) else f" or {key}=..."
+    raise UserError(f"{key} is missing: set it in the config file{override}")
 
 
 def _refuse_value(key: str, value: Any, node: Node) -> NoReturn:

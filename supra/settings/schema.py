@@ -18,7 +18,7 @@ WORDS = {
     "null": "null",
     "object": "a mapping of settings",
 }
-PLURALS = {"number": "numbers", "string": "strings"}
+PLURALS = {"number": "numbers", "string": "strings", "object": "mappings of settings"}
 
 
 def json_schema(kind: type, title: str) -> Node:
@@ -53,8 +53,9 @@ def node_at(node: Node, path: Sequence[str | int]) -> Node:
 
 
 def section(node: Node) -> Node | None:
-    """The section that a value may be; None for a value that is no section."""
-    return next((x for x in _options(node) if "properties" in x), None)
+    """The section that a value may be, or a list of sections may hold; None for other values."""
+    options = [x.get("items", x) for x in _options(node)]
+    return next((x for x in options if "properties" in x), None)
 
 
 def keys(node: Node, prefix: str = "") -> Iterator[str]:

@@ -16,12 +16,43 @@ from supra.uptrain.limits import PASS, SEED, STEP, TEXT, VOCABULARY, WIDTH
 Forgetting = Annotated[float, Field(ge=0, lt=1)]
 
 
-class DataConfig(Settings):
-    """Training text, and the held-out text, which has at most one source."""
+class SourceConfig(Settings):
+    """One of the texts of a mixture."""
 
-    path: str = Field(
+    path: str = Field(description="The text; takes what data.path takes.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=TEXT,
+        description="Share of the run's tokens, relative to the other weights.",
+    )
+    name: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set to train on.")
+    text_field: str | None = Field(
+        None, description="Field of a record that holds the text; null: data.text_field."
+    )
+
+    @property
+    def label(self) -> str:
+        """What the text is called in the log and in messages."""
+        split = None if self.split == "train" else self.split
+        return " ".join(filter(None, [self.path, self.name, split]))
+
+
+class DataConfig(Settings):
+    """Training text, and the held-out text, which is of at most one kind.
+
+    The training text is either `path` or a mixture of `sources`. A row has tokens of one source
+    alone, and over the run each source gets its share of the tokens, in epochs of its own.
+    """
+
+    path: str | None = Field(
+        None,
         description="Training text: a hub data set, or a file, folder or glob pattern of .jsonl, "
-        ".jsonl.gz, .txt or .parquet files."
+        ".jsonl.gz, .txt or .parquet files. Either path or sources must be set.",
+    )
+    sources: tuple[SourceConfig, ...] | None = Field(
+        None, description="Training texts with their weights, in place of path."
     )
     name: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set to train on.")
@@ -44,8 +75,24 @@ class DataConfig(Settings):
     )
     eval_split: str | None = Field(None, description="Split of the hub data set to hold out.")
     eval_documents: int = Field(
-        0, ge=0, le=TEXT, description="Hold out the first documents of the training text."
+        0,
+        ge=0,
+        le=TEXT,
+        description="Hold out the first documents of the training text, of every source.",
     )
+
+    @property
+    def texts(self) -> tuple[SourceConfig, ...]:
+        """The training texts: the sources, or path as the only one."""
+        if self.sources:
+            return self.sources
+        return (SourceConfig(path=self.path, name=self.name, split=self.split),)
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of the tokens that each text gets; they add up to 1."""
+        total = sum(text.weight for text in self.texts)
+        return [text.weight / total for text in self.texts]
 
 
 class CalibrateConfig(Settings):
@@ -276,7 +323,9 @@ class UptrainConfig(Settings):
 
     student: str = Field(description="Converted checkpoint to train: a folder or hub id.")
     out: str = Field(description="Folder of the run; the result is in its folder final.")
-    data: DataConfig = Field(description="Training text, and held-out text.")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="Training text, and held-out text."
+    )
     seed: int = Field(0, ge=0, le=SEED, description="Seed of all random numbers.")
     teacher: str | None = Field(
         None, description="Transformer that distill learns from: a folder or hub id."

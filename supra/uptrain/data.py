@@ -9,7 +9,7 @@ from supra.data.blocks import blocks_from_text
 from supra.data.packing import Block, Row, encode, start_tokens
 from supra.data.text import Documents, open_dataset
 from supra.errors import UserError
-from supra.uptrain.config import UptrainConfig
+from supra.uptrain.config import DataConfig, SourceConfig, UptrainConfig
 
 
 class BlockStream:
@@ -34,7 +34,9 @@ class BlockStream:
         world: int = 1,
         segments: int | None = None,
         min_document_tokens: int = 0,
+        name: str = "the data",  # in messages
     ):
+        self.name = name
         self.source, self.tokenizer, self.sequence_length = documents, tokenizer, sequence_length
         self.start = start_tokens(tokenizer)
         self.rank, self.world = rank, world
@@ -57,6 +59,11 @@ class BlockStream:
         if there:
             self.offset = min(state["offset"], len(self.tokens))
         self.cut(segments)
+
+    @property
+    def place(self) -> str:
+        """The position in words."""
+        return f"epoch {self.epoch + 1} after {self.documents} documents"
 
     @property
     def block_tokens(self) -> int:
@@ -116,7 +123,7 @@ class BlockStream:
             why = f"all {self.documents} documents are blank"
             if self.documents == 0:
                 why = "there is no document, or data.eval_documents holds out all of them"
-            raise UserError(f"there is no text in the data{share}: {why}; give more text")
+            raise UserError(f"there is no text in {self.name}{share}: {why}; give more text")
         longest = f"the longest of {self.documents} documents{share} has {self.longest}"
         if self.longest < self.min_document_tokens:
             raise UserError(
@@ -130,42 +137,63 @@ class BlockStream:
                 f"{longest}: lower one of them or give longer documents"
             )
         raise UserError(
-            f"data.sequence_length (={self.sequence_length}) is longer than the data{share} "
+            f"data.sequence_length (={self.sequence_length}) is longer than {self.name}{share} "
             f"({self.tokens_read} tokens in {self.documents} documents): "
             "lower it or give more text"
         )
 
 
-def training_documents(config: UptrainConfig) -> Documents:
-    """The documents to train on, without those that are held out."""
+def training_documents(config: UptrainConfig) -> list[Documents]:
+    """The documents of each training text, without those that are held out."""
     data = config.data
-    dataset = open_dataset(data.path, data.name, data.split, data.streaming)
-    if data.eval_documents:
-        if isinstance(dataset, datasets.IterableDataset):
-            dataset = dataset.skip(data.eval_documents)
-        elif len(dataset) <= data.eval_documents:
-            raise UserError(
-                f"data.eval_documents (={data.eval_documents}) leaves nothing to train on: "
-                f"{data.path} has {len(dataset)} documents; lower it or give more text"
-            )
-        else:
-            dataset = dataset.select(range(data.eval_documents, len(dataset)))
     order = {"seed": data.shuffle_seed, "buffer": data.shuffle_buffer}
-    return Documents(dataset, data.text_field, source=data.path, **order)
+    return [
+        Documents(
+            _training_set(data, text), text.text_field or data.text_field, source=text.path, **order
+        )
+        for text in data.texts
+    ]
+
+
+def _training_set(
+    data: DataConfig, text: SourceConfig
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A training text without the documents that are held out."""
+    dataset = open_dataset(text.path, text.name, text.split, data.streaming)
+    if not data.eval_documents:
+        return dataset
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.skip(data.eval_documents)
+    if len(dataset) <= data.eval_documents:
+        raise UserError(
+            f"data.eval_documents (={data.eval_documents}) leaves nothing to train on: "
+            f"{text.path} has {len(dataset)} documents; lower it or give more text"
+        )
+    return dataset.select(range(data.eval_documents, len(dataset)))
 
 
 def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Block]:
-    """Blocks with about eval.tokens tokens of held-out text; [] if the config has no such text."""
-    data = config.data
-    if not (data.eval_path or data.eval_split or data.eval_documents):
-        return []
-    source = data.eval_path or data.path
-    if data.eval_path:
-        dataset = open_dataset(data.eval_path, streaming=data.streaming)
-    else:
-        split = data.eval_split or data.split
-        dataset = open_dataset(data.path, data.name, split, data.streaming)
+    """Blocks with about eval.tokens tokens of held-out text; [] if the config has no such text.
+
+    The first documents of several sources have the sources' shares of the tokens.
+    """
+    data, tokens = config.data, config.eval.tokens
     if data.eval_documents:
-        dataset = dataset.take(data.eval_documents)
-    documents = Documents(dataset, data.text_field, source=source).epoch(0)
-    return blocks_from_text(tokenizer, documents, data.sequence_length, config.eval.tokens)
+        parts = zip(data.texts, data.shares, strict=True)
+    elif data.eval_path:
+        parts = [(SourceConfig(path=data.eval_path), 1)]
+    elif data.eval_split:
+        (text,) = data.texts
+        parts = [(text.model_copy(update={"split": data.eval_split}), 1)]
+    else:
+        return []
+    blocks = []
+    for text, share in parts:
+        dataset = open_dataset(text.path, text.name, text.split, data.streaming)
+        if data.eval_documents:
+            dataset = dataset.take(data.eval_documents)
+        field = text.text_field or data.text_field
+        documents = Documents(dataset, field, source=text.path).epoch(0)
+        count = round(tokens * share)
+        blocks += blocks_from_text(tokenizer, documents, data.sequence_length, count)
+    return blocks

@@ -81,7 +81,8 @@ class Run:
         # the last stage, if all steps are done and only the export is missing
         stage = next((x for x in self.stages if self.step < x.end), self.stages[-1])
         self._open_data(stage)
-        now = on_main(accelerator, lambda: origin(config, self.data.documents.dataset))
+        opened = [documents.dataset for documents in self.data.documents]
+        now = on_main(accelerator, lambda: origin(config, opened))
         if checkpoint:
             check = partial(folder.check_origin, checkpoint, now, accept)
             changed += on_main(accelerator, check)
@@ -169,7 +170,17 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        values |= self._source_tokens()
         self.log.step(self.step, stage.name, tokens_read(self.stages, self.step), values)
+
+    def _source_tokens(self) -> dict[str, dict[str, int]]:
+        """The tokens that all processes have read of each source so far; {} without sources."""
+        sources = self.config.data.sources
+        if not sources:
+            return {}
+        own = torch.tensor(self.stream.tokens, device=self.accelerator.device)
+        counts = self.accelerator.reduce(own, reduction="sum").tolist()
+        return {"source_tokens": dict(zip((x.label for x in sources), counts, strict=True))}
 
     def evaluate(self, stage: str) -> None:
         """Log the held-out perplexity."""
@@ -195,7 +206,7 @@ class Run:
                     staging,
                     tokens=tokens_read(self.stages, self.step),
                     results=self.folder.perplexities(),
-                    dataset=self.data.hub_text,
+                    datasets=self.data.hub_texts,
                 )
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()

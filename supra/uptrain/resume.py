@@ -6,11 +6,16 @@ from supra.errors import UserError
 from supra.uptrain.data import BlockStream
 from supra.uptrain.log import Log
 from supra.uptrain.manifest import listed_files
+from supra.uptrain.mixture import Mixture
 from supra.uptrain.saved_state import SavedState
 
 
 def resume(
-    saved: SavedState, checkpoint: Path, stream: BlockStream, accept_changed: bool, log: Log
+    saved: SavedState,
+    checkpoint: Path,
+    stream: BlockStream | Mixture,
+    accept_changed: bool,
+    log: Log,
 ) -> None:
     """Load the training state, and move `stream` to its position in the data.
 
@@ -31,8 +36,4 @@ def resume(
             "was there, choose another out folder, or give --accept-changed to continue in this "
             "one"
         )
-    position = stream.state_dict()
-    log.say(
-        f"the text ends before the position where training was: it continues in epoch "
-        f"{position['epoch'] + 1} after {position['documents']} documents"
-    )
+    log.say(f"the text ends before the position where training was: it continues in {stream.place}")

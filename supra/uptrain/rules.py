@@ -1,7 +1,7 @@
 """What settings must fulfil together; a mistake is one line with the keys and the way out."""
 
-from supra.errors import UserError
-from supra.uptrain.config import BudgetConfig, UptrainConfig
+from supra.errors import UserError, shown
+from supra.uptrain.config import BudgetConfig, DataConfig, UptrainConfig
 from supra.uptrain.limits import PASS, STEP
 
 END_TO_END = {"distill", "tune", "extend"}  # stages
@@ -14,6 +14,7 @@ def check(config: UptrainConfig) -> None:
         raise UserError(
             "there is no stage: give orient, align, distill, tune or extend, tune={} say"
         )
+    _check_texts(config.data)
     _check_batch(config)
     for name in config.stages:
         _check_trains(config, name)
@@ -24,6 +25,27 @@ def check(config: UptrainConfig) -> None:
     _check_budget(config.budget)
     _check_stage_tokens(config)
     _check_held_out(config)
+
+
+def _check_texts(data: DataConfig) -> None:
+    if not data.sources:
+        if data.path is None:
+            raise UserError(
+                "data.path is missing: set it, or data.sources for a mixture of several texts"
+            )
+        return
+    if data.path is not None:
+        raise UserError(
+            f"data.path (={data.path}) and data.sources are both set: the training text is one of "
+            "them; keep one"
+        )
+    for key, default in (("name", None), ("split", "train"), ("eval_split", None)):
+        if (value := getattr(data, key)) != default:
+            inside = "data.eval_path" if key == "eval_split" else f"{key} in a source"
+            raise UserError(f"data.{key} (={value}) is for data.path: give {inside} instead")
+    labels = [text.label for text in data.sources]
+    if twice := next((x for x in labels if labels.count(x) > 1), None):
+        raise UserError(f"data.sources has {shown(twice)} twice: keep one, with both weights added")
 
 
 def _check_batch(config: UptrainConfig) -> None:

@@ -7,12 +7,14 @@ from supra.data.packing import Block, check_tokenizer, collate
 from supra.data.text import hub_name
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
+from supra.uptrain.mixture import Mixture
 
 
 class RunData:
     """Opened once per process. Raises UserError for text or a tokenizer that cannot be used.
 
-    `held_out` has the held-out blocks; `hub_text` is the hub name of the training text, or None.
+    `held_out` has the held-out blocks, and `documents` those of each training text; `hub_texts` are
+    the hub names of the training texts, [] if one of them has none.
     """
 
     def __init__(self, config: UptrainConfig, rank: int, world: int):
@@ -21,23 +23,36 @@ class RunData:
         check_tokenizer(self.tokenizer)
         self.held_out = held_out_blocks(config, self.tokenizer)
         self.documents = training_documents(config)
-        self.hub_text = hub_name(config.data.path)
+        names = [hub_name(text.path) for text in config.data.texts]
+        self.hub_texts = list(dict.fromkeys(names)) if all(names) else []
 
-    def blocks(self, segments: int | None) -> BlockStream:
+    def blocks(self, segments: int | None) -> BlockStream | Mixture:
         """This process's blocks, from the start of its documents."""
-        return self._stream(rank=self.rank, world=self.world, segments=segments)
+        return self._stream(self.rank, self.world, segments)
 
     def calibration_batch(self, tokens: int) -> Block:
         """About `tokens` tokens from the start of the text, the same in every process."""
         count = max(1, tokens // self.settings.sequence_length)
         return collate(islice(self._stream(), count))
 
-    def _stream(self, **part: int | None) -> BlockStream:
+    def _stream(
+        self, rank: int = 0, world: int = 1, segments: int | None = None
+    ) -> BlockStream | Mixture:
         settings = self.settings
-        return BlockStream(
-            self.documents,
-            self.tokenizer,
-            settings.sequence_length,
-            min_document_tokens=settings.min_document_tokens,
-            **part,
-        )
+        names = [f"the source {x.label}" for x in settings.sources or ()] or ["the data"]
+        streams = [
+            BlockStream(
+                documents,
+                self.tokenizer,
+                settings.sequence_length,
+                rank=rank,
+                world=world,
+                segments=segments,
+                min_document_tokens=settings.min_document_tokens,
+                name=name,
+            )
+            for documents, name in zip(self.documents, names, strict=True)
+        ]
+        if not settings.sources:
+            return streams[0]
+        return Mixture(streams, settings.shares, seed=settings.shuffle_seed, rank=rank)

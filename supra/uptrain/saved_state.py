@@ -18,6 +18,7 @@ from supra.errors import UserError
 from supra.uptrain.data import BlockStream
 from supra.uptrain.initial_state import InitialState
 from supra.uptrain.manifest import write_manifest
+from supra.uptrain.mixture import Mixture
 from supra.uptrain.origin import ORIGIN
 from supra.uptrain.run_folder import RunFolder
 
@@ -31,7 +32,9 @@ class SavedState:
     origin: dict[str, str]
     changed: list[str]  # accepted differences from the last checkpoint
 
-    def write(self, step: int, stream: BlockStream, initial_state: InitialState | None) -> None:
+    def write(
+        self, step: int, stream: BlockStream | Mixture, initial_state: InitialState | None
+    ) -> None:
         """Write a checkpoint, completely or not at all. Raises UserError for a full disk."""
         main = self.accelerator.is_main_process
         target = self.folder.checkpoint(step)
@@ -55,7 +58,7 @@ class SavedState:
                 "before it"
             ) from error
 
-    def read(self, checkpoint: Path, stream: BlockStream) -> bool:
+    def read(self, checkpoint: Path, stream: BlockStream | Mixture) -> bool:
         """Load a checkpoint, and move `stream` to its position. Returns whether the text of every
         process has that position. Raises UserError if the checkpoint does not load."""
         processes = self.accelerator.num_processes

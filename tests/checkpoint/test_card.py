@@ -149,7 +149,7 @@ def test_uptraining_is_told_once(base, tmp_path):
     before = ModelCard.load(tmp_path / CARD).text
     for tokens, perplexity in [(7, 9.0), (80_896, 48.0412)]:
         results = {"teacher": {"perplexity": 15.8}, "this model": {"perplexity": perplexity}}
-        update_card(tmp_path, tokens=tokens, results=results, dataset="valley/tales")
+        update_card(tmp_path, tokens=tokens, results=results, datasets=["valley/tales"])
     card = ModelCard.load(tmp_path / CARD)
     assert card.text.startswith(before)
     assert card.text.removeprefix(before) == (

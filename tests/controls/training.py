@@ -156,6 +156,14 @@ BUGS = [
         (f"{DATA}::test_processes_share_the_documents",),
     ),
     Bug(
+        "a_mixture_forgets_what_it_gave",
+        "a run that goes on begins the shares of its sources anew",
+        "supra/uptrain/mixture.py",
+        'self.tokens[index] = position["tokens"]',
+        "self.tokens[index] = 0",
+        ("tests/uptrain/test_mixture.py::test_resume_is_exact_at_every_block",),
+    ),
+    Bug(
         "resume_skips_the_rest_of_a_document",
         "a run that goes on begins its document anew",
         "supra/uptrain/data.py",

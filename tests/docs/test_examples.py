@@ -24,9 +24,10 @@ def material(tmp_path_factory):
     """A folder with what the examples name: teacher, student, finished run and text."""
     folder = tmp_path_factory.mktemp("examples")
     tiny_checkpoint(folder / "teacher")
-    with open(folder / "corpus.jsonl", "w") as file:
-        for number in range(15):
-            print(json.dumps({"text": f"The river rises {number} times. " * 60}), file=file)
+    for name in ("corpus", "stories"):
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for number in range(15):
+                print(json.dumps({"text": f"The river rises {number} times. " * 60}), file=file)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         teacher, text = "teacher=./teacher", "data.path=corpus.jsonl"

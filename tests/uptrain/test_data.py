@@ -236,7 +236,8 @@ def test_local_files_have_no_splits(tokenizer, tmp_path):
 def test_held_out_documents_are_not_trained_on(tokenizer, tmp_path, streaming):
     path = write(tmp_path / "a.jsonl", texts(12))
     config = with_data(path=path, eval_documents=4, sequence_length=8, streaming=streaming)
-    assert sorted(training_documents(config).epoch(0)) == sorted(texts(12)[4:])
+    (documents,) = training_documents(config)
+    assert sorted(documents.epoch(0)) == sorted(texts(12)[4:])
     encoded = [encode(tokenizer, text) for text in texts(12)[:4]]
     assert_same(held_out_blocks(config, tokenizer), list(pack(encoded, 8)))
 

@@ -139,6 +139,19 @@ def test_a_launch_file_trains_as_one_process_does(files, one_process, tmp_path, 
     check_same(tmp_path / "run", one_process)
 
 
+def test_ranks_share_the_documents_of_every_source(files, tmp_path):
+    shutil.copy(files / "text.jsonl", tmp_path / "more.jsonl")
+    paths = [str(files / "text.jsonl"), str(tmp_path / "more.jsonl")]
+    listed = f"[{{path: {paths[0]}, weight: 3}}, {{path: {paths[1]}}}]"
+    environment = launched(LAUNCH / "ddp.yaml", "--num_processes=2")
+    arguments = settings(files, tmp_path / "run", 1)
+    arguments += ["data.path=null", f"data.sources={listed}"]
+    assert run_ranks(arguments, environment) == [0, 0]
+    counts = [line["source_tokens"] for line in logged(tmp_path / "run")]
+    assert [sum(x.values()) for x in counts] == [PER_STEP * LENGTH * n for n in (1, 2, 3)]
+    assert list(counts[-1]) == paths and counts[-1][paths[0]] > counts[-1][paths[1]] > 0
+
+
 @pytest.mark.long  # five launches
 @pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])
 def test_ranks_agree_on_what_is_saved_and_gone_on_from(files, tmp_path, name):

@@ -391,6 +391,15 @@ def test_a_step_with_bad_gradients_changes_nothing(files, tmp_path, monkeypatch,
     assert all(torch.equal(*pair) for pair in zip(moments, now, strict=True))
 
 
+def test_a_run_that_was_begun_before_a_setting_was_there_goes_on(files, run):
+    """Settings that are null by default, such as data.sources, may be missing in its config."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    for section, key in (("data", "sources"), ("distill", "sequence_length"), ("distill", "batch")):
+        values[section].pop(key, None)
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    assert RunFolder(run).changes(config(files, run)) == []
+
+
 # --- one writer, full disks, kills
 
 

@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_formula(run_of, files):
         for name in ("student", "teacher")
     )
     tokenizer = AutoTokenizer.from_pretrained(files / "student")
-    stream = BlockStream(training_documents(run.config), tokenizer, 32)
+    stream = BlockStream(*training_documents(run.config), tokenizer, 32)
     batch = collate(next(stream) for _ in range(4))
     labels = shifted_labels(batch.pop("labels"))
     valid = labels != -100

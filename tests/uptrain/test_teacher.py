@@ -45,7 +45,7 @@ def config(files, out, teacher=None, **distill):
 
 def blocks(run, count=2):
     tokenizer = testing.tiny_tokenizer(run.out)
-    stream = BlockStream(training_documents(run), tokenizer, run.data.sequence_length)
+    stream = BlockStream(*training_documents(run), tokenizer, run.data.sequence_length)
     return collate(next(stream) for _ in range(count))
 
 
