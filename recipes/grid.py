@@ -101,7 +101,9 @@ ROWS = {
     "radlads": Row(
         "gated_delta",
         "radlads",
-        overrides=STAGED | {"tune.tokens": None, "tune.share": 0.1, "distill.share": 0.7},
+        overrides=STAGED
+        | {"tune.tokens": None, "tune.share": 0.1, "distill.share": 0.7}
+        | {"tune.sequence_length": None, "tune.batch": {}, "distill.batch": {}},
     ),
     "mohawk": Row(
         "gated_delta",

@@ -61,23 +61,27 @@ def _default(meaning: str) -> str:
 
 def settings_page() -> str:
     """The reference of the settings, from their schema."""
-    sections: dict[str, Node] = {}
+    sections: dict[str, tuple[str, Node]] = {}
     parts = [SETTINGS, *_table(tree(UptrainConfig), "", sections)]
     done: set[str] = set()
-    while waiting := [name for name in sections if name not in done]:  # sections hold sections
-        name, node = waiting[0], sections[waiting[0]]
+    while waiting := [title for title in sections if title not in done]:  # sections hold sections
+        name, node = sections[waiting[0]]
         parts += [f"\n## {name}\n", node["description"], "", *_table(node, f"{name}.", sections)]
-        done.add(name)
+        done.add(waiting[0])
     return "\n".join(parts) + "\n"
 
 
-def _table(node: Node, prefix: str, sections: dict[str, Node]) -> list[str]:
+def _table(node: Node, prefix: str, sections: dict[str, tuple[str, Node]]) -> list[str]:
+    """The rows of a section. New sections in it go into `sections`, by title, with their names."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for name, value in node["properties"].items():
         meaning = value["description"]
         if inner := section(value):
-            sections.setdefault(name, inner)
-            rows.append(_row(f"{prefix}{name}", "", f"{meaning} See [{name}](#{name})."))
+            taken = name in {heading for heading, _ in sections.values()}
+            heading = f"{prefix}{name}" if taken else name
+            heading, _ = sections.setdefault(inner["title"], (heading, inner))
+            link = f"[{heading}](#{heading.replace('.', '')})"
+            rows.append(_row(f"{prefix}{name}", "", f"{meaning} See {link}."))
         else:
             default = f"`{json.dumps(value['default'])}`" if "default" in value else "required"
             rows.append(_row(f"{prefix}{name}", default, f"{meaning}{_rule(value)}"))

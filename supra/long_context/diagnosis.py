@@ -28,6 +28,7 @@ from supra.mixers.state_policy import StatePolicy
 from supra.model.positions import check_positions
 
 STREAM_LENGTH = 65536  # default number of tokens to read
+STAGES = ("orient", "align", "distill", "tune", "extend")  # of a run of `supra uptrain`
 FIX_LENGTHS = 8  # default length of the text for cures, in trained lengths
 # norm threshold for heads whose state was empty throughout the trained length
 MIN_NORM = 1e-6
@@ -136,7 +137,8 @@ def _examine(
 def recorded_length(checkpoint: Checkpoint) -> int:
     """The trained length in the config of the `supra uptrain` run that wrote the checkpoint.
 
-    If the run passed states from segment to segment, this is the length of all segments of a row.
+    This is the longest row of its stages. If the run passed states from segment to segment, it is
+    the length of all segments of a row.
     Raises UserError if the checkpoint lies in no such run.
     """
     folder = checkpoint.folder.absolute()
@@ -148,8 +150,13 @@ def recorded_length(checkpoint: Checkpoint) -> int:
         )
     try:
         config = yaml.safe_load(path.read_bytes())
-        extended = config.get("extend") or {}
-        return config["data"]["sequence_length"] * extended.get("state_passing", 1)
+        shared = config["data"]["sequence_length"]
+        stages = [config[name] for name in STAGES if config.get(name)]
+        lengths = [
+            (stage.get("sequence_length") or shared) * stage.get("state_passing", 1)
+            for stage in stages
+        ]
+        return max(lengths, default=shared)
     except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a config of `supra uptrain` ({type(error).__name__}): give "

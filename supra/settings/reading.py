@@ -50,14 +50,17 @@ def _refuse(settings: Node, mistake: ErrorDetails) -> NoReturn:
 
 
 def _refuse_key(settings: Node, path: tuple[str | int, ...]) -> NoReturn:
-    """Say which key was meant: judged by the whole path, then by its last part alone."""
+    """Say which key was meant: judged by the whole path, then by its last part alone; without
+    sections in the path the other way round."""
     # a place in a list is left out, because keys are the same in all places
     *parents, last = (part[:LONGEST_KEY] for part in path if isinstance(part, str))
     dotted, known = ".".join((*parents, last)), list(keys(settings))
-    by_last = {key.rpartition(".")[2]: key for key in known}
-    near = difflib.get_close_matches(dotted, known, n=1) or [
-        by_last[match] for match in difflib.get_close_matches(last, by_last, n=1)
-    ]
+    by_last = {}
+    for key in sorted(known, key=lambda key: key.count(".")):  # the one in the fewest sections
+        by_last.setdefault(key.rpartition(".")[2], key)
+    whole = difflib.get_close_matches(dotted, known, n=1)
+    part = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1)]
+    near = whole or part if parents else part or whole
     hint = f": did you mean {near[0]}?" if near else ""
     here = ", ".join(section(node_at(settings, parents))["properties"])
     raise UserError(f"unknown key {dotted}{hint} (known here: {here})")

@@ -5,6 +5,7 @@ states its own bounds; rules between settings are in `supra.uptrain.rules`.
 """
 
 import math
+from functools import reduce
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -169,8 +170,25 @@ class ScheduleConfig(Settings):
     )
 
 
+class StageBatchConfig(Settings):
+    """Rows of a step of one stage."""
+
+    size: int | None = Field(
+        None,
+        ge=1,
+        le=PASS,
+        description="Rows of one forward pass of one process; null: batch.size.",
+    )
+    accumulation: int | None = Field(
+        None,
+        ge=1,
+        le=STEP,
+        description="Forward passes of each process in a step; null: batch.accumulation.",
+    )
+
+
 class StageConfig(Settings):
-    """A part of the run, with its own rates.
+    """A part of the run, with its own rates, and rows of its own length if it gives one.
 
     At most one stage may give neither tokens nor a share: it gets what the others leave.
     """
@@ -178,6 +196,15 @@ class StageConfig(Settings):
     tokens: int | None = Field(None, ge=1, le=TEXT, description="Tokens of the stage.")
     share: float | None = Field(
         None, gt=0, le=1, description="Tokens of the stage as a share of the budget."
+    )
+    sequence_length: int | None = Field(
+        None,
+        ge=2,
+        le=PASS,
+        description="Tokens of a row in this stage; null: data.sequence_length.",
+    )
+    batch: StageBatchConfig = Field(
+        default_factory=StageBatchConfig, description="Rows of a step in this stage."
     )
     optimizer: OptimizerConfig = Field(
         default_factory=OptimizerConfig, description="AdamW and its learning rates."
@@ -188,8 +215,8 @@ class StageConfig(Settings):
 
     @property
     def segments(self) -> int | None:
-        """Parts of data.sequence_length tokens that a row has, of one document; None: a row is one
-        of them, and documents are packed."""
+        """Parts of sequence_length tokens that a row has, of one document; None: a row is one of
+        them, and documents are packed."""
         return None
 
 
@@ -241,7 +268,7 @@ class TuneConfig(StageConfig):
 
 
 class ExtendConfig(StageConfig):
-    """End to end, next-token cross entropy, on documents longer than data.sequence_length.
+    """End to end, next-token cross entropy, on documents longer than sequence_length.
 
     The segments of a row are read one after the other, each from the state in which the one before
     ended and without a gradient into it: back-propagation through time, truncated (Chen et al.,
@@ -257,7 +284,7 @@ class ExtendConfig(StageConfig):
         12,
         ge=1,
         le=PASS,
-        description="Segments of data.sequence_length tokens that a row has, of one document.",
+        description="Segments of sequence_length tokens that a row has, of one document.",
     )
     initial_state: Literal["zero", "noise", "carried"] = Field(
         "zero",
@@ -275,8 +302,8 @@ LAYERWISE = ("orient", "align")
 
 
 class BatchConfig(Settings):
-    """A step sees size x accumulation x processes rows of data.sequence_length tokens, in the stage
-    extend of state_passing times as many."""
+    """A step sees size x accumulation x processes rows of sequence_length tokens, in the stage
+    extend of state_passing times as many. A stage may have values of its own."""
 
     size: int = Field(8, ge=1, le=PASS, description="Rows of one forward pass of one process.")
     accumulation: int = Field(
@@ -378,6 +405,15 @@ class UptrainConfig(Settings):
     def stages(self) -> dict[str, StageConfig]:
         """The stages that run, by name and in order."""
         return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
+
+    def of_stage(self, stage: str, key: str) -> tuple[str, int]:
+        """The dotted name and the value of sequence_length, batch.size or batch.accumulation in a
+        stage: its own, or the run's."""
+        own = reduce(getattr, key.split("."), getattr(self, stage))
+        if own is not None:
+            return f"{stage}.{key}", own
+        shared = "data.sequence_length" if key == "sequence_length" else key
+        return shared, reduce(getattr, shared.split("."), self)
 
     @property
     def stage_tokens(self) -> dict[str, int]:

@@ -33,14 +33,15 @@ class BlockStream:
         rank: int = 0,
         world: int = 1,
         segments: int | None = None,
+        setting: str = "data.sequence_length",  # in messages, like name
         min_document_tokens: int = 0,
-        name: str = "the data",  # in messages
+        name: str = "the data",
     ):
-        self.name = name
-        self.source, self.tokenizer, self.sequence_length = documents, tokenizer, sequence_length
+        self.source, self.tokenizer, self.name = documents, tokenizer, name
         self.start = start_tokens(tokenizer)
         self.rank, self.world = rank, world
-        self.segments, self.min_document_tokens = segments, min_document_tokens
+        self.sequence_length, self.segments, self.setting = sequence_length, segments, setting
+        self.min_document_tokens = min_document_tokens
         self.load_state_dict({"epoch": 0, "documents": 0, "offset": 0})
 
     def state_dict(self) -> dict[str, int]:
@@ -58,7 +59,8 @@ class BlockStream:
         self.found = there and state["offset"] <= len(self.tokens)
         if there:
             self.offset = min(state["offset"], len(self.tokens))
-        self.cut(segments)
+        self.segments = segments
+        self._drop_rest()
 
     @property
     def place(self) -> str:
@@ -74,10 +76,17 @@ class BlockStream:
         """The number of text tokens in a block with a single piece."""
         return self.block_tokens - len(self.start)
 
-    def cut(self, segments: int | None) -> None:
-        """From here on, give blocks with this number of segments; None gives packed blocks."""
-        self.segments = segments
-        if segments:
+    def cut(self, sequence_length: int, segments: int | None, setting: str) -> None:
+        """From here on, give blocks of this size; None for `segments` gives packed blocks.
+
+        setting: the name of the setting that says sequence_length.
+        """
+        self.sequence_length, self.segments, self.setting = sequence_length, segments, setting
+        self._drop_rest()
+
+    def _drop_rest(self) -> None:
+        """With segments, drop the last tokens of the document, which do not fill a block."""
+        if self.segments:
             size = self.text_tokens
             self.tokens = self.tokens[: len(self.tokens) // size * size]
             self.offset = min(len(self.tokens), -(-self.offset // size) * size)
@@ -111,7 +120,7 @@ class BlockStream:
         self.longest = max(self.longest, len(self.tokens))
         if len(self.tokens) < self.min_document_tokens:
             self.tokens = []
-        self.cut(self.segments)
+        self._drop_rest()
         if self.tokens_read is not None:
             self.tokens_read += len(self.tokens)
 
@@ -132,12 +141,12 @@ class BlockStream:
             )
         if self.segments:
             raise UserError(
-                f"extend.state_passing (={self.segments}) x data.sequence_length "
+                f"extend.state_passing (={self.segments}) x {self.setting} "
                 f"(={self.sequence_length}) is {self.block_tokens} tokens of one document, and "
                 f"{longest}: lower one of them or give longer documents"
             )
         raise UserError(
-            f"data.sequence_length (={self.sequence_length}) is longer than {self.name}{share} "
+            f"{self.setting} (={self.sequence_length}) is longer than {self.name}{share} "
             f"({self.tokens_read} tokens in {self.documents} documents): "
             "lower it or give more text"
         )

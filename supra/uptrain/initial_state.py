@@ -130,12 +130,12 @@ def mixers_of(model: nn.Module) -> list[Mixer]:
 def check_extends(model: PreTrainedModel, config: UptrainConfig) -> None:
     """Raise UserError for a student that the stage extend cannot train."""
     stage, mixers = config.extend, mixers_of(model)
-    tokens = stage.state_passing * config.data.sequence_length
+    setting, length = config.of_stage("extend", "sequence_length")
+    tokens = stage.state_passing * length
     if tokens > (maximum := learned_positions(model) or MAX_POSITIONS):
         raise UserError(
-            f"extend.state_passing (={stage.state_passing}) x data.sequence_length "
-            f"(={config.data.sequence_length}) is {tokens} tokens, but the student has only "
-            f"{maximum} positions: lower one of them"
+            f"extend.state_passing (={stage.state_passing}) x {setting} (={length}) is {tokens} "
+            f"tokens, but the student has only {maximum} positions: lower one of them"
         )
     if stage.initial_state == "zero":
         return

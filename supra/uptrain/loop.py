@@ -100,9 +100,7 @@ class Run:
             folder.prune(config.checkpoint.keep)
 
     def _plan_stages(self) -> None:
-        config = self.config
-        rows = config.batch.size * config.batch.accumulation * self.accelerator.num_processes
-        self.stages = plan(config, rows * config.data.sequence_length)
+        self.stages = plan(self.config, self.accelerator.num_processes)
         for stage in self.stages:
             optim.check_warmup(stage.name, stage.steps, stage.config.schedule)
         self.steps = self.stages[-1].end
@@ -111,9 +109,10 @@ class Run:
         accelerator = self.accelerator
         self.data = RunData(self.config, accelerator.process_index, accelerator.num_processes)
         for later in self.stages:
-            if later.config.segments:  # fail now, not after hours, if no document is long enough
-                next(self.data.blocks(later.config.segments))
-        self.stream = self.data.blocks(stage.config.segments)
+            # fail now, not after hours, if a document or the text is not long enough
+            if later.config.segments or later.row != stage.row:
+                next(self.data.blocks(*later.row))
+        self.stream = self.data.blocks(*stage.row)
 
     def train(self, stop_requested: Callable[[], bool]) -> bool:
         """Run all remaining steps and export the result. False if the run was stopped before."""
@@ -151,10 +150,9 @@ class Run:
 
     def train_step(self) -> None:
         """One optimizer step on all micro-batches of all processes."""
-        config, stage = self.config, self.stage
+        stage = self.stage
         batches = [
-            collate(islice(self.stream, config.batch.size))
-            for _ in range(config.batch.accumulation)
+            collate(islice(self.stream, stage.batch_size)) for _ in range(stage.accumulation)
         ]
         self.row = {name: x[:1] for name, x in batches[0].items()}
         values = self.objective.add_gradients(batches)
@@ -252,7 +250,8 @@ class Run:
         config, accelerator = self.config, self.accelerator
         self.teacher = Teacher(config, accelerator.device) if config.distill else None
         student = models.load_student(config).to(accelerator.device)
-        check_positions(student, "data.sequence_length", config.data.sequence_length)
+        for setting, length in self._row_lengths():
+            check_positions(student, setting, length)
         if config.extend:
             check_extends(student, config)
         self.layers = None  # the student's original attention, while layers learn from it
@@ -265,6 +264,14 @@ class Run:
         optim.freeze_unused(student, optimizer)
         optim.require_gradients(optimizer, wrapped_stages(self.config))
         self.model, self.optimizer = accelerator.prepare(ScoredModel(student), optimizer)
+
+    def _row_lengths(self) -> set[tuple[str, int]]:
+        """The settings of the lengths of rows that the student reads, with their values."""
+        config = self.config
+        lengths = {(stage.length_setting, stage.sequence_length) for stage in self.stages}
+        if self.data.held_out or config.calibrate.tokens:
+            lengths.add(("data.sequence_length", config.data.sequence_length))
+        return lengths
 
     def _set_starting_values(self, student: torch.nn.Module) -> None:
         """Before training: log the perplexity of teacher and student, and calibrate the student."""
@@ -289,7 +296,7 @@ class Run:
         alone = accelerator.distributed_type == DistributedType.NO or stage.name in LAYERWISE
         moved = {stage.name: config} if alone else wrapped_stages(self.config)
         optim.require_gradients(self.optimizer, moved)
-        self.stream.cut(config.segments)
+        self.stream.cut(*stage.row)
         self.initial_state = None
         if stage.name in LAYERWISE:
             self.objective = LayerByLayer(accelerator, *self.layers, config, self.autocast)
@@ -314,7 +321,7 @@ class Run:
             self.initial_state,
         )
         if self.initial_state and config.initial_state == "noise" and self.step == stage.start:
-            rows = islice(self.data.blocks(config.segments), self.config.batch.size)
+            rows = islice(self.data.blocks(*stage.row), stage.batch_size)
             self.objective.fit_noise(collate(rows))
 
 

@@ -70,7 +70,7 @@ class Mixture:
         """The position in words."""
         return "; ".join(f"{stream.place} of {stream.name}" for stream in self.streams)
 
-    def cut(self, segments: int | None) -> None:
-        """From here on, give blocks with this number of segments; see `BlockStream.cut`."""
+    def cut(self, sequence_length: int, segments: int | None, setting: str) -> None:
+        """From here on, give blocks of this size; see `BlockStream.cut`."""
         for stream in self.streams:
-            stream.cut(segments)
+            stream.cut(sequence_length, segments, setting)

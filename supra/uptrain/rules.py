@@ -15,8 +15,8 @@ def check(config: UptrainConfig) -> None:
             "there is no stage: give orient, align, distill, tune or extend, tune={} say"
         )
     _check_texts(config.data)
-    _check_batch(config)
     for name in config.stages:
+        _check_batch(config, name)
         _check_trains(config, name)
     _check_teacher(config)
     _check_calibrate(config)
@@ -48,20 +48,21 @@ def _check_texts(data: DataConfig) -> None:
         raise UserError(f"data.sources has {shown(twice)} twice: keep one, with both weights added")
 
 
-def _check_batch(config: UptrainConfig) -> None:
-    size, length = config.batch.size, config.data.sequence_length
+def _check_batch(config: UptrainConfig, name: str) -> None:
+    """Of one stage."""
+    rows, size = config.of_stage(name, "batch.size")
+    row, length = config.of_stage(name, "sequence_length")
     tokens = size * length
     if tokens > PASS:
         raise UserError(
-            f"batch.size (={size}) x data.sequence_length (={length}) is {tokens} tokens in one "
-            f"forward pass, more than {PASS}: lower batch.size, and raise batch.accumulation"
+            f"{rows} (={size}) x {row} (={length}) is {tokens} tokens in one forward pass, more "
+            f"than {PASS}: lower {rows}, and raise batch.accumulation"
         )
-    accumulation = config.batch.accumulation
+    passes, accumulation = config.of_stage(name, "batch.accumulation")
     if tokens * accumulation > STEP:
         raise UserError(
-            f"batch.accumulation (={accumulation}) x batch.size (={size}) x data.sequence_length "
-            f"(={length}) is {tokens * accumulation} tokens in a step, more than {STEP}: "
-            "lower one of them"
+            f"{passes} (={accumulation}) x {rows} (={size}) x {row} (={length}) is "
+            f"{tokens * accumulation} tokens in a step, more than {STEP}: lower one of them"
         )
 
 
@@ -134,7 +135,7 @@ def _check_gradient_checkpointing(config: UptrainConfig) -> None:
         raise UserError(
             "gradient_checkpointing computes layers again, and those of the stage extend would "
             "start from a state that is gone: set gradient_checkpointing=false; where memory is "
-            "short, a lower data.sequence_length with a higher extend.state_passing"
+            "short, a lower extend.sequence_length with a higher extend.state_passing"
         )
 
 

@@ -1,6 +1,7 @@
 """What a run reads: its tokenizer, training text and held-out text."""
 
 from itertools import islice
+from typing import Any
 
 from supra.checkpoint.opening import find_checkpoint
 from supra.data.packing import Block, check_tokenizer, collate
@@ -26,30 +27,31 @@ class RunData:
         names = [hub_name(text.path) for text in config.data.texts]
         self.hub_texts = list(dict.fromkeys(names)) if all(names) else []
 
-    def blocks(self, segments: int | None) -> BlockStream | Mixture:
-        """This process's blocks, from the start of its documents."""
-        return self._stream(self.rank, self.world, segments)
+    def blocks(
+        self, sequence_length: int, segments: int | None, setting: str
+    ) -> BlockStream | Mixture:
+        """This process's blocks, from the start of its documents; see `BlockStream.cut`."""
+        row = {"sequence_length": sequence_length, "segments": segments, "setting": setting}
+        return self._stream(self.rank, self.world, **row)
 
     def calibration_batch(self, tokens: int) -> Block:
         """About `tokens` tokens from the start of the text, the same in every process."""
-        count = max(1, tokens // self.settings.sequence_length)
-        return collate(islice(self._stream(), count))
+        length = self.settings.sequence_length
+        count = max(1, tokens // length)
+        return collate(islice(self._stream(0, 1, sequence_length=length), count))
 
-    def _stream(
-        self, rank: int = 0, world: int = 1, segments: int | None = None
-    ) -> BlockStream | Mixture:
+    def _stream(self, rank: int, world: int, **row: Any) -> BlockStream | Mixture:
         settings = self.settings
         names = [f"the source {x.label}" for x in settings.sources or ()] or ["the data"]
         streams = [
             BlockStream(
                 documents,
                 self.tokenizer,
-                settings.sequence_length,
                 rank=rank,
                 world=world,
-                segments=segments,
                 min_document_tokens=settings.min_document_tokens,
                 name=name,
+                **row,
             )
             for documents, name in zip(self.documents, names, strict=True)
         ]

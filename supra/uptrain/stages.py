@@ -9,21 +9,35 @@ from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run. `start` and `end` count the run's steps before and after it."""
+    """One stage of a run. `start` and `end` count the run's steps before and after it.
+
+    A row has `sequence_length` tokens, times the segments of the stage; `length_setting` is the
+    name of the setting that says so. A step has `batch_size` rows in each of `accumulation` forward
+    passes of each process, `tokens_per_step` tokens in all.
+    """
 
     name: str
     config: StageConfig
+    sequence_length: int
+    length_setting: str
+    batch_size: int
+    accumulation: int
+    tokens_per_step: int
     start: int
     end: int
-    tokens_per_step: int
 
     @property
     def steps(self) -> int:
         return self.end - self.start
 
+    @property
+    def row(self) -> tuple[int, int | None, str]:
+        """What `BlockStream.cut` takes."""
+        return self.sequence_length, self.config.segments, self.length_setting
 
-def plan(config: UptrainConfig, tokens_per_step: int) -> list[Stage]:
-    """The stages of a run, in order. A step reads `tokens_per_step` tokens for each segment.
+
+def plan(config: UptrainConfig, processes: int) -> list[Stage]:
+    """The stages of a run, in order.
 
     The total number of tokens is rounded up to a whole step, and each stage has at least one step.
     """
@@ -31,9 +45,13 @@ def plan(config: UptrainConfig, tokens_per_step: int) -> list[Stage]:
     for name, count in config.stage_tokens.items():
         tokens += count
         stage = config.stages[name]
-        size = tokens_per_step * (stage.segments or 1)
+        setting, length = config.of_stage(name, "sequence_length")
+        _, rows = config.of_stage(name, "batch.size")
+        _, accumulation = config.of_stage(name, "batch.accumulation")
+        size = rows * accumulation * processes * length * (stage.segments or 1)
         steps = max(1, math.ceil((tokens - tokens_read(stages, start)) / size))
-        stages.append(Stage(name, stage, start, start + steps, size))
+        sizes = length, setting, rows, accumulation, size
+        stages.append(Stage(name, stage, *sizes, start, start + steps))
         start += steps
     return stages
 

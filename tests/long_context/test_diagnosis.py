@@ -459,6 +459,12 @@ def test_a_run_says_its_length(folders, tmp_path):
     assert recorded_length(find_checkpoint(str(final))) == 48
     config.write_text("data: {sequence_length: 48}\nextend: {state_passing: 12}\n")
     assert recorded_length(find_checkpoint(str(final))) == 576
+    config.write_text(
+        "data: {sequence_length: 48}\nalign: {sequence_length: 24}\ntune: {sequence_length: 64}\n"
+    )
+    assert recorded_length(find_checkpoint(str(final))) == 64
+    config.write_text("data: {sequence_length: 48}\ntune: {sequence_length: 16}\n")
+    assert recorded_length(find_checkpoint(str(final))) == 16
     with pytest.raises(UserError, match="--trained-length is missing"):
         run(folders, trained_length=None)
 

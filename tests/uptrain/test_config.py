@@ -22,6 +22,9 @@ MINIMAL = {
     "tune": {},
 }
 
+# tokens in a step
+THIRTY = {"data": {"path": "p", "sequence_length": 10}, "batch": {"size": 3}}
+
 
 def load(tmp_path, *overrides, values=MINIMAL):
     file = tmp_path / "config.yaml"
@@ -63,7 +66,7 @@ def test_resolved_config_reads_back(tmp_path):
 
 def test_each_stage_has_a_step():
     stages = {"budget": {"tokens": 3}, "align": {"share": 0.1}, "tune": {"share": 0.9}}
-    stages = plan(tree.build(MINIMAL | stages), tokens_per_step=30)
+    stages = plan(tree.build(MINIMAL | THIRTY | stages), processes=1)
     assert [(stage.start, stage.end) for stage in stages] == [(0, 1), (1, 2)]
 
 
@@ -242,7 +245,7 @@ def test_stages_with_tokens_need_no_budget():
 
 def test_stages_are_in_order_whatever_the_file_says():
     stages = {"tune": {"tokens": 750}, "orient": {"tokens": 50}, "align": {"share": 0.2}}
-    stages = plan(tree.build(MINIMAL | stages), tokens_per_step=30)
+    stages = plan(tree.build(MINIMAL | THIRTY | stages), processes=1)
     assert [(stage.name, stage.start, stage.end) for stage in stages] == [
         ("orient", 0, 2),
         ("align", 2, 9),

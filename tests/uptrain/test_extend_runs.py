@@ -80,7 +80,7 @@ def test_from_packed_blocks_to_rows(tokenizer):
         state = packed.state_dict()
         loaded = stream(tokenizer, texts())
         loaded.load_state_dict(state)
-        packed.cut(SEGMENTS)
+        packed.cut(LENGTH, SEGMENTS, "data.sequence_length")
         row = next(packed)
         assert torch.equal(row["input_ids"], next(loaded)["input_ids"])
         documents = [encode(tokenizer, text) for text in texts()]
@@ -137,7 +137,7 @@ MINIMAL = {"student": "s", "out": "o", "data": {"path": "p", "sequence_length": 
 
 def test_tokens_are_counted_by_stage():
     stages = {"tune": {"tokens": 100}, "extend": {"tokens": 500, "state_passing": 3}}
-    stages = plan(tree.build(MINIMAL | stages), tokens_per_step=30)
+    stages = plan(tree.build(MINIMAL | {"batch": {"size": 3}} | stages), processes=1)
     assert [(x.start, x.end, x.tokens_per_step) for x in stages] == [(0, 4, 30), (4, 10, 90)]
     assert [tokens_read(stages, step) for step in (0, 3, 4, 5, 10)] == [0, 90, 120, 210, 660]
 

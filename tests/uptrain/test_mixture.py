@@ -68,12 +68,12 @@ def test_a_row_has_one_source_and_each_source_its_share_of_the_tokens(tokenizer,
 
 def test_shares_are_of_tokens_also_where_rows_differ(tokenizer):
     blocks = mixture(tokenizer, [0.7, 0.3])
-    for segments in (None, 2, None):
-        blocks.cut(segments)
+    for length, segments in ((LENGTH, None), (LENGTH, 2), (3 * LENGTH, None)):
+        blocks.cut(length, segments, "data.sequence_length")
         for _ in range(20):
             next(blocks)
-    assert blocks.tokens[0] == pytest.approx(0.7 * sum(blocks.tokens), abs=2 * 2 * LENGTH)
-    assert sum(blocks.tokens) == 20 * 4 * LENGTH
+    assert blocks.tokens[0] == pytest.approx(0.7 * sum(blocks.tokens), abs=2 * 3 * LENGTH)
+    assert sum(blocks.tokens) == 20 * 6 * LENGTH
 
 
 @pytest.mark.parametrize("streaming", [False, True])

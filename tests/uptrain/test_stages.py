@@ -175,8 +175,9 @@ def test_every_recipe_runs(files, tmp_path, path):
         *(
             f"{name}.{key}"
             for name in names
-            for key in ("tokens=1", "share=null", "schedule.warmup=0")
+            for key in ("tokens=1", "share=null", "schedule.warmup=0", "sequence_length=null")
         ),
+        *(f"{name}.batch={{}}" for name in names),
         *(["extend.state_passing=4"] if "extend" in names else []),
     ]
     loop.train(load_config(path, overrides))
