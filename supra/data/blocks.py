@@ -5,13 +5,14 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from supra.data.packing import Block, check_tokenizer, encode, pack, start_tokens
+from supra.data.chat import Content, read_document
+from supra.data.packing import Block, Document, check_room, check_tokenizer, pack, start_tokens
 from supra.errors import UserError
 
 
 def blocks_from_text(
     tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[str],
+    documents: Iterable[Content],
     sequence_length: int,
     tokens: int | None = None,
 ) -> list[Block]:
@@ -23,16 +24,17 @@ def blocks_from_text(
     Raises UserError when the text does not fill one block.
     """
     check_tokenizer(tokenizer)
+    check_room(sequence_length, start_tokens(tokenizer))
     lengths = []
 
-    def encoded() -> Iterator[list[int]]:
-        for text in documents:
-            ids = encode(tokenizer, text)
-            lengths.append(len(ids))
-            yield ids
+    def read() -> Iterator[Document]:
+        for content in documents:
+            found = read_document(tokenizer, content)
+            lengths.append(len(found.tokens))
+            yield found
 
     count = None if tokens is None else max(1, tokens // sequence_length)
-    blocks = list(islice(pack(encoded(), sequence_length, start_tokens(tokenizer)), count))
+    blocks = list(islice(pack(read(), sequence_length), count))
     if not blocks:
         raise UserError(
             f"sequence_length (={sequence_length}) is longer than the evaluation text "

@@ -13,7 +13,8 @@ documents begin in the middle of a sentence.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, repeat
+from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -99,60 +100,96 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def block(pieces: Iterable[list[int]], unpredicted: Iterable[int] = repeat(1)) -> Block:
-    """One block from pieces of documents. The first `unpredicted` tokens of each piece have no
-    label."""
-    ids, positions, labels = [], [], []
-    for piece, count in zip(pieces, unpredicted, strict=False):
+class Document(NamedTuple):
+    """A document as models read it.
+
+    tokens: without start tokens.
+    labels: the tokens again, with -100 for those that are not trained on.
+    start: the start tokens that stand before every piece of the document.
+    """
+
+    tokens: Sequence[int]
+    labels: Sequence[int]
+    start: Sequence[int]
+
+    def beginning(self, count: int) -> "Document":
+        """The document without the tokens behind the first `count`."""
+        return Document(self.tokens[:count], self.labels[:count], self.start)
+
+
+NOTHING = Document((), (), ())
+
+
+def text_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Document:
+    """A text that is trained on as a whole; blank text has no tokens."""
+    tokens = encode(tokenizer, text)
+    return Document(tokens, tokens, start_tokens(tokenizer)) if tokens else NOTHING
+
+
+def block(pieces: Iterable[Sequence[int]], labels: Iterable[Sequence[int]] | None = None) -> Block:
+    """One block from pieces of documents with their labels. Without labels, all tokens of a piece
+    but the first are predicted."""
+    pieces = list(pieces)
+    labels = map(unpredicted, pieces) if labels is None else labels
+    ids, positions = [], []
+    for piece in pieces:
         ids += piece
         positions += range(len(piece))
-        labels += [*[IGNORE] * min(count, len(piece)), *piece[count:]]
-    columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    columns = {"input_ids": ids, "position_ids": positions, "labels": [*chain(*labels)]}
     return {name: torch.tensor(column) for name, column in columns.items()}
 
 
+def unpredicted(labels: Sequence[int]) -> list[int]:
+    """The labels of a piece whose first token is not predicted."""
+    return [IGNORE, *labels[1:]][: len(labels)]
+
+
 class Row:
-    """Collects pieces of documents, each behind the start tokens, into a block of `length`
+    """Collects pieces of documents, each behind its start tokens, into a block of `length`
     tokens."""
 
-    def __init__(self, length: int, start: Sequence[int]):
-        if length <= len(start):
-            raise UserError(
-                f"sequence_length (={length}) leaves no room for text: the tokenizer puts "
-                f"{len(start)} tokens before each text, so it must be at least {len(start) + 1}"
-            )
-        self.room, self.start = length, start
-        self.pieces, self.unpredicted = [], []
+    def __init__(self, length: int):
+        self.room = length
+        self.pieces, self.labels = [], []
 
-    def add(self, tokens: list[int], offset: int) -> int:
+    def add(self, document: Document, offset: int) -> int:
         """Add as many of a document's tokens as fit, from `offset` on, and return their number.
 
         It is 0 if the start tokens fill the rest of the row.
         """
-        start = self.start[: self.room]
-        taken = tokens[offset : offset + self.room - len(start)]
-        self.pieces.append([*start, *taken])
-        self.unpredicted.append(len(start) if start and offset == 0 else len(start) + 1)
+        start = document.start[: self.room]
+        taken = slice(offset, offset + self.room - len(start))
+        tokens, labels = document.tokens[taken], document.labels[taken]
+        if not (start and offset == 0):
+            labels = unpredicted(labels)
+        self.pieces.append([*start, *tokens])
+        self.labels.append([*[IGNORE] * len(start), *labels])
         self.room -= len(self.pieces[-1])
-        return len(taken)
+        return len(tokens)
 
     def block(self) -> Block:
-        return block(self.pieces, self.unpredicted)
+        return block(self.pieces, self.labels)
 
 
-def pack(
-    documents: Iterable[list[int]], sequence_length: int, start: Sequence[int] = ()
-) -> Iterator[Block]:
-    """Pack the documents' tokens into blocks. Each piece follows the start tokens. An incomplete
-    last block is dropped."""
-    row = Row(sequence_length, start)
-    for tokens in documents:
+def check_room(sequence_length: int, start: Sequence[int]) -> None:
+    """Raise UserError for rows that have no room for text behind the start tokens."""
+    if sequence_length <= len(start):
+        raise UserError(
+            f"sequence_length (={sequence_length}) leaves no room for text: the tokenizer puts "
+            f"{len(start)} tokens before each text, so it must be at least {len(start) + 1}"
+        )
+
+
+def pack(documents: Iterable[Document], sequence_length: int) -> Iterator[Block]:
+    """Pack documents into blocks. An incomplete last block is dropped."""
+    row = Row(sequence_length)
+    for document in documents:
         offset = 0
-        while offset < len(tokens):
-            offset += row.add(tokens, offset)
+        while offset < len(document.tokens):
+            offset += row.add(document, offset)
             if row.room == 0:
                 yield row.block()
-                row = Row(sequence_length, start)
+                row = Row(sequence_length)
 
 
 def collate(blocks: Iterable[Block]) -> Block:

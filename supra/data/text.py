@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,8 +21,10 @@ import pyarrow.parquet
 import torch
 from datasets.exceptions import DatasetsError
 
+from supra.data.chat import Content, is_chat
 from supra.errors import UserError
 
+MESSAGES = "messages"  # the field of chats where there is no field of the text
 BUILDERS = {".jsonl": "json", ".jsonl.gz": "json", ".txt": "text", ".parquet": "parquet"}
 TEXT_TYPES = ("string", "large_string", "null")  # column types; in a null column no row has a text
 # the readers' errors for files that are empty, truncated or in another format
@@ -33,7 +35,8 @@ UNREADABLE = (OSError, EOFError, ValueError, StopIteration, zlib.error, Datasets
 class Documents:
     """The texts of a data set, in an order that (seed, epoch) determines.
 
-    Every epoch reads the whole data set again.
+    Every epoch reads the whole data set again. With `chats`, a record may also hold a chat, a list
+    of messages: in the field of the text, or in the field messages of records that have none.
     """
 
     dataset: datasets.Dataset | datasets.IterableDataset
@@ -41,13 +44,17 @@ class Documents:
     seed: int | None = None  # None: the data set's own order
     buffer: int = 10_000  # size of the shuffle buffer of streamed data, in documents
     source: str | None = None  # where the data set was opened from, for messages
+    chats: bool = False
 
     def __post_init__(self):
-        feature = (self.dataset.features or {}).get(self.text_field)
-        if feature is not None and getattr(feature, "dtype", None) not in TEXT_TYPES:
-            self._refuse(str(feature))
+        known = self.dataset.features or {}
+        feature = known.get(self._field(known))
+        if feature is None or getattr(feature, "dtype", None) in TEXT_TYPES:
+            return
+        if not (self.chats and _holds_chats(feature)):
+            self._refuse(self._field(known), str(feature))
 
-    def epoch(self, epoch: int, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[str]:
+    def epoch(self, epoch: int, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[Content]:
         """Every `world`-th text, starting at `rank`, without the first `skip` of them.
 
         Skipped texts of streamed data are still read, because only reading gives their order.
@@ -64,28 +71,42 @@ class Documents:
                 order = torch.randperm(len(self.dataset), generator=generator)
             rows = (self.dataset[index] for index in order[rank::world][skip:].tolist())
         with _reading(f"{self.source or 'the data'} cannot be read", self._files()):
-            yield from map(self._text, rows)
+            yield from map(self._content, rows)
 
     def _files(self) -> list[str]:
         return [] if self.source is None else local_files(self.source)
 
-    def _text(self, row: dict) -> str:
-        if self.text_field not in row:
-            raise UserError(
-                f"text field {self.text_field!r} is not in the data: "
-                f"its fields are {', '.join(row)}"
-            )
-        text = row[self.text_field]
-        if text is not None and not isinstance(text, str):
-            self._refuse(type(text).__name__)
-        return text or ""
+    def _field(self, known: Collection[str]) -> str:
+        """The field that holds the text or the chat, of those that are known."""
+        chat = self.chats and self.text_field not in known and MESSAGES in known
+        return MESSAGES if chat else self.text_field
 
-    def _refuse(self, kind: str) -> None:
+    def _content(self, row: dict) -> Content:
+        field = self._field(row)
+        if field not in row:
+            raise UserError(
+                f"text field {field!r} is not in the data: its fields are {', '.join(row)}"
+            )
+        content = row[field]
+        if content is None or content == []:
+            return ""
+        if not isinstance(content, str) and not (self.chats and is_chat(content)):
+            self._refuse(field, type(content).__name__)
+        return content
+
+    def _refuse(self, field: str, kind: str) -> None:
         """Raise UserError for a text field of another type, with file and line if they are
         known."""
-        found = (_fault(file, self.text_field) for file in self._files())
-        what = f"text field {self.text_field!r} holds {kind}, not text"
-        raise UserError(next(filter(None, found), what))
+        found = (_fault(file, field, self.chats) for file in self._files())
+        raise UserError(next(filter(None, found), _no_text(field, kind, self.chats)))
+
+
+def _holds_chats(feature: Any) -> bool:
+    """Whether a column may have lists of messages, also of messages with different keys."""
+    message = getattr(feature, "feature", None)
+    if isinstance(message, dict):
+        return "role" in message
+    return message is not None and not isinstance(message, datasets.Value)
 
 
 def open_documents(path: str, text_field: str) -> Documents:
@@ -200,7 +221,7 @@ def _read_rows(source: Any, **options: Any) -> pyarrow.Table:
     return _read_json(source, **options)
 
 
-def _fault(file: str, text_field: str | None = None) -> str | None:
+def _fault(file: str, text_field: str | None = None, chats: bool = False) -> str | None:
     """The first fault of a local file, with its position; None if none is found."""
     kind, number = BUILDERS[_suffix(file)], 0
     try:
@@ -214,7 +235,7 @@ def _fault(file: str, text_field: str | None = None) -> str | None:
                 if kind == "json" and number == 1 and text.startswith("["):
                     json.loads(text + lines.read().decode())  # one list of all rows
                 elif kind == "json" and text.strip():
-                    _check_row(text.strip(), text_field)
+                    _check_row(text.strip(), text_field, chats)
         return None if number else f"{file}: it is empty"
     except json.JSONDecodeError as error:
         place, reason = number + error.lineno - 1, f"JSON parse error: {error.msg}"
@@ -225,15 +246,21 @@ def _fault(file: str, text_field: str | None = None) -> str | None:
         return f"{file}{where}: {error}"
 
 
-def _check_row(line: str, text_field: str | None) -> None:
-    """Raise ValueError for a line that is not a JSON object, or whose text is not a string."""
+def _check_row(line: str, text_field: str | None, chats: bool) -> None:
+    """Raise ValueError for a line that is not a JSON object, or whose text is not a string, or with
+    `chats` a chat."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"{shortened(line)} is not a JSON object")
     json.dumps(row, ensure_ascii=False).encode()  # raises for an escape that is half a character
     text = row.get(text_field)
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"text field {text_field!r} holds {type(text).__name__}, not text")
+    if text is not None and not isinstance(text, str) and not (chats and is_chat(text)):
+        raise ValueError(_no_text(text_field, type(text).__name__, chats))
+
+
+def _no_text(field: str, kind: str, chats: bool) -> str:
+    wanted = "neither text nor messages with roles" if chats else "not text"
+    return f"text field {field!r} holds {kind}, {wanted}"
 
 
 def _opened(file: str):

@@ -57,7 +57,11 @@ class DataConfig(Settings):
     )
     name: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set to train on.")
-    text_field: str = Field("text", description="Field of a record that holds the text.")
+    text_field: str = Field(
+        "text",
+        description="Field of a record that holds the text, or a chat as a list of messages. Data "
+        "without this field is read from the field messages.",
+    )
     streaming: bool = Field(
         False, description="Read a hub data set while training instead of downloading it first."
     )

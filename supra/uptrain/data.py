@@ -6,7 +6,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from supra.data.blocks import blocks_from_text
-from supra.data.packing import Block, Row, encode, start_tokens
+from supra.data.chat import read_document
+from supra.data.packing import NOTHING, Block, Row, check_room, start_tokens
 from supra.data.text import Documents, open_dataset
 from supra.errors import UserError
 from supra.uptrain.config import DataConfig, SourceConfig, UptrainConfig
@@ -42,6 +43,7 @@ class BlockStream:
         self.rank, self.world = rank, world
         self.sequence_length, self.segments, self.setting = sequence_length, segments, setting
         self.min_document_tokens = min_document_tokens
+        check_room(self.block_tokens, self.start)
         self.load_state_dict({"epoch": 0, "documents": 0, "offset": 0})
 
     def state_dict(self) -> dict[str, int]:
@@ -56,9 +58,9 @@ class BlockStream:
         if state["documents"]:
             self._next_document()
         there = self.epoch == state["epoch"] and self.documents == state["documents"]
-        self.found = there and state["offset"] <= len(self.tokens)
+        self.found = there and state["offset"] <= len(self.document.tokens)
         if there:
-            self.offset = min(state["offset"], len(self.tokens))
+            self.offset = min(state["offset"], len(self.document.tokens))
         self.segments = segments
         self._drop_rest()
 
@@ -87,42 +89,44 @@ class BlockStream:
     def _drop_rest(self) -> None:
         """With segments, drop the last tokens of the document, which do not fill a block."""
         if self.segments:
-            size = self.text_tokens
-            self.tokens = self.tokens[: len(self.tokens) // size * size]
-            self.offset = min(len(self.tokens), -(-self.offset // size) * size)
+            size = self.block_tokens - len(self.document.start)
+            count = len(self.document.tokens) // size * size
+            self.document = self.document.beginning(count)
+            self.offset = min(count, -(-self.offset // size) * size)
 
     def __iter__(self) -> Iterator[Block]:
         return self
 
     def __next__(self) -> Block:
-        row = Row(self.block_tokens, self.start)
+        row = Row(self.block_tokens)
         while row.room:
-            while self.offset == len(self.tokens):
+            while self.offset == len(self.document.tokens):
                 self._next_document()
-            self.offset += row.add(self.tokens, self.offset)
+            self.offset += row.add(self.document, self.offset)
         return row.block()
 
     def _open(self, skip: int = 0) -> None:
-        self.texts = self.source.epoch(self.epoch, self.rank, self.world, skip)
-        self.documents, self.tokens, self.offset = skip, [], 0
+        self.contents = self.source.epoch(self.epoch, self.rank, self.world, skip)
+        self.documents, self.document, self.offset = skip, NOTHING, 0
         self.tokens_read = 0 if skip == 0 else None  # in this epoch; unknown after a skip
         self.longest = 0  # tokens of the longest document in this epoch
 
     def _next_document(self) -> None:
-        text = next(self.texts, None)
-        while text is None:
+        content = next(self.contents, None)
+        while content is None:
             self._check_enough()
             self.epoch += 1
             self._open()
-            text = next(self.texts, None)
+            content = next(self.contents, None)
         self.documents += 1
-        self.tokens, self.offset = encode(self.tokenizer, text), 0
-        self.longest = max(self.longest, len(self.tokens))
-        if len(self.tokens) < self.min_document_tokens:
-            self.tokens = []
+        self.document, self.offset = read_document(self.tokenizer, content), 0
+        count = len(self.document.tokens)
+        self.longest = max(self.longest, count)
+        if count < self.min_document_tokens:
+            self.document = NOTHING
         self._drop_rest()
         if self.tokens_read is not None:
-            self.tokens_read += len(self.tokens)
+            self.tokens_read += len(self.document.tokens)
 
     def _check_enough(self) -> None:
         if self.tokens_read is None or self.tokens_read >= self.text_tokens:
@@ -158,7 +162,11 @@ def training_documents(config: UptrainConfig) -> list[Documents]:
     order = {"seed": data.shuffle_seed, "buffer": data.shuffle_buffer}
     return [
         Documents(
-            _training_set(data, text), text.text_field or data.text_field, source=text.path, **order
+            _training_set(data, text),
+            text.text_field or data.text_field,
+            source=text.path,
+            chats=True,
+            **order,
         )
         for text in data.texts
     ]
@@ -202,7 +210,7 @@ def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -
         if data.eval_documents:
             dataset = dataset.take(data.eval_documents)
         field = text.text_field or data.text_field
-        documents = Documents(dataset, field, source=text.path).epoch(0)
+        documents = Documents(dataset, field, source=text.path, chats=True).epoch(0)
         count = round(tokens * share)
         blocks += blocks_from_text(tokenizer, documents, data.sequence_length, count)
     return blocks

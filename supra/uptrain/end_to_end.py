@@ -46,7 +46,7 @@ class EndToEnd:
         """
         batches = [batch | {"labels": shifted_labels(batch["labels"])} for batch in batches]
         valid = sum((batch["labels"] != IGNORE).sum() for batch in batches)
-        valid = self._sum(valid).item()
+        valid = max(1, self._sum(valid).item())  # a step of questions alone has no gradient
         sums = torch.zeros(2, device=self.accelerator.device)
         count = len(batches) * (self.stage.segments or 1)
         for number, (batch, cache) in enumerate(self._parts(batches), start=1):

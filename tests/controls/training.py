@@ -164,6 +164,14 @@ BUGS = [
         ("tests/uptrain/test_mixture.py::test_resume_is_exact_at_every_block",),
     ),
     Bug(
+        "questions_are_learned",
+        "what the user says in a chat is trained on",
+        "supra/data/chat.py",
+        "begin <= first and last <= end for begin, end in spans",
+        "last <= end for begin, end in spans",
+        ("tests/data/test_chat.py::test_labels_of_a_chat",),
+    ),
+    Bug(
         "resume_skips_the_rest_of_a_document",
         "a run that goes on begins its document anew",
         "supra/uptrain/data.py",

@@ -24,6 +24,7 @@ from supra.mixers import build_mixer, resolve_mixer
 from supra.model.attention import attention_modules
 from supra.model.auto import converted_config
 from supra.testing import tiny_checkpoint, tiny_config, tiny_tokenizer
+from tests.data.documents import whole
 
 LAYERS = 4
 
@@ -128,7 +129,7 @@ def blocks():
     generator = torch.Generator().manual_seed(1)
     lengths = (17, 60, 5, 33, 47, 90)
     documents = [torch.randint(300, (n,), generator=generator).tolist() for n in lengths]
-    return list(pack(documents, 63))
+    return list(pack(whole(documents), 63))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "gemma2", "gpt_oss"])

@@ -20,6 +20,7 @@ from supra.evaluate import blocks_from_text, perplexity
 from supra.long_context.statistics import effective_remembrance
 from supra.long_context.stream import Reader, TokenStream, begun
 from supra.uptrain.data import BlockStream
+from tests.data.documents import whole
 from tests.uptrain.test_loop import assert_same_weights, interrupt_after
 
 EOS = 0
@@ -59,7 +60,7 @@ def test_a_document_has_what_the_tokenizer_puts_around_it(tokenizers, kind):
     plain = plain_tokens(tokenizer, "The river runs.")
     assert encode(tokenizer, "The river runs.") == plain + end
     assert encode(tokenizer, " \n\t") == []
-    (row,) = pack([encode(tokenizer, "The river runs.")], len(start + plain + end), start)
+    (row,) = pack(whole([encode(tokenizer, "The river runs.")], start), len(start + plain + end))
     assert row["input_ids"].tolist() == start + plain + end
     written = tokenizer.decode(start) + "The river runs."
     assert encode(tokenizer, written) == plain + end, "a text that brings its start has it once"
@@ -113,7 +114,9 @@ BLOCKS = [  # start tokens, length -> input_ids, position_ids, labels of each bl
 @pytest.mark.parametrize(("start", "length", "expected"), BLOCKS)
 def test_blocks(start, length, expected):
     columns = ("input_ids", "position_ids", "labels")
-    found = [[block[x].tolist() for x in columns] for block in pack(DOCUMENTS, length, start)]
+    found = [
+        [block[x].tolist() for x in columns] for block in pack(whole(DOCUMENTS, start), length)
+    ]
     assert found == [list(block) for block in expected]
 
 
@@ -146,7 +149,7 @@ def test_resume_is_exact_at_every_block(tokenizers, kind, segments):
 def test_stream_is_pack(tokenizers, kind):
     tokenizer, start = tokenizers[kind], KINDS[kind][1]
     blocks = BlockStream(documents(), tokenizer, 16)
-    for expected in pack((encode(tokenizer, text) for text in TEXTS * 2), 16, start):
+    for expected in pack(whole((encode(tokenizer, text) for text in TEXTS * 2), start), 16):
         found = next(blocks)
         assert all(torch.equal(found[x], expected[x]) for x in expected)
 

@@ -5,7 +5,18 @@ import json
 from itertools import cycle
 from pathlib import Path
 
-from tests.faults.case import BINARY, DEEP, Case, Make, accepted, put, refused, written
+from tests.faults.case import (
+    BINARY,
+    DEEP,
+    Case,
+    Make,
+    accepted,
+    copied,
+    fields,
+    put,
+    refused,
+    written,
+)
 from tests.faults.shared import TEXT
 
 EVAL = "eval text --model {rnn} --sequence-length 16 --text {here}/"
@@ -17,6 +28,17 @@ CHOICE = "convert --model {base} --out {out} --keep-attention auto:0.5 --text {h
 ALL = (EVAL, UPTRAIN, STREAMED, HELD_OUT, DIAGNOSE, CHOICE)
 
 LINE = json.dumps({"text": TEXT * 4}) + "\n"
+CHAT = (
+    json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": TEXT},
+                {"role": "assistant", "content": TEXT * 4},
+            ]
+        }
+    )
+    + "\n"
+)
 LATIN = LINE.encode().replace(b"river", b"caf\xe9s", 1)
 LONG = json.dumps({"text": TEXT * 400}) + "\n"
 GOOD = LINE.encode() * 30
@@ -28,6 +50,17 @@ def _parquet(rows: list[dict]) -> Make:
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), here / "t.parquet")
+
+    return make
+
+
+def _chats(template: str) -> Make:
+    """{here}/t.jsonl, and {model} with a chat template."""
+    copy = copied("rnn", fields({"chat_template": template}, "tokenizer_config.json"))
+
+    def make(here: Path, common: Path) -> None:
+        copy(here, common)
+        put(here / "t.jsonl", CHAT * 30)
 
     return make
 
@@ -131,6 +164,21 @@ CASES = [
     refused("uptrain --config {yaml} out={out} data.eval_documents=1000000", "eval_documents"),
     refused("uptrain --config {yaml} out={out} data.sequence_length=100000000", "sequence_length"),
     refused("uptrain --config {yaml} out={out} data.eval_split=test", "split (='test')"),
+    refused(UPTRAIN + "t.jsonl", "no chat template", make=written("t.jsonl", CHAT * 9),
+            name="chats for a tokenizer without a template"),
+    refused(UPTRAIN + "t.jsonl student={model}", "TemplateSyntaxError", make=_chats("{% for"),
+            name="chats for a template that is broken"),
+    refused(UPTRAIN + "t.jsonl student={model}", "does not show which tokens",
+            make=_chats("{{ messages | length }}"),
+            name="chats for a template that hides the answers"),
+    refused(EVAL + "t.jsonl", "text", make=written("t.jsonl", CHAT * 9),
+            name="chats where text is evaluated"),
+    refused(UPTRAIN + "t.jsonl", "neither text nor messages",
+            make=written("t.jsonl", '{"messages": [{"content": "a"}]}\n' * 9),
+            name="messages without roles"),
+    accepted(UPTRAIN + "t.jsonl student={model}", "a chat is a document",
+             make=_chats("{% for x in messages %}{{ x.role + ': ' + x.content }}{% endfor %}"),
+             name="chats"),
     accepted(EVAL + "t.txt", "text after a mark of order is text",
              make=written("t.txt", b"\xef\xbb\xbf" + TEXT.encode() * 9), name="a mark of order"),
     accepted(EVAL + "t.jsonl", "a record without text is no document",

@@ -20,6 +20,7 @@ from supra.uptrain.data import (
     open_dataset,
     training_documents,
 )
+from tests.data.documents import whole
 
 LENGTH = 16
 
@@ -63,7 +64,7 @@ def assert_same(left, right):
 
 
 def test_packing():
-    blocks = list(pack([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]], 4))
+    blocks = list(pack(whole([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]), 4))
     expected = [
         ([1, 2, 3, 4], [0, 1, 2, 0], [-100, 2, 3, -100]),
         ([5, 6, 7, 8], [0, 0, 1, 2], [-100, -100, 7, 8]),
@@ -77,7 +78,7 @@ def test_packing():
 
 
 def test_an_incomplete_block_is_dropped():
-    assert [block["input_ids"].tolist() for block in pack([[1, 2, 3], [4, 5]], 2)] == [
+    assert [block["input_ids"].tolist() for block in pack(whole([[1, 2, 3], [4, 5]]), 2)] == [
         [1, 2],
         [3, 4],
     ]
@@ -92,7 +93,7 @@ def test_documents_end_with_eos_and_have_no_special_tokens(tokenizer):
 def test_stream_is_pack_without_shuffling(tokenizer):
     documents = ["", *texts(9), "  "]
     encoded = [encode(tokenizer, text) for text in documents * 3]
-    expected = list(pack(encoded, LENGTH))
+    expected = list(pack(whole(encoded), LENGTH))
     assert_same(take(stream(tokenizer, documents, seed=None), len(expected)), expected)
 
 
@@ -127,7 +128,7 @@ def test_resume_is_exact_at_every_block(tokenizer, streaming, world):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_processes_share_the_documents(tokenizer, streaming):
     streams = [stream(tokenizer, texts(11), streaming=streaming, rank=x, world=3) for x in range(3)]
-    shares = [list(process.texts) for process in streams]
+    shares = [list(process.contents) for process in streams]
     assert sorted(text for share in shares for text in share) == sorted(texts(11))
 
 
@@ -229,7 +230,7 @@ def test_local_files_have_no_splits(tokenizer, tmp_path):
         held_out_blocks(with_data(path=path, eval_split="test"), tokenizer)
     config = with_data(path="on/hub", split="nope", eval_path=path, sequence_length=8)
     encoded = [encode(tokenizer, text) for text in texts(12)]
-    assert_same(held_out_blocks(config, tokenizer), list(pack(encoded, 8)))
+    assert_same(held_out_blocks(config, tokenizer), list(pack(whole(encoded), 8)))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -239,7 +240,7 @@ def test_held_out_documents_are_not_trained_on(tokenizer, tmp_path, streaming):
     (documents,) = training_documents(config)
     assert sorted(documents.epoch(0)) == sorted(texts(12)[4:])
     encoded = [encode(tokenizer, text) for text in texts(12)[:4]]
-    assert_same(held_out_blocks(config, tokenizer), list(pack(encoded, 8)))
+    assert_same(held_out_blocks(config, tokenizer), list(pack(whole(encoded), 8)))
 
 
 def test_everything_held_out(tmp_path):
