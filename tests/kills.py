@@ -1,4 +1,5 @@
-"""Kill `supra convert` and `supra uptrain` at random moments, and check what the next run makes.
+"""Kill commands that write for long at random moments, and check what the next run makes: `supra
+convert`, `supra uptrain` and `supra sample`.
 
     python -m tests.kills --kills 100 --seed 0     # of each command; make test-kill
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from supra import cli, testing
 from supra.conversion.convert import convert
+from supra.serving import sampling  # noqa: F401 (imported for the forks)
 from supra.uptrain import loop  # noqa: F401 (imported for the forks)
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +43,11 @@ AGAIN = 1 / 3  # of the kills hit the run after a kill
 PATIENCE = 120  # seconds for a run to end
 # exit codes of a killed command: of the signal, of a shell's convention, or 0 if it was done before
 ENDS = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (-15, 143, 130, 0), signal.SIGINT: (-2, 130, 0)}
-DONE = ("holds a finished run", "is not empty")  # the errors for a finished result
+DONE = (
+    "holds a finished run",
+    "is not empty",
+    "exists: name a new file",
+)  # the errors for a finished result
 KEEP = 2
 
 
@@ -72,6 +78,11 @@ def uptrain_words(files: Path, trial: Path) -> list[str]:
     config = trial / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     return ["uptrain", "--config", str(config)]
+
+
+def sample_words(files: Path, trial: Path) -> list[str]:
+    words = ["sample", "--model", str(files / "teacher"), "--out", str(trial / "own.jsonl")]
+    return [*words, "--tokens", "2000", "--batch", "8", "--length", "20"]
 
 
 def make_files(files: Path) -> None:
@@ -256,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill commands at random moments.")
     parser.add_argument("--kills", type=int, default=100, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("convert", "uptrain"))
+    parser.add_argument("--only", choices=("convert", "uptrain", "sample"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     # shells make jobs in the background ignore SIGINT
@@ -269,7 +280,7 @@ def main() -> None:
         os._exit(0)
     if os.wait()[1] != 0:
         sys.exit("no files to try it on")
-    makers = {"convert": convert_words, "uptrain": uptrain_words}
+    makers = {"convert": convert_words, "uptrain": uptrain_words, "sample": sample_words}
     commands = [
         Command(name, words, files)
         for name, words in makers.items()

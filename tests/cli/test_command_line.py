@@ -38,7 +38,8 @@ def shown(capsys, *words):
 
 def test_help_names_every_command_under_a_heading(capsys):
     printed = shown(capsys, "--help")
-    for name in ("convert", "inspect", "uptrain", "eval", "diagnose", "generate", "serve", "bench"):
+    names = ("convert", "inspect", "uptrain", "eval", "diagnose", "generate", "sample", "serve")
+    for name in (*names, "bench"):
         assert f"\n  {name} " in printed
     for heading in ("Make a model:", "Measure a model:", "Run a model:", "Develop:"):
         assert f"\n{heading}\n" in printed
@@ -73,7 +74,8 @@ def sizes():
         required = []
         for param in command.params:
             if param.required:
-                required += [*(x for x in param.opts if x.startswith("-")), "induction"]
+                value = "1" if "int" in str(param.type_descriptor.annotation) else "induction"
+                required += [*(x for x in param.opts if x.startswith("-")), value]
         for param in command.params:
             if "int" in str(param.type_descriptor.annotation):
                 yield words, required, param.opts[0]

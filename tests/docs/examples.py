@@ -86,6 +86,8 @@ def run(arguments: list[str]) -> None:
             arguments.append("extend.state_passing=2")
         if "recipe.yaml" in arguments or "supra" in arguments:
             arguments += ["align.share=0.5", "distill.share=0.5"]
+    if arguments[0] == "sample":
+        arguments = [*arguments, "--tokens", "600", "--length", "60"]
     if arguments[0] == "diagnose":
         arguments = [SMALL_TEXT.get(x, x) for x in arguments] + ["--trained-length", "32"]
     try:
@@ -112,10 +114,11 @@ def parse(command: str) -> None:
 
 
 def _vacate(arguments: list[str]) -> None:
-    """Remove the folder that a command is to make; an earlier example may have made it."""
+    """Remove what a command is to make; an earlier example may have made it."""
     for before, word in zip(["", *arguments], arguments, strict=False):
         if before == "--out" or word.startswith("out="):
             shutil.rmtree(word.removeprefix("out="), ignore_errors=True)
+            Path(word).unlink(missing_ok=True)
 
 
 def _parse_supra(arguments: list[str]) -> None:

@@ -19,7 +19,7 @@ from tests.faults.table import CASES
 MODULES = (
     "supra.cli.app", "supra.conversion.convert", "supra.conversion.inspection",
     "supra.export.export", "supra.export.gguf.export",
-    "supra.serving.generation", "supra.serving.http",
+    "supra.serving.generation", "supra.serving.http", "supra.serving.sampling",
     "supra.uptrain.loop", "supra.evaluate.ablate.ablation", "supra.evaluate.tasks.task",
     "supra.evaluate.tasks.passkey", "supra.long_context.diagnosis", "supra.bench.kernels",
     "supra.bench.parallel", "supra.bench.decode", "gguf", "peft", "pyarrow.parquet",
