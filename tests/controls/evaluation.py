@@ -28,8 +28,8 @@ BUGS = [
         "first_token_scored_alone",
         "an answer is scored by its first token",
         SCORING,
-        "-nats.sum(1)",
-        "-nats[:, 0]",
+        "nats.sum(1) +",
+        "nats[:, 0] +",
         (SCORES,),
     ),
     Bug(

@@ -60,8 +60,8 @@ class FakeCache:
     def __init__(self, rows):
         self.rows = rows
 
-    def batch_repeat_interleave(self, repeats):
-        self.rows = [row for row in self.rows for _ in range(repeats)]
+    def reorder_cache(self, rows):
+        self.rows = [self.rows[row] for row in rows.tolist()]
 
 
 def copied(read):
