@@ -7,11 +7,11 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithRecipes(build_py):
-    """Copies recipes/*/*.yaml to supra/uptrain/recipes/, where supra.uptrain.shipped finds them."""
+    """Copies recipes/*/*.yaml to supra/uptrain/recipes/; supra.settings.recipe_files finds them."""
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode:  # shipped.py then reads the checkout's own files
+        if self.editable_mode:  # the checkout has them already
             return
         for file in Path("recipes").glob("*/*.yaml"):
             target = Path(self.build_lib, "supra", "uptrain", file)

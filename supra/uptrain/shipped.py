@@ -3,10 +3,8 @@
 from pathlib import Path
 
 from supra.errors import UserError, check_choice
+from supra.settings.recipe_files import RECIPES
 
-_HERE = Path(__file__).resolve().parent
-# a wheel has recipes/ beside this file, a checkout at its top
-RECIPES = next(x / "recipes" for x in (_HERE, _HERE.parents[1]) if (x / "recipes").is_dir())
 CONFIGS, LAUNCH = RECIPES / "configs", RECIPES / "launch"
 
 
