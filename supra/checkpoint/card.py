@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from supra.checkpoint.conversion_report import ConversionReport, describe_layers
 from supra.checkpoint.untrusted import belongs
+from supra.errors import UserError
 
 CARD = "README.md"
 CARD_BYTES = 2**20  # three times the size of the largest cards on the hub
@@ -42,7 +43,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 Tools that cannot import supra pass `trust_remote_code=True`: `modeling_supra.py` then imports the
 installed package.
 """
-UPTRAINING = "\n## Uptraining\n"
+UPTRAINING, MEASURED = "\n## Uptraining\n", "\n## Beside its teacher\n"
 
 
 def write_card(
@@ -104,7 +105,8 @@ def update_card(
 ) -> None:
     """Replace the section on uptraining in the card of `folder`.
 
-    A folder without a card stays as it is, because a student need not come from `supra convert`.
+    What was measured before the training is left out. A folder without a card stays as it is,
+    because a student need not come from `supra convert`.
 
     Args:
         tokens: the number of tokens that the model was trained on.
@@ -117,7 +119,7 @@ def update_card(
         return
     if datasets:
         card.data.datasets = list(datasets)
-    text = card.text.split(UPTRAINING)[0].rstrip("\n") + f"\n{UPTRAINING}\n"
+    text = _without(card.text.split(UPTRAINING)[0], MEASURED).rstrip("\n") + f"\n{UPTRAINING}\n"
     of = f" of {' and '.join(datasets)}" if datasets else ""
     text += f"Trained on {tokens:,} tokens{of}.\n"
     if results:
@@ -129,6 +131,20 @@ def update_card(
         text += "\n" + _table(["", *measures], rows) + "\n"
     card.text = text
     card.save(path)
+
+
+def check_card(folder: Path) -> None:
+    """Raise UserError unless the folder has a card that can be written to."""
+    if read_card(folder / CARD) is None:
+        raise UserError(f"{folder} has no {CARD} that can be read: add one, or leave out --card")
+
+
+def write_measured(folder: Path, text: str) -> None:
+    """Replace the section of the card that compares the model with its teacher."""
+    check_card(folder)
+    card = read_card(folder / CARD)
+    card.text = _without(card.text, MEASURED).rstrip("\n") + f"\n{MEASURED}\n{text}\n"
+    card.save(folder / CARD)
 
 
 def carry_card(source: str, folder: str | Path, *, local_files_only: bool = True) -> None:
@@ -227,6 +243,13 @@ def _fits(name: object, value: object) -> bool:
     if name in (*TEXTS, *LISTS):
         return value is None or isinstance(value, str)
     return isinstance(name, str)
+
+
+def _without(text: str, heading: str) -> str:
+    """The text without the section of that heading."""
+    before, found, section = text.partition(heading)
+    _, following, after = section.partition("\n## ")
+    return before + following + after if found else text
 
 
 def _one_line(error: Exception) -> str:
