@@ -17,7 +17,7 @@ LEVELS = [
     ["supra.cli"],
     ["supra.uptrain", "supra.bench", "supra.testing"],
     ["supra.long_context"],
-    ["supra.evaluate.ablate"],
+    ["supra.evaluate.ablate", "supra.evaluate.suite"],
     ["supra.evaluate", "supra.evaluate.tasks"],
     ["supra.conversion", "supra.serving", "supra.export"],
     ["supra", "supra.configuration", "supra.modeling", "supra.states"],
@@ -117,7 +117,7 @@ def room(module):
     if module.endswith(".__main__"):  # starts a command, so it stands above its folder
         return module
     parts = module.split(".")
-    nested = parts[:2] == ["supra", "evaluate"] and parts[2:3] in (["ablate"], ["tasks"])
+    nested = parts[:2] == ["supra", "evaluate"] and parts[2:3] in (["ablate"], ["suite"], ["tasks"])
     return ".".join(parts[: 3 if nested else 2])
 
 

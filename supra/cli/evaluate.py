@@ -1,4 +1,4 @@
-"""`supra eval text | ablate | task | passkey`."""
+"""`supra eval text | ablate | task | passkey | suite`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,8 @@ from supra.cli.options import (
     TextField,
     choice,
     file,
+    flag,
+    folder,
     integers,
     names,
     string,
@@ -207,6 +209,79 @@ def passkey(
         picture=picture,
         seed=seed,
         dtype=parse_dtype(dtype),
+        progress=True,
+    )
+    print_result(result, json)
+
+
+@app.command(
+    cls=Command,
+    epilog="supra eval suite --model ./rnn --teacher HuggingFaceTB/SmolLM2-135M --data eval",
+)
+def suite(
+    model: Model,
+    data: Annotated[
+        Path,
+        folder("--data", "Folder with the evaluation sets, such as lambada.jsonl and icl.jsonl."),
+    ],
+    teacher: Annotated[
+        str | None, string("--teacher", "Model to compare with, such as the original.", "MODEL")
+    ] = None,
+    tasks: Annotated[
+        Sequence[str],
+        names(
+            "--tasks",
+            "What to measure: lambada, piqa, blimp, wikitext, in_context, and tasks of "
+            "lm-evaluation-harness. Default: these five.",
+        ),
+    ] = (),
+    shots: Annotated[
+        Sequence[int],
+        integers("--shots", "Examples in the prompts of in_context.", limits.COUNT, minimum=0),
+    ] = (0, 4, 16, 48),
+    limit: Annotated[
+        int | None,
+        whole("--limit", "Items of each part, for a quick look. Default: all.", limits.COUNT),
+    ] = None,
+    sequence_length: Annotated[
+        int,
+        whole(
+            "--sequence-length",
+            "Tokens of a row of wikitext.",
+            limits.PASS,
+            minimum=2,
+            metavar="TOKENS",
+        ),
+    ] = 1024,
+    batch: Batch = 8,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        folder("--out", "Folder for finished parts, which are not measured again."),
+    ] = None,
+    picture: Annotated[
+        Path | None, file("--picture", "Draw the results into this file.", "PNG")
+    ] = None,
+    card: Annotated[bool, flag("--card", "Write the table into the model card.")] = False,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """What a model keeps of its teacher's ability: tasks, text, in-context learning."""
+    from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.evaluate.suite.parts import Settings
+    from supra.evaluate.suite.suite import evaluate_suite
+
+    result = evaluate_suite(
+        find_checkpoint(model),
+        data,
+        teacher=None if teacher is None else find_checkpoint(teacher),
+        tasks=tasks,
+        settings=Settings(limit, tuple(shots), sequence_length, seed),
+        batch=batch,
+        dtype=parse_dtype(dtype),
+        out=out,
+        picture=picture,
+        card=card,
         progress=True,
     )
     print_result(result, json)

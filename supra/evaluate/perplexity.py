@@ -1,7 +1,7 @@
 """Perplexity over fixed blocks of tokens, as a whole and by position in the document."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,7 +23,6 @@ class Perplexity:
     by_position: list[tuple[int, int, float]]  # (start, end, perplexity), end not included
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
     blocks: Sequence[Block],
@@ -40,10 +39,23 @@ def perplexity(
             its block, including start tokens. Ranges without tokens are left out.
         batch_size: blocks per forward pass; the results do not depend on it.
     """
+    parts = list(token_nats(model, blocks, batch_size))
+    nats, positions = (torch.cat(part) for part in zip(*parts, strict=True))
+    return _summary(nats, positions, by_position or ())
+
+
+@torch.no_grad()
+def token_nats(
+    model: PreTrainedModel, blocks: Sequence[Block], batch_size: int = 8
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each block, what its predicted tokens cost and where they stand.
+
+    Two tensors [n]: nats, float64, and the position in the document, int64. Raises UserError when
+    there are no blocks.
+    """
     if not blocks:
         raise UserError("perplexity needs at least one block of text")
     device = next(model.parameters()).device
-    nats, positions = [], []
     was_training = model.training
     model.eval()
     for start in range(0, len(blocks), batch_size):
@@ -53,12 +65,13 @@ def perplexity(
             position_ids=batch["position_ids"].to(device),
             use_cache=False,
         ).logits
-        labels = shifted_labels(batch["labels"]).flatten()
-        valid = labels != IGNORE
-        nats.append(next_token_nats(logits.flatten(0, 1), labels.to(device)).cpu()[valid])
-        positions.append(batch["position_ids"].flatten()[valid] + 1)
+        labels = shifted_labels(batch["labels"])
+        nats = next_token_nats(logits.flatten(0, 1), labels.flatten().to(device)).cpu().double()
+        del logits
+        positions = batch["position_ids"] + 1
+        for row, at, label in zip(nats.view_as(labels), positions, labels, strict=True):
+            yield row[label != IGNORE], at[label != IGNORE]
     model.train(was_training)
-    return _summary(torch.cat(nats).double(), torch.cat(positions), by_position or ())
 
 
 def _summary(nats: torch.Tensor, positions: torch.Tensor, edges: Sequence[int]) -> Perplexity:

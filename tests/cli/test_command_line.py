@@ -98,7 +98,7 @@ def test_choices_are_those_of_the_library():
     ("typed", "offered"),
     [
         ("supra ev", "eval"),
-        ("supra eval ", "text ablate task passkey"),
+        ("supra eval ", "text ablate task passkey suite"),
         ("supra eval abl", "ablate"),
         ("supra convert --mixer-o", "--mixer-option"),
         ("supra eval task --task m", "mqar"),
@@ -146,7 +146,7 @@ def test_other_commands_stay_as_they_are(words, capsys):
     ("words", "line"),
     [
         (["convrt"], "unknown supra command 'convrt': did you mean 'convert'? (known: bench, "),
-        (["eval"], "supra eval needs a command: text, ablate, task, passkey (supra eval --help "),
+        (["eval"], "supra eval needs a command: text, ablate, task, passkey, suite (supra eval --"),
         (["inspect"], "MODEL is missing: supra inspect needs MODEL (Hub id, folder or GGUF file; "),
         (["convert"], "--model is missing: supra convert needs --model MODEL (Transformer: hub"),
         (["convert", "--modle", "m"], "supra convert has no option --modle: did you mean --model?"),

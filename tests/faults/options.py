@@ -8,6 +8,7 @@ EVAL = "eval text --model {rnn} --text {text} --sequence-length 16"
 ABLATE = "eval ablate --model {rnn} --text {text} --sequence-length 16 --tokens 64 --parts"
 TASK = "eval task --model {rnn} --task"
 PASSKEY = "eval passkey --model {rnn}"
+SUITE = "eval suite --model {rnn} --data {here}"
 DIAGNOSE = "diagnose {rnn} --text {text} --to 64 --trained-length 16"
 GGUF = "export {ready} --to gguf --idle-attention --out {out}"
 EXPORT = "export {ready} --to qwen3_5 --idle-attention --out {out}"
@@ -24,7 +25,7 @@ REFUSED = {
         ("''", "unknown supra command ''"),
         ("bench", "kernels, compile, parallel"),
         ("bench kernel", "did you mean 'kernels'?"),
-        ("eval", "text, ablate, task, passkey"),
+        ("eval", "text, ablate, task, passkey, suite"),
         ("eval txt", "did you mean 'text'?"),
     ],
     "sample": [
@@ -301,6 +302,30 @@ REFUSED = {
         ("--vocabulary 9 --lengths 256", "supra eval task"),
         ("--picture {text}/x.png --lengths 256 --samples 1", "x.png"),
         ("--picture x.doc --lengths 256 --samples 1", "x.doc"),
+    ],
+    "eval suite": [
+        ("--model {rnn}", "--data is missing"),
+        ("--model {rnn} --data ''", "--data"),
+        ("--model {rnn} --data {here}/none", "there is no such folder"),
+        ("--model {rnn} --data {text}", "there is no such folder"),
+        ("--model {here}/none --data {here}", "no such folder"),
+    ],
+    SUITE: [
+        ("--tasks wikitxt", "'wikitxt'"),
+        ("--teacher {gpt2} --tasks wikitext", "no file for wikitext"),
+        ("--teacher {here}/none", "no such folder"),
+        ("--teacher ''", "model ''"),
+        ("--shots -1", "--shots"),
+        ("--shots x", "--shots"),
+        ("--limit 0", "--limit"),
+        ("--batch 0", "--batch"),
+        ("--sequence-length 1", "--sequence-length"),
+        ("--picture x.doc", "x.doc"),
+        ("--picture {text}/x.png", "x.png"),
+        ("--out ''", "--out"),
+        ("--out {text} --tasks wikitext", "is a file"),
+        ("--card", "give --teacher"),
+        ("--text {text}", "no option --text"),
     ],
     # as supra eval was spelled before it had commands
     "eval --model {rnn}": [

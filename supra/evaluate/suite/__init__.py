@@ -1,0 +1,1 @@
+"""A student beside its teacher on tasks that it was not trained for."""
