@@ -164,8 +164,9 @@ def test_the_command_prints_all_results(folders, tmp_path, capsys):
     assert sum(map(len, found["words"].values())) == 5 and found["shots"] == [0, 2, 5]
 
 
-def test_one_model_alone(folders, capsys):
-    run(folders, model="teacher")
+def test_one_model_alone(folders, tmp_path, capsys):
+    run(folders, "--picture", str(tmp_path / "suite.png"), model="teacher")
+    assert (tmp_path / "suite.png").read_bytes().startswith(b"\x89PNG")
     assert "kept" not in (printed := capsys.readouterr().out) and "6 items" in printed
     run(folders, "--json", model="teacher")
     found = json.loads(capsys.readouterr().out)

@@ -1,11 +1,13 @@
 """`supra eval suite` gives the numbers of lm-evaluation-harness, and those of a check by hand."""
 
 import gzip
+import importlib
 import json
 import math
 
 import pytest
 import torch
+import yaml
 
 from supra import testing
 from supra.checkpoint.opening import find_checkpoint
@@ -17,6 +19,7 @@ from supra.evaluate.suite.suite import measure_model
 from tests.evaluate.suite_sets import write_sets
 
 pytest.importorskip("lm_eval", reason="needs lm-eval 0.4.13 or newer")
+harness = importlib.import_module("supra.evaluate.suite.harness")  # which imports lm_eval
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,51 @@ def test_a_limit_spreads_its_items(folders, measured):
     [found] = measure_model(find_checkpoint(str(folders / "teacher")), parts)
     whole = measured("teacher")["blimp acc"].values
     assert found.values == [whole[at] for at in (0, 2, 5, 8, 11)]
+
+
+def rolling(folders):
+    return {
+        "task": "rolling",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folders / "data" / "wikitext.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }
+
+
+def test_a_perplexity_of_words_weighs_them(folders):
+    """Windows of a long text; bits per byte are no perplexity, and are left out."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    manager, checkpoint = harness.task_manager(own=False), find_checkpoint(str(folders / "rnn"))
+    model, tokenizer = checkpoint.model().eval(), checkpoint.tokenizer()
+    tasks = harness.load_tasks(manager, rolling(folders))
+    [found] = harness.measure_tasks("rolling", tasks, model, tokenizer, limit=None, batch=3)
+    direct = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2)
+    options = {"tasks": [rolling(folders)], "task_manager": manager, "bootstrap_iters": 0}
+    expected = simple_evaluate(model=direct, **options)["results"]["rolling"]
+    assert found.title == "rolling word_perplexity"
+    assert found.value == pytest.approx(expected["word_perplexity,none"], rel=1e-5)
+
+
+def test_tasks_of_a_group_are_pooled(folders, measured):
+    manager, checkpoint = harness.task_manager(own=False), find_checkpoint(str(folders / "rnn"))
+    loaded = {"tasks": {}}
+    for name in ("piqa", "blimp"):
+        config = yaml.safe_load((TASK_FILES / f"{name}.yaml").read_text())
+        file = next((folders / "data").glob(f"{name}*"))
+        config["dataset_kwargs"]["data_files"]["test"] = str(file)
+        loaded["tasks"] |= harness.load_tasks(manager, config)["tasks"]
+    model, tokenizer = checkpoint.model().eval(), checkpoint.tokenizer()
+    found = harness.measure_tasks("both", loaded, model, tokenizer, limit=None, batch=8)
+    pooled = {measure.title: measure.values for measure in found}
+    parts = measured("rnn")
+    assert pooled["both acc"] == parts["piqa acc"].values + parts["blimp acc"].values
+    assert pooled["both acc_norm"] == parts["piqa acc_norm"].values
 
 
 def test_mistakes(folders, tmp_path):
