@@ -6,9 +6,8 @@ u_i = beta_i e_i is what the state lacks of v_i, the error
 
     e_i = v_i - exp(G_i) S^T k_i - sum_{j < i} D_ij (k_i . k_j) beta_j e_j
 
-so e = T v - W S with T = (1 + B)^-1, B_ij = D_ij (k_i . k_j) beta_j below the diagonal and
-W = T (exp(G) k): the WY form (Yang et al. 2024) with the strengths on the side of the columns. With
-u in the place of the values the rest is linear attention.
+so e = T v - W S with T and W of delta.py, where A_ij = D_ij (k_i . k_j). With u in the place of the
+values the rest is linear attention.
 
 Legend: C chunk length, G query heads per key head, rows = chunks * Hkv. A tile is one chunk of one
 head, [rows, C, D]; query tiles are [rows, G * C, D].
@@ -17,7 +16,7 @@ head, [rows, C, D]; query tiles are [rows, G * C, D].
 import torch
 from torch import Tensor
 
-from supra.kernels import checks
+from supra.kernels import checks, delta
 from supra.kernels.chunks import Layout
 from supra.kernels.gated_delta_rule.inputs import Inputs
 
@@ -44,7 +43,7 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The same function in chunks."""
     tiles = _Tiles(x)
-    states, errors, end = tiles.scan(tiles.ranked(x.state))
+    states, errors, end = tiles.scan()
     output = tiles.entering_query() @ states
     output.baddbmm_(tiles.within(tiles.query @ tiles.key.mT), errors.mul_(tiles.beta))
     output = tiles.layout.scatter(output.view(*tiles.heads, -1), x.query).to(x.value.dtype)
@@ -60,7 +59,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     """
     tiles = _Tiles(x)
     layout = tiles.layout
-    states, errors, end = tiles.scan(tiles.ranked(x.state))
+    states, errors, end = tiles.scan()
     written = tiles.beta * errors
 
     d_out = layout.clear(layout.gather(d_output, errors.dtype)).view(*tiles.query.shape[:2], -1)
@@ -68,7 +67,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     d_query = tiles.enter(d_out @ states.mT).baddbmm_(d_scores, tiles.key)
     d_written = tiles.within(tiles.query @ tiles.key.mT).mT @ d_out
     steps = tiles.entering_query().mT @ d_out
-    d_states, carried, d_start = tiles.scan_back(d_written, steps, tiles.ranked(d_end), states, end)
+    d_states, d_start = tiles.scan_back(d_written, steps, d_end)
 
     d_value = tiles.inverse.mT @ (tiles.beta * d_written)
     products = (d_value @ errors.mT).tril_(-1)
@@ -78,6 +77,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     d_key.addcmul_(tiles.entering, d_value @ states.mT, value=-1)
     d_key.addcmul_(tiles.leaving, written @ d_states.mT)
 
+    carried = tiles.carried(states, end, d_states)
     d_log_decay = None if x.log_decay is None else tiles.d_log_decay(d_query, d_value, carried)
     d_query = layout.scatter(d_query.mul_(x.scale).view(*tiles.heads, -1), x.query)
     d_key, d_value, d_beta = (
@@ -108,7 +108,7 @@ class _Tiles:
         query, key, value = (layout.gather(y, dtype) for y in x[:3])
         beta = layout.clear(layout.gather(x.beta[..., None], dtype))  # so padding writes nothing
         chunks, kv_heads, size, width = key.shape
-        self.levels = [(begin * kv_heads, end * kv_heads) for begin, end in layout.levels]
+        self.levels = layout.rows_of_levels(kv_heads)
         self.heads = query.shape[:3]
         self.grid = (chunks, kv_heads, query.shape[1] // kv_heads, size)
         self.query = query.view(chunks * kv_heads, -1, width).mul_(x.scale)
@@ -122,12 +122,7 @@ class _Tiles:
         self.whole = last.to(dtype).exp()[..., None]
         self.pairwise = _pairwise(sums, dtype)
         self.overlap = (self.key @ self.key.mT).mul_(self.pairwise)
-        # T (1 + B) = 1 takes 2.7 ms where solving for v and exp(G) k takes 8.9, and their products
-        # with T 3 (256 tiles of 64 x 64, one core); what is not below the diagonal of B is not read
-        identity = torch.eye(size, dtype=dtype, device=key.device).expand_as(self.overlap)
-        self.inverse = torch.linalg.solve_triangular(
-            self.overlap * self.beta.mT, identity, upper=False, left=False, unitriangular=True
-        )
+        self.inverse = delta.inverse(self.overlap, self.beta)
         self.reading = self.inverse @ (self.entering * self.key)  # W
 
     def ranked(self, state: Tensor | None) -> Tensor:
@@ -147,40 +142,32 @@ class _Tiles:
     def entering_query(self) -> Tensor:
         return self.enter(self.query.clone())
 
-    def scan(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scan(self) -> tuple[Tensor, Tensor, Tensor]:
         """States before every chunk [rows, K, V], errors [rows, C, V], and states after the last
         chunk of every sequence [N, Hkv, K, V].
         """
-        errors = self.inverse @ self.value
-        states = errors.new_empty(len(errors), *start.shape[2:])
-        end = start.flatten(0, 1).clone()
+        errors, start = self.inverse @ self.value, self.ranked(self.inputs.state)
         writing = self.beta * self.leaving * self.key
-        for begin, stop in self.levels:
-            at, state = slice(begin, stop), end[: stop - begin]
-            states[at] = state
-            errors[at].baddbmm_(self.reading[at], state, alpha=-1)
-            state.mul_(self.whole[at]).baddbmm_(writing[at].mT, errors[at])
-        return states, errors, end.view_as(start)
+        states, end = delta.scan(self.levels, self.whole, self.reading, writing, errors, start)
+        return states, errors, end
 
     def scan_back(
-        self, d_written: Tensor, steps: Tensor, d_end: Tensor, states: Tensor, end: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the states after every chunk [rows, K, V], their products with these states
-        [chunks, Hkv], and gradients of the first states. d_written is completed in place.
-        """
-        d_states, carried = torch.empty_like(steps), steps.new_empty(len(steps))
-        d_start, after = d_end.flatten(0, 1).clone(), end.flatten(0, 1).clone()
-        departing, reading = self.leaving * self.key, self.beta * self.reading
+        self, d_written: Tensor, steps: Tensor, d_end: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the states after every chunk [rows, K, V] and of the first states."""
+        reading, departing = self.beta * self.reading, self.leaving * self.key
+        return delta.scan_back(
+            self.levels, self.whole, reading, departing, steps, d_written, self.ranked(d_end)
+        )
+
+    def carried(self, states: Tensor, end: Tensor, d_states: Tensor) -> Tensor:
+        """Products of the states after every chunk with their gradients, [chunks, Hkv]."""
+        after, found = end.flatten(0, 1).clone(), states.new_empty(len(states))
         for begin, stop in reversed(self.levels):
             at, count = slice(begin, stop), stop - begin
-            d_state = d_start[:count]
-            d_states[at] = d_state
-            carried[at] = (after[:count] * d_state).sum((1, 2))
+            found[at] = (after[:count] * d_states[at]).sum((1, 2))
             after[:count] = states[at]
-            d_written[at].baddbmm_(departing[at], d_state)
-            d_state.mul_(self.whole[at]).add_(steps[at])
-            d_state.baddbmm_(reading[at].mT, d_written[at], alpha=-1)
-        return d_states, carried.view(self.grid[:2]), d_start.view_as(d_end)
+        return found.view(self.grid[:2])
 
     def d_log_decay(self, d_query: Tensor, d_value: Tensor, carried: Tensor) -> Tensor:
         """Gradient of log_decay, from that of its running sums in each chunk [chunks, Hkv, C]."""

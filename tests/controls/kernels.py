@@ -53,7 +53,7 @@ GATED_LINEAR_ATTENTION = [
     Bug(
         "gated_linear_attention_half_undecayed",
         "torch: the later half of a block of tokens is not decayed to its boundary",
-        "kernels/gated_linear_attention/torch.py",
+        "kernels/channel_tiles.py",
         "_decay(level.later, level.row_decay)",
         "pass",
         (TESTS.format("gated_linear_attention", "all_forms_agree_with_the_reference"),),
@@ -61,7 +61,7 @@ GATED_LINEAR_ATTENTION = [
     Bug(
         "gated_linear_attention_own_key",
         "torch: the gradient of a key leaves out what its own token reads",
-        "kernels/gated_linear_attention/torch.py",
+        "kernels/channel_tiles.py",
         "d_key += (d_own * self.query).sum(2)",
         "d_key += 0 * (d_own * self.query).sum(2)",
         (TESTS.format("gated_linear_attention", "gradients_agree_with_the_reference"),),
@@ -104,9 +104,9 @@ GATED_DELTA_RULE = [
     Bug(
         "gated_delta_rule_adds",
         "torch: a chunk does not take out what the state holds under its keys",
-        "kernels/gated_delta_rule/torch.py",
-        "errors[at].baddbmm_(self.reading[at], state, alpha=-1)",
-        "errors[at].baddbmm_(self.reading[at], state, alpha=0)",
+        "kernels/delta.py",
+        "errors[at].baddbmm_(reading[at], state, alpha=-1)",
+        "errors[at].baddbmm_(reading[at], state, alpha=0)",
         (TESTS.format("gated_delta_rule", "all_forms_agree_with_the_reference"),),
     ),
     Bug(
