@@ -1,4 +1,4 @@
-"""Triton kernels of the gradients of queries, keys and decay; legend as in triton_backward.py.
+"""Triton kernels of the gradients of queries, keys and decay; legend as in delta_backward.py.
 
 The gradient of G_i is the sum of x_ij over its row less that over its column, with x_ij = y dy for
 every product y that D_ij scales. Both sums are taken of the same numbers: row sums as q . dq and

@@ -1,23 +1,14 @@
-"""Triton kernels of gated linear attention's gradients.
+"""Triton kernels of gated linear attention's gradients of states and values.
 
-Legend as in triton_forward. d_scores are the gradients of the scores, with the scale in them. The
-gradient of a decay is summed over the pairs of tokens that it lies between, by products with
-matrices of zeros and ones: the usual difference of running sums of q dq and k dk would cancel, and
-what is left of 16-bit products is then mostly their rounding.
+Legend as in channel_scores.py; channel_gradients.py has the other gradients.
 """
 
 import triton
 import triton.language as tl
 
 from supra.kernels import locate, tiles
-from supra.kernels.gated_linear_attention.triton_decay import (
-    before_here,
-    boundary_decay,
-    crosses,
-    entering_decay,
-    from_here_on,
-    leaving_decay,
-)
+from supra.kernels.channel_decay import entering_decay, leaving_decay
+from supra.kernels.channel_gradients import read_back
 
 
 @triton.jit
@@ -84,171 +75,6 @@ def chunk_d_states(
 
 
 @triton.jit
-def chunk_d_scores(
-    value, d_output, d_scores, cu_seqlens, chunk_offsets,
-    value_batch, value_time, value_head, d_batch, d_time, d_head,
-    sequences, length, heads, scale,
-    VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the scores, those in the future included; heads = Hq. grid: (chunks, Hq)."""
-    _, _, head, _, row, token, left, rows, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, 1, 1, TILE, PACKED
-    )
-    if left <= 0:
-        return
-    value += locate.offset(row, value_batch, token, value_time, head // QUERIES, value_head)
-    d_output += locate.offset(row, d_batch, token, d_time, head, d_head)
-    found = tiles.products(
-        d_output, d_time, left, value, value_time, left, rows, VALUE_WIDTH, BLOCK_V, PRECISION
-    )
-    base = d_scores + locate.dense_offset(row, token, length, head, heads, TILE)
-    tiles.store(base, heads * TILE, rows, left, rows, TILE, tiles.narrow(found * scale, PRECISION))
-
-
-@triton.jit
-def chunk_d_query(
-    query, key, d_output, sums, bonus, states, d_scores, d_query, d_logs, d_bonus,
-    cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, key_batch, key_time, key_head, d_batch, d_time, d_head,
-    sequences, length, heads, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, LEVELS: tl.constexpr,
-    HAS_BONUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, its part of the gradient of log_decay, and that of bonus per chunk; heads = Hq.
-
-    grid: (chunks * blocks of K, Hq). d_logs [B, T, Hq, K], d_bonus [chunks, Hq, K].
-    """
-    chunk, _, head, n, row, token, left, rows, columns = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
-    )
-    if left <= 0:
-        return
-    kv_heads, kv_head = heads // QUERIES, head // QUERIES
-    query += locate.offset(row, query_batch, token, query_time, head, query_head)
-    key += locate.offset(row, key_batch, token, key_time, kv_head, key_head)
-    d_output += locate.offset(row, d_batch, token, d_time, head, d_head)
-    sums += locate.dense_offset(row, token, length, kv_head, kv_heads, KEY_WIDTH)
-    step = kv_heads * KEY_WIDTH
-    states += locate.slot_offset(chunk + n, kv_head, kv_heads, KEY_WIDTH * VALUE_WIDTH)
-
-    acc = tiles.state_products(
-        d_output, d_time, left, states, rows, columns, KEY_WIDTH, VALUE_WIDTH, BLOCK_V, PRECISION
-    )
-    acc *= scale * entering_decay(sums, step, rows, left, columns, KEY_WIDTH, HAS_BONUS)
-    q = tiles.load(query, query_time, rows, left, columns, KEY_WIDTH)
-    logs = tl.zeros([TILE, BLOCK_K], tl.float32)
-    logs = tiles.dot(from_here_on(rows, TILE, HAS_BONUS), q * acc, logs, PRECISION)
-
-    # in the loop q and k are loaded again: kept, they cost registers that then spill
-    d_scores += locate.dense_offset(row, token, length, head, heads, TILE)
-    ds = tiles.load(d_scores, heads * TILE, rows, left, rows, TILE)
-    for level in range(0, LEVELS):
-        size = 1 << level
-        k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
-        decay = boundary_decay(sums, step, rows, left, columns, size, KEY_WIDTH, HAS_BONUS)
-        block_ds = tl.where(crosses(rows[:, None], rows[None, :], size), ds, 0.0)
-        found = tiles.dot(block_ds, k * decay, tl.zeros_like(acc), PRECISION) * decay
-        acc += found
-        q = tiles.load(query, query_time, rows, left, columns, KEY_WIDTH)
-        logs = tiles.dot(from_here_on(rows, size, HAS_BONUS), q * found, logs, PRECISION)
-
-    k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], ds.to(tl.float32), 0.0), 1)
-    if HAS_BONUS:
-        u = tiles.load_vector(bonus + head * KEY_WIDTH, 1, columns, KEY_WIDTH).to(tl.float32)
-        base = d_bonus + locate.slot_offset(chunk, head, heads, KEY_WIDTH)
-        tiles.store_vector(base, columns, KEY_WIDTH, tl.sum(own[:, None] * q * k, 0))
-        acc += own[:, None] * k * u[None, :]
-    else:
-        acc += own[:, None] * k
-    at = locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
-    tiles.store(d_query + at, heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH, acc)
-    tiles.store(d_logs + at, heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH, logs)
-
-
-@triton.jit
-def chunk_d_key(
-    query, key, value, sums, bonus, d_states, d_scores, d_whole, d_query_logs, d_key, d_log_decay,
-    cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    value_batch, value_time, value_head, sequences, length, heads, chunks, value_blocks,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, LEVELS: tl.constexpr,
-    HAS_BONUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk and the gradient of log_decay; heads = Hkv. grid: (chunks * blocks of K, Hkv)."""
-    chunk, _, head, _, row, token, left, rows, columns = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
-    )
-    if left <= 0:
-        return
-    place = locate.dense_offset(row, token, length, head, heads, 1)
-    query += locate.offset(row, query_batch, token, query_time, head * QUERIES, query_head)
-    key += locate.offset(row, key_batch, token, key_time, head, key_head)
-    value += locate.offset(row, value_batch, token, value_time, head, value_head)
-    sums += place * KEY_WIDTH
-    step = heads * KEY_WIDTH
-    d_scores += place * QUERIES * TILE
-    d_states += locate.slot_offset(chunk, head, heads, KEY_WIDTH * VALUE_WIDTH)
-
-    acc = tiles.state_products(
-        value, value_time, left, d_states, rows, columns, KEY_WIDTH, VALUE_WIDTH, BLOCK_V, PRECISION
-    )
-    acc *= leaving_decay(sums, step, rows, left, columns, KEY_WIDTH)
-    k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
-    logs = _later_logs(
-        d_whole, d_query_logs, place, chunk, head, heads, chunks, value_blocks, rows, left, columns,
-        KEY_WIDTH, QUERIES,
-    )  # fmt: skip
-    logs = tiles.dot(before_here(rows, TILE), k * acc, logs, PRECISION)
-
-    for level in range(0, LEVELS):
-        size = 1 << level
-        decay = boundary_decay(sums, step, rows, left, columns, size, KEY_WIDTH, HAS_BONUS)
-        found = tl.zeros([TILE, BLOCK_K], tl.float32)
-        for r in range(0, QUERIES):
-            q_at = query + r * tl.cast(query_head, tl.int64)
-            q = tiles.load(q_at, query_time, rows, left, columns, KEY_WIDTH)
-            ds = tiles.load(d_scores + r * TILE, heads * QUERIES * TILE, rows, left, rows, TILE)
-            ds = tl.where(crosses(rows[:, None], rows[None, :], size), ds, 0.0)
-            found = tiles.dot(tl.trans(ds), q * decay, found, PRECISION)
-        found *= decay
-        acc += found
-        logs = tiles.dot(before_here(rows, size), k * found, logs, PRECISION)
-
-    for r in range(0, QUERIES):
-        q_at = query + r * tl.cast(query_head, tl.int64)
-        q = tiles.load(q_at, query_time, rows, left, columns, KEY_WIDTH).to(tl.float32)
-        own = tiles.load_vector(d_scores + r * TILE, heads * QUERIES * TILE + 1, rows, left)
-        if HAS_BONUS:
-            u = bonus + (head * QUERIES + r) * KEY_WIDTH
-            q *= tiles.load_vector(u, 1, columns, KEY_WIDTH)[None, :]
-        acc += own.to(tl.float32)[:, None] * q
-    tiles.store(d_key + place * KEY_WIDTH, step, rows, left, columns, KEY_WIDTH, acc)
-    tiles.store(d_log_decay + place * KEY_WIDTH, step, rows, left, columns, KEY_WIDTH, logs)
-
-
-@triton.jit
-def _later_logs(
-    d_whole, d_query_logs, place, chunk, head, heads, chunks, value_blocks, rows, left, columns,
-    KEY_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the logs of decay from the state after the chunk and from its queries."""
-    carried = tl.zeros([columns.shape[0]], tl.float32)
-    for i in range(0, value_blocks):
-        slot = i * tl.cast(chunks, tl.int64) + chunk
-        part = d_whole + locate.slot_offset(slot, head, heads, KEY_WIDTH)
-        carried += tiles.load_vector(part, 1, columns, KEY_WIDTH)
-    logs = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32) + carried[None, :]
-    for r in range(0, QUERIES):
-        part = d_query_logs + (place * QUERIES + r) * KEY_WIDTH
-        logs += tiles.load(part, heads * KEY_WIDTH * QUERIES, rows, left, columns, KEY_WIDTH)
-    return logs
-
-
-@triton.jit
 def chunk_d_value(
     key, d_output, sums, scores, d_states, d_value, cu_seqlens, chunk_offsets,
     key_batch, key_time, key_head, d_batch, d_time, d_head, sequences, length, heads, scale,
@@ -269,12 +95,10 @@ def chunk_d_value(
     scores += place * QUERIES * TILE
     d_states += locate.slot_offset(chunk, head, heads, KEY_WIDTH * VALUE_WIDTH)
 
-    acc = tl.zeros([TILE, BLOCK_V], tl.float32)
-    for r in range(0, QUERIES):
-        a = tiles.load(scores + r * TILE, heads * QUERIES * TILE, rows, left, rows, TILE)
-        d_at = d_output + r * tl.cast(d_head, tl.int64)
-        do = tiles.load(d_at, d_time, rows, left, columns_v, VALUE_WIDTH)
-        acc = tiles.dot(tl.trans(a), do, acc, PRECISION)
+    acc = read_back(
+        scores, d_output, d_time, d_head, heads, rows, left, columns_v,
+        VALUE_WIDTH, TILE, QUERIES, PRECISION,
+    )  # fmt: skip
     acc *= scale
     for k0 in range(0, KEY_WIDTH, BLOCK_K):
         columns = k0 + tl.arange(0, BLOCK_K)

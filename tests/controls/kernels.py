@@ -77,7 +77,7 @@ GATED_LINEAR_ATTENTION = [
     Bug(
         "gated_linear_attention_decay_gradient",
         "Triton: the gradient of a decay leaves out what a chunk hands on",
-        "kernels/gated_linear_attention/triton_backward.py",
+        "kernels/channel_gradients.py",
         "tl.float32) + carried[None, :]",
         "tl.float32) + 0 * carried[None, :]",
         (
@@ -90,7 +90,7 @@ GATED_LINEAR_ATTENTION = [
     Bug(
         "gated_linear_attention_reads_another_document",
         "Triton: the gradient of a query is that of another document's state",
-        "kernels/gated_linear_attention/triton_backward.py",
+        "kernels/channel_gradients.py",
         "locate.slot_offset(chunk + n, kv_head",
         "locate.slot_offset(chunk, kv_head",
         (
@@ -128,15 +128,15 @@ GATED_DELTA_RULE = [
     Bug(
         "gated_delta_rule_starts_empty",
         "Triton: the state that is given is ignored",
-        "kernels/gated_delta_rule/triton_forward.py",
-        "s = triton_state.load(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)",
-        "s = triton_state.zeros(BLOCK_K, BLOCK_V)",
+        "kernels/delta_forward.py",
+        "s = delta_state.load(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)",
+        "s = delta_state.zeros(BLOCK_K, BLOCK_V)",
         (TESTS.format("gated_delta_rule_triton", "forms[None-dtype0]"),),
     ),
     Bug(
         "gated_delta_rule_wrong_inverse",
         "Triton: the inverse of a chunk has the corners of one size with the wrong sign",
-        "kernels/gated_delta_rule/triton_forward.py",
+        "kernels/delta_forward.py",
         "tiles.dot(-found, product, found, SOLVE)",
         "tiles.dot(found, product, found, SOLVE)",
         (TESTS.format("gated_delta_rule_triton", "lengths[64-2]"),),

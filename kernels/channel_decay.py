@@ -1,8 +1,8 @@
-"""Decay between the tokens of a chunk, as the Triton kernels read it.
+"""Decay per key channel between the tokens of a chunk, as Triton kernels read it.
 
-A chunk is TILE tokens, a binary tree as in torch.py: at the level size, blocks of size tokens pair
-up, and the later one of a pair reads the earlier one through the boundary between them. So every
-exponent is the sum of the logs on one side of a boundary, and never positive.
+A chunk is TILE tokens, a binary tree as in channel_tiles.py: at the level size, blocks of size
+tokens pair up, and the later one of a pair reads the earlier one through the boundary between them.
+So every exponent is the sum of the logs on one side of a boundary, and never positive.
 
 Sums are integers in units of 2^-18, so that their differences are exact after any number of resets:
 64 logs of -104, which is exp() = 0 in float32, stay below 2^31. The rounding of a sum changes a

@@ -45,6 +45,16 @@ def scale(state, factor, columns_k, KEY_WIDTH: tl.constexpr):
 
 
 @triton.jit
+def scale_channels(state, factors, columns_k, KEY_WIDTH: tl.constexpr):
+    """factors: [KEY_WIDTH], one for each row of the state."""
+    first, second = tiles.load_vector(factors, 1, columns_k, KEY_WIDTH), state[1]
+    if columns_k.shape[0] < KEY_WIDTH:
+        columns = columns_k + columns_k.shape[0]
+        second *= tiles.load_vector(factors, 1, columns, KEY_WIDTH)[:, None]
+    return state[0] * first[:, None], second
+
+
+@triton.jit
 def store_and_read(
     base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, state,
     x, stride, end, rows, PRECISION: tl.constexpr,

@@ -1,0 +1,183 @@
+"""Triton kernels of the delta rule, with or without decay: T, products with T, states, decoding.
+
+Legend as in delta.py: e, the errors that are written with the strength beta, T = (1 + B)^-1 with
+B_ij = A_ij beta_j below the diagonal, W = T (exp(G) k). Rows of a tile are the tokens of one chunk;
+made before a kernel may return, they take up to 50 registers more. What is kept between kernels is
+[B, T, Hkv, D], T itself with D = CHUNK. The state before chunk c of sequence n lies in slot c + n
+of `states`, which has one more for the state after.
+"""
+
+import triton
+import triton.language as tl
+
+from supra.kernels import delta_state, locate, tiles
+from supra.kernels.decay import entering_decay, last_pair, leaving_decay
+
+
+@triton.jit
+def not_zero(strength):
+    """0 as 2^-60: column j of T, and so dv_j, keeps a factor beta_j, by which d beta divides."""
+    least = 2.0**-60
+    return tl.where(tl.abs(strength) < least, least, strength)
+
+
+@triton.jit
+def invert(below, rows, SOLVE: tl.constexpr):
+    """(1 + below)^-1 for a matrix [rows, rows] with zeros on and above the diagonal.
+
+    With blocks of `size` on the diagonal inverted, a block of twice the size has -T_22 B_21 T_11 as
+    its corner; all corners of a size are one product of whole tiles. It has no loop over rows, and
+    is as stable as substitution, where a series in powers of B overflows for keys that are alike.
+    """
+    i, j = rows[:, None], rows[None, :]
+    found = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -below, 0.0))
+    size = 2
+    while size < rows.shape[0]:
+        corner = (i // size != j // size) & (i // (2 * size) == j // (2 * size))
+        corners = tl.where(corner, below, 0.0)
+        product = tiles.dot(
+            corners, found, tl.zeros([rows.shape[0], rows.shape[0]], tl.float32), SOLVE
+        )
+        found = tiles.dot(-found, product, found, SOLVE)
+        size *= 2
+    return found
+
+
+@triton.jit
+def chunk_solve(
+    inverse, x, sums, found, cu_seqlens, chunk_offsets, x_batch, x_time, x_head,
+    sums_batch, sums_time, sums_head, sequences, length, heads,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, DECAYED: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T x, or T (exp(G) x) where DECAYED; grid: (chunks * blocks, Hkv)."""
+    _, _, head, _, row, token, left, rows, columns = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, WIDTH, BLOCK, CHUNK, PACKED
+    )
+    if left <= 0:
+        return
+    x += locate.offset(row, x_batch, token, x_time, head, x_head)
+    tile = tiles.load(x, x_time, rows, left, columns, WIDTH)
+    if DECAYED:
+        sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
+        tile = tile * entering_decay(tiles.load_pairs(sums, rows, left))[:, None]
+    inverse += locate.dense_offset(row, token, length, head, heads, CHUNK)
+    t = tiles.load(inverse, heads * CHUNK, rows, left, rows, CHUNK)
+    acc = tiles.dot(t, tile, tl.zeros([CHUNK, BLOCK], tl.float32), PRECISION)
+    found += locate.dense_offset(row, token, length, head, heads, WIDTH)
+    tiles.store(found, heads * WIDTH, rows, left, columns, WIDTH, tiles.narrow(acc, PRECISION))
+
+
+@triton.jit
+def chunk_states(
+    key, beta, sums, whole, reading, errors, initial, states, end, cu_seqlens, chunk_offsets,
+    key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
+    sums_batch, sums_time, sums_head, length, heads,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr,
+    CHANNELS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """States before every chunk and after the last, and the errors e = T v - W S in place of T v.
+
+    grid: (N * Hkv * blocks of V,). Errors are scaled by the decay, since the keys are wider. With
+    CHANNELS, decay is per key channel: the keys have that to the end of their chunk in them.
+    """
+    lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
+        heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
+    rows = tl.arange(0, CHUNK)
+    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    key += locate.offset(row, key_batch, begin, key_time, head, key_head)
+    beta += locate.offset(row, beta_batch, begin, beta_time, head, beta_head)
+    if HAS_DECAY:
+        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
+    reading += locate.dense_offset(row, begin, length, head, heads, KEY_WIDTH)
+    errors += locate.dense_offset(row, begin, length, head, heads, VALUE_WIDTH)
+    state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
+    states += locate.slot_offset(first + n, head, heads, state_size)
+    step = tl.cast(heads, tl.int64)
+    s = delta_state.zeros(BLOCK_K, BLOCK_V)
+    if HAS_INITIAL:
+        base = initial + lane * state_size
+        s = delta_state.load(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+
+    for at in range(0, tokens, CHUNK):
+        left = tokens - at
+        w_at, place = reading + at * step * KEY_WIDTH, errors + at * step * VALUE_WIDTH
+        e = tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
+        e -= delta_state.store_and_read(
+            states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s,
+            w_at, heads * KEY_WIDTH, left, rows, PRECISION,
+        )  # fmt: skip
+        states += step * state_size
+        kept = tiles.narrow(e, PRECISION)
+        tiles.store(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
+        b = tiles.load_vector(beta + at * tl.cast(beta_time, tl.int64), beta_time, rows, left)
+        if HAS_DECAY:
+            sums_at = sums + at * sums_time
+            own, last = tiles.load_pairs(sums_at, rows, left), last_pair(sums_at, left, CHUNK)
+            b *= leaving_decay(own, last)
+            s = delta_state.scale(s, entering_decay(last), columns_k, KEY_WIDTH)
+        if CHANNELS:
+            whole_at = whole + locate.slot_offset(first + at // CHUNK, head, heads, KEY_WIDTH)
+            s = delta_state.scale_channels(s, whole_at, columns_k, KEY_WIDTH)
+        k_at = key + at * tl.cast(key_time, tl.int64)
+        e *= b[:, None]
+        s = delta_state.write(s, k_at, key_time, left, rows, columns_k, e, KEY_WIDTH, PRECISION)
+
+    delta_state.store(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, PRECISION)
+    if HAS_END:
+        base = end + lane * state_size
+        delta_state.store(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, "float32")
+
+
+@triton.jit
+def recurrent_steps(
+    query, key, value, beta, log_decay, state, output,
+    query_batch, query_time, query_head, key_batch, key_time, key_head,
+    value_batch, value_time, value_head, beta_batch, beta_time, beta_head,
+    decay_batch, decay_time, decay_head, length, heads, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The recurrence token by token with the state in registers, from where it is written back.
+
+    grid: (N * Hkv * blocks of V,); heads = Hkv. CHANNELS: decay is per key channel.
+    """
+    lane, n, head, _, block, columns_k, _ = locate.block_of_state(
+        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
+    )
+    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)  # made by locate, 8 more registers
+    query += locate.offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
+    key += locate.offset(n, key_batch, 0, key_time, head, key_head) + columns_k
+    value += locate.offset(n, value_batch, 0, value_time, head, value_head) + columns_v
+    output += (
+        locate.dense_offset(n, 0, length, head * QUERIES, heads * QUERIES, VALUE_WIDTH) + columns_v
+    )
+    state += lane * (KEY_WIDTH * VALUE_WIDTH)
+    s = tiles.load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
+    for t in range(0, length):
+        k = tiles.load_token(key, key_time, t, columns_k, KEY_WIDTH)
+        v_at = value + t * tl.cast(value_time, tl.int64)
+        v = tl.load(v_at, mask=columns_v < VALUE_WIDTH, other=0.0)  # made float32 only where used
+        b = tl.load(beta + locate.offset(n, beta_batch, t, beta_time, head, beta_head))
+        if HAS_DECAY:
+            g = tl.load(log_decay + locate.offset(n, decay_batch, t, decay_time, head, decay_head))
+            s *= tl.exp(g.to(tl.float32))
+        if CHANNELS:
+            g = (
+                log_decay
+                + locate.offset(n, decay_batch, 0, decay_time, head, decay_head)
+                + columns_k
+            )
+            s *= tl.exp(tiles.load_token(g, decay_time, t, columns_k, KEY_WIDTH))[:, None]
+        written = b.to(tl.float32) * (v.to(tl.float32) - tl.sum(k[:, None] * s, 0))
+        s += k[:, None] * written[None, :]
+        for r in range(0, QUERIES):
+            at = query + r * tl.cast(query_head, tl.int64)
+            q = tiles.load_token(at, query_time, t, columns_k, KEY_WIDTH)
+            base = output + locate.dense_offset(0, t, length, r, heads * QUERIES, VALUE_WIDTH)
+            tl.store(base, scale * tl.sum(q[:, None] * s, 0), mask=columns_v < VALUE_WIDTH)
+    tiles.store_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s)
