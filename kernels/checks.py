@@ -9,6 +9,7 @@ from torch import Tensor
 
 # exp(-104) is 0 in float32: a lower log of a decay counts as this, and gets no gradient
 LOWEST_LOG_DECAY = -104.0
+MAX_KEY_CHANNELS = 256  # of the Triton kernels that hold all of them
 
 
 def shape(tensor: Tensor) -> list[int]:
@@ -78,6 +79,16 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query heads (={heads}) must be a multiple of key heads (={kv_heads}); "
             "query head h reads key head h // (Hq // Hkv)"
         )
+
+
+def limit_of_all_channels(key: Tensor) -> str | None:
+    """Why Triton kernels that hold all channels of the keys at once do not take them."""
+    if key.shape[3] <= MAX_KEY_CHANNELS:
+        return None
+    return (
+        f"key (width {key.shape[3]}) must have at most {MAX_KEY_CHANNELS} channels, which its "
+        "kernels hold all at once; use 'auto' or 'torch'"
+    )
 
 
 def check_packing(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> int:

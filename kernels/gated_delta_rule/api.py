@@ -27,7 +27,6 @@ from supra.kernels.operators import Operator
 OPERATION = "gated_delta_rule"
 OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
 CHUNK = 64  # tokens, in torch
-MAX_KEY_CHANNELS = 256  # of the chunked Triton kernels
 
 
 def chunk_gated_delta_rule(
@@ -127,14 +126,6 @@ def _checked(*arguments: Any) -> Inputs:
             f"{list(per_token)} to fit key"
         )
     state = checks.check_heads_state(x.state, query, key, value, x.cu_seqlens)
-    backend = choose(OPERATION, x.backend, query, key, value, limit=_limit(key))
+    limit = checks.limit_of_all_channels(key)
+    backend = choose(OPERATION, x.backend, query, key, value, limit=limit)
     return Inputs(*tensors, state, x.cu_seqlens, x.scale, x.chunk_size, backend)
-
-
-def _limit(key: Tensor) -> str | None:
-    if key.shape[3] <= MAX_KEY_CHANNELS:
-        return None
-    return (
-        f"key (width {key.shape[3]}) must have at most {MAX_KEY_CHANNELS} channels, which its "
-        "kernels hold all at once; use 'auto' or 'torch'"
-    )

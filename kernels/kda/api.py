@@ -26,7 +26,7 @@ from supra.kernels.kda.inputs import Inputs
 from supra.kernels.operators import Operator
 
 OPERATION = "kda"
-OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference)
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
 CHUNK = 64  # tokens, in torch
 
 
@@ -122,6 +122,6 @@ def _checked(*arguments: Any) -> Inputs:
     checks.check_shape("beta", beta, key.shape[:3], "to fit key")
     checks.check_shape("log_decay", log_decay, key.shape, "[B, T, Hkv, K], as key is")
     state = checks.check_heads_state(x.state, query, key, value, x.cu_seqlens)
-    limit = "it has no Triton kernels; use 'auto' or 'torch'"
+    limit = checks.limit_of_all_channels(key)
     backend = choose(OPERATION, x.backend, query, key, value, log_decay, limit=limit)
     return Inputs(*tensors, state, x.cu_seqlens, x.scale, x.chunk_size, backend)

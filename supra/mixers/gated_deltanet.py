@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supra.kernels.causal_conv.api import MAX_TAPS
-from supra.kernels.gated_delta_rule.api import MAX_KEY_CHANNELS
+from supra.kernels.checks import MAX_KEY_CHANNELS
 from supra.mixers.base import Mixer
 from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads, slope_of_half_life
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs

@@ -14,12 +14,14 @@ from supra.kernels import launch
 from supra.kernels.causal_conv import causal_conv
 from supra.kernels.gated_delta_rule import chunk_gated_delta_rule
 from supra.kernels.gated_linear_attention import chunk_gated_linear_attention
+from supra.kernels.kda import chunk_kda
 from supra.kernels.linear_attention import LinearAttentionState, chunk_linear_attention
 from supra.kernels.long_conv import chunk_ssm_conv
 from supra.kernels.nonlinear_gated import chunk_nonlinear_gated
 from tests.kernels import test_causal_conv as convolution
 from tests.kernels import test_gated_delta_rule_triton as delta
 from tests.kernels import test_gated_linear_attention_triton as gated
+from tests.kernels import test_kda_triton as kda
 from tests.kernels import test_linear_attention_triton as linear
 from tests.kernels import test_long_conv_triton as long
 from tests.kernels import test_nonlinear_gated_triton as nonlinear
@@ -152,6 +154,20 @@ def test_gated_delta_rule(data):
         inputs["log_decay"] = inputs["log_decay"].detach() * draw.one_of(*DECAYS)
     inputs["initial_state"] = draw.one_of(None, delta.make_state(inputs, draw.sequences))
     draw.check(chunk_gated_delta_rule, inputs, scale=draw.one_of(1.0, 0.1))
+
+
+@pytest.mark.long
+@cases
+@hypothesis.given(st.data())
+def test_kda(data):
+    draw = Draw(data, longest=100)
+    inputs = kda.make_inputs(
+        draw.length, draw.dtype, batch=draw.batch, heads=draw.heads, kv_heads=draw.kv_heads,
+        widths=draw.widths, seed=draw.seed,
+    )  # fmt: skip
+    inputs["log_decay"] = inputs["log_decay"].detach() * draw.one_of(*DECAYS)
+    inputs["initial_state"] = draw.one_of(None, delta.make_state(inputs, draw.sequences))
+    draw.check(chunk_kda, inputs, scale=draw.one_of(1.0, 0.1))
 
 
 @pytest.mark.long

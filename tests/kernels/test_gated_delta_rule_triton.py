@@ -53,11 +53,9 @@ def make_state(inputs, sequences, seed=1):
     return (torch.rand(shape, generator=generator) - 0.5).requires_grad_()
 
 
-def results(inputs, state, **options):
+def results(inputs, state, function=chunk_gated_delta_rule, **options):
     """Output, final state and every gradient, by name."""
-    output, end = chunk_gated_delta_rule(
-        **inputs, initial_state=state, return_state=True, **options
-    )
+    output, end = function(**inputs, initial_state=state, return_state=True, **options)
     leaves = inputs if state is None else inputs | {"initial_state": state}
     generator = torch.Generator().manual_seed(2)
     probes = [torch.rand(x.shape, generator=generator).double() - 0.3 for x in (output, end)]
@@ -73,6 +71,7 @@ def assert_matches(inputs, state, tolerance, **options):
     for name, truth in expected.items():
         assert (found[name].shape, found[name].dtype) == (truth.shape, truth.dtype), name
         error = (found[name].double() - truth.double()).norm()
+        print(name, "ERR", (error / truth.double().norm()).item())
         # a gradient that vanishes (of the decay of the first token) has no size to be relative to,
         # and that of a decay per head is a sum over the tokens of terms near 1, which cancel
         least = truth.numel() ** 0.5 * (inputs["query"].shape[1] if truth.dim() == 1 else 1e-2)

@@ -12,6 +12,7 @@ from supra.kernels.gated_linear_attention import (
     chunk_gated_linear_attention,
     recurrent_gated_linear_attention,
 )
+from supra.kernels.kda import chunk_kda, recurrent_kda
 from supra.kernels.linear_attention import chunk_linear_attention, recurrent_linear_attention
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv, ssm_kernel
 from supra.kernels.nonlinear_gated import chunk_nonlinear_gated, recurrent_nonlinear_gated
@@ -171,6 +172,24 @@ GATED_DELTA_RULE = Operation(
     in_place(zeros(2, 2, 5, 3), query=zeros(2, 7, 4, 5)),
 )  # fmt: skip
 
+KDA = Operation(
+    "kda",
+    chunk_kda,
+    recurrent_kda,
+    GROUPED | {"beta": (2, 7, 2), "log_decay": (2, 7, 2, 5)},
+    {
+        **QUERIES, **GROUPS, **STATE, **BACKEND, **no_triton("kda", log_decay=zeros(2, 7, 2, 5)),
+        "beta (shape [2, 7, 4]) must be [2, 7, 2] to fit key": {"beta": zeros(2, 7, 4)},
+        "beta (dtype torch.int64) must be floating point": {"beta": zeros(2, 7, 2).long()},
+        "log_decay (shape [2, 7, 2]) must be [2, 7, 2, 5] [B, T, Hkv, K], as key is": {
+            "log_decay": zeros(2, 7, 2)
+        },
+        "log_decay (on meta) must be on cpu": {"log_decay": zeros(2, 7, 2, 5, device="meta")},
+    },
+    CHUNK | batch_when_packed("query"),
+    in_place(zeros(2, 2, 5, 3), query=zeros(2, 7, 4, 5)),
+)  # fmt: skip
+
 NONLINEAR_GATED = Operation(
     "nonlinear_gated",
     chunk_nonlinear_gated,
@@ -305,6 +324,7 @@ OPERATIONS = (
     LINEAR_ATTENTION,
     GATED_LINEAR_ATTENTION,
     GATED_DELTA_RULE,
+    KDA,
     NONLINEAR_GATED,
     LONG_CONV,
     CAUSAL_CONV,

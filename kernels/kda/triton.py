@@ -1,0 +1,144 @@
+"""Kimi Delta Attention on GPUs: the host side of the Triton kernels.
+
+The keys read what was written before them as queries do, so the kernels of queries are launched
+with keys in their place too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supra.kernels import delta_plan
+from supra.kernels.channel_plan import CHANNELS, FLOAT32_ONE_STAGE, ChannelPlan
+from supra.kernels.channel_scores import chunk_output
+from supra.kernels.delta_plan import DELTA
+from supra.kernels.kda import triton_kernels
+from supra.kernels.kda.inputs import Inputs
+from supra.kernels.launch import Table, Tiling, strides
+from supra.kernels.plan import narrow, narrow_heads
+
+SQUARE, ONE_STAGE = Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 1)
+
+TILINGS: Table = (
+    CHANNELS
+    | DELTA
+    | {
+        "chunk_decayed": {"any": ((256, ONE_STAGE),)},
+        "chunk_inverse": {"any": ((256, ONE_STAGE),), **FLOAT32_ONE_STAGE},
+        "chunk_d_written": {"any": ((256, SQUARE),), **FLOAT32_ONE_STAGE},
+        "chunk_d_whole": {"any": ((256, ONE_STAGE),)},
+    }
+)
+
+
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and final state; the kernels choose their chunks."""
+    plan, kernel = _Plan(x), chunk_output
+    end, output = plan.new_state(), plan.new_output()
+    _, _, errors, states = plan.states(x.state, end)
+    plan.launch(
+        kernel, plan.by_value(kernel, plan.heads), heads=plan.heads, **plan.written(errors),
+        states=states, scores=plan.scores(), output=output,
+    )  # fmt: skip
+    return narrow(output, x.value), plan.unpad(end)
+
+
+def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors; T, the states and the scores are computed again."""
+    plan = _Plan(x)
+    plan.add_d_output(d_output)
+    inverse, reading, errors, states = plan.states(x.state)
+    d_states, d_written, d_start = plan.d_states(reading, d_end, x.state is not None)
+    d_value, d_beta = delta_plan.d_values(plan, inverse, errors, d_written)
+    del inverse, reading, d_written
+
+    written = plan.written(errors)
+    d_scores = plan.d_scores(plan.heads, **written)
+    d_query = plan.query.new_empty(plan.query.shape)
+    d_logs = plan.d_query(plan.heads, states, d_scores, d_query)
+    # the keys in the place of queries, with the gradient -dv of what they read
+    as_query = {"query": plan.key, **strides("query", plan.key), "QUERIES": 1}
+    as_query |= {"d_output": d_value, **strides("d", d_value), "scale": -1.0}
+    d_overlap = plan.d_scores(plan.kv_heads, **written, **as_query, STRICT=True)
+    d_reading = plan.new_sums(*plan.key.shape)
+    d_reading_logs = plan.d_query(plan.kv_heads, states, d_overlap, d_reading, **as_query)
+    d_key, d_log_decay = plan.d_key(
+        d_states, d_scores, plan.d_whole(states, d_states), d_logs, **written,
+        d_overlap=d_overlap, d_reading=d_reading, d_reading_logs=d_reading_logs, KEYS_READ=True,
+    )  # fmt: skip
+    return (
+        *narrow_heads(x, d_query, d_key, d_value),
+        d_beta.to(x.beta.dtype),
+        narrow(d_log_decay, x.log_decay),
+        plan.unpad(d_start),
+    )
+
+
+def recurrent(x: Inputs) -> Tensor:
+    """Output of the recurrence token by token; the state is updated in place."""
+    return delta_plan.decode(TILINGS, x)
+
+
+class _Plan(ChannelPlan):
+    """With the strengths of writing, and the keys with the decay to the end of their chunk."""
+
+    def __init__(self, x: Inputs):
+        super().__init__(TILINGS, x)
+        self.given |= {**delta_plan.strengths(x.beta), **delta_plan.PER_CHANNEL}
+        departing = self.decayed(self.key, entering=False)
+        self.departing = {"key": departing, **strides("key", departing)}
+
+    def decayed(self, x: Tensor, *, entering: bool) -> Tensor:
+        """Queries or keys with the decay since their chunk began, or until it ends."""
+        found, heads = self.new_kept(*x.shape), x.shape[2]
+        kernel = triton_kernels.chunk_decayed
+        self.launch(
+            kernel, self.by_key(kernel, heads), heads=heads, QUERIES=heads // self.kv_heads,
+            x=x, **strides("x", x), found=found, ENTERING=entering,
+        )  # fmt: skip
+        return found
+
+    def states(
+        self, state: Tensor | None, end: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """T, W, the errors, and the states before every chunk and after the last."""
+        inverse = delta_plan.invert(self, triton_kernels.chunk_inverse)
+        reading = delta_plan.solve(self, inverse, self.decayed(self.key, entering=True))
+        return (
+            inverse,
+            reading,
+            *delta_plan.scan(self, inverse, reading, state, end, **self.departing),
+        )
+
+    def d_states(
+        self, reading: Tensor, d_end: Tensor | None, has_initial: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of the state after every chunk, of what is written, and of the initial
+        state."""
+        d_written = delta_plan.new_rows(self, self.value_width)
+        kernel = triton_kernels.chunk_d_written
+        self.launch(
+            kernel, self.by_value(kernel, self.kv_heads), scores=self.scores(), d_written=d_written
+        )
+        query = self.decayed(self.query, entering=True)
+        decayed = {**self.departing, "query": query, **strides("query", query)}
+        d_states, d_start = delta_plan.scan_back(
+            self, reading, d_written, d_end, has_initial, **decayed
+        )
+        return d_states, d_written, d_start
+
+    def d_whole(self, states: Tensor, d_states: Tensor) -> Tensor:
+        """Gradient of the logs of the chunks' whole decays, [1, chunks, Hkv, K]."""
+        found, kernel = self.new_sums(1, *self.whole.shape), triton_kernels.chunk_d_whole
+        self.launch(
+            kernel, self.by_key(kernel, self.kv_heads),
+            states=states, d_states=d_states, d_whole=found,
+        )  # fmt: skip
+        return found
+
+    def written(self, errors: Tensor) -> dict[str, Any]:
+        """What the tokens write, in the place of the values."""
+        written = torch.empty_like(errors)
+        torch.mul(errors, self.given["beta"][..., None], out=written)
+        return {"value": written, **strides("value", written)}
