@@ -147,6 +147,21 @@ def gated_delta_rule(sizes: Sizes, *, decay: bool = False) -> Calls:
     return passes(backend, whole, inputs(1, state, None), (state,))
 
 
+def kda(sizes: Sizes) -> Calls:
+    from supra.kernels.kda import triton as backend
+    from supra.kernels.kda.inputs import Inputs
+
+    state = sizes.state(sizes.width, sizes.width)
+
+    def inputs(tokens: int, *state_and_bounds: Tensor | None) -> Inputs:
+        *rows, log_decay = (sizes.rows(tokens) for _ in range(4))
+        beta, log_decay = log_decay[..., 0].clone(), log_decay.float()
+        return Inputs(*rows, beta, log_decay, *state_and_bounds, 1.0, 64, "triton")
+
+    whole = inputs(sizes.tokens, state if sizes.packed else None, sizes.cu_seqlens)
+    return passes(backend, whole, inputs(1, state, None), (state,))
+
+
 def causal_conv(sizes: Sizes, *, bias: bool = False, silu: bool = False) -> Calls:
     """A convolution over 4 tokens; the channels are those of all heads."""
     from supra.kernels.causal_conv import triton as backend
@@ -222,6 +237,10 @@ OPERATIONS: dict[str, dict[str, Case]] = {
         "plain": Case(gated_delta_rule),
         "decay": Case(partial(gated_delta_rule, decay=True)),
         "packed": Case(partial(gated_delta_rule, decay=True), packed=True),
+    },
+    "kda": {
+        "plain": Case(kda),
+        "packed": Case(kda, packed=True),
     },
     "causal_conv": {
         "plain": Case(causal_conv),

@@ -7,6 +7,7 @@ from supra.bench.rivals.causal_conv import CAUSAL_CONV
 from supra.bench.rivals.contender import Contender, Operation, Setting
 from supra.bench.rivals.gated_delta_rule import GATED_DELTA_RULE
 from supra.bench.rivals.gated_linear_attention import GATED_LINEAR_ATTENTION
+from supra.bench.rivals.kda import KDA
 from supra.bench.rivals.linear_attention import LINEAR_ATTENTION
 from supra.bench.rivals.long_conv import LONG_CONV
 from supra.bench.rivals.mamba2 import MAMBA2
@@ -18,6 +19,7 @@ OPERATIONS: dict[str, Operation] = {
     "mamba2": MAMBA2,
     "gated_linear_attention": GATED_LINEAR_ATTENTION,
     "gated_delta_rule": GATED_DELTA_RULE,
+    "kda": KDA,
     "causal_conv": CAUSAL_CONV,
     "long_conv": LONG_CONV,
 }
