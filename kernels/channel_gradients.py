@@ -56,11 +56,12 @@ def chunk_d_query(
     sequences, length, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, LEVELS: tl.constexpr,
-    HAS_BONUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BONUS: tl.constexpr, OF_KEYS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, its part of the gradient of log_decay, and that of bonus per chunk; heads = Hq.
 
-    grid: (chunks * blocks of K, Hq). d_logs [B, T, Hq, K], d_bonus [chunks, Hq, K].
+    grid: (chunks * blocks of K, Hq). d_logs [B, T, Hq, K], d_bonus [chunks, Hq, K]. OF_KEYS: the
+    queries are the keys, strictly before their own tokens, and this is the gradient of both.
     """
     chunk, _, head, n, row, token, left, rows, columns = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
@@ -86,15 +87,23 @@ def chunk_d_query(
     # in the loop q and k are loaded again: kept, they cost registers that then spill
     d_scores += locate.dense_offset(row, token, length, head, heads, TILE)
     ds = tiles.load(d_scores, heads * TILE, rows, left, rows, TILE)
+    if OF_KEYS:
+        ds += tl.trans(ds)
     for level in range(0, LEVELS):
         size = 1 << level
         k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
         decay = boundary_decay(sums, step, rows, left, columns, size, KEY_WIDTH, HAS_BONUS)
-        block_ds = tl.where(crosses(rows[:, None], rows[None, :], size), ds, 0.0)
+        meet = crosses(rows[:, None], rows[None, :], size)
+        if OF_KEYS:
+            meet |= crosses(rows[None, :], rows[:, None], size)
+        block_ds = tl.where(meet, ds, 0.0)
         found = tiles.dot(block_ds, k * decay, tl.zeros_like(acc), PRECISION) * decay
         acc += found
         q = tiles.load(query, query_time, rows, left, columns, KEY_WIDTH)
-        logs = tiles.dot(from_here_on(rows, size, HAS_BONUS), q * found, logs, PRECISION)
+        between = from_here_on(rows, size, HAS_BONUS)
+        if OF_KEYS:
+            between = tl.where((rows & size)[None, :] != 0, between, before_here(rows, size))
+        logs = tiles.dot(between, q * found, logs, PRECISION)
 
     k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
     own = tl.sum(tl.where(rows[:, None] == rows[None, :], ds.to(tl.float32), 0.0), 1)
@@ -113,7 +122,7 @@ def chunk_d_query(
 @triton.jit
 def chunk_d_key(
     query, key, value, sums, bonus, d_states, d_scores, d_whole, d_query_logs, d_key, d_log_decay,
-    d_overlap, d_reading, d_reading_logs,
+    d_reading, d_reading_logs,
     cu_seqlens, chunk_offsets,
     query_batch, query_time, query_head, key_batch, key_time, key_head,
     value_batch, value_time, value_head, sequences, length, heads, chunks, value_blocks,
@@ -124,7 +133,7 @@ def chunk_d_key(
 ):  # fmt: skip
     """dk and the gradient of log_decay; heads = Hkv. grid: (chunks * blocks of K, Hkv).
 
-    KEYS_READ: the keys have been queries too, with d_overlap as d_scores, which gave d_reading.
+    KEYS_READ: add what chunk_d_query gave for the keys, d_reading and d_reading_logs.
     """
     chunk, _, head, _, row, token, left, rows, columns = locate.chunk(
         cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
@@ -150,7 +159,6 @@ def chunk_d_key(
         KEY_WIDTH, QUERIES,
     )  # fmt: skip
     if KEYS_READ:
-        d_overlap += place * TILE
         at = d_reading_logs + place * KEY_WIDTH
         logs += tiles.load(at, step, rows, left, columns, KEY_WIDTH)
     logs = tiles.dot(before_here(rows, TILE), k * acc, logs, PRECISION)
@@ -165,10 +173,6 @@ def chunk_d_key(
             ds = tiles.load(d_scores + r * TILE, heads * QUERIES * TILE, rows, left, rows, TILE)
             ds = tl.where(crosses(rows[:, None], rows[None, :], size), ds, 0.0)
             found = tiles.dot(tl.trans(ds), q * decay, found, PRECISION)
-        if KEYS_READ:
-            ds = tiles.load(d_overlap, heads * TILE, rows, left, rows, TILE)
-            ds = tl.where(crosses(rows[:, None], rows[None, :], size), ds, 0.0)
-            found = tiles.dot(tl.trans(ds), k * decay, found, PRECISION)
         found *= decay
         acc += found
         logs = tiles.dot(before_here(rows, size), k * found, logs, PRECISION)

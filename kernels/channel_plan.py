@@ -62,7 +62,7 @@ class ChannelPlan(HeadsPlan):
         d_scores = self.new_kept(*self.query.shape[:2], heads, TILE)
         self.launch(
             channel_gradients.chunk_d_scores, (self.chunks, heads), heads=heads, d_scores=d_scores,
-            **{"STRICT": False, **own},
+            **({"STRICT": False} | own),
         )  # fmt: skip
         return d_scores
 
@@ -73,7 +73,7 @@ class ChannelPlan(HeadsPlan):
         kernel, d_logs = channel_gradients.chunk_d_query, self.new_sums(*d_query.shape)
         self.launch(
             kernel, self.by_key(kernel, heads), heads=heads, states=states, d_scores=d_scores,
-            d_query=d_query, d_logs=d_logs, **{"d_bonus": None, **own},
+            d_query=d_query, d_logs=d_logs, **({"d_bonus": None, "OF_KEYS": False} | own),
         )  # fmt: skip
         return d_logs
 
@@ -87,10 +87,10 @@ class ChannelPlan(HeadsPlan):
         """
         d_key, kernel = self.key.new_empty(self.key.shape), channel_gradients.chunk_d_key
         d_log_decay = self.new_sums(*d_key.shape)
-        absent = dict.fromkeys(("d_overlap", "d_reading", "d_reading_logs"))
+        of_keys = {"d_reading": None, "d_reading_logs": None, "KEYS_READ": False} | own
         self.launch(
             kernel, self.by_key(kernel, self.kv_heads), d_states=d_states, d_scores=d_scores,
             d_whole=d_whole, d_query_logs=d_logs, d_key=d_key, d_log_decay=d_log_decay,
-            value_blocks=len(d_whole), **{**absent, "KEYS_READ": False, **own},
+            value_blocks=len(d_whole), **of_keys,
         )  # fmt: skip
         return d_key, d_log_decay

@@ -100,10 +100,6 @@ class Layout(NamedTuple):
         head = torch.arange(heads, device=self.tokens.device)[:, None]
         return self.tokens[:, None] * heads + head
 
-    def rows_of_levels(self, heads: int) -> list[tuple[int, int]]:
-        """The levels as slices of the rows of [chunks * heads, ...]."""
-        return [(begin * heads, end * heads) for begin, end in self.levels]
-
     def decay_sums(self, log_decay: Tensor) -> Tensor:
         """Running sums of log_decay inside each chunk, [chunks, H, C]; constant where padded."""
         if log_decay.dim() == 1:

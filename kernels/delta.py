@@ -7,65 +7,81 @@ A token writes beta e, where e is the error, what the state lacks of its value. 
 S is the state before the chunk, and A_ij is what key i reads of key j below the diagonal: the WY
 form (Yang et al. 2024) with the strengths on the side of the columns.
 
-Legend: rows = chunks * Hkv, in the order of Layout. Decay is per row, whole [rows, 1, 1], or per
-channel of the keys, whole [rows, K, 1].
+Legend: rows = chunks * Hkv, in the order of Layout.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Levels = list[tuple[int, int]]  # slices of the rows
+from supra.kernels import checks
+from supra.kernels.chunks import Layout
 
 
-def inverse(overlap: Tensor, beta: Tensor) -> Tensor:
-    """T [rows, C, C]; overlap: A, read below the diagonal alone; beta [rows, C, 1]."""
-    # T (1 + B) = 1 takes 2.7 ms where solving for v and exp(G) k takes 8.9, and their products
-    # with T 3 (256 tiles of 64 x 64, one core); what is not below the diagonal of B is not read
-    size = overlap.shape[-1]
-    identity = torch.eye(size, dtype=overlap.dtype, device=overlap.device).expand_as(overlap)
-    return torch.linalg.solve_triangular(
-        overlap * beta.mT, identity, upper=False, left=False, unitriangular=True
-    )
+class DeltaTiles:
+    """Tiles of an operation with the delta rule, which sets what is declared here."""
 
+    inputs: Any
+    layout: Layout
+    value: Tensor  # [rows, C, V]
+    beta: Tensor  # [rows, C, 1], zero where padded
+    whole: Tensor  # decay of a chunk: [rows, 1, 1], or [rows, K, 1] per channel of the keys
+    departing: Tensor  # keys with the decay to the end of their chunk, [rows, C, K]
 
-def scan(
-    levels: Levels, whole: Tensor, reading: Tensor, writing: Tensor, errors: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor]:
-    """States before every chunk [rows, K, V], and after the last of every sequence [N, Hkv, K, V].
+    def solve(self, overlap: Tensor, entering: Tensor) -> None:
+        """Set inverse = T and reading = W.
 
-    reading: W [rows, C, K]. writing: keys times beta and the decay to the end of the chunk, as
-    wide. errors: T v [rows, C, V], which become e in place.
-    """
-    states = errors.new_empty(len(errors), *start.shape[2:])
-    end = start.flatten(0, 1).clone()
-    for begin, stop in levels:
-        at, state = slice(begin, stop), end[: stop - begin]
-        states[at] = state
-        errors[at].baddbmm_(reading[at], state, alpha=-1)
-        state.mul_(whole[at]).baddbmm_(writing[at].mT, errors[at])
-    return states, end.view_as(start)
+        overlap: A [rows, C, C], read below the diagonal alone. entering: keys with the decay since
+        the chunk began, [rows, C, K].
+        """
+        # T (1 + B) = 1 takes 2.7 ms where solving for v and exp(G) k takes 8.9, and their products
+        # with T 3 (256 tiles of 64 x 64, one core); what is not below the diagonal of B is not read
+        size = overlap.shape[-1]
+        identity = torch.eye(size, dtype=overlap.dtype, device=overlap.device).expand_as(overlap)
+        self.inverse = torch.linalg.solve_triangular(
+            overlap * self.beta.mT, identity, upper=False, left=False, unitriangular=True
+        )
+        self.reading = self.inverse @ entering
 
+    def scan(self) -> tuple[Tensor, Tensor, Tensor]:
+        """States before every chunk [rows, K, V], errors [rows, C, V], and states after the last
+        chunk of every sequence [N, Hkv, K, V].
+        """
+        errors, start = self.inverse @ self.value, self._ranked(self.inputs.state)
+        states = errors.new_empty(len(errors), *start.shape[2:])
+        end, writing = start.flatten(0, 1).clone(), self.beta * self.departing
+        for at, count in self.slices():
+            state = end[:count]
+            states[at] = state
+            errors[at].baddbmm_(self.reading[at], state, alpha=-1)
+            state.mul_(self.whole[at]).baddbmm_(writing[at].mT, errors[at])
+        return states, errors, end.view_as(start)
 
-def scan_back(
-    levels: Levels,
-    whole: Tensor,
-    reading: Tensor,
-    departing: Tensor,
-    steps: Tensor,
-    d_written: Tensor,
-    d_end: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the states after every chunk [rows, K, V], and of the first ones.
+    def scan_back(
+        self, d_written: Tensor, steps: Tensor, d_end: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the states after every chunk [rows, K, V], and of the first ones.
 
-    reading: beta W. departing: keys times the decay to the end of the chunk. steps: what the
-    outputs of a chunk give to the state before it. d_written [rows, C, V], the gradient of beta e
-    from the outputs, is completed in place.
-    """
-    d_states, d_start = torch.empty_like(steps), d_end.flatten(0, 1).clone()
-    for begin, stop in reversed(levels):
-        at, d_state = slice(begin, stop), d_start[: stop - begin]
-        d_states[at] = d_state
-        d_written[at].baddbmm_(departing[at], d_state)
-        d_state.mul_(whole[at]).add_(steps[at])
-        d_state.baddbmm_(reading[at].mT, d_written[at], alpha=-1)
-    return d_states, d_start.view_as(d_end)
+        steps: what the outputs of a chunk give to the state before it. d_written [rows, C, V], the
+        gradient of beta e from the outputs, is completed in place.
+        """
+        d_end, reading = self._ranked(d_end), self.beta * self.reading
+        d_states, d_start = torch.empty_like(steps), d_end.flatten(0, 1).clone()
+        for at, count in reversed(self.slices()):
+            d_state = d_start[:count]
+            d_states[at] = d_state
+            d_written[at].baddbmm_(self.departing[at], d_state)
+            d_state.mul_(self.whole[at]).add_(steps[at])
+            d_state.baddbmm_(reading[at].mT, d_written[at], alpha=-1)
+        return d_states, d_start.view_as(d_end)
+
+    def slices(self) -> list[tuple[slice, int]]:
+        """Rows of every level, and how many states they read."""
+        heads = self.inputs.key.shape[2]
+        slices = [slice(begin * heads, end * heads) for begin, end in self.layout.levels]
+        return [(x, x.stop - x.start) for x in slices]
+
+    def _ranked(self, state: Tensor | None) -> Tensor:
+        """The given state, or zeros, in the order of the layout."""
+        return checks.given_or_zeros(state, self.inputs)[self.layout.order]

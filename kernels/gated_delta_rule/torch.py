@@ -16,8 +16,9 @@ head, [rows, C, D]; query tiles are [rows, G * C, D].
 import torch
 from torch import Tensor
 
-from supra.kernels import checks, delta
+from supra.kernels import checks
 from supra.kernels.chunks import Layout
+from supra.kernels.delta import DeltaTiles
 from supra.kernels.gated_delta_rule.inputs import Inputs
 
 
@@ -94,7 +95,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     )
 
 
-class _Tiles:
+class _Tiles(DeltaTiles):
     """Inputs as tiles, what carries a token's weight through its chunk, and T.
 
     query (with the scale) [rows, G * C, K], key [rows, C, K], value [rows, C, V],
@@ -108,7 +109,6 @@ class _Tiles:
         query, key, value = (layout.gather(y, dtype) for y in x[:3])
         beta = layout.clear(layout.gather(x.beta[..., None], dtype))  # so padding writes nothing
         chunks, kv_heads, size, width = key.shape
-        self.levels = layout.rows_of_levels(kv_heads)
         self.heads = query.shape[:3]
         self.grid = (chunks, kv_heads, query.shape[1] // kv_heads, size)
         self.query = query.view(chunks * kv_heads, -1, width).mul_(x.scale)
@@ -122,12 +122,8 @@ class _Tiles:
         self.whole = last.to(dtype).exp()[..., None]
         self.pairwise = _pairwise(sums, dtype)
         self.overlap = (self.key @ self.key.mT).mul_(self.pairwise)
-        self.inverse = delta.inverse(self.overlap, self.beta)
-        self.reading = self.inverse @ (self.entering * self.key)  # W
-
-    def ranked(self, state: Tensor | None) -> Tensor:
-        """The given state, or zeros, in the order of the layout."""
-        return checks.given_or_zeros(state, self.inputs)[self.layout.order]
+        self.departing = self.leaving * self.key
+        self.solve(self.overlap, self.entering * self.key)
 
     def within(self, scores: Tensor) -> Tensor:
         """Scale scores [rows, G * C, C] in place by D, zero above the diagonal."""
@@ -142,29 +138,10 @@ class _Tiles:
     def entering_query(self) -> Tensor:
         return self.enter(self.query.clone())
 
-    def scan(self) -> tuple[Tensor, Tensor, Tensor]:
-        """States before every chunk [rows, K, V], errors [rows, C, V], and states after the last
-        chunk of every sequence [N, Hkv, K, V].
-        """
-        errors, start = self.inverse @ self.value, self.ranked(self.inputs.state)
-        writing = self.beta * self.leaving * self.key
-        states, end = delta.scan(self.levels, self.whole, self.reading, writing, errors, start)
-        return states, errors, end
-
-    def scan_back(
-        self, d_written: Tensor, steps: Tensor, d_end: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the states after every chunk [rows, K, V] and of the first states."""
-        reading, departing = self.beta * self.reading, self.leaving * self.key
-        return delta.scan_back(
-            self.levels, self.whole, reading, departing, steps, d_written, self.ranked(d_end)
-        )
-
     def carried(self, states: Tensor, end: Tensor, d_states: Tensor) -> Tensor:
         """Products of the states after every chunk with their gradients, [chunks, Hkv]."""
         after, found = end.flatten(0, 1).clone(), states.new_empty(len(states))
-        for begin, stop in reversed(self.levels):
-            at, count = slice(begin, stop), stop - begin
+        for at, count in reversed(self.slices()):
             found[at] = (after[:count] * d_states[at]).sum((1, 2))
             after[:count] = states[at]
         return found.view(self.grid[:2])

@@ -15,8 +15,9 @@ Legend: C chunk length, G query heads per key head, rows n = chunks * Hkv.
 import torch
 from torch import Tensor
 
-from supra.kernels import checks, delta
+from supra.kernels import checks
 from supra.kernels.channel_tiles import ChannelTiles
+from supra.kernels.delta import DeltaTiles
 from supra.kernels.kda.inputs import Inputs
 
 
@@ -82,11 +83,11 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     )
 
 
-class _Tiles(ChannelTiles):
+class _Tiles(ChannelTiles, DeltaTiles):
     """The keys as the last query head; value [n, C, V], beta [n, C, 1].
 
     scores [n, C * G, C] and entering_query [n, C * G, K] of the queries alone; overlap = A on and
-    below the diagonal, inverse = T, reading = W.
+    below the diagonal.
     """
 
     def __init__(self, x: Inputs, keep: bool = False):
@@ -95,12 +96,11 @@ class _Tiles(ChannelTiles):
         super().__init__(x, readers.flatten(2, 3))
         self.value = self.of_kv_heads(x.value)
         self.beta = self.of_kv_heads(x.beta[..., None], clear=True)  # so padding writes nothing
-        self.rows = self.layout.rows_of_levels(heads)
         scores, self.levels = self.climb(keep)
         self.scores, self.overlap = self.split(scores)
         self.entering_query, entering_key = self.split(self.entering)
-        self.inverse = delta.inverse(self.overlap, self.beta)
-        self.reading = self.inverse @ entering_key
+        self.departing, self.whole = self.leaving, self.whole.mT
+        self.solve(self.overlap, entering_key)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of queries [n, C * G, D] and of keys [n, C, D]."""
@@ -111,25 +111,3 @@ class _Tiles(ChannelTiles):
         """What split() took apart."""
         heads = of_queries.unflatten(1, (self.key.shape[1], -1))
         return torch.cat((heads, of_keys[:, :, None]), 2).flatten(1, 2)
-
-    def ranked(self, state: Tensor | None) -> Tensor:
-        """The given state, or zeros, in the order of the layout."""
-        return checks.given_or_zeros(state, self.inputs)[self.layout.order]
-
-    def scan(self) -> tuple[Tensor, Tensor, Tensor]:
-        """States before every chunk [n, K, V], errors [n, C, V], and states after the last chunk of
-        every sequence [N, Hkv, K, V].
-        """
-        errors, start = self.inverse @ self.value, self.ranked(self.inputs.state)
-        writing = self.beta * self.leaving
-        states, end = delta.scan(self.rows, self.whole.mT, self.reading, writing, errors, start)
-        return states, errors, end
-
-    def scan_back(
-        self, d_written: Tensor, steps: Tensor, d_end: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the states after every chunk [n, K, V] and of the first states."""
-        reading, d_end = self.beta * self.reading, self.ranked(d_end)
-        return delta.scan_back(
-            self.rows, self.whole.mT, reading, self.leaving, steps, d_written, d_end
-        )

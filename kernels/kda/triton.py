@@ -62,10 +62,12 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     as_query |= {"d_output": d_value, **strides("d", d_value), "scale": -1.0}
     d_overlap = plan.d_scores(plan.kv_heads, **written, **as_query, STRICT=True)
     d_reading = plan.new_sums(*plan.key.shape)
-    d_reading_logs = plan.d_query(plan.kv_heads, states, d_overlap, d_reading, **as_query)
+    d_reading_logs = plan.d_query(
+        plan.kv_heads, states, d_overlap, d_reading, **as_query, OF_KEYS=True
+    )
     d_key, d_log_decay = plan.d_key(
         d_states, d_scores, plan.d_whole(states, d_states), d_logs, **written,
-        d_overlap=d_overlap, d_reading=d_reading, d_reading_logs=d_reading_logs, KEYS_READ=True,
+        d_reading=d_reading, d_reading_logs=d_reading_logs, KEYS_READ=True,
     )  # fmt: skip
     return (
         *narrow_heads(x, d_query, d_key, d_value),

@@ -105,8 +105,8 @@ GATED_DELTA_RULE = [
         "gated_delta_rule_adds",
         "torch: a chunk does not take out what the state holds under its keys",
         "kernels/delta.py",
-        "errors[at].baddbmm_(reading[at], state, alpha=-1)",
-        "errors[at].baddbmm_(reading[at], state, alpha=0)",
+        "errors[at].baddbmm_(self.reading[at], state, alpha=-1)",
+        "errors[at].baddbmm_(self.reading[at], state, alpha=0)",
         (TESTS.format("gated_delta_rule", "all_forms_agree_with_the_reference"),),
     ),
     Bug(
@@ -120,7 +120,7 @@ GATED_DELTA_RULE = [
     Bug(
         "gated_delta_rule_states_in_another_order",
         "torch: documents begin with each other's states",
-        "kernels/gated_delta_rule/torch.py",
+        "kernels/delta.py",
         "checks.given_or_zeros(state, self.inputs)[self.layout.order]",
         "checks.given_or_zeros(state, self.inputs)[self.layout.order].flip(0)",
         (TESTS.format("gated_delta_rule", "packed_sequences_are_the_same_as_separate_ones"),),
