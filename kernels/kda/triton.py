@@ -28,6 +28,8 @@ TILINGS: Table = (
         "chunk_inverse": {"any": ((256, ONE_STAGE),), **FLOAT32_ONE_STAGE},
         "chunk_d_written": {"any": ((256, SQUARE),), **FLOAT32_ONE_STAGE},
         "chunk_d_whole": {"any": ((256, ONE_STAGE),)},
+        # two stages would spill there
+        "chunk_d_key": CHANNELS["chunk_d_key"] | {"sm_100": ((256, Tiling(32, 64, 4, 1)),)},
     }
 )
 
