@@ -142,6 +142,48 @@ GATED_DELTA_RULE = [
         (TESTS.format("gated_delta_rule_triton", "lengths[64-2]"),),
     ),
 ]
+KDA = [
+    Bug(
+        "kda_reads_its_own_token",
+        "torch: the gradient of a key has a part for what its own token writes",
+        "kernels/kda/torch.py",
+        "tiles.own(d_scores)[..., -1] = 0",
+        "tiles.own(d_scores)",
+        (TESTS.format("kda", "gradients_agree_with_the_reference"),),
+    ),
+    Bug(
+        "kda_decays_after_writing",
+        "torch: a step reads the state before it decays",
+        "kernels/kda/torch.py",
+        "written = beta[:, t] * (value[:, t] - (k.mT @ memory)",
+        "written = beta[:, t] * (value[:, t] - (k.mT @ (memory / decay[:, t]))",
+        (TESTS.format("kda", "two_tokens_by_hand"),),
+    ),
+    Bug(
+        "kda_state_undecayed",
+        "Triton: a state goes through a chunk without its decay",
+        "kernels/delta_forward.py",
+        "s = delta_state.scale_channels(s, whole_at, columns_k, KEY_WIDTH)",
+        "s = delta_state.scale(s, 1.0, columns_k, KEY_WIDTH)",
+        (TESTS.format("kda_triton", "lengths[130-1]"),),
+    ),
+    Bug(
+        "kda_keys_read_without_gradient",
+        "Triton: a key gets no gradient for what it reads of the keys before it",
+        "kernels/channel_gradients.py",
+        "acc += tiles.load(d_reading + place",
+        "acc += 0 * tiles.load(d_reading + place",
+        (TESTS.format("kda_triton", "forms[dtype0]"),),
+    ),
+    Bug(
+        "kda_reads_another_document",
+        "Triton: a chunk takes the gradient of its decay from the state of another document",
+        "kernels/kda/triton_kernels.py",
+        "locate.slot_offset(chunk + n, head",
+        "locate.slot_offset(chunk, head",
+        (TESTS.format("kda_triton", "packed_sequences_resets_and_strong_decay"),),
+    ),
+]
 NONLINEAR_GATED = [
     Bug(
         "nonlinear_gated_gate_swapped",
@@ -298,6 +340,6 @@ LONG_CONV = [
 ]
 
 BUGS = [
-    *LINEAR_ATTENTION, *GATED_LINEAR_ATTENTION, *GATED_DELTA_RULE,
+    *LINEAR_ATTENTION, *GATED_LINEAR_ATTENTION, *GATED_DELTA_RULE, *KDA,
     *NONLINEAR_GATED, *CAUSAL_CONV, *LONG_CONV,
 ]  # fmt: skip
