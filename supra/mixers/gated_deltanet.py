@@ -1,51 +1,32 @@
 """`gated_deltanet`: the linear layer of Qwen3.5 in the place of attention. Other engines run it.
 
-    q, k, v = SiLU(conv(x + b · wu)) of the teacher's query, key and value x, as sign pairs [x, −x]
-    q, k = x · (Σx² + 1e-6)^-½        γ = exp(−exp(A) softplus(W_a u + a))        β = σ(W_b u)
-    Sᵢ = γᵢ (1 − βᵢ kᵢkᵢᵀ) Sᵢ₋₁ + βᵢ kᵢvᵢᵀ        v'ᵢ = s · RMSNorm(qᵢSᵢ) · SiLU(W_z u)
+It is the layer of supra/mixers/delta_layer.py with
 
-u are the hidden states. This is Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, section 3.3). The
-layer of Qwen3.5 has no biases. Here wu is near 1 on all tokens, so multiples of w act as biases:
-b · wu, and the starts of W_z and W_b. That layer can hold all of this: pairs and b fold into its
-projections of u, and s into its output projection.
+    γ = exp(−exp(A) softplus(W_a u + a)) per head        gate(u) = SiLU(W_z u)
+
+This is Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, section 3.3). The layer of Qwen3.5 has no
+biases but a: the start of W_z is a multiple of w.
 """
 
 import math
-from dataclasses import replace
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supra.kernels.causal_conv.api import MAX_TAPS
-from supra.kernels.checks import MAX_KEY_CHANNELS
-from supra.mixers.base import Mixer
-from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads, slope_of_half_life
-from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs
-from supra.mixers.read_out import SiLUGate, rms_norm
-from supra.mixers.recurrence import GATED_DELTA_RULE, scan
-from supra.mixers.ridge import constant_direction
-from supra.mixers.short_conv import ShortConv, convolved_identity
-from supra.mixers.signs import ONE_SIGN, SIGN_PAIR, signed
+from supra.mixers.delta_layer import DeltaLayer, DeltaLayerOptions
+from supra.mixers.gates import HeadLogits, bounded_exp, slope_of_half_life
+from supra.mixers.inputs import AttentionShape
+from supra.mixers.read_out import SiLUGate
+from supra.mixers.recurrence import GATED_DELTA_RULE
 from supra.settings.model import STRICT
-
-STRENGTH = 0.12  # β at the start
-HALF_LIVES = tuple(4.0**n for n in range(7))  # tokens; candidates in calibration
-STRENGTHS = (0.03, 0.06, 0.12, 0.25, 0.5)  # β; candidates in calibration
-# Factors before SiLU, in units of 1 over the root mean square of a head. Of large numbers SiLU is a
-# ReLU, of small ones it is nearly linear.
-SHARPNESSES = (0.25, 0.5, 1.0, 2.0)
-CHOICE_TOKENS = 1024  # about how many a choice reads: it is one of few, and takes most of the time
-LENGTH_EPS = 1e-6  # of the layer in Qwen3.5
-PARTS = ("query", "key", "value")  # in the order of the convolution's channels
 
 
 @dataclass(frozen=True, config=STRICT)
-class GatedDeltaNetOptions:
+class GatedDeltaNetOptions(DeltaLayerOptions):
     """conv_size: taps of the convolution over query, key and value; 1 for none.
     sign_pairs: whether each head has [x, −x] in the place of x, since SiLU nearly removes negative
         numbers; null: if such a head has at most 256 channels.
@@ -55,182 +36,36 @@ class GatedDeltaNetOptions:
         it the layer can be exported.
     """
 
-    conv_size: int = Field(4, ge=1, le=MAX_TAPS)
-    sign_pairs: bool | None = None
-    beta_range: float = Field(1.0, ge=1.0, le=2.0)
-    rotary: bool = False
-
 
 class GatedDeltaNetState(NamedTuple):
     memory: Tensor  # [B, Hq, P · K, P · V], float32
     conv_state: Tensor  # [B, conv_size − 1, channels of query, key and value], the newest last
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(DeltaLayer):
     """Qwen3.5's gated delta rule, with keys and values of its own for every query head."""
 
     name = "gated_deltanet"
     Options = GatedDeltaNetOptions
     State = GatedDeltaNetState
-    drops_qk_norm = True  # Qwen3.5's layer has none
-    refuses: ClassVar = {
-        "window": "what the delta rule writes depends on what was stored before, so no token can "
-        "be subtracted again; take decay_scale or norm",
-        "insert_scale": "the delta rule erases as much as it writes; take decay_scale or norm",
-    }
+    operation = GATED_DELTA_RULE
 
     def __init__(self, shape: AttentionShape, options: GatedDeltaNetOptions):
-        pairs = options.sign_pairs
-        if pairs is None:
-            pairs = 2 * max(shape.head_size, shape.value_size) <= MAX_KEY_CHANNELS
-        signs = SIGN_PAIR if pairs else ONE_SIGN
-        super().__init__(
-            shape,
-            options,
-            norm=partial(rms_norm, eps=shape.norm_eps),
-            scale=True,
-            output_gate=SiLUGate(
-                replace(shape, value_size=len(signs) * shape.value_size), bias=False
-            ),
-            signs=signs,
-            rotary=options.rotary,
-        )
-        heads, blocks = shape.query_heads, len(signs)
-        sizes = [blocks * x for x in (shape.head_size, shape.head_size, shape.value_size)]
-        self.conv = ShortConv(heads * sum(sizes), options.conv_size, bias=False, gain=True)
-        self.query_bias, self.key_bias, self.value_bias = (
-            nn.Parameter(torch.empty(heads, size)) for size in sizes
-        )
-        self.constant = HeadLogits(replace(shape, query_heads=1), bias=False)
+        super().__init__(shape, options, partial(SiLUGate, bias=False))
+
+    def _add_decay(self, shape: AttentionShape) -> None:
         self.dt = HeadLogits(shape)
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.strength = HeadLogits(shape, bias=False)
+        self.A_log = nn.Parameter(torch.empty(shape.query_heads))
 
-    def reset_parameters(self) -> None:
-        """Without a text, any w is as good as another; `calibrate` fits it."""
-        super().reset_parameters()
-        shape, heads = self.shape, self.shape.query_heads
-        fixed = torch.Generator().manual_seed(0)
-        direction = torch.randn(shape.hidden_size, generator=fixed) / math.sqrt(shape.hidden_size)
-        self._set_constant(direction)
-        for bias in (self.query_bias, self.key_bias, self.value_bias):
-            bias.data.zero_()
-        self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
-
-    def mix(
-        self, inputs: MixerInputs, state: GatedDeltaNetState | None = None, return_state=False
-    ) -> tuple[Tensor, GatedDeltaNetState | None]:
-        memory, conv_state = state or (None, None)
-        inputs, conv_state = self._convolve(inputs, conv_state, return_state)
-        output, memory = self._scan(inputs, memory, return_state)
-        return output, None if memory is None else GatedDeltaNetState(memory, conv_state)
-
-    def _convolve(
-        self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False
-    ) -> tuple[MixerInputs, Tensor | None]:
-        """The inputs with the features [B, T, Hq, P · K or P · V] of query, key and value in their
-        place; and the state of the convolution."""
-        constant = self.constant(inputs.hidden_states)[..., None]
-        groups = self.shape.query_heads // self.shape.key_heads
-        key, value = (x.repeat_interleave(groups, dim=2) for x in (inputs.key, inputs.value))
-        heads = {
-            name: signed(x, self.signs) + (constant * bias).to(x.dtype)
-            for name, x, bias in (
-                ("query", inputs.query, self.query_bias),
-                ("key", key, self.key_bias),
-                ("value", value, self.value_bias),
-            )
-        }
-        inputs = replace(inputs, **heads)
-        return self.conv(inputs, PARTS, activation="silu", state=state, return_state=return_state)
-
-    def _scan(
-        self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The recurrence over features."""
-        query, key = self._rotated(inputs, *(_of_length_one(x) for x in (inputs.query, inputs.key)))
-        strength = self.options.beta_range * self.strength(inputs.hidden_states).sigmoid()
-        step = F.softplus(self.dt(inputs.hidden_states))
-        return scan(
-            GATED_DELTA_RULE, inputs, query, key, inputs.value, strength,
-            log_decay=-bounded_exp(self.A_log) * step,
-            state=memory,
-            return_state=return_state,
-            scale=query.shape[-1] ** -0.5,
-        )  # fmt: skip
-
-    def _rotated(self, inputs: MixerInputs, *features: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys at their positions, the blocks of a pair one by one."""
-        blocks = (self.in_blocks(x).flatten(2, 3) for x in features)
-        return tuple(x.reshape(features[0].shape) for x in inputs.rotated(*blocks))
-
-    @torch.no_grad()
-    def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Fit w. Choose per head, one after the other: the half-life, the strength, the sharpness
-        of queries. Fit the taps of values per channel, and the gate per head."""
-        inputs = self.placed(inputs)
-        self._set_constant(constant_direction(inputs.hidden_states))
-        sizes = inputs.query_head_magnitudes()
-        gains = self._parts(self.conv.gain)
-        for gain, size in zip(gains, sizes, strict=True):
-            fill_heads(gain, 1 / size)
-        rows = max(1, CHOICE_TOKENS // inputs.query.shape[1])
-        some = inputs.first_rows(rows), target[:rows]
-        self.choose(*some, HALF_LIVES, self._set_half_life)
-        self.choose(*some, STRENGTHS, self._set_strength)
-        self.choose(*some, SHARPNESSES, lambda x: fill_heads(gains[0], x / sizes[0]))
-        self._fit_value_taps(inputs, target)
-        self.choose(*some, STRENGTHS, self._set_strength)
-        self.output_gate.follow(inputs.hidden_states, self(inputs)[0], target)
-        self.choose(inputs, target, (0.0,), lambda _: None)
-
-    def _fit_value_taps(self, inputs: MixerInputs, target: Tensor) -> None:
-        """Give each channel of values the taps of the smallest error. What the norm divides by
-        depends on them; here it stays as it is."""
-        sums, _ = self.mix(inputs)
-        factor = self.norm(sums).norm(dim=-1) / sums.norm(dim=-1).clamp(min=MIN_POWER)
-        taps, outputs = self._parts(self.conv.weight.data)[2], []
-        for tap in range(self.options.conv_size):
-            taps.zero_()[..., tap] = 1
-            sums, _ = self.mix(inputs)
-            first, *negative = self.in_blocks(sums * factor[..., None]).unbind(-2)
-            outputs.append(first - sum(negative))
-        self.set_taps(taps, outputs, target)
-
-    def matrix(self, inputs: MixerInputs) -> Tensor:
-        """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
-        The SiLU on values is left out, since it is not linear."""
-        convolved, _ = self._convolve(inputs)
-        heads = self.shape.query_heads
-        taps = self.conv.taps()[0][-self.value_bias.numel() :]
-        inputs = replace(inputs, value=inputs.value[:, :, :1].expand(-1, -1, heads, -1))
-        output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
-        return output.transpose(1, 2)
-
-    def _set_constant(self, direction: Tensor) -> None:
-        """Start from this w [D], with every gate and strength at its start where wu is 1."""
-        self.constant.weight.data.copy_(direction)
-        self.output_gate.open(direction)
-        self._set_strength(torch.full((self.shape.query_heads,), STRENGTH))
-
-    def _set_strength(self, share: Tensor) -> None:
-        """Start every head [Hq] at this β where wu is 1."""
-        self.strength.weight.data.copy_(share.logit()[:, None] * self.constant.weight)
-
-    def _parts(self, channels: Tensor) -> list[Tensor]:
-        """Views of what the convolution has per channel, of query, key and value: [Hq, channels, …]
-        each."""
-        sizes = [x.numel() for x in (self.query_bias, self.key_bias, self.value_bias)]
-        return [x.unflatten(0, (self.shape.query_heads, -1)) for x in channels.split(sizes)]
+    def _log_decay(self, hidden_states: Tensor) -> Tensor:
+        return -bounded_exp(self.A_log) * F.softplus(self.dt(hidden_states))
 
     def _set_half_life(self, tokens: Tensor) -> None:
-        """Start every head [Hq] with this half-life in tokens, and every step at 1: some engines
-        compute softplus as log(1 + exp), which is inexact for small steps."""
+        """Every step starts at 1: some engines compute softplus as log(1 + exp), which is inexact
+        for small steps."""
         self.dt.set(torch.full_like(tokens, math.log(math.expm1(1))))
         self.A_log.data.copy_(slope_of_half_life(tokens))
 
-
-def _of_length_one(x: Tensor) -> Tensor:
-    """x [..., C] divided by its length, in its own dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + LENGTH_EPS)).to(x.dtype)
+    def _set_constant(self, direction: Tensor) -> None:
+        super()._set_constant(direction)
+        self.output_gate.open(direction)
