@@ -118,6 +118,7 @@ ROWS = {
     "mamba2": Row("mamba2", "supra", overrides=OURS | SLOWER),
     "mamba2_granite": Row("mamba2", "supra", {"form": "granite"}, overrides=OURS | SLOWER),
     "gated_deltanet": Row("gated_deltanet", "supra", overrides=OURS | SLOWER),
+    "kda": Row("kda", "supra", overrides=OURS | SLOWER),
     "rwkv": Row("rwkv", "supra", overrides=OURS),
     # H3 as published: attention in layers 1 and 1 + L/2, and states as large as the heads
     "h3": Row("h3", "supra", {"head_size": 8, "d_state": 8}, (1, 16), OURS),

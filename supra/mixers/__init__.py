@@ -10,6 +10,7 @@ from supra.mixers.gated_delta import GatedDelta
 from supra.mixers.gated_deltanet import GatedDeltaNet
 from supra.mixers.h3 import H3
 from supra.mixers.inputs import AttentionShape, MixerInputs, Rotary
+from supra.mixers.kda import Kda
 from supra.mixers.mamba2 import Mamba2
 from supra.mixers.nonlinear_gated import NonlinearGatedMixer
 from supra.mixers.options import read_options
@@ -45,6 +46,7 @@ MIXERS: dict[str, type[Mixer]] = by_name(
         Window,
         GatedDelta,
         GatedDeltaNet,
+        Kda,
         Mamba2,
         Rwkv,
         H3,

@@ -50,6 +50,13 @@ class OutputGate(nn.Module):
         return 2 * logits.sigmoid()
 
 
+def missing_factor(output: Tensor, target: Tensor) -> Tensor:
+    """The factor per token and head, [B, T, Hq], by which outputs [B, T, Hq, V] come nearest to the
+    target."""
+    power = output.float().square().sum(-1).clamp(min=MIN_POWER)
+    return (output * target).float().sum(-1) / power
+
+
 SILU_ONE = 1.2784645  # SiLU of it is 1
 GATE_RIDGE = 1.0  # of 0.05 to 1 the best for SmolLM2-135M on text that was not fitted
 
@@ -70,8 +77,7 @@ class SiLUGate(OutputGate):
     def follow(self, hidden_states: Tensor, output: Tensor, target: Tensor) -> None:
         """Change an open gate so that the outputs [B, T, Hq, V] come nearer to the target: by one
         factor per token and head, as far as it is a linear function of the hidden states."""
-        power = output.float().square().sum(-1).clamp(min=MIN_POWER)  # [B, T, Hq]
-        missing = (output * target).float().sum(-1) / power - 1
+        missing = missing_factor(output, target) - 1
         change = ridge_regression(hidden_states, missing, GATE_RIDGE).mT  # SiLU has a slope of 1
         self.weight.data += change.repeat_interleave(self.sizes[1], dim=0)
 

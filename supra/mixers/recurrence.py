@@ -12,6 +12,7 @@ from supra.kernels.gated_linear_attention import (
     chunk_gated_linear_attention,
     recurrent_gated_linear_attention,
 )
+from supra.kernels.kda import chunk_kda, recurrent_kda
 from supra.kernels.linear_attention import chunk_linear_attention, recurrent_linear_attention
 from supra.kernels.nonlinear_gated import chunk_nonlinear_gated, recurrent_nonlinear_gated
 from supra.mixers.bounded import Row, Tensors, run_documents, windowed
@@ -28,6 +29,7 @@ class Operation(NamedTuple):
 LINEAR_ATTENTION = Operation(chunk_linear_attention, recurrent_linear_attention)
 GATED_LINEAR_ATTENTION = Operation(chunk_gated_linear_attention, recurrent_gated_linear_attention)
 GATED_DELTA_RULE = Operation(chunk_gated_delta_rule, recurrent_gated_delta_rule)
+KDA = Operation(chunk_kda, recurrent_kda)
 NONLINEAR_GATED = Operation(chunk_nonlinear_gated, recurrent_nonlinear_gated)
 
 

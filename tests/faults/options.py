@@ -156,6 +156,8 @@ REFUSED = {
         ("--mixer gated_delta --mixer-option conv_size=0.5", "conv_size"),
         ("--mixer gated_deltanet --mixer-option beta_range=2.5", "beta_range"),
         ("--mixer gated_deltanet --mixer-option sign_pairs=2", "sign_pairs"),
+        ("--mixer kda --mixer-option beta_range=2.5", "beta_range"),
+        ("--mixer kda --mixer-option conv_size=65", "1 to 64"),
         ("--mixer rwkv --mixer-option lora=-1", "lora"),
         ("--keep-attention 2", "layers 0 to 1"),
         ("--keep-attention=-3", "layers 0 to 1"),

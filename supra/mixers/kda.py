@@ -1,0 +1,141 @@
+"""`kda`: Kimi Delta Attention (Kimi Linear, arXiv 2510.26692, section 4) in the place of attention.
+
+It is the layer of supra/mixers/delta_layer.py with
+
+    γ = exp(−exp(A) softplus(F_up F_down u + a))        gate(u) = 2σ(G_up G_down u + c)
+
+A is a number per head. The decay γ differs by channel of the keys, so one head can remember at
+several speeds. Both products pass through as many numbers as a head has channels of values, as in
+the layers of Kimi Linear and of flash-linear-attention. Their weights can hold this layer.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supra.kernels.backends import without_autocast
+from supra.mixers.delta_layer import DeltaLayer, DeltaLayerOptions
+from supra.mixers.gates import bounded_exp, slope_of_half_life
+from supra.mixers.inputs import AttentionShape
+from supra.mixers.read_out import GATE_RIDGE, missing_factor
+from supra.mixers.recurrence import KDA
+from supra.mixers.ridge import ridge_regression
+from supra.settings.model import STRICT
+
+
+@dataclass(frozen=True, config=STRICT)
+class KdaOptions(DeltaLayerOptions):
+    """conv_size: taps of the convolution over query, key and value; 1 for none.
+    sign_pairs: whether each head has [x, −x] in the place of x, since SiLU nearly removes negative
+        numbers; null: if such a head has at most 256 channels.
+    beta_range: the largest β, at most 2. Over 1 the state can change the sign of what it holds.
+    rotary: whether queries and keys are rotated to their positions, as in the teacher.
+    """
+
+
+class KdaState(NamedTuple):
+    memory: Tensor  # [B, Hq, P · K, P · V], float32
+    conv_state: Tensor  # [B, conv_size − 1, channels of query, key and value], the newest last
+
+
+class LowRank(nn.Module):
+    """W_up W_down x + b per head and channel, W_up = 0 and b = 0 at the start. W_down is random, so
+    that W_up learns."""
+
+    def __init__(self, shape: AttentionShape, channels: int):
+        super().__init__()
+        rank, self.sizes = shape.value_size, (shape.query_heads, channels)
+        self.down = nn.Parameter(torch.empty(rank, shape.hidden_size))
+        self.up = nn.Parameter(torch.empty(math.prod(self.sizes), rank))
+        self.bias = nn.Parameter(torch.empty(self.sizes))
+
+    def reset_parameters(self) -> None:
+        fixed = torch.Generator().manual_seed(0)
+        random = torch.randn(self.down.shape, generator=fixed)
+        self.down.data.copy_(random / math.sqrt(self.down.shape[1]))
+        self.up.data.zero_()
+        self.bias.data.zero_()
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Start all channels of every head with W_up W_down = weight [Hq, D], or with what is
+        nearest to it at this rank."""
+        left, size, right = torch.linalg.svd(weight, full_matrices=False)
+        size = size[: len(self.down)].sqrt()
+        self.down.data[: len(size)] = size[:, None] * right[: len(size)]
+        up = (left[:, : len(size)] * size).repeat_interleave(self.sizes[1], dim=0)
+        self.up.data.zero_()[:, : len(size)] = up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, Hq, channels]."""
+        x = F.linear(F.linear(x.to(self.down.dtype), self.down), self.up)
+        return x.unflatten(-1, self.sizes) + self.bias
+
+
+class LowRankGate(LowRank):
+    """2σ(W_up W_down x + b) per head and channel, 1 at the start: from hidden states [B, T, D]."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__(shape, shape.value_size)
+
+    def follow(self, hidden_states: Tensor, output: Tensor, target: Tensor) -> None:
+        """Change a gate of 1 so that the outputs [B, T, Hq, V] come nearer to the target: by one
+        factor per token and head, as far as its logarithm is linear in the hidden states."""
+        missing = missing_factor(output, target) - 1
+        change = ridge_regression(hidden_states, missing, GATE_RIDGE).mT
+        self.set_weight(2 * change)  # 2σ has a slope of 1/2
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return 2 * super().forward(hidden_states).sigmoid()
+
+
+class ChannelDecay(nn.Module):
+    """log γ = −exp(A) softplus(F_up F_down x + a) per head and channel of keys. In float32 also
+    under autocast."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        self.dt = LowRank(shape, shape.head_size)
+        self.A_log = nn.Parameter(torch.empty(shape.query_heads))
+
+    def reset_parameters(self) -> None:
+        self.dt.reset_parameters()
+        self.A_log.data.zero_()
+
+    def set_half_lives(self, tokens: Tensor) -> None:
+        """Start every channel [Hq, K] with this half-life in tokens. The fastest channel of a head
+        has a softplus of 1, and all channels learn at rates that are alike."""
+        slope = slope_of_half_life(tokens.double())
+        fastest = slope.amax(1)
+        self.A_log.data.copy_(fastest)
+        self.dt.bias.data.copy_(torch.expm1((slope - fastest[:, None]).exp()).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, Hq, K]."""
+        with without_autocast(x.device):
+            return -bounded_exp(self.A_log)[:, None] * F.softplus(self.dt(x))
+
+
+class Kda(DeltaLayer):
+    """The delta rule with a decay per channel, and keys and values of its own for every query
+    head."""
+
+    name = "kda"
+    Options = KdaOptions
+    State = KdaState
+    operation = KDA
+
+    def __init__(self, shape: AttentionShape, options: KdaOptions):
+        super().__init__(shape, options, LowRankGate)
+
+    def _add_decay(self, shape: AttentionShape) -> None:
+        self.decay = ChannelDecay(shape)
+
+    def _log_decay(self, hidden_states: Tensor) -> Tensor:
+        return self.decay(hidden_states)
+
+    def _set_half_life(self, tokens: Tensor) -> None:
+        self.decay.set_half_lives(tokens[:, None].expand_as(self.decay.dt.bias))
