@@ -112,6 +112,16 @@ def test_calibration_finds_what_made_the_target():
     assert after < 0.1 * target.square().sum()
 
 
+@torch.no_grad()
+def test_calibration_finds_which_channels_remember_longer():
+    maker, mixer, inputs = build(), build(), mixer_inputs(GROUPED, 200, seed=1)
+    maker._set_half_life(torch.full((6,), 16.0))
+    longer = torch.randint(2, (6, 16), generator=torch.Generator().manual_seed(2)) * 2 - 1
+    maker.decay.set_half_lives(maker.decay.half_lives() * 2.7**longer)
+    mixer._choose_decay(inputs, maker(inputs)[0])
+    torch.testing.assert_close(mixer.decay.half_lives(), maker.decay.half_lives())
+
+
 def test_wrong_options_are_refused():
     for options, match in (
         ({"conv_size": 0}, r"conv_size \(=0\) must be a whole number from 1 to 64"),
