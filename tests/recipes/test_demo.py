@@ -2,12 +2,17 @@
 
 import importlib.util
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from supra.checkpoint.opening import find_checkpoint
+from supra.conversion.convert import convert
 from supra.errors import UserError
+from supra.testing import tiny_checkpoint
 from supra.uptrain import load_config
 
 NAMES = ("smollm2", "gemma")
@@ -75,3 +80,44 @@ def test_settings(demo, tmp_path, name):
     places = (config.student, config.out, config.data.path, config.data.eval_path)
     assert all(Path(place).parent == source.out for place in places)
     assert config.budget.tokens == source.budget and config.teacher == "teacher"
+
+
+def test_a_student_that_llama_cpp_cannot_hold_is_named(demo, tmp_path, capsys):
+    tiny_checkpoint(tmp_path / "base", "gemma3_text")
+    convert(tmp_path / "base", tmp_path / "rnn", mixer=demo.MIXER)
+    demo.write_in_llama_cpp(find_checkpoint(str(tmp_path / "rnn")), tmp_path / "rnn.gguf")
+    assert "llama.cpp cannot hold this model: " in capsys.readouterr().out
+    assert not (tmp_path / "rnn.gguf").exists()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_end_in_llama_cpp(demo, tmp_path, installed, monkeypatch, capsys):
+    source = demo.SOURCES["smollm2"]
+    tiny_checkpoint(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "rnn", mixer=demo.MIXER, options=source.options)
+    student, file = find_checkpoint(str(tmp_path / "rnn")), tmp_path / "rnn.gguf"
+
+    class Engine(nullcontext):
+        def __enter__(self):
+            return self
+
+        def tokenize(self, text):
+            return [1, 2]
+
+        def generate(self, tokens, count):
+            return tokens * count
+
+        def detokenize(self, tokens):
+            return f"{len(tokens)} tokens"
+
+    monkeypatch.setattr(demo.llama_cpp, "is_installed", lambda: installed)
+    monkeypatch.setattr(
+        demo, "export_gguf", lambda *_, **__: SimpleNamespace(lines=lambda: ["made"])
+    )
+    monkeypatch.setattr(demo, "LlamaCpp", Engine)
+    demo.write_in_llama_cpp(student, file)
+    said = capsys.readouterr().out
+    if installed:
+        assert "made" in said and said.count(f"{2 * demo.WRITTEN_TOKENS} tokens") == 2
+    else:
+        assert said == f"llama.cpp is not installed: {demo.llama_cpp.INSTALL}\n"
