@@ -74,6 +74,19 @@ def test_a_prompt_shows_its_shots_and_asks(tokenizer):
     assert tokenizer.decode(row.tokens) == "Input: hills\nOutput: south\n"
 
 
+def test_an_answer_ends_as_those_of_the_shots_do(tmp_path, monkeypatch):
+    """Though the tokenizer has another token for a blank line at the end of a text."""
+    monkeypatch.setattr(testing.tiny, "_TEXT", ["river sea\n\n", "Input: Output: "])
+    tokenizer = testing.tiny_tokenizer(tmp_path)
+    assert plain_tokens(tokenizer, "sea\n\n")[-1] not in plain_tokens(tokenizer, "sea\n\nInput")
+    drawn = in_context.ShotSet("t", [("river", "sea")], [("sea", "river")])
+    [row] = in_context.prompt_rows(tokenizer, drawn, 1)
+    shot = plain_tokens(
+        tokenizer, "Input: river\nOutput: sea\n\nInput: sea\nOutput: river\n\nInput"
+    )
+    assert row.tokens == shot[: len(row.tokens)]
+
+
 def test_a_model_that_copies_learns_what_the_shots_repeat(folders, tokenizer):
     sets = in_context.draw_sets(records(folders), (0, 1, 5), None, seed=0)
     found = in_context.measure_in_context(

@@ -73,7 +73,9 @@ def prompt_rows(tokenizer: PreTrainedTokenizerBase, drawn: ShotSet, shots: int) 
     for asked, answer in drawn.queries:
         prompt, said = shown + ASKED.format(asked), ANSWER.format(answer)
         whole = len(continuation_tokens(tokenizer, prompt, said)) + 1  # and the first of END
-        ids = continuation_tokens(tokenizer, prompt, said + END)[:whole]
+        # in front of a further query, as in the shots: at the end of a text, blank lines may be
+        # another token
+        ids = continuation_tokens(tokenizer, prompt, said + END + ASKED)[:whole]
         rows.append(Row([*start, *plain_tokens(tokenizer, prompt), *ids], len(ids)))
     return rows
 

@@ -17,7 +17,7 @@ def draw_suite(
 ) -> None:
     """Write a PNG: what is kept, in-context accuracy by shots, perplexity by position.
 
-    Without a teacher, the first panel has the numbers themselves.
+    Without a teacher, the first panel has the numbers themselves. Empty panels are left out.
     """
     from matplotlib.figure import Figure
 
@@ -25,9 +25,10 @@ def draw_suite(
     if comparisons:
         lines = {"teacher": ([x.teacher for x in comparisons], TEACHER), **lines}
     bars = [x for x in comparisons if not x.student.detail and x.kept is not None]
-    panels = [_draw_kept if bars else _draw_values]
+    panels = [_draw_kept] if bars else [_draw_values] if _values(measures) else []
     panels += [_draw_shots] if any(x.part == in_context.PART for x in measures) else []
     panels += [_draw_positions] if any(x.detail for x in measures) else []
+    panels = panels or [_draw_kept]  # nothing is clear: an empty panel says so
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, lines, bars)
@@ -71,10 +72,15 @@ def _draw_positions(axes: Any, lines: Lines, bars: Sequence[Comparison]) -> None
 def _draw_values(axes: Any, lines: Lines, bars: Sequence[Comparison]) -> None:
     """One model's accuracies, or its perplexities if there is no accuracy."""
     measures, color = next(reversed(lines.values()))
-    kind = min(x.kind for x in measures)
-    shown = [x for x in measures if x.kind == kind and not x.detail]
+    shown = _values(measures)
     errors = [x.standard_error or 0 for x in shown]
-    values = [x.value for x in shown]
-    axes.barh([x.title for x in shown], values, xerr=errors, color=color)
+    axes.barh([x.title for x in shown], [x.value for x in shown], xerr=errors, color=color)
     axes.invert_yaxis()
-    axes.set(xlabel=kind, xlim=(0, None))
+    axes.set(xlabel=shown[0].kind, xlim=(0, None))
+
+
+def _values(measures: Sequence[Measure]) -> list[Measure]:
+    """Measures of one kind that no other panel shows."""
+    shown = [x for x in measures if not x.detail and x.part != in_context.PART]
+    kind = min((x.kind for x in shown), default=None)
+    return [x for x in shown if x.kind == kind]
