@@ -52,6 +52,9 @@ def short(monkeypatch):
 
 
 CASES = [(name, case) for name in OPERATIONS for case in OPERATIONS[name]]
+# Heads of 32 channels have rows of 64 scores. kda moves the scores of queries, those of keys, T and
+# the gradients of all three: 9.5 times the minimum in the backward pass.
+MOST = {"kda": 10}
 
 
 @pytest.mark.parametrize(("operation", "case"), [x for x in CASES if x[0] != "long_conv"])
@@ -60,7 +63,7 @@ def test_no_operation_moves_less_than_the_minimum(short, operation, case):
     parts = {row.part for row in rows}
     assert {"forward", "backward"} <= parts <= {"forward", "backward", "recurrent"}
     for row in rows:
-        assert 0.99 <= row.ratio <= 8, row
+        assert 0.99 <= row.ratio <= MOST.get(operation, 8), row
         assert sum(row.distinct.values()) <= 1.02 * sum(row.requested.values()), row
 
 

@@ -66,12 +66,12 @@ def test_two_tokens_are_enough(files):
 
 
 def test_no_more_text_is_read_than_wanted(files, monkeypatch):
-    read, text_of = [], Documents._text
+    read, content_of = [], Documents._content
 
     def counted(documents, row):
         read.append(row)
-        return text_of(documents, row)
+        return content_of(documents, row)
 
-    monkeypatch.setattr(Documents, "_text", counted)
+    monkeypatch.setattr(Documents, "_content", counted)
     assert evaluate(files, sequence_length=16, tokens=32).tokens <= 30
     assert len(read) < 10
