@@ -15,11 +15,10 @@ from supra.settings.model import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class SoftmaxOptions:
-    """rotary: whether queries and keys are rotated to their positions, as in the teacher. Hybrids
-    can do without it, since their recurrent layers tell tokens' places (HALO, arXiv 2601.22156,
-    keeps rotary positions in recurrent layers alone).
-    """
+    """rotary: whether queries and keys are rotated to their positions, as in the teacher."""
 
+    # Without it, a hybrid's recurrent layers tell where tokens are (HALO, arXiv 2601.22156, rotates
+    # in recurrent layers alone).
     rotary: bool = True
 
 
