@@ -29,7 +29,7 @@ TILINGS: Table = (
         "chunk_inverse": {"any": ((256, ONE_STAGE),), **FLOAT32_ONE_STAGE},
         "chunk_d_written": {"any": ((256, SQUARE),), **FLOAT32_ONE_STAGE},
         "chunk_d_whole": {"any": ((256, ONE_STAGE),)},
-        # more stages would spill there
+        # more stages or fewer warps would spill there
         "chunk_states": DELTA["chunk_states"]
         | {"sm_100": (NARROW, (128, Tiling(128, 32, 4, 2)), (256, Tiling(128, 16, 4, 3)))},
         "chunk_d_states": DELTA["chunk_d_states"]
@@ -37,6 +37,8 @@ TILINGS: Table = (
             "sm_80": (NARROW, UP_TO_128, (256, Tiling(128, 32, 8, 1))),
             "small": (NARROW, UP_TO_128, (256, Tiling(128, 16, 4, 1))),
         },
+        "chunk_d_query": CHANNELS["chunk_d_query"]
+        | {"sm_90": ((32, Tiling(32, 64, 8, 1)), (256, Tiling(32, 64, 4, 1)))},
         "chunk_d_key": CHANNELS["chunk_d_key"] | {"sm_100": ((256, Tiling(32, 64, 4, 1)),)},
     }
 )
