@@ -81,6 +81,16 @@ def test_crop_beyond_the_record_is_refused(model, tokens):
         cache.crop(-1)
 
 
+@torch.no_grad()
+def test_copies_of_a_state_stand_beside_it(model, tokens):
+    rows = torch.cat((tokens, tokens.flip(1)))
+    cache = model(rows[:, :20], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    found = model(rows[:, 20:].repeat_interleave(2, dim=0), past_key_values=cache).logits
+    expected = model(rows).logits[:, 20:].repeat_interleave(2, dim=0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("draft", ["lookup", "teacher", "itself"])
 def test_assisted_decoding_is_greedy_decoding(model, teacher, tokens, draft):
     options = {
