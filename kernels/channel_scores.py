@@ -25,7 +25,7 @@ def pair_scores(
 ):  # fmt: skip
     """Scores of every row with the rows before it [rows, rows], and with itself [rows].
 
-    Each level is one product of the whole tile, of which it keeps its blocks.
+    A level computes the product of the whole tile, and keeps only its own blocks.
     """
     acc = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
     own = tl.zeros([rows.shape[0]], tl.float32)

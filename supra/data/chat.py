@@ -49,7 +49,7 @@ def chat_document(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Doc
     """The tokens of `apply_chat_template`, with labels for the assistant's tokens alone.
 
     Start tokens that the template spells out are taken off, to stand before every piece. A chat
-    without an answer has no tokens; a first message by the assistant is none.
+    without an answer gives no tokens. A first message by the assistant does not count as an answer.
     Raises UserError when there is no template, when it fails, or when it does not show which tokens
     are the assistant's.
     """

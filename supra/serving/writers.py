@@ -5,6 +5,7 @@ in Magpie (arXiv 2406.08464): a chat model that reads its template up to the use
 question, and then answers it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -62,7 +63,7 @@ class Written(NamedTuple):
     ended: bool
 
 
-class Writer:
+class Writer(ABC):
     """Writes batches of records; a subclass says what a record is."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Sampling):
@@ -77,13 +78,13 @@ class Writer:
         model.generation_config = GenerationConfig()
         self.model = model
 
+    @abstractmethod
     def prompts(self, skip: int) -> Iterator[list[int]]:
         """The tokens that each record begins with, without the first `skip` records."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, prompts: Sequence[list[int]], bar: tqdm) -> list[Counted]:
         """A record behind each prompt. Those that came to nothing are left out."""
-        raise NotImplementedError
 
     def _go_on(self, prompts: Sequence[list[int]], bar: tqdm) -> list[Written]:
         """What the model writes behind each prompt, up to settings.length tokens in all."""

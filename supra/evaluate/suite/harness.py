@@ -92,7 +92,7 @@ def measure_tasks(
 ) -> list[Measure]:
     """Every accuracy and perplexity that the harness takes. The tasks of a group are pooled.
 
-    Raises UserError if there is none, and when the harness stops.
+    Raises UserError if the tasks have no such measure, or if the harness stops.
     """
     chosen = None if limit is None else chosen_items(tasks, limit)
     with foreign_errors(f"task {part!r} stopped"), _quiet():

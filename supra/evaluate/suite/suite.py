@@ -175,5 +175,7 @@ def _check_card(checkpoint: Checkpoint, teacher: Checkpoint | None) -> None:
     if teacher is None:
         raise UserError("--card writes the table that compares with a teacher: give --teacher")
     if checkpoint.hub_id is not None or checkpoint.gguf_file is not None:
-        raise UserError(f"--card needs a folder with a model card, and {checkpoint.name} is none")
+        raise UserError(
+            f"--card needs a local folder with a model card: {checkpoint.name} is not one"
+        )
     check_card(checkpoint.folder)

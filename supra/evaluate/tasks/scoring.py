@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """What a model makes of the shared tokens of G groups, K of which are scored."""
+    """What a model makes of the tokens that each of G groups shares. The last K are scored."""
 
     cache: Cache | None
     mask: Tensor  # [G, T] int64, 0 at the padding on the left
