@@ -188,7 +188,7 @@ def kernel_row(row: Compiled) -> list[str]:
 
 
 def traffic_row(row: Traffic) -> list[str]:
-    numbers = (row.minimum, sum(row.requested.values()), sum(row.distinct.values()), row.torch)
+    numbers = (row.minimum, row.requested, row.distinct, row.torch)
     return [
         row.part,
         row.case,

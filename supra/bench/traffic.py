@@ -7,7 +7,6 @@ lies between the two. The operators of torch around the kernels count all tensor
 write. `minimum` is: every input read once, and every output written once.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,13 +42,13 @@ class Traffic:
     part: str
     minimum: float
     torch: float = 0.0
-    requested: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by kernel
-    distinct: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    requested: float = 0.0
+    distinct: float = 0.0
     targets: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
-        return (sum(self.distinct.values()) + self.torch) / self.minimum
+        return (self.distinct + self.torch) / self.minimum
 
 
 def measure(job: Job) -> list[Traffic]:
@@ -65,12 +64,11 @@ def measure(job: Job) -> list[Traffic]:
             rows = HEADS * (1 if call.part == "recurrent" else TOKENS)
             minimum = _bytes((call.arguments, result, call.changed)) / rows
             traffic = Traffic(*job[:3], call.part, minimum, around.total / rows)
-            for launched in launches:
+            for kernel, grid, arguments, constants, cut in launches:
                 with counting() as counted:
-                    kernel, grid, arguments, constants, cut = launched
                     launch.launch(kernel, grid, arguments, cut, **constants)
-                traffic.requested[launched.kernel.__name__] += counted.requested / rows
-                traffic.distinct[launched.kernel.__name__] += counted.distinct() / rows
+                traffic.requested += counted.requested / rows
+                traffic.distinct += counted.distinct() / rows
             found[key] = traffic
         found[key].targets.append(target)
         return result

@@ -12,6 +12,7 @@ import pytest
 from supra.bench import compile as command
 from supra.bench.compiled import PROCESSORS, Compiled, Job, resident_blocks
 from supra.bench.sass import Instruction
+from supra.bench.traffic import Traffic
 from supra.bench.workers import environment
 from supra.errors import UserError
 
@@ -172,6 +173,16 @@ def test_check_names_the_row_that_breaks_a_gate(monkeypatch, capsys):
     assert line == (
         "linear_attention (plain) forward chunk_output, head size 64, small: spills 8 B of stack"
     )
+
+
+def test_json_has_every_row(monkeypatch, capsys):
+    moved = Traffic("linear_attention", "plain", 64, "forward", minimum=8.0, distinct=16.0)
+    monkeypatch.setattr(command, "compile_all", lambda *_: [replace(ROW, stack=8)])
+    monkeypatch.setattr(command, "measure_all", lambda *_: [moved])
+    command.report(as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["kernels"][0]["failures"] == ["spills 8 B of stack"]
+    assert rows["traffic"][0]["distinct"] == 16.0
 
 
 def test_triton_is_needed(monkeypatch):
