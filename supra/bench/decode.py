@@ -9,6 +9,7 @@ counts.
 
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ def report(
             for length in lengths
             for role in ROLES
         ]
-        speeds = [_alone(job) for job in jobs]
+        speeds = [_said(_alone(job)) for job in jobs]
     versions = {"machine": processor("cpu"), "torch": torch.__version__, "dtype": dtype}
     if LLAMA_CPP in engines:
         versions |= {"llama.cpp": llama_cpp.version(), "type": type}
@@ -137,6 +138,16 @@ def growth(speeds: Sequence[Speed]) -> list[str]:
             f"{last.seconds / first.seconds:.2f} times as long as at {first.length:,}"
         )
     return lines
+
+
+def _said(speed: Speed) -> Speed:
+    """The same measurement, printed to stderr: the whole table takes minutes."""
+    print(
+        f"{speed.engine}, {speed.role} at {speed.length:,} tokens: {1e3 * speed.seconds:.1f} ms",
+        file=sys.stderr,
+        flush=True,
+    )
+    return speed
 
 
 def _write(model: Checkpoint, role: str, file: Path, type: str) -> None:

@@ -43,7 +43,8 @@ def test_the_teachers_state_grows_and_the_students_does_not(pair, here, capsys):
 def test_the_table_has_a_row_for_every_length(pair, here, capsys):
     teacher, student = pair
     decode.report(student, teacher=teacher, lengths=[10, 25], tokens=2, engines=["transformers"])
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert len(re.findall(r"^transformers, (?:teacher|student) at .* ms$", said, re.M)) == 4
     assert all(re.search(rf"^\| transformers \| +{n} +\|", printed, re.M) for n in (10, 25))
     assert "transformers, student: a token at 25 takes" in printed
 
