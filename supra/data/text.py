@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from reprlib import repr as shortened
@@ -22,6 +23,7 @@ import torch
 from datasets.exceptions import DatasetsError
 
 from supra.data.chat import Content, is_chat
+from supra.data.recall import recall_text
 from supra.errors import UserError
 
 MESSAGES = "messages"  # the field of chats where there is no field of the text
@@ -36,7 +38,8 @@ class Documents:
     """The texts of a data set, in an order that (seed, epoch) determines.
 
     Every epoch reads the whole data set again. With `chats`, a record may also hold a chat, a list
-    of messages: in the field of the text, or in the field messages of records that have none.
+    of messages: in the field of the text, or in the field messages of records that have none. With
+    `recall`, texts are rewritten so that they ask for recall, see supra.data.recall.
     """
 
     dataset: datasets.Dataset | datasets.IterableDataset
@@ -45,6 +48,7 @@ class Documents:
     buffer: int = 10_000  # size of the shuffle buffer of streamed data, in documents
     source: str | None = None  # where the data set was opened from, for messages
     chats: bool = False
+    recall: bool = False
 
     def __post_init__(self):
         known = self.dataset.features or {}
@@ -71,7 +75,15 @@ class Documents:
                 order = torch.randperm(len(self.dataset), generator=generator)
             rows = (self.dataset[index] for index in order[rank::world][skip:].tolist())
         with _reading(f"{self.source or 'the data'} cannot be read", self._files()):
-            yield from map(self._content, rows)
+            contents = map(self._content, rows)
+            yield from map(partial(self._rewritten, epoch), contents) if self.recall else contents
+
+    def _rewritten(self, epoch: int, content: Content) -> str:
+        if not isinstance(content, str):
+            raise UserError(
+                f"{self.source} has a chat, and recall rewrites texts alone: leave recall out"
+            )
+        return recall_text(content, epoch)
 
     def _files(self) -> list[str]:
         return [] if self.source is None else local_files(self.source)

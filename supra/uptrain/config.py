@@ -32,12 +32,18 @@ class SourceConfig(Settings):
     text_field: str | None = Field(
         None, description="Field of a record that holds the text; null: data.text_field."
     )
+    recall: bool = Field(
+        False,
+        description="Rewrite the text so that passages and lists of keys and values return, as "
+        "practice in recall.",
+    )
 
     @property
     def label(self) -> str:
         """What the text is called in the log and in messages."""
         split = None if self.split == "train" else self.split
-        return " ".join(filter(None, [self.path, self.name, split]))
+        recall = "(recall)" if self.recall else None
+        return " ".join(filter(None, [self.path, self.name, split, recall]))
 
 
 class DataConfig(Settings):

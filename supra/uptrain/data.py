@@ -166,6 +166,7 @@ def training_documents(config: UptrainConfig) -> list[Documents]:
             text.text_field or data.text_field,
             source=text.path,
             chats=True,
+            recall=text.recall,
             **order,
         )
         for text in data.texts
@@ -192,7 +193,8 @@ def _training_set(
 def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Block]:
     """Blocks with about eval.tokens tokens of held-out text; [] if the config has no such text.
 
-    The first documents of several sources have the sources' shares of the tokens.
+    The first documents of several sources have the sources' shares of the tokens. None are
+    rewritten for recall.
     """
     data, tokens = config.data, config.eval.tokens
     if data.eval_documents:

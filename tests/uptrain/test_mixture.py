@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from supra import cli, testing
+from supra.data.recall import recall_text
 from supra.data.text import Documents
 from supra.errors import UserError
 from supra.uptrain import loop, tree
@@ -132,13 +133,17 @@ def config(files, out, **changes):
     return tree.build(merged(values, changes))
 
 
-def test_interrupted_is_unbroken(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recall", [False, True])
+def test_interrupted_is_unbroken(files, tmp_path, monkeypatch, recall):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    loop.train(config(files, whole))
+    texts = sources(files, 2, 1, 1)
+    texts[1]["recall"] = recall
+    data = {"sources": texts}
+    loop.train(config(files, whole, data=data))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
-        loop.train(config(files, broken))
-    loop.train(config(files, broken))
+        loop.train(config(files, broken, data=data))
+    loop.train(config(files, broken, data=data))
     assert log(broken) == log(whole)
     assert log(broken, "source_tokens") == log(whole, "source_tokens")
     assert_same_weights(whole, broken)
@@ -173,6 +178,27 @@ def test_held_out_documents_come_from_every_source(files, tokenizer, tmp_path):
     assert found == ["a"] * 6 + ["b"] * 2
     trained = [list(x.epoch(0)) for x in RunData(settings, 0, 1).documents]
     assert [len(x) for x in trained] == [6, 6]
+
+
+def test_a_source_rewritten_for_recall(files, tokenizer, tmp_path):
+    """Beside the plain text from the same file. Held-out documents are not rewritten."""
+    path = str(files / "a.jsonl")
+    data = {"eval_documents": 6, "sources": [{"path": path}, {"path": path, "recall": True}]}
+    settings = config(files, tmp_path, data=data, eval={"tokens": 8 * LENGTH})
+    plain, rewritten = (list(x.epoch(0)) for x in RunData(settings, 0, 1).documents)
+    assert sorted(rewritten) == sorted(recall_text(x) for x in plain)
+    assert all(len(x) > len(y) for x, y in zip(rewritten, plain, strict=True))
+    assert [x.label for x in settings.data.texts] == [path, f"{path} (recall)"]
+    first, second = held_out_blocks(settings, tokenizer)[::4]
+    assert torch.equal(first["input_ids"], second["input_ids"])
+
+
+def test_chats_are_not_rewritten(files, tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    data = {"path": None, "sources": [{"path": str(chats), "recall": True}]}
+    with pytest.raises(UserError, match="has a chat, and recall rewrites texts alone"):
+        loop.train(config(files, tmp_path / "run", data=data))
 
 
 def test_a_changed_source_is_seen(files, tmp_path, monkeypatch):
