@@ -5,7 +5,8 @@
     python recipes/grid.py --table        # writes all results into docs/results.md
 
 All rows train on the same tokens in the same order, 2048 or 1024 per step, and are measured on the
-same windows of 1024 tokens. An interrupted row continues where it stopped. A training that diverges
+same windows of 1024 tokens. With --suite, a row is also measured on tasks that it was not trained
+for (`supra eval suite`). An interrupted row continues where it stopped. A training that diverges
 gives a row, too.
 """
 
@@ -29,6 +30,10 @@ from supra.data.text import open_documents
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate import state_bytes
 from supra.evaluate.ablate.floors import find_mixers, measure_floors
+from supra.evaluate.suite.data import check_folder
+from supra.evaluate.suite.measure import PERPLEXITY
+from supra.evaluate.suite.parts import OWN, Settings, prepare_parts
+from supra.evaluate.suite.suite import evaluate_suite
 from supra.evaluate.text_perplexity import evaluate_text, position_edges
 from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
@@ -37,6 +42,16 @@ from supra.uptrain.run_folder import RunFolder
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "results.md"
 CONTEXT, HELD_OUT_TOKENS, FLOORS_TOKENS = 1024, 65_536, 16_384
+SUITE = Settings(shots=(0, 4, 16, 48), sequence_length=CONTEXT)
+SUITE_PARTS = OWN
+KEPT = {  # columns of the table of abilities, and the suite's names of what they show
+    "LAMBADA": "lambada acc",
+    "PIQA": "piqa acc",
+    "BLiMP": "blimp acc",
+    "in context, 16 shots": "in_context 16 shots",
+    "WikiText": "wikitext perplexity",
+    "WikiText after 512 tokens": "wikitext perplexity after 512 tokens",
+}
 # for budgets of about a million tokens: many small steps
 SMALL = {
     "data.sequence_length": CONTEXT,
@@ -144,6 +159,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000, help="to train on; default 300_000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"), help="for checkpoints")
+    parser.add_argument("--suite", help="folder of evaluation sets: measure abilities, too")
     parser.add_argument("--table", action="store_true", help="write the page from the results")
     arguments = parser.parse_args()
     if arguments.table:
@@ -153,6 +169,8 @@ def main() -> None:
     for name in ("teacher", "train", "held_out"):
         if getattr(arguments, name) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing: a row needs it")
+    if arguments.suite:  # fail now, not after the training
+        prepare_parts(SUITE_PARTS, check_folder(arguments.suite), SUITE)
     result = make(ROWS[arguments.row], arguments)
     RESULTS.mkdir(exist_ok=True)
     name = f"{arguments.row}-{arguments.tokens}-{arguments.seed}.json"
@@ -185,7 +203,8 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{arguments.row} was interrupted: the same command continues")
     except Diverged as error:
         return result | {"failed": str(error)}
-    return result | log_of(out) | measured(arguments, run.final)
+    result |= log_of(out) | measured(arguments, run.final)
+    return result | {"suite": abilities(arguments, run.final)} if arguments.suite else result
 
 
 def convert_teacher(row: Row, arguments: argparse.Namespace, student: Path) -> None:
@@ -300,6 +319,30 @@ def perplexity_of(model: str, text: str) -> dict[str, Any]:
     return result.as_dict()
 
 
+def abilities(arguments: argparse.Namespace, final: Path) -> dict[str, dict[str, Any]]:
+    """The measures of the suite, for the result and the teacher, and what is kept of each."""
+    result = evaluate_suite(
+        find_checkpoint(str(final)),
+        arguments.suite,
+        teacher=find_checkpoint(arguments.teacher),
+        tasks=SUITE_PARTS,
+        settings=SUITE,
+        dtype=torch.bfloat16,
+        out=arguments.runs / "suite",
+        progress=True,
+    )
+    return {
+        title: {
+            "kind": measure["kind"],
+            "model": measure["model"]["value"],
+            "teacher": measure["teacher"]["value"],
+            "kept": measure["kept"],
+            "kept_standard_error": measure["kept_standard_error"],
+        }
+        for title, measure in result.as_dict()["measures"].items()
+    }
+
+
 def floors_of(final: Path, text: str) -> list[dict[str, Any]]:
     """Perplexity with only one branch of the mixers; [] for mixers with a single branch."""
     checkpoint = find_checkpoint(str(final))
@@ -322,9 +365,14 @@ def write_table() -> None:
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
         *(line(row, tuned.get((row["tokens"], row["seed"]))) for row in rows),
     ]
-    table = "\n".join(lines)
-    replace_between(PAGE, "grid", table)
-    print(table)
+    kept = [
+        f"| row | tokens | {' | '.join(KEPT)} | seed |",
+        f"| --- | ---: | {' | '.join(['---:'] * len(KEPT))} | ---: |",
+        *(kept_line(row) for row in rows if "suite" in row),
+    ]
+    for name, table in (("grid", lines), ("abilities", kept)):
+        replace_between(PAGE, name, "\n".join(table))
+        print("\n".join(table) + "\n")
 
 
 def line(row: dict[str, Any], tuned: dict[str, Any] | None = None) -> str:
@@ -343,6 +391,21 @@ def line(row: dict[str, Any], tuned: dict[str, Any] | None = None) -> str:
             f"{row['training_seconds'] / 60:.0f}",
         ]
     return f"| {' | '.join([*cells, row['machine'], str(row['seed'])])} |"
+
+
+def kept_line(row: dict[str, Any]) -> str:
+    """A line of the table of abilities: the share of an accuracy that is kept, and perplexities
+    relative to the teacher's."""
+    cells = [row["row"], f"{row['tokens']:,}"]
+    for title in KEPT.values():
+        measure = row["suite"].get(title, {"kept": None})
+        if measure["kept"] is None:
+            cells.append("—")
+        elif measure["kind"] == PERPLEXITY:
+            cells.append(f"{1 / measure['kept']:.2f}")
+        else:
+            cells.append(f"{measure['kept']:.0%}")
+    return f"| {' | '.join([*cells, str(row['seed'])])} |"
 
 
 if __name__ == "__main__":

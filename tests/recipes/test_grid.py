@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from supra import testing
+from supra.evaluate.suite.parts import Settings
 from supra.mixers import resolve_mixer
 from supra.uptrain import load_config
+from tests.evaluate.suite_sets import write_sets
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -23,9 +25,16 @@ def grid(tmp_path, monkeypatch):
     spec.loader.exec_module(grid)
     monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(grid, "PAGE", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text("above\n<!-- grid -->\nold\n<!-- end of grid -->\nbelow\n")
+    (tmp_path / "page.md").write_text(
+        "above\n<!-- grid -->\nold\n<!-- end of grid -->\n"
+        "<!-- abilities -->\nold\n<!-- end of abilities -->\nbelow\n"
+    )
     monkeypatch.setattr(grid, "SMALL", grid.SMALL | {"data.sequence_length": 32, "eval.tokens": 64})
     monkeypatch.setattr(grid, "CONTEXT", 64)
+    monkeypatch.setattr(grid, "SUITE", Settings(shots=(0, 2), limit=4, sequence_length=64))
+    monkeypatch.setattr(grid, "SUITE_PARTS", ("wikitext", "in_context"))
+    kept = {"16 shots": "in_context 2 shots", "WikiText": "wikitext perplexity", "none": "none"}
+    monkeypatch.setattr(grid, "KEPT", kept)
     return grid
 
 
@@ -82,12 +91,17 @@ def test_a_row_is_made_and_shown(run, tmp_path, capsys):
     assert row["training_seconds"] >= 0
     floors = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["floors"]
     assert [x["name"] for x in floors] == ["intact", "linear only", "window only", "no mixing"]
+    run("window", *words, "--suite", write_sets(tmp_path / "sets"))  # trained already
+    suite = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["suite"]
+    wikitext = suite["wikitext perplexity"]
+    assert wikitext["kept"] == pytest.approx(wikitext["teacher"] / wikitext["model"])
     run("--table")
     table = (tmp_path / "page.md").read_text()
     assert table.startswith("above\n")
     assert table.endswith("below\n")
     assert "old" not in table
     assert f"| gated | supra | gated | 0 | 512 | {row['ratio']:.3f} |" in table
+    assert f"| window | 512 | — | {1 / wikitext['kept']:.2f} | — | 0 |" in table
 
 
 def test_a_row_without_its_text_is_refused(run, capsys):
@@ -95,3 +109,11 @@ def test_a_row_without_its_text_is_refused(run, capsys):
         run("gated", "--teacher", "t", "--train", "x")
     assert exit_.value.code == 2
     assert "--held-out is missing" in capsys.readouterr().err
+
+
+def test_a_missing_evaluation_set_is_named_before_training(run, tmp_path, capsys):
+    words = ["--teacher", "t", "--train", "x", "--held-out", "y", "--suite", tmp_path]
+    with pytest.raises(SystemExit) as exit_:
+        run("gated", *words)
+    assert exit_.value.code == 2
+    assert "has no file for wikitext" in capsys.readouterr().err
