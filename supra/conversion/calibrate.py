@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from supra.errors import UserError
-from supra.mixers import MixerInputs
+from supra.mixers import Mixer, MixerInputs
+from supra.mixers.read_out import SiLUGate
 from supra.mixers.ridge import ridge_regression
 from supra.model.original import original
 
@@ -56,6 +57,17 @@ def calibrate(
             f"calibrate.projections: {model.config.base_model_type} has no linear output "
             "projection to fit: set calibrate.projections to false"
         )
+
+
+def check_calibrated(model: PreTrainedModel) -> None:
+    """Raise UserError for a mixer that gives 0, as some do until they are calibrated."""
+    for mixer in (module for module in model.modules() if isinstance(module, Mixer)):
+        gate = mixer.output_gate
+        if isinstance(gate, SiLUGate) and gate.closed:
+            raise UserError(
+                f"calibrate.tokens (=0): the mixer {mixer.name} gives 0 until it is "
+                "calibrated; set them, such as calibrate.tokens=4096"
+            )
 
 
 @contextmanager

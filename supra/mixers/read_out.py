@@ -70,6 +70,11 @@ class SiLUGate(OutputGate):
         if self.bias is not None:
             self.bias.data.fill_(SILU_ONE)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is 0 for all hidden states."""
+        return self.bias is None and not self.weight.any()
+
     def open(self, direction: Tensor) -> None:
         """Start at 1 without a bias: from a direction w [D] with w·x ≈ 1 for all tokens."""
         self.weight.data.copy_(SILU_ONE * direction)

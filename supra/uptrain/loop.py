@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from supra.checkpoint.card import update_card
 from supra.checkpoint.files import staged_folder
-from supra.conversion.calibrate import calibrate
+from supra.conversion.calibrate import calibrate, check_calibrated
 from supra.data.packing import Block, collate
 from supra.errors import Diverged
 from supra.losses.chunked import ScoredModel, language_model
@@ -279,6 +279,7 @@ class Run:
         if self.teacher is not None and self.config.distill.cache is None:
             self.held_out.report(self.step, "start", {"teacher": self.teacher.model})
         if not settings.tokens:
+            check_calibrated(student)
             return
         self.held_out.report(self.step, "start", {"converted": student})
         batch = self.data.calibration_batch(settings.tokens)

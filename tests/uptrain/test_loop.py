@@ -28,7 +28,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uptrain")
     testing.tiny_checkpoint(folder / "teacher")
     testing.tiny_checkpoint(folder / "student", seed=1, dtype="bfloat16")
-    convert(str(folder / "teacher"), folder / "hybrid", keep_attention=[0])
+    convert(str(folder / "teacher"), folder / "hybrid", mixer="supra", keep_attention=[0])
     words = [
         "the",
         "river",
@@ -235,6 +235,18 @@ def test_calibration_happens_once(files, tmp_path, monkeypatch):
     )
     assert list(teacher) == list(converted) == [0] and list(calibrated) == [0, 12]
     assert teacher[0] != converted[0] != calibrated[0]
+
+
+def test_a_mixer_that_must_be_calibrated_first(files, tmp_path):
+    """Its gate is closed until then. A student whose gate is open goes on without."""
+    options = {"mixer": "mamba2", "options": {"form": "granite"}}
+    convert(str(files / "teacher"), tmp_path / "student", **options)
+    changes = {"student": str(tmp_path / "student"), "budget": {"tokens": 256}}
+    with pytest.raises(UserError, match="the mixer mamba2 gives 0 until it is calibrated"):
+        loop.train(config(files, tmp_path / "run", **changes))
+    loop.train(config(files, tmp_path / "run", calibrate={"tokens": 64}, **changes))
+    changes["student"] = str(tmp_path / "run" / "final")
+    assert loop.train(config(files, tmp_path / "again", **changes))
 
 
 def test_home(files, tmp_path, monkeypatch):
