@@ -118,18 +118,18 @@ def test_tied_weights_that_differ(base, tmp_path):
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
     save_file(tensors | head, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="set tie_word_embeddings to false in its config"):
-        convert(tmp_path / "base", tmp_path / "rnn")
+        convert(tmp_path / "base", tmp_path / "rnn", mixer="supra")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(
         json.dumps(config | {"tie_word_embeddings": False})
     )
-    convert(tmp_path / "base", tmp_path / "rnn")
+    convert(tmp_path / "base", tmp_path / "rnn", mixer="supra")
 
 
 def test_a_file_is_not_to_be_emptied(base, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="is a file: name a folder"):
-        convert(base, tmp_path / "out")
+        convert(base, tmp_path / "out", mixer="supra")
 
 
 def test_weights_that_lack_a_tensor(base, tmp_path):
@@ -139,7 +139,7 @@ def test_weights_that_lack_a_tensor(base, tmp_path):
     config = json.loads(file.read_text()) | {"num_hidden_layers": 3}
     file.write_text(json.dumps(config | {"layer_types": None}))
     with pytest.raises(UserError, match="or weights and config do not belong together"):
-        convert(tmp_path / "base", tmp_path / "rnn")
+        convert(tmp_path / "base", tmp_path / "rnn", mixer="supra")
 
 
 def test_pickled_weights_can_be_saved_as_safetensors(base, tmp_path):
@@ -147,6 +147,6 @@ def test_pickled_weights_can_be_saved_as_safetensors(base, tmp_path):
     model.config.save_pretrained(tmp_path / "pickled")
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(UserError, match="save the model with save_pretrained first"):
-        convert(tmp_path / "pickled", tmp_path / "rnn")
+        convert(tmp_path / "pickled", tmp_path / "rnn", mixer="supra")
     AutoModelForCausalLM.from_pretrained(tmp_path / "pickled").save_pretrained(tmp_path / "saved")
-    convert(tmp_path / "saved", tmp_path / "rnn")
+    convert(tmp_path / "saved", tmp_path / "rnn", mixer="supra")

@@ -47,7 +47,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(base):
     folder = base.parent / "rnn"
-    convert(str(base), folder, keep_attention=[1], seed=3)
+    convert(str(base), folder, mixer="supra", keep_attention=[1], seed=3)
     return folder
 
 
@@ -78,7 +78,7 @@ def test_a_teacher_from_the_hub_is_linked(base, tmp_path, monkeypatch):
     from_hub = Checkpoint("valley/river-1b", base, hub_id="valley/river-1b", revision="v2")
     monkeypatch.setattr(supra.conversion.convert, "find_checkpoint", lambda *_: from_hub)
     monkeypatch.setattr(Checkpoint, "fetch_weights", lambda _: None)
-    convert("valley/river-1b", tmp_path / "rnn", revision="v2")
+    convert("valley/river-1b", tmp_path / "rnn", mixer="supra", revision="v2")
     card = ModelCard.load(tmp_path / "rnn" / CARD)
     assert card.data.base_model == "valley/river-1b"
     assert "[valley/river-1b](https://huggingface.co/valley/river-1b)" in card.text
@@ -108,7 +108,7 @@ def test_the_code_that_loads_it_runs(converted, monkeypatch, capsys):
 
 
 def test_the_state_is_what_the_cache_holds(base, tmp_path):
-    convert(str(base), tmp_path)
+    convert(str(base), tmp_path, mixer="supra")
     text = ModelCard.load(tmp_path / CARD).text
     carried = int(
         re.search(r"state of a sequence has ([\d,]+) bytes, however", text)[1].replace(",", "")
@@ -138,14 +138,14 @@ def test_licence_out_of_its_text(base, tmp_path, text, expected):
         if file.name != CARD:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "LICENSE.txt").write_text(text)
-    convert(str(tmp_path), tmp_path / "rnn")
+    convert(str(tmp_path), tmp_path / "rnn", mixer="supra")
     data = ModelCard.load(tmp_path / "rnn" / CARD).data.to_dict()
     assert {name: data[name] for name in data if name.startswith("license")} == expected
     assert (tmp_path / "rnn" / "LICENSE.txt").read_text() == text
 
 
 def test_uptraining_is_told_once(base, tmp_path):
-    convert(str(base), tmp_path)
+    convert(str(base), tmp_path, mixer="supra")
     before = ModelCard.load(tmp_path / CARD).text
     for tokens, perplexity in [(7, 9.0), (80_896, 48.0412)]:
         results = {"teacher": {"perplexity": 15.8}, "this model": {"perplexity": perplexity}}
@@ -280,7 +280,7 @@ def test_no_card_stops_a_model(base, tmp_path, capsys, name):
 def test_a_model_is_made_whatever_its_card(base, tmp_path):
     (tmp_path / "base").mkdir()
     teacher = teacher_with(base, tmp_path / "base", front("license: [a"))
-    convert(teacher, tmp_path / "rnn")
+    convert(teacher, tmp_path / "rnn", mixer="supra")
     assert "# base as a recurrent network" in (tmp_path / "rnn" / CARD).read_text()
     (tmp_path / "rnn" / CARD).write_bytes(b"\xff\xfe")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")

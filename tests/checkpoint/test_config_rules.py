@@ -52,7 +52,7 @@ PLANS = [
 def folders(tmp_path_factory):
     where = tmp_path_factory.mktemp("configs")
     tiny_checkpoint(where / "base")
-    convert(str(where / "base"), where / "rnn")
+    convert(str(where / "base"), where / "rnn", mixer="supra")
     return where
 
 
@@ -78,7 +78,7 @@ def test_a_source_of_no_sense(damaged, changes, says):
     with pytest.raises(UserError, match=says):
         find_checkpoint(str(folder)).model()
     with pytest.raises(UserError, match=says):
-        convert(folder, folder / "out")
+        convert(folder, folder / "out", mixer="supra")
     assert not (folder / "out").exists()
 
 

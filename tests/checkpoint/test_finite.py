@@ -20,7 +20,7 @@ def home(tmp_path_factory):
     """A teacher and its conversion, intact, and with weights that are NaN or overflow."""
     home = tmp_path_factory.mktemp("finite")
     tiny_checkpoint(home / "base")
-    convert(home / "base", home / "rnn")
+    convert(home / "base", home / "rnn", mixer="supra")
     (home / "text.txt").write_text("The river rises in the hills. " * 400)
     for folder in ("base", "rnn"):
         damage(home, folder, "nan", lambda x: x[NAME][3, :5].fill_(math.nan))

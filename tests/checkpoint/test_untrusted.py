@@ -104,7 +104,7 @@ def test_no_code_of_the_source_comes_along(folder, tmp_path, ran, monkeypatch, c
     plant(folder)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
-    convert(folder, tmp_path / "rnn")
+    convert(folder, tmp_path / "rnn", mixer="supra")
     assert ran() == []
     printed = capsys.readouterr().out
     assert "tokenizer_config.json named code to run: the copy does not name it" in printed
@@ -121,7 +121,7 @@ def test_no_code_of_the_source_comes_along(folder, tmp_path, ran, monkeypatch, c
 
 def test_no_code_of_the_student_is_exported(base, tmp_path, ran, monkeypatch):
     """Also if someone else changed the converted model."""
-    convert(base, tmp_path / "rnn")
+    convert(base, tmp_path / "rnn", mixer="supra")
     plant(tmp_path / "rnn")
     settings = {"student": str(tmp_path / "rnn"), "data": {"path": "x"}, "out": "y"}
     config = tree.build(settings | {"budget": {"tokens": 1}, "tune": {}})
@@ -290,7 +290,7 @@ def test_nothing_outside_the_folder_is_read(folder, tmp_path, change):
     outside.write_text(json.dumps({"model_type": "llama", "text": SECRET}))
     message = change(folder, outside)
     checkpoint = find_checkpoint(str(folder))
-    for use in (lambda: convert(folder, tmp_path / "rnn"), checkpoint.model):
+    for use in (lambda: convert(folder, tmp_path / "rnn", mixer="supra"), checkpoint.model):
         with pytest.raises(UserError) as error:
             use()
         assert message in str(error.value) and SECRET not in str(error.value)
@@ -302,7 +302,7 @@ def test_what_goes_along_is_left_out_where_it_lies_elsewhere(folder, tmp_path, c
     """A bad licence or card does not stop a conversion, and cannot bring in another file."""
     (tmp_path / "outside").write_text(SECRET)
     (folder / name).symlink_to("../outside")
-    convert(folder, tmp_path / "rnn")
+    convert(folder, tmp_path / "rnn", mixer="supra")
     AutoModelForCausalLM.from_pretrained(tmp_path / "rnn").save_pretrained(tmp_path / "saved")
     for file in (tmp_path / "rnn", tmp_path / "saved"):
         assert not any(SECRET.encode() in x.read_bytes() for x in file.iterdir())
@@ -321,7 +321,7 @@ def test_a_licence_that_may_not_be_read_is_left_out(folder, tmp_path, capsys, mo
 
     monkeypatch.setattr("builtins.open", open_others)
     monkeypatch.setattr("io.open", open_others)
-    convert(folder, tmp_path / "rnn")
+    convert(folder, tmp_path / "rnn", mixer="supra")
     assert (tmp_path / "rnn" / "config.json").is_file()
     assert not (tmp_path / "rnn" / name).exists()
     assert f"{name} of model may not be read: not copied" in capsys.readouterr().out
@@ -355,7 +355,7 @@ def test_links_that_stay_inside_work(base, tmp_path, way):
         model = linked_folder(base, tmp_path)
     else:
         model = hub_cache(base, tmp_path, shared=way == "shared cache")
-    convert(model, tmp_path / "rnn")
+    convert(model, tmp_path / "rnn", mixer="supra")
     assert (tmp_path / "rnn" / "tokenizer.json").read_bytes() == (
         base / "tokenizer.json"
     ).read_bytes()

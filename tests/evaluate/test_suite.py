@@ -31,7 +31,7 @@ SETTINGS = Settings(shots=(0, 2, 5), sequence_length=100)
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
     testing.tiny_checkpoint(folder / "teacher")
-    convert(str(folder / "teacher"), folder / "rnn")
+    convert(str(folder / "teacher"), folder / "rnn", mixer="supra")
     write_sets(folder / "data")
     return folder
 

@@ -37,8 +37,8 @@ from supra.testing import MAIN_FAMILIES, tiny_checkpoint, tiny_config
 
 # pure, hybrid with attention kept in the middle, and the paper's form
 PLANS = {
-    "pure": {},
-    "hybrid": {"keep_attention": [1]},
+    "pure": {"mixer": "supra"},
+    "hybrid": {"mixer": "supra", "keep_attention": [1]},
     "paper": {"mixer": "supra_paper"},
 }
 
@@ -258,7 +258,7 @@ def windowed(family):
 def llama(tmp_path_factory):
     where = tmp_path_factory.mktemp("llama")
     tiny_checkpoint(where / "base", num_hidden_layers=3)
-    convert(str(where / "base"), where / "rnn", keep_attention=[2])
+    convert(str(where / "base"), where / "rnn", mixer="supra", keep_attention=[2])
     return where / "rnn"
 
 
@@ -275,7 +275,7 @@ def test_an_empty_cache_of_another_kind_is_adopted(llama, tokens):
 def test_a_compiled_step_has_no_graph_breaks(tmp_path, tokens, options):
     """Two graphs in all: one for the first length, one for any."""
     tiny_checkpoint(tmp_path / "base")
-    convert(tmp_path / "base", tmp_path / "rnn", **options)
+    convert(tmp_path / "base", tmp_path / "rnn", mixer="supra", **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn").eval()
     mask = padded(9)
     expected = model(tokens, attention_mask=mask).logits
@@ -424,7 +424,7 @@ def test_a_new_model_has_every_mixers_starting_values(mixer):
 def test_the_familys_own_classes_refuse_it(family, tmp_path):
     """They would ignore the mixers and only warn."""
     tiny_checkpoint(tmp_path / "base", family)
-    convert(tmp_path / "base", tmp_path / "rnn")
+    convert(tmp_path / "base", tmp_path / "rnn", mixer="supra")
     for auto, names in (
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         (AutoModel, MODEL_MAPPING_NAMES),

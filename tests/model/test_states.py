@@ -25,7 +25,7 @@ def folder(request, tmp_path_factory):
     family, options = CASES[request.param]
     where = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
     tiny_checkpoint(where / "base", family, num_hidden_layers=3)
-    convert(where / "base", where / "rnn", **options)
+    convert(where / "base", where / "rnn", mixer="supra", **options)
     return where
 
 

@@ -16,8 +16,8 @@ def folders(tmp_path_factory):
     where = tmp_path_factory.mktemp("harness")
     tiny_checkpoint(where / "teacher", num_hidden_layers=3)
     convert(str(where / "teacher"), where / "softmax", mixer="softmax")
-    convert(str(where / "teacher"), where / "supra")
-    convert(str(where / "teacher"), where / "hybrid", keep_attention=[1])
+    convert(str(where / "teacher"), where / "supra", mixer="supra")
+    convert(str(where / "teacher"), where / "hybrid", mixer="supra", keep_attention=[1])
     return where
 
 

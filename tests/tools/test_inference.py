@@ -41,8 +41,8 @@ def folders(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(where / "teacher")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(where / "teacher")
-    convert(str(where / "teacher"), where / "supra")
-    convert(str(where / "teacher"), where / "hybrid", keep_attention=[1])
+    convert(str(where / "teacher"), where / "supra", mixer="supra")
+    convert(str(where / "teacher"), where / "hybrid", mixer="supra", keep_attention=[1])
     return where
 
 
@@ -127,7 +127,7 @@ TOKENS = torch.arange(1, 61).reshape(2, 30)
 def any_family(request, tmp_path_factory):
     where = tmp_path_factory.mktemp(request.param)
     tiny_checkpoint(where / "base", request.param, num_hidden_layers=3)
-    convert(str(where / "base"), where / "rnn", keep_attention=[1])
+    convert(str(where / "base"), where / "rnn", mixer="supra", keep_attention=[1])
     return where / "rnn"
 
 

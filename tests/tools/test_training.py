@@ -38,7 +38,7 @@ KEPT = {"llama": [], "gpt2": [1], "gpt_neox": []}
 def folder(request, tmp_path_factory):
     where = tmp_path_factory.mktemp(request.param)
     testing.tiny_checkpoint(where / "base", request.param)
-    convert(str(where / "base"), where / "rnn", keep_attention=KEPT[request.param])
+    convert(str(where / "base"), where / "rnn", mixer="supra", keep_attention=KEPT[request.param])
     return where / "rnn"
 
 
@@ -46,7 +46,7 @@ def folder(request, tmp_path_factory):
 def llama(tmp_path_factory):
     where = tmp_path_factory.mktemp("llama")
     testing.tiny_checkpoint(where / "base")
-    convert(str(where / "base"), where / "rnn", keep_attention=[1])
+    convert(str(where / "base"), where / "rnn", mixer="supra", keep_attention=[1])
     return where / "rnn"
 
 

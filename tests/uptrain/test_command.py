@@ -99,7 +99,7 @@ def test_two_processes_are_one_big_batch(files, tmp_path):
 def test_two_processes_align_as_one(files, tmp_path):
     """Layers learn from all rows of all processes, whose weights stay the same; then a wrapped
     stage trains what the layers did not."""
-    convert(f"{files}/student", tmp_path / "student")
+    convert(f"{files}/student", tmp_path / "student", mixer="supra")
     result = run(
         *settings(files, tmp_path / "run"),
         f"student={tmp_path}/student",
@@ -132,7 +132,7 @@ def test_two_processes_align_as_one(files, tmp_path):
 
 def test_two_processes_extend_as_one(files, tmp_path):
     """Rows in segments, of each process's own documents; carried states are each one's own, too."""
-    convert(f"{files}/student", tmp_path / "student")
+    convert(f"{files}/student", tmp_path / "student", mixer="supra")
     result = run(
         *settings(files, tmp_path / "run"),
         f"student={tmp_path}/student",

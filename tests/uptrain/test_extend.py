@@ -48,7 +48,7 @@ def student(name, teacher, dtype=torch.float64):
     else:
         folder = teacher / "hybrid"
         if not folder.exists():
-            convert(str(teacher), folder, keep_attention=[0])
+            convert(str(teacher), folder, mixer="supra", keep_attention=[0])
         model = AutoModelForCausalLM.from_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():

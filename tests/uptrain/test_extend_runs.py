@@ -205,8 +205,8 @@ def files(tmp_path_factory):
     """Converted students, a teacher that is not converted, and text with some long documents."""
     folder = tmp_path_factory.mktemp("extend")
     testing.tiny_checkpoint(folder / "teacher")
-    convert(str(folder / "teacher"), folder / "student")
-    convert(str(folder / "teacher"), folder / "hybrid", keep_attention=[1])
+    convert(str(folder / "teacher"), folder / "student", mixer="supra")
+    convert(str(folder / "teacher"), folder / "hybrid", mixer="supra", keep_attention=[1])
     with open(folder / "text.jsonl", "w") as file:
         for number in range(40):
             text = f"The river rises {number} times. " * (2 + number % 2 * 9)

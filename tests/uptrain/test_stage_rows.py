@@ -25,7 +25,7 @@ SHAPES = {"align": (1, 4, 16), "tune": (2, 2, 24), "extend": (1, 1, 48)}  # pass
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     testing.tiny_checkpoint(folder / "teacher")
-    convert(str(folder / "teacher"), folder / "student")
+    convert(str(folder / "teacher"), folder / "student", mixer="supra")
     write_texts(folder / "text.jsonl", 40)
     return folder
 

@@ -29,7 +29,7 @@ def files(tmp_path_factory):
     """A teacher, a hybrid of it, and text."""
     folder = tmp_path_factory.mktemp("stages")
     testing.tiny_checkpoint(folder / "teacher", num_hidden_layers=3, tie_word_embeddings=True)
-    convert(str(folder / "teacher"), folder / "student", keep_attention=[1])
+    convert(str(folder / "teacher"), folder / "student", mixer="supra", keep_attention=[1])
     write_texts(folder / "text.jsonl", 40)
     return folder
 
