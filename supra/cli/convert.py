@@ -26,7 +26,7 @@ def convert(
         string(
             "--mixer",
             "Mixer in place of attention, e.g. gated or mamba2; a wrong name lists all. Default: "
-            "supra, or what --export-ready takes.",
+            "gated_deltanet, or what --export-ready takes.",
             "NAME",
         ),
     ] = None,
@@ -34,7 +34,7 @@ def convert(
         list[str] | None,
         string(
             "--mixer-option",
-            "Option of the mixer, e.g. feature_map=identity; repeatable.",
+            "Option of the mixer, e.g. conv_size=2; repeatable.",
             "NAME=VALUE",
         ),
     ] = None,

@@ -41,7 +41,7 @@ from supra.conversion.plan import (
 )
 from supra.conversion.tensors import converted_tensors, load_converted
 from supra.errors import UserError
-from supra.mixers import MixerInputs, resolve_mixer
+from supra.mixers import DEFAULT_MIXER, MixerInputs, resolve_mixer
 from supra.model.attention import attention_modules
 from supra.model.remote_code import write_shim
 
@@ -69,7 +69,7 @@ def convert(
         model: a causal language model: a hub id, a folder with safetensors, or a GGUF file.
         out: the new folder; it must be missing or empty.
         mixer: a name in MIXERS or PRESETS, for all layers except those in `keep_attention`. None is
-            "supra", or with `export_ready` the mixer that it takes.
+            DEFAULT_MIXER, or with `export_ready` the mixer that it takes.
         options: options of that mixer; the others keep their defaults.
         export_ready: a target of `supra export`. The model is then converted so that it can be
             exported there; one that cannot is refused at once.
@@ -93,7 +93,7 @@ def convert(
     """
     out = Path(out).expanduser()
     if export_ready is None:
-        mixer, options = resolve_mixer("supra" if mixer is None else mixer, options)
+        mixer, options = resolve_mixer(DEFAULT_MIXER if mixer is None else mixer, options)
     check_vacant(out)
     if not shard_bytes > 0:
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")

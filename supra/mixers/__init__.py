@@ -85,6 +85,10 @@ PRESETS: dict[str, Preset] = by_name(
     taken=MIXERS,
 )
 
+# What `supra convert` takes unless told otherwise: of the mixers with a state alone, the best after
+# 300,000 tokens (docs/results.md), and other engines run it.
+DEFAULT_MIXER = GatedDeltaNet.name
+
 # Part of the name of every parameter that conversion adds.
 NEW_PARAMETERS = ".mixer."
 
@@ -115,6 +119,7 @@ def build_mixer(name: str, shape: AttentionShape, options: dict[str, Any]) -> Mi
 
 
 __all__ = [
+    "DEFAULT_MIXER",
     "MIXERS",
     "NEW_PARAMETERS",
     "PRESETS",

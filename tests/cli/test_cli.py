@@ -16,8 +16,8 @@ def folders(tmp_path_factory):
     """A random teacher, its pure and its hybrid student, and a text."""
     where = tmp_path_factory.mktemp("cli")
     tiny_checkpoint(where / "base", num_hidden_layers=3)
-    convert(str(where / "base"), where / "rnn")
-    convert(str(where / "base"), where / "hybrid", keep_attention=[1])
+    convert(str(where / "base"), where / "rnn", mixer="supra")
+    convert(str(where / "base"), where / "hybrid", mixer="supra", keep_attention=[1])
     (where / "text.txt").write_text("the river runs to the sea and the bridge stands. " * 200)
     return where
 
@@ -57,15 +57,15 @@ def fails(capsys, *arguments):
         ),
         ("bench parallel --widths 1000000000000", "--widths (=1000000000000) must be at most"),
         (
-            "convert --model {base} --out no --mixer-option decay=2024-13-01",
+            "convert --model {base} --out no --mixer supra --mixer-option decay=2024-13-01",
             "month must be in 1..12",
         ),
         (
-            "convert --model {base} --out no --mixer-option decay=2024-01-01",
+            "convert --model {base} --out no --mixer supra --mixer-option decay=2024-01-01",
             "unknown decay datetime",
         ),
         (
-            "convert --model {base} --out no --mixer-option decay=[decay,{deep}]",
+            "convert --model {base} --out no --mixer supra --mixer-option decay=[decay,{deep}]",
             "unknown decay ['dec",
         ),
         ("convert --model {base} --out no --mixer-option expansion=1{zeros}", "Exceeds the limit"),
@@ -103,7 +103,8 @@ def test_values_that_are_too_much(folders, tmp_path, monkeypatch, capsys, argume
 
 def test_convert(folders, tmp_path, capsys):
     main(["convert", "--model", f"{folders / 'base'}", "--out", f"{tmp_path / 'rnn'}",
-          "--mixer-option", "feature_map=identity", "--keep-attention", "0,-1"])  # fmt: skip
+          "--mixer", "supra", "--mixer-option", "feature_map=identity",
+          "--keep-attention", "0,-1"])  # fmt: skip
     printed = capsys.readouterr().out
     assert "layer 0 softmax, layer 1 supra, layer 2 softmax" in printed
     assert "feature_map=identity" in printed
@@ -115,13 +116,14 @@ def test_convert(folders, tmp_path, capsys):
 @pytest.mark.parametrize("share", ["0.34", "34%"])
 def test_convert_keeps_a_share(folders, tmp_path, capsys, share):
     main(["convert", "--model", f"{folders / 'base'}", "--out", f"{tmp_path / 'rnn'}",
-          "--keep-attention", share])  # fmt: skip
+          "--mixer", "supra", "--keep-attention", share])  # fmt: skip
     assert "layer 0 supra, layer 1 softmax, layer 2 supra" in capsys.readouterr().out
 
 
 def test_convert_keeps_what_costs_most(folders, tmp_path, capsys):
     main(["convert", "--model", f"{folders / 'base'}", "--out", f"{tmp_path / 'rnn'}",
-          "--keep-attention", "auto:67%", "--text", f"{folders / 'text.txt'}"])  # fmt: skip
+          "--mixer", "supra", "--keep-attention", "auto:67%",
+          "--text", f"{folders / 'text.txt'}"])  # fmt: skip
     printed = capsys.readouterr()
     report = json.loads((tmp_path / "rnn" / "conversion.json").read_text())
     assert report["layers"].count("softmax") == 2
@@ -236,10 +238,11 @@ def test_unknown_mixer_option_dtype_and_layer(folders, tmp_path, capsys):
         )
 
     assert "did you mean 'supra'" in convert_fails("--mixer", "supar")
-    assert "did you mean 'feature_map'" in convert_fails("--mixer-option", "feature_mp=identity")
-    assert "must be NAME=VALUE" in convert_fails("--mixer-option", "identity")
-    assert "is not valid YAML" in convert_fails("--mixer-option", "decay=[1")
-    assert "must be true or false" in convert_fails("--mixer-option", "scale=maybe")
+    option = ("--mixer", "supra", "--mixer-option")
+    assert "did you mean 'feature_map'" in convert_fails(*option, "feature_mp=identity")
+    assert "must be NAME=VALUE" in convert_fails(*option, "identity")
+    assert "is not valid YAML" in convert_fails(*option, "decay=[1")
+    assert "must be true or false" in convert_fails(*option, "scale=maybe")
     assert "--shard-size (=-1.0) must be above 0" in convert_fails("--shard-size", "-1")
     assert "--seed (=-1) must be at least 0" in convert_fails("--seed", "-1")
     assert "did you mean 'bfloat16'" in convert_fails("--dtype", "bfloat")

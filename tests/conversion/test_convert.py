@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,9 +18,12 @@ import supra.checkpoint.files
 import supra.checkpoint.weights
 from supra.checkpoint.opening import find_checkpoint
 from supra.checkpoint.weights import INDEX, FolderReader, ShardWriter
+from supra.cli.app import app
 from supra.conversion.convert import convert
 from supra.conversion.inspection import inspect_model
 from supra.errors import UserError
+from supra.export.qwen3_5 import obstacles
+from supra.mixers import DEFAULT_MIXER
 from supra.mixers.supra import lightning_slopes
 from supra.model.original import original
 from supra.states import save_state
@@ -41,7 +45,7 @@ def tensors_of(folder):
 def test_every_tensor_is_accounted_for(family, tmp_path):
     """The report, the files and the model agree, and inherited tensors keep their values."""
     teacher = tiny_checkpoint(tmp_path / "base", family)
-    report = convert(str(tmp_path / "base"), tmp_path / "rnn")
+    report = convert(str(tmp_path / "base"), tmp_path / "rnn", mixer="supra")
     fates = {tensor.name: tensor for tensor in report.tensors}
     stored = tensors_of(tmp_path / "rnn")
     assert {n for n, x in fates.items() if x.fate != "dropped"} == set(stored)
@@ -59,7 +63,7 @@ def test_old_names_are_renamed(tmp_path):
     assert "embed_out.weight" in tensors
     buffer = "gpt_neox.layers.0.attention.masked_bias"
     save_file(tensors | {buffer: torch.zeros(1)}, tmp_path / "base" / "model.safetensors")
-    report = convert(str(tmp_path / "base"), tmp_path / "rnn")
+    report = convert(str(tmp_path / "base"), tmp_path / "rnn", mixer="supra")
     fates = {tensor.name: tensor for tensor in report.tensors}
     assert fates["lm_head.weight"].fate == "transformed"
     assert fates["lm_head.weight"].note == "renamed from embed_out.weight"
@@ -98,8 +102,8 @@ def test_fixed_decay_stays_fixed_after_loading(base, tmp_path):
 
 
 def test_shards_and_index(base, tmp_path):
-    convert(str(base), tmp_path / "one")
-    convert(str(base), tmp_path / "many", shard_bytes=20_000)
+    convert(str(base), tmp_path / "one", mixer="supra")
+    convert(str(base), tmp_path / "many", mixer="supra", shard_bytes=20_000)
     index = json.loads((tmp_path / "many" / INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3
@@ -113,7 +117,7 @@ def test_shards_and_index(base, tmp_path):
 
 
 def test_dtype_casts_what_is_inherited(base, tmp_path):
-    report = convert(str(base), tmp_path / "rnn", dtype=torch.bfloat16)
+    report = convert(str(base), tmp_path / "rnn", mixer="supra", dtype=torch.bfloat16)
     dtypes = {".mixer." in name: x.dtype for name, x in tensors_of(tmp_path / "rnn").items()}
     assert dtypes == {False: torch.bfloat16, True: torch.float32}
     assert {x.fate for x in report.tensors} == {"transformed", "new"}
@@ -121,9 +125,18 @@ def test_dtype_casts_what_is_inherited(base, tmp_path):
 
 
 def test_keep_attention(base, tmp_path):
-    report = convert(str(base), tmp_path / "rnn", keep_attention=[0, -1])
+    report = convert(str(base), tmp_path / "rnn", mixer="supra", keep_attention=[0, -1])
     assert report.layers == ["softmax", "supra", "softmax"]
     assert not any("layers.0" in n and ".mixer." in n for n in tensors_of(tmp_path / "rnn"))
+
+
+def test_the_default_mixer(base, tmp_path):
+    """It is the one that the help names, and other engines run it."""
+    report = convert(base, tmp_path / "rnn")
+    assert set(report.layers) == {DEFAULT_MIXER}
+    assert not obstacles(AutoConfig.from_pretrained(tmp_path / "rnn"))
+    help = typer.main.get_command(app).commands["convert"].params
+    assert any(f"Default: {DEFAULT_MIXER}, or" in (option.help or "") for option in help)
 
 
 @torch.no_grad()
@@ -180,7 +193,7 @@ def test_attention_positions_that_cannot_be_left_out(family, arguments, says, tm
 
 
 def test_a_share_keeps_attention_evenly(base, tmp_path):
-    report = convert(str(base), tmp_path / "rnn", keep_attention=0.3)
+    report = convert(str(base), tmp_path / "rnn", mixer="supra", keep_attention=0.3)
     assert report.layers == ["supra", "softmax", "supra"]
     assert "--keep-attention 1 " in report.command
     assert report.layer_costs == []
@@ -202,7 +215,13 @@ def test_auto_keeps_the_costliest(tmp_path, text):
         layer.self_attn.o_proj.weight.data *= scale
     teacher.save_pretrained(tmp_path / "base")
     few, many = (
-        convert(tmp_path / "base", tmp_path / name, keep_attention=f"auto:{share}", text=text)
+        convert(
+            tmp_path / "base",
+            tmp_path / name,
+            mixer="supra",
+            keep_attention=f"auto:{share}",
+            text=text,
+        )
         for name, share in (("few", 0.3), ("many", "67%"))
     )
     assert few.layers == ["supra", "supra", "softmax"]
@@ -222,10 +241,10 @@ def test_auto_keeps_the_costliest(tmp_path, text):
 
 def test_auto_only_chooses_layers(base, tmp_path, text):
     """Naming the chosen layers, as the report's command does, writes the same files."""
-    report = convert(base, tmp_path / "auto", keep_attention="auto:0.3", text=text)
+    report = convert(base, tmp_path / "auto", mixer="supra", keep_attention="auto:0.3", text=text)
     (kept,) = [layer for layer, name in enumerate(report.layers) if name == "softmax"]
     assert f"--keep-attention {kept} " in report.command
-    convert(base, tmp_path / "named", keep_attention=[kept])
+    convert(base, tmp_path / "named", mixer="supra", keep_attention=[kept])
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
 
@@ -248,7 +267,7 @@ def test_auto_needs_a_tokenizer_and_text(base, broken, tmp_path, text):
 @pytest.mark.parametrize("typed", ["{base}", "{base}/", "."])
 def test_the_report_names_no_folder_above_the_teacher(base, tmp_path, typed, monkeypatch):
     monkeypatch.chdir(base)
-    report = convert(typed.format(base=base), tmp_path / "rnn")
+    report = convert(typed.format(base=base), tmp_path / "rnn", mixer="supra")
     assert report.teacher == base.name
     assert f"--model {base.name} --out ./rnn" in report.command
     for file in (tmp_path / "rnn").iterdir():
@@ -350,7 +369,7 @@ def test_a_folder_with_a_single_file_and_an_index(base, broken, tmp_path):
     tensors = tensors_of(base)
     tensors["model.norm.weight"] += 1
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    convert(broken, tmp_path / "rnn")
+    convert(broken, tmp_path / "rnn", mixer="supra")
     loaded = find_checkpoint(str(broken)).model().state_dict()
     for name, found in tensors_of(tmp_path / "rnn").items():
         if name in tensors:
@@ -401,7 +420,7 @@ def test_words_beyond_the_models_vocabulary(base, tmp_path):
     words = fields["model"]["vocab"]
     fields["added_tokens"].append(fields["added_tokens"][0] | {"content": "<image>", "id": 5000})
     (folder / "tokenizer.json").write_text(json.dumps(fields))
-    convert(folder, tmp_path / "gemma")  # an added token may be another model's
+    convert(folder, tmp_path / "gemma", mixer="supra")  # an added token may be another model's
     words[max(words, key=words.get)] = 4999
     (folder / "tokenizer.json").write_text(json.dumps(fields))
     fails("words up to number 4999, and the model's vocab_size is 300", folder, tmp_path / "rnn")
@@ -431,7 +450,7 @@ def test_unsupported_family(family, tmp_path):
 
 
 def test_converted_already(base, tmp_path):
-    convert(str(base), tmp_path / "rnn")
+    convert(str(base), tmp_path / "rnn", mixer="supra")
     fails("already converted", tmp_path / "rnn", tmp_path / "again")
 
 
@@ -452,7 +471,7 @@ def test_occupied_output_folder(base, tmp_path):
 
 def test_an_empty_output_folder_is_used(base, tmp_path):
     (tmp_path / "rnn").mkdir()
-    convert(str(base), tmp_path / "rnn")
+    convert(str(base), tmp_path / "rnn", mixer="supra")
     assert (tmp_path / "rnn" / "config.json").is_file()
 
 
@@ -473,7 +492,7 @@ def test_the_disk_fills_up(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ShardWriter, "_flush", full)
     with pytest.raises(OSError, match="No space left"):
-        convert(str(base), tmp_path / "rnn", shard_bytes=20_000)
+        convert(str(base), tmp_path / "rnn", mixer="supra", shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -500,7 +519,7 @@ convert({str(base)!r}, {str(tmp_path / "rnn")!r}, shard_bytes=1)
     for folder in tmp_path.iterdir():
         assert folder.name != "rnn"
         assert not (folder / "config.json").exists()
-    convert(str(base), tmp_path / "rnn")
+    convert(str(base), tmp_path / "rnn", mixer="supra")
     assert [folder.name for folder in tmp_path.iterdir()] == ["rnn"]
 
 
@@ -557,7 +576,7 @@ def test_tokenizers_that_do_not_load(base, tmp_path, name, content):
 def test_files_follow_the_umask(base, tmp_path, umask):
     before = os.umask(umask)
     try:
-        convert(base, tmp_path / "rnn", shard_bytes=40_000)
+        convert(base, tmp_path / "rnn", mixer="supra", shard_bytes=40_000)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")
         model.save_pretrained(tmp_path / "saved")
         output = model(torch.arange(4)[None], use_cache=True)

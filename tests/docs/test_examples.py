@@ -107,7 +107,7 @@ def test_the_readme_runs_in_a_shell(material, tmp_path):
         )  # fmt: skip
         assert result.returncode == 0, f"{text}\n{result.stderr}"
         output += result.stdout
-    for printed in ("copied", "The state is", "perplexity", "layers 0-1 mamba2"):
+    for printed in ("copied", "The state is", "perplexity", "layers 0-1 gated_deltanet"):
         assert printed in output
     card = (tmp_path / "out" / "first" / "final" / "README.md").read_text()
     assert "Trained on 256 tokens" in card and "| uptrained |" in card
