@@ -19,6 +19,13 @@ UNSPLITTABLE = {
     "sp_size": "sequence parallelism splits sequences, and no state would pass between their parts",
 }
 INSTEAD = "use FSDP version 2 to shard the model, as recipes/launch/fsdp.yaml does"
+# the kinds of parallelism that tests cover; MULTI_CPU and MULTI_GPU are DDP
+SUPPORTED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+}
 
 
 def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
@@ -35,18 +42,55 @@ def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
         project_dir=folder,
         fsdp_plugin=fsdp_plugin(),
     )
+    check_kind(config, accelerator.distributed_type)
+    return accelerator
+
+
+def check_kind(config: UptrainConfig, kind: DistributedType) -> None:
+    """Raise UserError for a kind of parallelism that accelerate chose by the launcher's settings
+    and the machine, and that the run does not support."""
+    if kind not in SUPPORTED:
+        raise UserError(
+            f"distributed_type (={kind.value}) is not supported, because it was never tested: run "
+            "in one process, or on GPUs with recipes/launch/ddp.yaml or fsdp.yaml"
+        )
+    if _asked("ACCELERATE_USE_FSDP") and kind != DistributedType.FSDP:
+        raise UserError(
+            f"distributed_type (=FSDP) would be {kind.value} here and shard nothing: accelerate "
+            "has FSDP only for processes with GPUs; on CPUs use recipes/launch/ddp.yaml"
+        )
     names = [name for name in config.stages if name in LAYERWISE]
-    if names and accelerator.distributed_type == DistributedType.FSDP:
+    if names and kind == DistributedType.FSDP:
         raise UserError(
             f"{' and '.join(names)} cannot run under FSDP, where no process has a whole layer: "
             "first run them separately (in one process, or with recipes/launch/ddp.yaml), then "
             "this run with the result as student"
         )
-    return accelerator
 
 
 def check_launch(config: UptrainConfig) -> None:
-    """Raise UserError for a kind of parallelism that would train wrongly or crash."""
+    """Raise UserError for settings of the launcher that would train wrongly, crash, or have no
+    effect."""
+    _check_trainer()
+    if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        _check_mesh()
+    if _asked("ACCELERATE_USE_FSDP"):
+        _check_fsdp(config)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", config.precision):
+        raise UserError(
+            f"mixed_precision (={precision}) has no effect, because the run's own precision "
+            f"(={config.precision}) decides: set mixed_precision to no"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiler.upper() != "NO":
+        raise UserError(
+            f"dynamo_backend (={compiler}) is not supported, because it was never tested: set it "
+            "to no"
+        )
+
+
+def _check_trainer() -> None:
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "by default")
@@ -60,15 +104,31 @@ def check_launch(config: UptrainConfig) -> None:
             "distributed_type (=MEGATRON_LM) is not supported: Megatron-LM only trains its own "
             f"models; {INSTEAD}"
         )
-    if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        for name, reason in UNSPLITTABLE.items():
-            size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
-            if size != "1":
-                raise UserError(
-                    f"parallelism_config_{name} (={size}) must be 1: {reason}; {INSTEAD}"
-                )
-    if _asked("ACCELERATE_USE_FSDP"):
-        _check_fsdp(config)
+
+
+def _check_mesh() -> None:
+    for name, reason in UNSPLITTABLE.items():
+        if (size := _size(name)) != 1:
+            raise UserError(f"parallelism_config_{name} (={size}) must be 1: {reason}; {INSTEAD}")
+    copies, shards = _size("dp_replicate_size"), _size("dp_shard_size")
+    sizes = (
+        f"parallelism_config_dp_replicate_size (={copies}) and parallelism_config_dp_shard_size "
+        f"(={shards})"
+    )
+    if not _asked("ACCELERATE_USE_FSDP"):
+        if copies != 1 or shards != 1:
+            raise UserError(
+                f"{sizes} need FSDP: add the fsdp_config of recipes/launch/fsdp.yaml, or leave "
+                "parallelism_config out for a copy of the model on each process"
+            )
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if shards < 2 or copies * shards != processes:
+        raise UserError(
+            f"{sizes} must be copies of the model and parts of each copy: two parts or more, and "
+            f"copies x parts must be the number of processes (={processes}); or leave "
+            "parallelism_config out, and each process has a part of one copy"
+        )
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
@@ -94,6 +154,11 @@ def _check_fsdp(config: UptrainConfig) -> None:
             "fsdp_activation_checkpointing (=true) computes layers again, and in the stage extend "
             "their initial states would be lost: set it to false"
         )
+
+
+def _size(name: str) -> int:
+    """A size in accelerate's parallelism_config."""
+    return int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1"))
 
 
 def _asked(variable: str) -> bool:
