@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from supra.settings.model import Names, Settings
-from supra.uptrain.limits import PASS, SEED, STEP, TEXT, VOCABULARY, WIDTH
+from supra.uptrain.limits import COUNT, PASS, SEED, STEP, TEXT, VOCABULARY, WIDTH
 
 # how fast AdamW forgets: 0 at once, and at 1 it would never
 Forgetting = Annotated[float, Field(ge=0, lt=1)]
@@ -399,6 +399,13 @@ class UptrainConfig(Settings):
     )
     lora: LoraConfig | None = Field(
         None, description="Train low-rank adapters instead of the pretrained projections."
+    )
+    max_skipped_steps: int = Field(
+        0,
+        ge=0,
+        le=COUNT,
+        description="Steps in a row that may be skipped because their loss or gradient is not "
+        "finite; one more ends the run. 0: the first one ends it.",
     )
     trackers: Names = Field(
         (), description="Experiment trackers that Accelerate knows, such as tensorboard or wandb."

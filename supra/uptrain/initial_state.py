@@ -55,6 +55,12 @@ class InitialState:
                 layer.state = None
         self.kept[index : index + 1] = [cache]
 
+    def drop_carried(self) -> None:
+        """Let carried rows begin with empty states again, after a step whose states may not be
+        finite."""
+        if self.kind == "carried":
+            self.kept = []
+
     def fit(self, cache: Cache, mean: Callable[[Tensor], Tensor]) -> None:
         """Set the size of the noise to that of these states.
 

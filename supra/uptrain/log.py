@@ -37,7 +37,8 @@ class Log:
         """Log one optimizer step; `tokens` counts from the start of the run."""
         speed = (tokens - self.tokens) / (time.perf_counter() - self.started)
         self.bar.set_description(stage, refresh=False)
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if "loss" in values:  # a skipped step has none
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         self.bar.update(tokens - self.tokens)
         values = {"tokens": tokens, **values, "tokens_per_second": round(speed, 1)}
         self._write(step, {"stage": stage, **values})

@@ -91,7 +91,10 @@ class Run:
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
             resume(self.saved, checkpoint, self.stream, accept, self.log)
-        self.row: Block | None = None  # the first row of the last step
+        self.row: Block | None = None  # the first row of the last step that was not skipped
+        self.skipped = 0  # steps in a row, up to the last one
+        if checkpoint:
+            self.skipped = on_main(accelerator, lambda: folder.skipped_steps(checkpoint))
         self._begin(stage)
         if self.initial_state and self.step > stage.start:
             self.saved.read_rows(checkpoint, self.initial_state)
@@ -154,22 +157,39 @@ class Run:
         batches = [
             collate(islice(self.stream, stage.batch_size)) for _ in range(stage.accumulation)
         ]
-        self.row = {name: x[:1] for name, x in batches[0].items()}
         values = self.objective.add_gradients(batches)
-        loss, norm = values["loss"], values["grad_norm"]
-        if not math.isfinite(loss + norm):
-            raise self._diverged(
-                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; this step "
-                "changed no weights"
-            )
-        factor = optim.schedule_factor(self.step - stage.start, stage.steps, stage.config.schedule)
-        optim.set_rates(self.optimizer, factor)
-        self.optimizer.step()
+        if math.isfinite(values["loss"] + values["grad_norm"]):
+            number = self.step - stage.start
+            factor = optim.schedule_factor(number, stage.steps, stage.config.schedule)
+            optim.set_rates(self.optimizer, factor)
+            self.optimizer.step()
+            values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+            self.row = {name: x[:1] for name, x in batches[0].items()}
+            self.skipped = 0
+        else:
+            values = self._skip(values)
         self.optimizer.zero_grad()
         self.step += 1
-        values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         values |= self._source_tokens()
         self.log.step(self.step, stage.name, tokens_read(self.stages, self.step), values)
+
+    def _skip(self, values: dict[str, float]) -> dict[str, int]:
+        """Leave out a step whose loss or gradient is not finite; these numbers are the same in all
+        processes. Returns what is logged in their place. Raises Diverged after too many in a row.
+        """
+        most = self.config.max_skipped_steps
+        what = (
+            f"step {self.step + 1}: the loss is {values['loss']} and the gradient norm "
+            f"{values['grad_norm']}"
+        )
+        if self.skipped >= most:
+            before = f", after {self.skipped} skipped steps in a row" if self.skipped else ""
+            raise self._diverged(f"{what}{before}; this step changed no weights")
+        self.skipped += 1
+        if self.initial_state:
+            self.initial_state.drop_carried()
+        self.log.say(f"{what}: it is skipped, {self.skipped} of at most {most} in a row")
+        return {"skipped": self.skipped}
 
     def _source_tokens(self) -> dict[str, dict[str, int]]:
         """The tokens that all processes have read of each source so far; {} without sources."""
@@ -187,7 +207,9 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint. Raises Diverged if weights or predictions are not finite."""
         self._check_finite()
-        self.saved.write(self.step, self.stream, self.initial_state)
+        facts = {"skipped": self.skipped}
+        self.saved.write(self.step, self.stream, self.initial_state, facts)
+        self._clear_moments()
         if self.accelerator.is_main_process:
             self.folder.prune(self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
@@ -292,8 +314,7 @@ class Run:
         """Prepare optimizer and objective for a stage. Its first step starts with empty moments."""
         config, accelerator, self.stage = stage.config, self.accelerator, stage
         optim.begin_stage(self.optimizer, stage.name, config.optimizer)
-        if self.step == stage.start:
-            self.optimizer.state.clear()
+        self._clear_moments()
         alone = accelerator.distributed_type == DistributedType.NO or stage.name in LAYERWISE
         moved = {stage.name: config} if alone else wrapped_stages(self.config)
         optim.require_gradients(self.optimizer, moved)
@@ -305,6 +326,12 @@ class Run:
             self.layers = None  # free what only earlier stages need
             self.teacher = self.teacher if stage.name == "distill" else None
             self._begin_end_to_end(stage)
+
+    def _clear_moments(self) -> None:
+        """Before a stage has changed any weight, also after saving: FSDP's saving fills empty
+        moments and counts a step."""
+        if self.step - self.skipped <= self.stage.start:
+            self.optimizer.state.clear()
 
     def _begin_end_to_end(self, stage: Stage) -> None:
         config, accelerator = stage.config, self.accelerator

@@ -19,7 +19,7 @@ from supra.uptrain.manifest import damage
 from supra.uptrain.origin import ORIGIN
 
 # Settings that may change when a run continues, because they do not affect the weights.
-FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache")
+FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache", "max_skipped_steps")
 CHECKPOINT = re.compile(r"step-\d{8,}")
 
 
@@ -110,10 +110,14 @@ class RunFolder:
         return [f"another {name}" for name in changed]
 
     def origin_of(self, checkpoint: Path) -> dict[str, Any]:
-        """The step of a checkpoint and the fingerprints of what its run reads; {} for checkpoints
-        of earlier versions."""
+        """The step of a checkpoint, other numbers of that step, and the fingerprints of what its
+        run reads; {} for checkpoints of earlier versions."""
         file = checkpoint / ORIGIN
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def skipped_steps(self, checkpoint: Path) -> int:
+        """The number of skipped steps in a row with which a checkpoint ends."""
+        return self.origin_of(checkpoint).get("skipped", 0)
 
     def check_same(self, config: UptrainConfig) -> None:
         """Raise UserError for a config that differs from the run's own in settings that affect the
@@ -155,7 +159,7 @@ class RunFolder:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if step > 0 and _step(line) <= step]
         _write(self.log, "".join(f"{line}\n" for line in kept))
-        return len({_step(line) for line in kept if "loss" in json.loads(line)})
+        return len({_step(line) for line in kept if json.loads(line).keys() & {"loss", "skipped"}})
 
     def perplexities(self) -> dict[str, dict[str, float]]:
         """The last held-out perplexity of every model in the log, for the model card."""

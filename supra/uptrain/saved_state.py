@@ -33,9 +33,16 @@ class SavedState:
     changed: list[str]  # accepted differences from the last checkpoint
 
     def write(
-        self, step: int, stream: BlockStream | Mixture, initial_state: InitialState | None
+        self,
+        step: int,
+        stream: BlockStream | Mixture,
+        initial_state: InitialState | None,
+        facts: dict[str, float],
     ) -> None:
-        """Write a checkpoint, completely or not at all. Raises UserError for a full disk."""
+        """Write a checkpoint, completely or not at all. Raises UserError for a full disk.
+
+        `facts` are numbers of this step, which stand beside the fingerprints of the origin.
+        """
         main = self.accelerator.is_main_process
         target = self.folder.checkpoint(step)
         try:
@@ -48,8 +55,8 @@ class SavedState:
                     save_file(initial_state.state_dict(), self._rows_file(staging))
                 self.accelerator.wait_for_everyone()
                 if main:
-                    facts = json.dumps({"step": step, **self.origin}, indent=1)
-                    (staging / ORIGIN).write_text(facts, encoding="utf-8")
+                    origin = json.dumps({"step": step, **facts, **self.origin}, indent=1)
+                    (staging / ORIGIN).write_text(origin, encoding="utf-8")
                     write_manifest(staging)
         except OSError as error:
             raise UserError(

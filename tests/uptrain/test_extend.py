@@ -260,6 +260,15 @@ def test_what_is_kept_is_saved(teacher):
                 assert a.state is None or torch.equal(a.state.memory, b.state.memory)
 
 
+def test_states_of_a_skipped_step_are_not_carried(teacher):
+    trained = objective(student("hybrid", teacher, torch.float32), "carried")
+    trained.add_gradients([rows(), rows(1)])
+    trained.initial_state.drop_carried()
+    for index in (0, 1):
+        cache = trained.initial_state.begin(index, 2, 1)
+        assert cache.get_seq_length() == 0 and all(x.state is None for x in cache.layers)
+
+
 @pytest.mark.parametrize("family", testing.MAIN_FAMILIES)
 def test_families(family):
     model = testing.untrained_model(testing.tiny_config(family), "supra").train()

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from supra.mixers import MIXERS, resolve_mixer
 from supra.testing import tiny_checkpoint, tiny_tokenizer
 from supra.uptrain import load_config, train
 from supra.uptrain.accelerator import check_kind, fsdp_plugin
+from supra.uptrain.end_to_end import EndToEnd
 from tests import cpu_rank
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +159,37 @@ def test_a_launch_file_trains_as_one_process_does(files, one_process, tmp_path, 
     environment = launched(LAUNCH / name, f"--num_processes={ranks}", *HERE.get(name, ()))
     assert run_ranks(share(files, tmp_path / "run", ranks), environment, ranks) == [0] * ranks
     check_same(tmp_path / "run", one_process)
+
+
+def spoilt(losses):
+    """EndToEnd._losses, with a gradient of NaN in its first call."""
+    calls = count(1)
+
+    def first_is_nan(objective, *inputs):
+        found = losses(objective, *inputs)
+        return found._replace(total=found.total * torch.nan) if next(calls) == 1 else found
+
+    return first_is_nan
+
+
+def spoilt_rank(arguments, environment):
+    if environment["RANK"] == "1":
+        EndToEnd._losses = spoilt(EndToEnd._losses)
+    cpu_rank.run(arguments, environment)
+
+
+@pytest.mark.parametrize("name", [pytest.param("ddp.yaml", marks=pytest.mark.long), "fsdp.yaml"])
+def test_ranks_skip_a_step_together(files, tmp_path, monkeypatch, name):
+    """One rank's gradient is not finite in the first step. FSDP's saving then does not count it."""
+    own = ["max_skipped_steps=1", "checkpoint.every=1"]
+    environment = launched(LAUNCH / name, "--num_processes=2")
+    arguments = [*share(files, tmp_path / "run", 2), *own]
+    assert run_ranks(arguments, environment, target=spoilt_rank) == [0, 0]
+    assert [line.get("skipped") for line in logged(tmp_path / "run")] == [1, None, None]
+    monkeypatch.setattr(EndToEnd, "_losses", spoilt(EndToEnd._losses))
+    first, *others = [*share(files, tmp_path / "one", 1), *own]
+    assert train(load_config(first.removeprefix("--config="), others))
+    check_same(tmp_path / "run", tmp_path / "one")
 
 
 def test_ranks_share_the_documents_of_every_source(files, tmp_path):

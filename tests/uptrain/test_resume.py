@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import islice
 
 import datasets
 import pytest
@@ -391,9 +392,81 @@ def test_a_step_with_bad_gradients_changes_nothing(files, tmp_path, monkeypatch,
     assert all(torch.equal(*pair) for pair in zip(moments, now, strict=True))
 
 
+def spoil(monkeypatch, *steps):
+    """The gradients of these steps are NaN."""
+    train_step, losses = loop.Run.train_step, EndToEnd._losses
+    bad = []
+
+    def spoilt_step(run):
+        bad[:] = [torch.nan if run.step + 1 in steps else 1.0]
+        train_step(run)
+
+    def spoilt_losses(objective, *inputs):
+        found = losses(objective, *inputs)
+        return found._replace(total=found.total * bad[0])
+
+    monkeypatch.setattr(loop.Run, "train_step", spoilt_step)
+    monkeypatch.setattr(EndToEnd, "_losses", spoilt_losses)
+
+
+def leave_out(monkeypatch, *steps):
+    """These steps read their rows and do nothing else."""
+    train_step = loop.Run.train_step
+
+    def read_only(run):
+        if run.step + 1 not in steps:
+            return train_step(run)
+        list(islice(run.stream, run.stage.batch_size))
+        run.step += 1
+
+    monkeypatch.setattr(loop.Run, "train_step", read_only)
+
+
+def test_steps_that_are_not_finite_are_skipped(files, tmp_path, monkeypatch, capsys):
+    """Also when the run is interrupted between two of them, and at the first step."""
+    reference, broken = tmp_path / "reference", tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        leave_out(patch, 1, 3, 4)
+        loop.train(config(files, reference))
+    capsys.readouterr()
+    settings = config(files, broken, max_skipped_steps=2, checkpoint={"every": 1})
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, 3, 4)
+        interrupt_after(patch, 3)
+        assert loop.train(settings) is False
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, 3, 4)
+        loop.train(settings)
+    assert_same_weights(reference, broken)
+    assert log(broken, "skipped") == {1: 1, 3: 1, 4: 2} and list(log(broken)) == [2, 5, 6]
+    assert log(broken, "tokens") == {step: step * 32 for step in range(1, STEPS + 1)}
+    assert "NaN" not in (broken / "log.jsonl").read_text()
+    said = capsys.readouterr().err
+    assert "gradient norm nan: it is skipped, 2 of at most 2 in a row" in said
+    assert "lost lines" not in said
+
+
+def test_too_many_skipped_steps_end_the_run(files, tmp_path, monkeypatch):
+    """Those before an interruption count. More may be allowed without --accept-changed."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        spoil(patch, 3, 4, 5)
+        interrupt_after(patch, 4)
+        loop.train(config(files, out, max_skipped_steps=2))
+    with monkeypatch.context() as patch:
+        spoil(patch, 3, 4, 5)
+        with pytest.raises(Diverged, match=r"step 5: .*, after 2 skipped steps in a row; this"):
+            loop.train(config(files, out, max_skipped_steps=2))
+        assert RunFolder(out).last_checkpoint().name == "step-00000004"
+        loop.train(config(files, out, max_skipped_steps=3))
+    assert list(log(out)) == [1, 2, 6]
+
+
 def test_a_run_that_was_begun_before_a_setting_was_there_goes_on(files, run):
-    """Settings that are null by default, such as data.sources, may be missing in its config."""
+    """Settings that are null by default, such as data.sources, and those that move no weights may
+    be missing in its config."""
     values = yaml.safe_load((run / "config.yaml").read_text())
+    values.pop("max_skipped_steps")
     for section, key in (("data", "sources"), ("distill", "sequence_length"), ("distill", "batch")):
         values[section].pop(key, None)
     (run / "config.yaml").write_text(yaml.safe_dump(values))
