@@ -42,11 +42,11 @@ from supra.uptrain.teacher import Teacher
 def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
     """Train as `config` says, and write the result to config.out/final.
 
-    SIGTERM and SIGINT end the run after the current step, with a checkpoint, and the result is
-    False. The same command then continues, and ends with the same weights as a run without
-    interruption. With `accept_changed`, a run continues even if its config, student, tokenizer,
-    teacher or text has changed. Raises UserError (or its subclass Diverged) for problems that the
-    user can solve, and keeps the last checkpoint.
+    SIGTERM, SIGINT and SIGUSR1 end the run after the current step, with a checkpoint, and the
+    result is False. The same command then continues, and ends with the same weights as a run
+    without interruption. With `accept_changed`, a run continues even if its config, student,
+    tokenizer, teacher or text has changed. Raises UserError (or its subclass Diverged) for problems
+    that the user can solve, and keeps the last checkpoint.
     """
     run = Run(config, accept_changed)
     try:

@@ -106,7 +106,7 @@ def assert_same_weights(left, right):
 @pytest.mark.parametrize(
     ("student", "changes", "number"),
     [
-        ("student", {"precision": "bf16"}, signal.SIGTERM),
+        ("student", {"precision": "bf16"}, signal.SIGUSR1),
         ("student", {"data": {"streaming": True}}, signal.SIGINT),
         ("student", {"lora": {"rank": 2, "dropout": 0.5}}, signal.SIGTERM),
         (
