@@ -350,6 +350,12 @@ class CheckpointConfig(Settings):
         500, ge=0, le=TEXT, description="Steps between checkpoints during the run; 0: none."
     )
     keep: int = Field(2, ge=1, le=TEXT, description="Checkpoints that stay; older ones go.")
+    best: Literal["keep", "export"] | None = Field(
+        None,
+        description="Keep the checkpoint with the lowest held-out loss besides the last ones: each "
+        "evaluation below all before it writes one. With export, out/final has its weights, and "
+        "otherwise those after the last step.",
+    )
 
 
 class UptrainConfig(Settings):

@@ -26,8 +26,8 @@ class HeldOut:
         self.blocks, self.batch_size = blocks, batch_size
         self.folder, self.log, self.autocast = folder, log, autocast
 
-    def report(self, step: int, stage: str, named: dict[str, nn.Module]) -> None:
-        """Log the loss and perplexity of each model, under its name."""
+    def report(self, step: int, stage: str, named: dict[str, nn.Module]) -> dict[str, float]:
+        """Log the loss and perplexity of each model, under its name, and return them."""
         values = {}
         for name, model in named.items() if self.blocks else ():
             with self.autocast():
@@ -35,6 +35,7 @@ class HeldOut:
             values |= {f"{name}_loss": result.loss, f"{name}_perplexity": result.perplexity}
         if values:
             self.log.event(step, stage, values)
+        return values
 
     def say_gain(self, step: int, stage: str, before: float | None) -> None:
         """Print how a stage changed the student's perplexity from `before`."""

@@ -98,9 +98,8 @@ class Run:
         self._begin(stage)
         if self.initial_state and self.step > stage.start:
             self.saved.read_rows(checkpoint, self.initial_state)
-        if accelerator.is_main_process:
-            folder.write_config(config)
-            folder.prune(config.checkpoint.keep)
+        on_main(accelerator, lambda: folder.write_config(config))
+        on_main(accelerator, lambda: folder.prune(config.checkpoint))
 
     def _plan_stages(self) -> None:
         self.stages = plan(self.config, self.accelerator.num_processes)
@@ -127,10 +126,10 @@ class Run:
         self.log.begin()
         while self.step < self.steps:
             self.train_step()
-            ended = self.step == self.stage.end
+            ended, loss = self.step == self.stage.end, None
             if _due(self.step, config.eval.every) or ended:
                 self._check_finite()
-                self.evaluate(self.stage.name)
+                loss = self.evaluate(self.stage.name)
             if ended:
                 before = self.held_out.logged(self.stage.start, "eval_perplexity")
                 self.held_out.say_gain(self.step, self.stage.name, before)
@@ -138,8 +137,8 @@ class Run:
                 self.accelerator.set_trigger()
             last = self.step == self.steps
             stop = self.accelerator.check_trigger() and not last
-            if stop or last or _due(self.step, config.checkpoint.every):
-                self.save()  # also after the last step, because the export may fail
+            if stop or last or _due(self.step, config.checkpoint.every) or self._is_best(loss):
+                self.save(loss)  # also after the last step, because the export may fail
             if stop:
                 self.log.say(
                     f"stopped after step {self.step} of {self.steps}: the same command continues"
@@ -200,23 +199,30 @@ class Run:
         counts = self.accelerator.reduce(own, reduction="sum").tolist()
         return {"source_tokens": dict(zip((x.label for x in sources), counts, strict=True))}
 
-    def evaluate(self, stage: str) -> None:
-        """Log the held-out perplexity."""
-        self.held_out.report(self.step, stage, {"eval": self.model})
+    def evaluate(self, stage: str) -> float | None:
+        """Log the held-out perplexity, and return the loss; None without held-out text."""
+        return self.held_out.report(self.step, stage, {"eval": self.model}).get("eval_loss")
 
-    def save(self) -> None:
-        """Write a checkpoint. Raises Diverged if weights or predictions are not finite."""
+    def _is_best(self, loss: float | None) -> bool:
+        """Whether the best checkpoint is kept, and this loss is below its loss."""
+        if loss is None or not self.config.checkpoint.best:
+            return False
+        return on_main(self.accelerator, lambda: loss < self.folder.best_checkpoint()[1])
+
+    def save(self, loss: float | None) -> None:
+        """Write a checkpoint, with the held-out loss if it was measured at this step. Raises
+        Diverged if weights or predictions are not finite."""
         self._check_finite()
-        facts = {"skipped": self.skipped}
+        facts = {"skipped": self.skipped} | ({} if loss is None else {"held_out_loss": loss})
         self.saved.write(self.step, self.stream, self.initial_state, facts)
         self._clear_moments()
-        if self.accelerator.is_main_process:
-            self.folder.prune(self.config.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+        on_main(self.accelerator, lambda: self.folder.prune(self.config.checkpoint))
 
     def export(self) -> None:
         """Write the result to out/final."""
         self._check_finite()
+        if self.config.checkpoint.best:
+            self._take_best()
         state = self.accelerator.get_state_dict(self.model)
         state = {name.removeprefix("model."): x for name, x in state.items()}
         if self.accelerator.is_main_process:
@@ -225,11 +231,23 @@ class Run:
                 update_card(
                     staging,
                     tokens=tokens_read(self.stages, self.step),
-                    results=self.folder.perplexities(),
+                    results=self.folder.perplexities(self.step),
                     datasets=self.data.hub_texts,
                 )
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()
+
+    def _take_best(self) -> None:
+        """Say which checkpoint is the best, and go back to its weights if they are exported."""
+        folder = self.folder
+        best, loss = on_main(self.accelerator, folder.best_checkpoint)
+        if best is None:
+            return
+        self.log.say(f"best: {best}, with a held-out loss of {loss:.4f}")
+        if self.config.checkpoint.best == "export" and folder.step_of(best) != self.step:
+            on_main(self.accelerator, lambda: folder.check_whole(best))
+            self.saved.read_models(best)
+            self.step = folder.step_of(best)
 
     def _check_finite(self) -> None:
         """Raises Diverged in every process if weights or outputs are not finite."""

@@ -187,6 +187,7 @@ def _check_stage_tokens(config: UptrainConfig) -> None:
 
 
 def _check_held_out(config: UptrainConfig) -> None:
+    """Also what is measured on it."""
     data = config.data
     sources = [key for key in ("eval_path", "eval_split", "eval_documents") if getattr(data, key)]
     if len(sources) > 1:
@@ -200,4 +201,9 @@ def _check_held_out(config: UptrainConfig) -> None:
         raise UserError(
             f"eval.every (={config.eval.every}) needs held-out text: "
             "set data.eval_documents, data.eval_split or data.eval_path"
+        )
+    if config.checkpoint.best and not config.eval.every:
+        raise UserError(
+            f"checkpoint.best (={config.checkpoint.best}) compares evaluations within stages: "
+            "set eval.every, or checkpoint.best=null"
         )

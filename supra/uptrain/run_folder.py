@@ -14,7 +14,7 @@ from supra.checkpoint.files import fsync, locked
 from supra.errors import UserError
 from supra.settings.yaml_text import to_yaml
 from supra.uptrain import tree
-from supra.uptrain.config import UptrainConfig
+from supra.uptrain.config import CheckpointConfig, UptrainConfig
 from supra.uptrain.manifest import damage
 from supra.uptrain.origin import ORIGIN
 
@@ -42,6 +42,13 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         return max(self.all_checkpoints(), key=self.step_of, default=None)
+
+    def best_checkpoint(self) -> tuple[Path | None, float]:
+        """The checkpoint with the lowest held-out loss and that loss; the first of equal ones.
+        None and infinity if no step with a checkpoint was evaluated."""
+        found = ((x, self.origin_of(x).get("held_out_loss")) for x in self.all_checkpoints())
+        losses = {checkpoint: loss for checkpoint, loss in found if loss is not None}
+        return min(losses.items(), key=lambda item: item[1], default=(None, math.inf))
 
     def find_checkpoint(
         self, config: UptrainConfig, accept_changed: bool
@@ -111,9 +118,12 @@ class RunFolder:
 
     def origin_of(self, checkpoint: Path) -> dict[str, Any]:
         """The step of a checkpoint, other numbers of that step, and the fingerprints of what its
-        run reads; {} for checkpoints of earlier versions."""
+        run reads; {} for checkpoints of earlier versions. Raises UserError for a damaged one."""
         file = checkpoint / ORIGIN
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as error:
+            raise self.damaged(checkpoint, f"{ORIGIN} is not JSON") from error
 
     def skipped_steps(self, checkpoint: Path) -> int:
         """The number of skipped steps in a row with which a checkpoint ends."""
@@ -161,12 +171,13 @@ class RunFolder:
         _write(self.log, "".join(f"{line}\n" for line in kept))
         return len({_step(line) for line in kept if json.loads(line).keys() & {"loss", "skipped"}})
 
-    def perplexities(self) -> dict[str, dict[str, float]]:
-        """The last held-out perplexity of every model in the log, for the model card."""
+    def perplexities(self, step: int) -> dict[str, dict[str, float]]:
+        """The last held-out perplexity of every model in the log up to `step`, for the model
+        card."""
         names = {"teacher": "teacher", "converted": "converted", "eval": "uptrained"}
         found = {}
-        for line in self.log.read_text(encoding="utf-8").splitlines():
-            for key, value in json.loads(line).items():
+        for line in map(json.loads, self.log.read_text(encoding="utf-8").splitlines()):
+            for key, value in line.items() if line["step"] <= step else ():
                 name = names.get(key.removesuffix("_perplexity"))
                 if name and key.endswith("_perplexity"):
                     found[name] = {"held-out perplexity": value}
@@ -178,11 +189,15 @@ class RunFolder:
         values = [line[key] for line in lines if line["step"] == step and key in line]
         return values[-1] if values else None
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the last `keep` checkpoints, and the remains of killed processes."""
+    def prune(self, settings: CheckpointConfig) -> None:
+        """Delete all but the last checkpoints and the best, as the settings say, and the remains of
+        killed processes."""
         for folder in self.checkpoints.glob(".step-*.partial"):
             shutil.rmtree(folder)
-        for folder in self.all_checkpoints()[:-keep]:
+        best = self.best_checkpoint()[0] if settings.best else None
+        for folder in self.all_checkpoints()[: -settings.keep]:
+            if folder == best:
+                continue
             # renamed first, so that a kill does not leave an incomplete checkpoint under this name
             hidden = folder.rename(folder.with_name(f".{folder.name}.partial"))
             shutil.rmtree(hidden)

@@ -78,8 +78,13 @@ class SavedState:
         with self._loading(checkpoint):
             position = self._position_file(checkpoint).read_text(encoding="utf-8")
             stream.load_state_dict(json.loads(position))
-            self.accelerator.load_state(str(checkpoint))
+        self.read_models(checkpoint)
         return all(gather_object([stream.found]))
+
+    def read_models(self, checkpoint: Path) -> None:
+        """Load weights, optimizer and random states, but no position in the text."""
+        with self._loading(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
 
     def read_rows(self, checkpoint: Path, initial_state: InitialState) -> None:
         """Load the states that rows begin with, in the middle of the stage extend."""

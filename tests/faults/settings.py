@@ -218,6 +218,8 @@ VALUES = [
     ("checkpoint.keep=0", "checkpoint.keep"),
     ("checkpoint.keep=1.5", "checkpoint.keep"),
     ("checkpoint=often", "checkpoint"),
+    ("checkpoint.best=last", "checkpoint.best"),
+    ("checkpoint.best=export", "eval.every"),
 ]  # fmt: skip
 
 

@@ -139,6 +139,8 @@ def test_share_of_the_teachers_tokens():
             r"calibrate.tokens \(=4096\) must be >= 4 x data.sequence_length \(=2048\)",
         ),
         ("eval.every=10", "needs held-out text"),
+        ("checkpoint.best=keep", r"checkpoint.best \(=keep\) compares .* set eval.every"),
+        ("checkpoint.best=kept", r"checkpoint.best \(='kept'\) must be keep or export, or null"),
         ("data={path: p, eval_path: a, eval_split: b}", "has one source"),
         ("seed", "not of the form a.b=c"),
         ("student=2024-13-01", "'student=2024-13-01' is not valid YAML: month must be in 1..12"),

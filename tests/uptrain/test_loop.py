@@ -147,7 +147,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(files, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         save = loop.Run.save
-        patch.setattr(loop.Run, "save", lambda run: crash(run) if run.step == 8 else save(run))
+        patch.setattr(
+            loop.Run, "save", lambda run, loss: crash(run) if run.step == 8 else save(run, loss)
+        )
         with pytest.raises(KeyboardInterrupt):
             loop.train(config(files, broken, **changes))
     (broken / "checkpoints" / ".step-00000008.partial").mkdir()

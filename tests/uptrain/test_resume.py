@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 from itertools import islice
@@ -10,6 +11,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from supra import cli, testing
 from supra.errors import Diverged, UserError
@@ -471,6 +473,62 @@ def test_a_run_that_was_begun_before_a_setting_was_there_goes_on(files, run):
         values[section].pop(key, None)
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     assert RunFolder(run).changes(config(files, run)) == []
+
+
+# --- the best checkpoint
+
+
+def test_the_best_checkpoint_is_kept(files, tmp_path, monkeypatch, capsys):
+    """The second stage learns its text fast and unlearns the letters of the held-out text."""
+    out, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    (tmp_path / "letters.txt").write_text("".join(random.Random(0).choices("JKQVXYZ", k=50)))
+    changes = {
+        "data": {"eval_path": str(tmp_path / "letters.txt")},
+        "distill": {"tokens": 3 * 32},
+        "tune": {"tokens": 3 * 32, "optimizer": {"lr": 0.3}},
+        "eval": {"every": 1},
+    }
+    ways = {name: {"every": 0, "keep": 1, "best": name} for name in ("keep", "export")}
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        loop.train(config(files, out, **changes, checkpoint=ways["keep"]))
+    loop.train(config(files, out, **changes, checkpoint=ways["keep"]))
+    losses = log(out, "eval_loss")
+    del losses[0]  # there is no checkpoint of the start
+    best = min(losses, key=losses.get)
+    assert best < 6 and losses[6] > losses[best] + 0.1
+    name = f"step-{best:08d}"
+    assert sorted(os.listdir(checkpoints)) == [name, "step-00000006"]
+    said = capsys.readouterr().err
+    assert f"best: {checkpoints / name}, with a held-out loss of {losses[best]:.4f}" in said
+    weights_at = {
+        x: load_file(checkpoints / x / "model.safetensors") for x in os.listdir(checkpoints)
+    }
+    check_exported(out, weights_at["step-00000006"])
+    shutil.rmtree(out / "final")
+    loop.train(config(files, out, **changes, checkpoint=ways["export"]))
+    check_exported(out, weights_at[name])
+    of_the_card = RunFolder(out).perplexities(best)["uptrained"]
+    assert of_the_card == {"held-out perplexity": log(out, "eval_perplexity")[best]}
+
+
+def check_exported(out, state):
+    """out/final has the weights of a checkpoint."""
+    exported = load_file(out / "final" / "model.safetensors")
+    assert all(torch.equal(x, state[f"model.{name}"]) for name, x in exported.items())
+
+
+def test_the_loss_of_the_best_checkpoint_is_damaged(files, run):
+    (run / "checkpoints" / BEFORE / "origin.json").write_text("{")
+    settings = config(
+        files,
+        run,
+        checkpoint={"best": "keep"},
+        eval={"every": 1},
+        data={"eval_path": str(files / "text.jsonl")},
+    )
+    with pytest.raises(UserError, match=rf"{BEFORE} is damaged: origin.json is not JSON. Delete"):
+        loop.train(settings, accept_changed=True)
 
 
 # --- one writer, full disks, kills
