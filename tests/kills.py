@@ -250,7 +250,8 @@ def contents(trial: Path) -> dict[str, bytes]:
         elif name == "out/log.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             for line in lines:
-                line.pop("tokens_per_second", None)
+                for cost in ("tokens_per_second", "memory_gb"):
+                    line.pop(cost, None)
             found[name] = json.dumps(lines).encode()
         else:
             found[name] = path.read_bytes()

@@ -7,6 +7,7 @@ import time
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from supra.bench.timing import peak_memory
 from supra.uptrain.run_folder import RunFolder
 
 
@@ -40,8 +41,9 @@ class Log:
         if "loss" in values:  # a skipped step has none
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         self.bar.update(tokens - self.tokens)
-        values = {"tokens": tokens, **values, "tokens_per_second": round(speed, 1)}
-        self._write(step, {"stage": stage, **values})
+        memory = peak_memory(self.accelerator.device.type) / 1e9
+        costs = {"tokens_per_second": round(speed, 1), "memory_gb": round(memory, 3)}
+        self._write(step, {"stage": stage, "tokens": tokens, **values, **costs})
         self.tokens = tokens
         self.restart_clock()
 

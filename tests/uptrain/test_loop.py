@@ -289,6 +289,8 @@ def test_training_lowers_both_losses_and_exports(files, tmp_path):
     evaluated = log(out, "eval_loss")
     assert list(evaluated) == [0, 30, 60] and evaluated[60] < evaluated[0]
     assert list(log(out, "teacher_perplexity")) == [0]
+    memory = list(log(out, "memory_gb").values())
+    assert len(memory) == 60 and memory == sorted(memory) and 0.05 < memory[-1] < 100
 
     model = AutoModelForCausalLM.from_pretrained(out / "final")
     assert model.dtype == torch.bfloat16 and model.config.dtype == torch.bfloat16
