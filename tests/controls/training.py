@@ -187,4 +187,20 @@ BUGS = [
         "pass",
         (f"{LOOP}::test_interrupted_is_unbroken[bf16]",),
     ),
+    Bug(
+        "skipped_steps_are_forgotten",
+        "a run that goes on does not count the steps that it had skipped",
+        "supra/uptrain/run_folder.py",
+        '.get("skipped", 0)',
+        '.get("step", 0) * 0',
+        ("tests/uptrain/test_resume.py::test_too_many_skipped_steps_end_the_run",),
+    ),
+    Bug(
+        "the_best_checkpoint_goes",
+        "the checkpoint with the lowest held-out loss is deleted as the old ones are",
+        "supra/uptrain/run_folder.py",
+        "if folder == best:",
+        "if folder is None:",
+        ("tests/uptrain/test_resume.py::test_the_best_checkpoint_is_kept",),
+    ),
 ]

@@ -232,6 +232,28 @@ def test_ranks_agree_on_what_is_saved_and_gone_on_from(files, tmp_path, name):
     assert all(torch.equal(now[key], value) for key, value in whole.items())
 
 
+@pytest.mark.long  # four launches
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["--fsdp_activation_checkpointing=true", "--fsdp_state_dict_type=FULL_STATE_DICT"],
+        ["--fsdp_reshard_after_forward=false", "--fsdp_auto_wrap_policy=NO_WRAP"],
+        ["--fsdp_offload_params=true"],
+    ],
+)
+def test_settings_of_ones_own_for_fsdp(files, one_process, tmp_path, own):
+    run = tmp_path / "run"
+    environment = launched(LAUNCH / "fsdp.yaml", "--num_processes=2", *own)
+    arguments = [*share(files, run, 2), "checkpoint.every=1"]
+    assert run_ranks(arguments, environment) == [0, 0]
+    check_same(run, one_process)
+    if "FULL_STATE_DICT" in own[-1]:
+        shutil.rmtree(run / "final")
+        shutil.rmtree(run / "checkpoints" / "step-00000003")
+        assert run_ranks(arguments, environment) == [0, 0]
+        check_same(run, one_process)
+
+
 @pytest.mark.long  # ten seconds each, most of them imports
 @pytest.mark.parametrize(("name", "ranks"), RANKS.items())
 def test_accelerate_launch_itself(files, one_process, tmp_path, name, ranks):
