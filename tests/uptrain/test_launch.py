@@ -154,7 +154,12 @@ def test_every_launch_file_is_tried():
     assert {path.name for path in LAUNCH.iterdir()} == set(RANKS)
 
 
-@pytest.mark.parametrize(("name", "ranks"), RANKS.items())
+LONG = {"hsdp.yaml": pytest.mark.long}  # four ranks take half a minute on two cores
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [pytest.param(*x, marks=LONG.get(x[0], ())) for x in RANKS.items()]
+)
 def test_a_launch_file_trains_as_one_process_does(files, one_process, tmp_path, name, ranks):
     environment = launched(LAUNCH / name, f"--num_processes={ranks}", *HERE.get(name, ()))
     assert run_ranks(share(files, tmp_path / "run", ranks), environment, ranks) == [0] * ranks
