@@ -15,6 +15,7 @@ LEVELS = [
     ["recipes"],
     ["supra.__main__", "supra.uptrain.__main__"],
     ["supra.cli"],
+    ["supra.planning"],
     ["supra.uptrain", "supra.bench", "supra.testing"],
     ["supra.long_context"],
     ["supra.evaluate.ablate", "supra.evaluate.suite"],

@@ -190,8 +190,13 @@ class Checkpoint:
         return read() if self.gguf_file is None else self._gguf.kept(opener, read)
 
 
-def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `name` refers to. Raises UserError if it does not exist."""
+def find_checkpoint(
+    name: str, revision: str | None = None, files: list[str] = SMALL_FILES
+) -> Checkpoint:
+    """The checkpoint that `name` refers to. Raises UserError if it does not exist.
+
+    files: patterns of what is downloaded of a hub id now.
+    """
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -207,7 +212,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         return Checkpoint(name, path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: there is no such folder")
-    folder = _download(name, revision, SMALL_FILES)
+    folder = _download(name, revision, files)
     return Checkpoint(name, folder, hub_id=name, revision=revision)
 
 

@@ -19,6 +19,7 @@ from supra.cli import (
     export,
     generate,
     inspect,
+    plan,
     sample,
     serve,
     uptrain,
@@ -37,7 +38,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="supra COMMAND --help shows the options of a command and an example.",
 )
-for room in (convert, uptrain, inspect, evaluate, diagnose, generate, sample, serve, export, bench):
+for room in (
+    convert,
+    plan,
+    uptrain,
+    inspect,
+    evaluate,
+    diagnose,
+    generate,
+    sample,
+    serve,
+    export,
+    bench,
+):
     app.add_typer(room.app, rich_help_panel=room.app.rich_help_panel)
 
 

@@ -18,6 +18,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
 
     Raises UserError.
     """
+    return build(given(path, overrides))
+
+
+def given(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What the file and the overrides say, not yet checked. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such config file: {path}")
@@ -32,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> UptrainConfig:
         if not equals or not key:
             raise UserError(f"{shown(override)} is not of the form a.b=c")
         _set(values, key, parse_yaml(text, shown(override)))
-    return build(values)
+    return values
 
 
 def build(values: dict[str, Any]) -> UptrainConfig:

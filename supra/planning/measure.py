@@ -1,0 +1,197 @@
+"""Counts for one stage: what its memory and its work depend on."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from supra.checkpoint.config_rules import meta_model
+from supra.errors import UserError
+from supra.losses.chunked import language_model
+from supra.model.families import no_mixer
+from supra.model.state_size import state_bytes
+from supra.planning.activations import count_end_to_end, count_layerwise, layers_of
+from supra.planning.compute import Work
+from supra.planning.memory import Sizes
+from supra.planning.parameters import (
+    all_products,
+    converted,
+    count,
+    inherited,
+    kinds_of,
+    products,
+    total,
+    trainable_student,
+)
+from supra.uptrain.config import LAYERWISE, UptrainConfig
+from supra.uptrain.optim import trainable
+from supra.uptrain.stages import wrapped_stages
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KEPT_ATTENTION = "softmax"  # the mixer of layers that keep attention
+
+
+@dataclass(frozen=True)
+class Models:
+    """The configs of the student, converted or not, and of the teacher of distill."""
+
+    student: PreTrainedConfig
+    teacher: PreTrainedConfig | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Counts for a stage. trained: what the stage trains, by kind; the other parameters that have
+    gradients are those that another stage trains, as several processes need."""
+
+    parameters: dict[str, int]
+    trained: dict[str, int]
+    sizes: Sizes
+    work: Work
+
+
+def measure(models: Models, config: UptrainConfig, stage: str, processes: int) -> Measured:
+    """Counts for a stage of a run in so many processes.
+
+    Raises UserError for a mixture of experts, and for orient or align of a student without a
+    recurrent layer.
+    """
+    model = trainable_student(models.student, config)
+    kinds = kinds_of(model)
+    layerwise = stage in LAYERWISE
+    if layerwise and not converted(model):
+        raise UserError(no_mixer(models.student.model_type))
+    trained = dict(trainable(model, {stage: config.stages[stage]}))
+    bucketed = dict(trainable(model, wrapped_stages(config)))
+    moved = trained if processes == 1 or layerwise else bucketed
+    for parameter in kinds:
+        parameter.requires_grad_(parameter in moved)
+    work = _layerwise_work if layerwise else _end_to_end_work
+    return Measured(
+        parameters=count(kinds, kinds),
+        trained=count(trained, kinds),
+        work=work(models, model, kinds, stage, moved),
+        # last, because the model that was counted with has no weights any more
+        sizes=_sizes(models, model, config, stage, moved, total(bucketed)),
+    )
+
+
+def _sizes(
+    models: Models,
+    model: nn.Module,
+    config: UptrainConfig,
+    stage: str,
+    moved: Collection[nn.Parameter],
+    bucketed: int,
+) -> Sizes:
+    student = language_model(model)
+    blocks = [list(layer.parameters()) for layer in layers_of(student)]
+    head = student.get_output_embeddings().weight
+    inner = models.student.get_text_config()
+    layerwise, teacher = stage in LAYERWISE, models.teacher if stage == "distill" else None
+    frozen = (x for block in blocks for x in block if x.ndim > 1 and x not in moved)
+    sizes = {
+        "all": total(model.parameters()),
+        "blocks": sum(map(total, blocks)),
+        "block": max(map(total, blocks)),
+        "trained": total(moved),
+        "trained_block": max(total(x for x in block if x in moved) for block in blocks),
+        "trained_head": head.numel() if head in moved else 0,
+        "frozen_products": total(frozen),
+        "bucketed": bucketed,
+        "head": head.numel(),
+        "vocabulary": inner.vocab_size,
+        "heads": inner.num_attention_heads,
+        "copied": total(x for y in converted(model) for x in inherited(y)) if layerwise else 0,
+        "teacher": total(meta_model(teacher).parameters()) if teacher is not None else 0,
+    }
+    _, length = config.of_stage(stage, "sequence_length")
+    dtype = DTYPES[config.precision]
+    if layerwise:
+        return Sizes(**sizes, kept=count_layerwise(model, length, dtype, stage == "orient"))
+    return Sizes(**sizes, kept=count_end_to_end(model, length, dtype))
+
+
+def _layerwise_work(
+    models: Models,
+    model: nn.Module,
+    kinds: dict[nn.Parameter, str],
+    stage: str,
+    moved: Collection[nn.Parameter],
+) -> Work:
+    layers, kept = attention_layers(models.student)
+    blocks = _block_products(model, kinds)
+    attention = [x for module in converted(model) for x in module.parameters()]
+    new = [x for x in attention if kinds[x] == "mixers"]
+    width = channels(models.student)
+    return Work(
+        products=all_products(model, kinds),
+        blocks=blocks,
+        trained=products(moved, kinds),
+        state=state_numbers(models.student),
+        attention=products((x for x in attention if kinds[x] != "frozen copies"), kinds),
+        matrices=(layers - kept) * width // 2 if stage == "orient" else 0,
+        teacher=blocks - products(new, kinds),
+        teacher_softmax=layers * width,
+    )
+
+
+def _end_to_end_work(
+    models: Models,
+    model: nn.Module,
+    kinds: dict[nn.Parameter, str],
+    stage: str,
+    moved: Collection[nn.Parameter],
+) -> Work:
+    _, kept = attention_layers(models.student)
+    work = Work(
+        products=all_products(model, kinds),
+        blocks=_block_products(model, kinds),
+        trained=products(moved, kinds) + _tied_head(model, kinds, moved),
+        state=state_numbers(models.student),
+        softmax=kept * channels(models.student),
+    )
+    if stage != "distill":
+        return work
+    teacher = meta_model(models.teacher)
+    layers, _ = attention_layers(models.teacher)
+    return replace(
+        work,
+        teacher=all_products(teacher, kinds_of(teacher)),
+        teacher_softmax=layers * channels(models.teacher),
+    )
+
+
+def _block_products(model: nn.Module, kinds: dict[nn.Parameter, str]) -> int:
+    inside = (x for layer in layers_of(language_model(model)) for x in layer.parameters())
+    return products((x for x in inside if kinds[x] != "frozen copies"), kinds)
+
+
+def _tied_head(
+    model: nn.Module, kinds: dict[nn.Parameter, str], moved: Collection[nn.Parameter]
+) -> int:
+    head = language_model(model).get_output_embeddings().weight
+    return head.numel() if head in moved and kinds[head] == "embeddings" else 0
+
+
+def state_numbers(config: PreTrainedConfig) -> int:
+    """The numbers in the recurrent states of one sequence; 0 for a transformer."""
+    layers, kept = attention_layers(config)
+    return state_bytes(config, 1, torch.float32) // 4 if kept < layers else 0
+
+
+def attention_layers(config: PreTrainedConfig) -> tuple[int, int]:
+    """The number of layers, and of those with softmax attention."""
+    layers = config.get_text_config().num_hidden_layers
+    plan = getattr(config, "supra", None)
+    return layers, plan["layers"].count(KEPT_ATTENTION) if plan else layers
+
+
+def channels(config: PreTrainedConfig) -> int:
+    """Channels of a layer's queries and values, over all heads."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * heads * size

@@ -1,0 +1,167 @@
+"""The memory of one process, in bytes, from counts of parameters and tokens.
+
+Weights, gradients and AdamW's moments are float32 whatever `precision` is: supra/uptrain/models.py
+says why. The dtype of `precision` is that of products, of the teacher, and of copies of weights.
+"""
+
+import math
+from dataclasses import dataclass
+
+from supra.losses.chunked import CHUNK_ELEMENTS
+from supra.planning.activations import Kept
+
+FLOAT32 = 4  # bytes of a number
+MOMENTS = 2  # AdamW keeps the averages of a gradient and of its square
+LIMIT = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL, and holes between tensors
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on in the models, as counts of parameters, unless it says otherwise.
+
+    all, blocks, block: of the student, of its blocks, and of the largest one. trained: those with a
+    gradient in this stage. frozen_products: of the blocks' matrices without a gradient. bucketed:
+    those with a gradient in a stage that runs through the wrapper of several processes. head: of
+    the matrix that makes logits. teacher: of a teacher of its own. copied: of the attention modules
+    that orient and align copy, so that they stay the teacher's. vocabulary: tokens. heads: of a
+    block's queries. kept: bytes that a row keeps.
+    """
+
+    all: int
+    blocks: int
+    block: int
+    trained: int
+    trained_block: int
+    trained_head: int
+    frozen_products: int
+    bucketed: int
+    head: int
+    vocabulary: int
+    heads: int
+    kept: Kept
+    teacher: int = 0
+    copied: int = 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass of one process: `rows` of `length` tokens, with numbers of `width` bytes.
+
+    launch: "one_gpu", "ddp" or "fsdp". accumulates: whether a step has several passes, so that
+    gradients are there in the next one. learns_from: "text", "teacher", "outputs" or "matrices".
+    """
+
+    rows: int
+    length: int
+    width: int
+    processes: int
+    launch: str
+    accumulates: bool
+    checkpointing: bool
+    learns_from: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, and at the peak. The parts add up to more where some never meet."""
+
+    parts: dict[str, int]
+    peak: int
+
+
+def end_to_end(x: Sizes, run: Pass) -> Memory:
+    """Of a stage that trains the whole model."""
+    shards = run.processes if run.launch == "fsdp" else 1
+    standing = {
+        "weights": weights(x.all, shards),
+        "optimizer": optimizer(x.trained, shards),
+        "teacher": run.width * x.teacher,
+        "buckets of DDP": FLOAT32 * x.bucketed if run.launch == "ddp" else 0,
+        "gathered by FSDP": gathered(x) if run.launch == "fsdp" else 0,
+    }
+    gradients = weights(x.trained, shards)
+    busy = {
+        "copies of weights": weight_copies(x, run.width, run.checkpointing),
+        "activations": activations(x.kept, run.rows, run.checkpointing),
+        "backward of a block": run.rows * x.kept.largest_layer,
+        "logits": logits(run.rows * run.length, x.vocabulary, run.width, run.learns_from),
+        "gradients of the head": head_gradients(x.trained_head, run.width),
+    }
+    # without accumulation, gradients come as activations go: the peak is at either end
+    last = gradients + busy["backward of a block"]
+    moving = max(sum(busy.values()) + gradients * run.accumulates, last)
+    return Memory(standing | {"gradients": gradients} | busy, sum(standing.values()) + moving)
+
+
+def layer_by_layer(x: Sizes, run: Pass) -> Memory:
+    """Of orient and align: activations are those of one attention module."""
+    parts = {
+        "weights": weights(x.all, 1),
+        "optimizer": optimizer(x.trained, 1),
+        "teacher": FLOAT32 * x.copied,
+        "buckets of DDP": FLOAT32 * x.bucketed if run.launch == "ddp" else 0,
+        "gradients": weights(x.trained, 1),
+        "copies of weights": layer_copies(x, run.width),
+        "activations": run.rows * x.kept.largest_layer,
+        "backward of a block": run.rows * x.kept.largest_layer,
+        "attention matrices": matrices(x.heads, run) if run.learns_from == "matrices" else 0,
+    }
+    return Memory(parts, sum(parts.values()))
+
+
+def weights(parameters: int, shards: int) -> int:
+    """Float32 weights or gradients, of which a process has its part."""
+    return FLOAT32 * math.ceil(parameters / shards)
+
+
+def optimizer(trained: int, shards: int) -> int:
+    """AdamW's two moments, in the dtype of the weights."""
+    return MOMENTS * weights(trained, shards)
+
+
+def gathered(x: Sizes) -> int:
+    """What FSDP makes whole: the parameters outside the blocks, the block that runs and the next
+    one, which is fetched ahead; and as many gradients before they are scattered."""
+    outside = x.all - x.blocks
+    return FLOAT32 * (outside + 2 * x.block + min(outside, x.trained) + 2 * x.trained_block)
+
+
+def weight_copies(x: Sizes, width: int, checkpointing: bool) -> int:
+    """Weights that autocast casts to bf16. Copies of trained weights stay until the pass ends.
+    Those of frozen ones stay as long as autograd needs them, with checkpointing for one block."""
+    head = width * x.head if width < FLOAT32 else 0
+    if not checkpointing or width == FLOAT32:
+        return x.kept.fixed + head
+    return x.kept.fixed - width * (x.frozen_products - min(x.frozen_products, x.block)) + head
+
+
+def layer_copies(x: Sizes, width: int) -> int:
+    """Autocast keeps casts of the teacher's attention, and of the student's where that is trained,
+    until the teacher's pass ends."""
+    return width * (x.copied + min(x.copied, x.trained)) if width < FLOAT32 else 0
+
+
+def activations(kept: Kept, rows: int, checkpointing: bool) -> int:
+    """What autograd keeps of all blocks, or with checkpointing their inputs and one block."""
+    if checkpointing:
+        return rows * (len(kept.layers) * kept.layer_input + kept.outside + kept.largest_layer)
+    return rows * (kept.all_layers + kept.outside)
+
+
+def logits(tokens: int, vocabulary: int, width: int, learns_from: str) -> int:
+    """Of one chunk of tokens (supra/losses/chunked.py): in the dtype of the computation the logits
+    and their gradient, and the teacher's logits; in float32 four tensors (logits, log
+    probabilities, gradient, masked gradient), and two more for the teacher's."""
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS["cuda"] // vocabulary)) * vocabulary
+    teacher = learns_from == "teacher"
+    return chunk * ((2 + teacher) * width + (4 + 2 * teacher) * FLOAT32)
+
+
+def head_gradients(trained_head: int, width: int) -> int:
+    """The head's gradient so far, a chunk's, and that of the copy it comes from."""
+    return trained_head * (2 * FLOAT32 + width * (width < FLOAT32))
+
+
+def matrices(heads: int, run: Pass) -> int:
+    """The teacher's matrices, and the student's less the teacher's, [B, Hq, T, T] in float32."""
+    return 2 * FLOAT32 * run.rows * heads * run.length**2

@@ -1,0 +1,111 @@
+"""What to change where a stage does not fit, in the order of what it costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from supra.planning.measure import Models, measure
+from supra.planning.memory import Memory, Pass, Sizes, end_to_end, layer_by_layer
+from supra.uptrain.config import LAYERWISE, LoraConfig, UptrainConfig
+
+TOP_K = 64  # of the teacher's tokens, where the config gives no number
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change to the run, with the bytes that a process takes at the peak after this change and
+    those before it in the list."""
+
+    change: str
+    peak: int
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A stage as it would run."""
+
+    models: Models
+    config: UptrainConfig
+    stage: str
+    sizes: Sizes
+    run: Pass
+
+    @property
+    def memory(self) -> Memory:
+        """The memory of one process."""
+        kind = layer_by_layer if self.stage in LAYERWISE else end_to_end
+        return kind(self.sizes, self.run)
+
+
+Change = Callable[[Situation], tuple[str, Situation] | None]
+"""A situation -> what to change and the situation after it; None where it cannot be changed."""
+
+
+def remedies(now: Situation, limit: int) -> list[Remedy]:
+    """Changes to make one on top of the other, until the peak is at most `limit` bytes.
+
+    All of them together may not be enough; then the last one's peak is above the limit. Changes
+    that would not help are left out.
+    """
+    found: list[Remedy] = []
+    for change in CHANGES:
+        if now.memory.peak <= limit:
+            break
+        changed = change(now)
+        if changed is not None and changed[1].memory.peak < now.memory.peak:
+            what, now = changed
+            found.append(Remedy(what, now.memory.peak))
+    return found
+
+
+def _checkpoint(now: Situation) -> tuple[str, Situation] | None:
+    if now.stage in LAYERWISE or now.config.extend is not None or now.run.checkpointing:
+        return None  # the settings refuse it
+    return "gradient_checkpointing=true", replace(now, run=replace(now.run, checkpointing=True))
+
+
+def _single_rows(now: Situation) -> tuple[str, Situation] | None:
+    """The same rows in a step, one after the other."""
+    (size, rows), (passes, count) = (
+        now.config.of_stage(now.stage, f"batch.{key}") for key in ("size", "accumulation")
+    )
+    run = replace(now.run, rows=1, accumulates=True)
+    return f"{size}=1 {passes}={rows * count}", replace(now, run=run)
+
+
+def _alone(now: Situation) -> tuple[str, Situation] | None:
+    """DDP has buckets for what the other stages train."""
+    others = [name for name in now.config.stages if name not in LAYERWISE]
+    if now.stage not in LAYERWISE or now.run.launch != "ddp" or not others:
+        return None
+    nulls = " ".join(f"{name}=null" for name in others)
+    sizes = replace(now.sizes, bucketed=now.sizes.trained)
+    return f"{nulls}: {now.stage} in a run of its own", replace(now, sizes=sizes)
+
+
+def _shard(now: Situation) -> tuple[str, Situation] | None:
+    if now.stage in LAYERWISE or now.run.launch != "ddp" or now.run.processes == 1:
+        return None
+    before = [name for name in now.config.stages if name in LAYERWISE]
+    apart = f", with {' and '.join(before)} in a run before it" if before else ""
+    return f"recipes/launch/fsdp.yaml{apart}", replace(now, run=replace(now.run, launch="fsdp"))
+
+
+def _cache(now: Situation) -> tuple[str, Situation] | None:
+    if not now.sizes.teacher:
+        return None
+    top_k = f"distill.top_k={TOP_K} " if now.config.distill.top_k is None else ""
+    change = f"{top_k}distill.cache=FOLDER, filled by an earlier run, in place of the teacher"
+    return change, replace(now, sizes=replace(now.sizes, teacher=0))
+
+
+def _adapt(now: Situation) -> tuple[str, Situation] | None:
+    if now.config.lora is not None or now.stage in LAYERWISE:
+        return None
+    lora = LoraConfig()
+    config = now.config.model_copy(update={"lora": lora})
+    sizes = measure(now.models, config, now.stage, now.run.processes).sizes
+    sizes = replace(sizes, teacher=now.sizes.teacher)
+    return f"lora.rank={lora.rank}", replace(now, config=config, sizes=sizes)
+
+
+CHANGES: tuple[Change, ...] = (_checkpoint, _single_rows, _alone, _shard, _cache, _adapt)

@@ -1,0 +1,106 @@
+"""The arithmetic of memory, each part by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from supra.planning import memory
+from supra.planning.activations import Kept
+from supra.planning.memory import Pass, Sizes
+
+KEPT = Kept(
+    layers=[{"mixer": 70, "norms": 30}, {"mixer": 50, "norms": 30}],
+    layer_input=10,
+    outside=5,
+    fixed=400,
+)
+SIZES = Sizes(
+    all=1001,
+    blocks=600,
+    block=300,
+    trained=801,
+    trained_block=250,
+    trained_head=200,
+    frozen_products=0,
+    bucketed=801,
+    head=200,
+    vocabulary=50,
+    heads=3,
+    kept=KEPT,
+    teacher=1000,
+)
+RUN = Pass(
+    rows=4, length=8, width=2, processes=8, launch="ddp", accumulates=False, checkpointing=False,
+    learns_from="teacher",
+)  # fmt: skip
+
+
+def test_weights_gradients_and_moments_are_float32():
+    assert memory.weights(1001, 1) == 4004
+    assert memory.weights(1001, 8) == 4 * 126  # the last process has the rest
+    assert memory.optimizer(1001, 1) == 8008  # AdamW: two moments of 4 bytes
+
+
+def test_activations_grow_with_rows():
+    assert memory.activations(KEPT, 4, checkpointing=False) == 4 * (100 + 80 + 5)
+    # two inputs, what is between blocks, and the largest block
+    assert memory.activations(KEPT, 4, checkpointing=True) == 4 * (2 * 10 + 5 + 100)
+
+
+def test_logits_of_a_chunk():
+    """Two tensors of 2 bytes and four of 4; the teacher adds one of 2 and two of 4."""
+    assert memory.logits(32, 50, 2, "text") == 32 * 50 * (2 * 2 + 4 * 4)
+    assert memory.logits(32, 50, 2, "teacher") == 32 * 50 * (3 * 2 + 6 * 4)
+    # 2**26 logits at a time: 2048 tokens of a vocabulary of 32768
+    assert memory.logits(100_000, 2**15, 2, "text") == 2**26 * 20
+    assert memory.head_gradients(200, 2) == 200 * (4 + 4 + 2)
+    assert memory.head_gradients(200, 4) == 200 * (4 + 4)
+
+
+def test_copies_of_weights():
+    frozen = replace(SIZES, frozen_products=150, block=100)
+    assert memory.weight_copies(frozen, 2, checkpointing=False) == 400 + 2 * 200
+    assert memory.weight_copies(frozen, 2, checkpointing=True) == 400 - 2 * 50 + 2 * 200
+    assert memory.weight_copies(frozen, 4, checkpointing=True) == 400
+    assert memory.layer_copies(replace(SIZES, copied=90), 2) == 2 * (90 + 90)
+    assert memory.layer_copies(replace(SIZES, copied=90, trained=40), 2) == 2 * (90 + 40)
+
+
+def test_what_fsdp_gathers():
+    """401 parameters outside the blocks and two blocks, and their gradients."""
+    assert memory.gathered(SIZES) == 4 * (401 + 600) + 4 * (401 + 500)
+
+
+def test_ddp():
+    found = memory.end_to_end(SIZES, RUN)
+    assert found.parts["buckets of DDP"] == 4 * 801
+    standing = 4 * 1001 + 8 * 801 + 2 * 1000 + 4 * 801
+    busy = 800 + 4 * 185 + 4 * 100 + 32 * 50 * 30 + 2000
+    assert found.peak == standing + busy  # gradients come when activations have gone
+    accumulating = memory.end_to_end(SIZES, replace(RUN, accumulates=True))
+    assert accumulating.peak == found.peak + 4 * 801
+
+
+def test_gradients_can_be_the_peak():
+    small = replace(RUN, rows=1, length=1, learns_from="text")
+    sizes = replace(SIZES, trained=10_000, trained_head=0, bucketed=0)
+    found = memory.end_to_end(sizes, small)
+    standing = 4 * 1001 + 8 * 10_000 + 2 * 1000
+    assert found.peak == standing + 4 * 10_000 + 100  # the last block's backward pass
+
+
+def test_fsdp_has_a_part_of_the_student_and_the_whole_teacher():
+    found = memory.end_to_end(SIZES, replace(RUN, launch="fsdp")).parts
+    assert found["weights"] == 4 * 126 and found["gradients"] == 4 * 101
+    assert found["optimizer"] == 8 * 101 and found["teacher"] == 2000
+    assert found["copies of weights"] == 800 and found["buckets of DDP"] == 0
+
+
+@pytest.mark.parametrize(
+    ("learns_from", "matrices"), [("outputs", 0), ("matrices", 8 * 4 * 3 * 64)]
+)
+def test_layer_by_layer(learns_from, matrices):
+    sizes = replace(SIZES, trained=300, copied=90)
+    found = memory.layer_by_layer(sizes, replace(RUN, launch="one_gpu", learns_from=learns_from))
+    assert found.parts["attention matrices"] == matrices
+    assert found.peak == 4004 + 2400 + 360 + 1200 + 360 + 2 * 4 * 100 + matrices

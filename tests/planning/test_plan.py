@@ -1,0 +1,82 @@
+"""`supra plan`, as it is typed."""
+
+import json
+
+import pytest
+
+from supra.cli import main
+from supra.testing import tiny_config
+
+RUN = ["plan", "--config", "supra", "--mixer", "mamba2", "--gpus", "2x80GB"]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A folder with a config.json and nothing else."""
+    tiny_config(max_position_embeddings=1024).save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def planned(capsys, *words):
+    main([*RUN, *words, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_config_alone_is_planned(teacher, capsys):
+    found = planned(capsys, "--model", teacher, "--tflops", "1", "--mfu", "0.5", "--price", "2")
+    align, distill = found["stages"]
+    assert found["fits"] and not align["remedies"]
+    # 2 processes x 16 rows x 512 tokens; 2 and 8 million tokens in whole steps
+    assert align["tokens_per_step"] == distill["tokens_per_step"] == 16384
+    assert (align["steps"], align["tokens"]) == (123, 123 * 16384)
+    assert align["tokens"] + distill["tokens"] >= 10_000_000
+    parameters = sum(found["parameters"].values())
+    assert sum(distill["trained"].values()) == parameters > sum(align["trained"].values())
+    assert distill["memory"]["parts"]["weights"] == 4 * parameters
+    assert distill["memory"]["parts"]["optimizer"] == 8 * parameters
+    assert distill["hours"] == pytest.approx(distill["flops"] / (2 * 0.5e12 * 3600))
+    assert found["cost"] == pytest.approx(2 * 2 * found["hours"])
+
+
+def test_what_to_change(teacher, capsys):
+    small = "precision=fp32", "align=null", "distill.share=1.0", "batch.size=4000"
+    main([*RUN[:-1], "2x1GB", "--model", teacher, *small])
+    out = capsys.readouterr().out
+    assert "distill does not fit" in out
+    assert "1. gradient_checkpointing=true" in out and ", fits" in out
+    changes = [line for line in out.splitlines() if line[:1].isdigit()]
+    assert all(change.split(". ")[1].startswith(KNOWN) for change in changes), changes
+
+
+KNOWN = (
+    "gradient_checkpointing=true", "batch.size=1 batch.accumulation=4000", "distill=null",
+    "recipes/launch/fsdp.yaml", "distill.top_k=64 distill.cache=FOLDER", "lora.rank=16",
+)  # fmt: skip
+
+
+def test_every_change_takes_less_than_the_one_before(teacher, capsys):
+    main([*RUN[:-1], "2x1GB", "--model", teacher, "batch.size=8000", "--json"])
+    for stage in json.loads(capsys.readouterr().out)["stages"]:
+        peaks = [stage["memory"]["peak"], *(x["peak"] for x in stage["remedies"])]
+        assert not stage["fits"] and peaks == sorted(peaks, reverse=True)
+        assert peaks[-1] <= 0.9e9 < peaks[-2]
+
+
+def test_nodes_share_the_student_under_fsdp(teacher, capsys):
+    end_to_end = "--model", teacher, "--launch", "fsdp", "align=null", "distill.share=1.0"
+    (one,), (four,) = (
+        planned(capsys, *end_to_end, "--nodes", nodes)["stages"] for nodes in ("1", "4")
+    )
+    assert four["tokens_per_step"] == 4 * one["tokens_per_step"]
+    one, four = (x["memory"]["parts"] for x in (one, four))
+    assert four["optimizer"] == pytest.approx(one["optimizer"] / 4, abs=8)
+    assert four["teacher"] == one["teacher"]
+
+
+def test_the_table_says_what_it_counts(teacher, capsys):
+    main([*RUN, "--model", teacher, "--keep-attention", "1"])
+    out = capsys.readouterr().out
+    assert "layer 0 mamba2, layer 1 softmax" in out
+    for line in ("feed-forward", "optimizer", "copies of weights", "FLOPs", "at the peak"):
+        assert line in out
+    assert "cost" not in out
