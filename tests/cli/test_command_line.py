@@ -39,7 +39,7 @@ def shown(capsys, *words):
 def test_help_names_every_command_under_a_heading(capsys):
     printed = shown(capsys, "--help")
     names = ("convert", "inspect", "uptrain", "eval", "diagnose", "generate", "sample", "serve")
-    for name in (*names, "bench"):
+    for name in (*names, "plan", "bench"):
         assert f"\n  {name} " in printed
     for heading in ("Make a model:", "Measure a model:", "Run a model:", "Develop:"):
         assert f"\n{heading}\n" in printed
@@ -75,6 +75,7 @@ def sizes():
         for param in command.params:
             if param.required:
                 value = "1" if "int" in str(param.type_descriptor.annotation) else "induction"
+                value = "1x80GB" if param.name == "gpus" else value
                 required += [*(x for x in param.opts if x.startswith("-")), value]
         for param in command.params:
             if "int" in str(param.type_descriptor.annotation):

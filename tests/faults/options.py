@@ -13,6 +13,7 @@ DIAGNOSE = "diagnose {rnn} --text {text} --to 64 --trained-length 16"
 GGUF = "export {ready} --to gguf --idle-attention --out {out}"
 EXPORT = "export {ready} --to qwen3_5 --idle-attention --out {out}"
 GENERATE = "generate --model {rnn} --max-new-tokens 2"
+PLAN = "plan --config {yaml} --gpus 1x80GB"
 SAMPLE = "sample --model {rnn} --tokens 40 --length 16 --batch 4 --out {here}/own.jsonl"
 
 # a command, then rows of (what is added to it, what the line names)
@@ -522,6 +523,41 @@ REFUSED = {
         ("--config {yaml} out={out} seed=\udcff", "seed"),
         ("--config {yaml} out={out} batch.sise=1", "did you mean batch.size"),
     ],
+    "plan": [
+        ("", "--config is missing"),
+        ("--config {yaml}", "--gpus is missing"),
+        ("--config {here}/none.yaml --gpus 8x80GB", "none.yaml"),
+        ("--config supra --gpus 8x80GB", "plan its conversion with --model"),
+        ("--config {yaml} --gpus 8", "--gpus (='8')"),
+        ("--config {yaml} --gpus 8x80", "such as 8x80GB"),
+        ("--config {yaml} --gpus 0x80GB", "the number of GPUs"),
+        ("--config {yaml} --gpus 8x0GB", "the GB of a GPU"),
+        ("--config {yaml} --gpus ''", "--gpus"),
+    ],
+    PLAN: [
+        ("--nodes 0", "--nodes (=0)"),
+        ("--nodes many", "--nodes (='many')"),
+        ("--nodes 2 --launch one_gpu", "--launch (=one_gpu)"),
+        ("--launch deepspeed", "unknown --launch"),
+        ("--launch fsdp align.share=0.5", "align cannot run under FSDP"),
+        ("--tflops 0", "--tflops (=0.0)"),
+        ("--tflops nan", "--tflops (=nan)"),
+        ("--tflops fast", "--tflops (='fast')"),
+        ("--mfu 0", "--mfu (=0.0)"),
+        ("--mfu 38", "--mfu (=38.0)"),
+        ("--price -1", "--price (=-1.0)"),
+        ("--price inf", "--price (=inf)"),
+        ("--mixer mamba2", "give --model"),
+        ("--keep-attention 1", "give --model"),
+        ("--model {base} --mixer supar", "did you mean 'supra'"),
+        ("--model {base} --mixer-option decay", "NAME=VALUE"),
+        ("--model {base} --keep-attention 9", "layer 9"),
+        ("--model {base} --keep-attention auto", "auto:0.25"),
+        ("batch.sise=1", "did you mean batch.size"),
+        ("distill=null", "there is no stage"),
+        ("student={here}/none", "no such folder"),
+        ("distill.share=2", "distill.share"),
+    ],
     "{root}/recipes/uptrain.py": [
         ("", "--config"),
         ("--config {here}/none.yaml", "none.yaml"),
@@ -547,6 +583,11 @@ CASES: list[Case] = [
     refused(GENERATE.replace("{rnn}", "{model}") + " --prompt 'a\udcffb' --chat", "--prompt",
             make=copied("rnn", fields({"chat_template": TEMPLATE}, "tokenizer_config.json")),
             name="a prompt of a chat that is not UTF-8"),
+    refused(PLAN + " --model {rnn}", "already converted", name="a plan to convert a student"),
+    refused(PLAN + " --model {here}/none", "no such folder", name="a plan of no model"),
+    refused(PLAN + " --model {qwen3_moe}", "mixture of experts", name="a plan of experts"),
+    accepted(PLAN + " --model {base} --keep-attention auto:0.5", "a plan needs no text"),
+    accepted("plan --config {yaml} --gpus 1x1GB", "a plan that does not fit is a plan"),
     refused(SAMPLE, "own.jsonl) exists", make=written("own.jsonl", "mine"),
             name="a sample that is written"),
     refused(SAMPLE, "begun with other settings", make=written(".own.jsonl.draft", "{}\n"),
