@@ -34,7 +34,9 @@ def plan(
     ],
     gpus: Annotated[
         Gpus,
-        option("--gpus", "GPUs of a node and the memory of each, as 8x80GB.", parse_gpus, "NxSIZE"),
+        option(
+            "--gpus", "GPUs of a node and the memory of each, as 8x80GB.", parse_gpus, "NxSIZEGB"
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from supra.errors import UserError, foreign_errors
 from supra.losses.chunked import language_model
 from supra.model.attention import attention_modules
+from supra.planning.parameters import converted
 
 # the parts of a block; OUTSIDE is what comes before and after the blocks
 NORMS, PROJECTIONS, MIXER, FEED_FORWARD = "norms", "projections", "mixer", "feed-forward"
-OUTSIDE = "outside"
+MATRIX, OUTSIDE = "attention matrix", "outside"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ def count_layerwise(model: nn.Module, length: int, dtype: torch.dtype, matrices:
     with _faked(model):
         one, two = (_alone(student, rows, length, dtype, matrices) for rows in (1, 2))
     pairs = list(zip(one, two, strict=True))
+    parts = (PROJECTIONS, MIXER, MATRIX) if matrices else (PROJECTIONS, MIXER)
     return Kept(
-        layers=[{x: b[x] - a[x] for x in (PROJECTIONS, MIXER)} for a, b in pairs],
+        layers=[{x: b[x] - a[x] for x in parts} for a, b in pairs],
         layer_input=0,
         outside=0,
         fixed=max(2 * a.total() - b.total() for a, b in pairs),
@@ -132,8 +134,7 @@ def _alone(
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     handles = [
         module.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
-        for module in attention_modules(student)
-        if module.mixer.recurrent
+        for module in converted(student)
     ]
     with torch.no_grad(), _autocast(dtype):
         _run(student, rows, length)
@@ -150,19 +151,17 @@ def _count_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Counter:
-    counter, mixer = _Counter(student, PROJECTIONS), attention.mixer
+    counter, calls = _Counter(student, PROJECTIONS), []
     counter.watch_mixer(attention, MIXER)
-    if matrices:
-        counter.handles.append(mixer.register_forward_hook(_mixing_matrix))
+    see = attention.mixer.register_forward_pre_hook(lambda mixer, given: calls.append(given))
+    counter.handles.append(see)
     with counter.counting(), _autocast(dtype):
         attention(*args, **kwargs)
+        if matrices:
+            counter.places.append(MATRIX)
+            attention.mixer.mixing_matrix(*calls[0])
     counter.remove()
     return counter.bytes
-
-
-def _mixing_matrix(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook of a mixer."""
-    mixer.mixing_matrix(args[0])
 
 
 def _run(student: PreTrainedModel, rows: int, length: int) -> None:
@@ -197,7 +196,7 @@ class _Counter:
     def watch(self, module: nn.Module, place: Any) -> None:
         """While the module runs, count under this part."""
         enter = module.register_forward_pre_hook(lambda *_: self.places.append(place))
-        leave = module.register_forward_hook(lambda *_: self._leave())
+        leave = module.register_forward_hook(self._leave)
         self.handles += [enter, leave]
 
     def watch_mixer(self, attention: nn.Module, place: Any) -> None:
@@ -209,8 +208,8 @@ class _Counter:
         """A forward pre-hook of a block: the size of its input."""
         self.bytes["layer_input"] = args[0].nbytes
 
-    def _leave(self) -> None:
-        self.places.pop()
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.places.pop()  # without a result: one would replace the output
 
     def remove(self) -> None:
         """Take the hooks off the modules."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -52,6 +53,15 @@ class Measured:
     work: Work
 
 
+class Moved(NamedTuple):
+    """Parameters of a stage: those that it changes, those with a gradient, and those with a
+    gradient in any stage that runs through the wrapper of several processes."""
+
+    stepped: Collection[nn.Parameter]
+    trained: Collection[nn.Parameter]
+    bucketed: Collection[nn.Parameter]
+
+
 def measure(models: Models, config: UptrainConfig, stage: str, processes: int) -> Measured:
     """Counts for a stage of a run in so many processes.
 
@@ -63,44 +73,46 @@ def measure(models: Models, config: UptrainConfig, stage: str, processes: int) -
     layerwise = stage in LAYERWISE
     if layerwise and not converted(model):
         raise UserError(no_mixer(models.student.model_type))
-    trained = dict(trainable(model, {stage: config.stages[stage]}))
+    stepped = dict(trainable(model, {stage: config.stages[stage]}))
     bucketed = dict(trainable(model, wrapped_stages(config)))
-    moved = trained if processes == 1 or layerwise else bucketed
+    moved = Moved(stepped, stepped if processes == 1 or layerwise else bucketed, bucketed)
     for parameter in kinds:
-        parameter.requires_grad_(parameter in moved)
+        parameter.requires_grad_(parameter in moved.trained)
     work = _layerwise_work if layerwise else _end_to_end_work
     return Measured(
         parameters=count(kinds, kinds),
-        trained=count(trained, kinds),
-        work=work(models, model, kinds, stage, moved),
+        trained=count(stepped, kinds),
+        work=work(models, model, kinds, stage, moved.trained),
         # last, because the model that was counted with has no weights any more
-        sizes=_sizes(models, model, config, stage, moved, total(bucketed)),
+        sizes=_sizes(models, model, kinds, config, stage, moved),
     )
 
 
 def _sizes(
     models: Models,
     model: nn.Module,
+    kinds: dict[nn.Parameter, str],
     config: UptrainConfig,
     stage: str,
-    moved: Collection[nn.Parameter],
-    bucketed: int,
+    moved: Moved,
 ) -> Sizes:
     student = language_model(model)
     blocks = [list(layer.parameters()) for layer in layers_of(student)]
     head = student.get_output_embeddings().weight
     inner = models.student.get_text_config()
-    layerwise, teacher = stage in LAYERWISE, models.teacher if stage == "distill" else None
-    frozen = (x for block in blocks for x in block if x.ndim > 1 and x not in moved)
+    layerwise, trained = stage in LAYERWISE, moved.trained
+    teacher = models.teacher if _has_teacher(config, stage) else None
+    used = (x for block in blocks for x in block if kinds[x] != "frozen copies")
     sizes = {
         "all": total(model.parameters()),
         "blocks": sum(map(total, blocks)),
         "block": max(map(total, blocks)),
-        "trained": total(moved),
-        "trained_block": max(total(x for x in block if x in moved) for block in blocks),
-        "trained_head": head.numel() if head in moved else 0,
-        "frozen_products": total(frozen),
-        "bucketed": bucketed,
+        "stepped": total(moved.stepped),
+        "trained": total(trained),
+        "trained_block": max(total(x for x in block if x in trained) for block in blocks),
+        "trained_head": head.numel() if head in trained else 0,
+        "frozen_products": total(x for x in used if x.ndim > 1 and x not in trained),
+        "bucketed": total(moved.bucketed),
         "head": head.numel(),
         "vocabulary": inner.vocab_size,
         "heads": inner.num_attention_heads,
@@ -114,12 +126,19 @@ def _sizes(
     return Sizes(**sizes, kept=count_end_to_end(model, length, dtype))
 
 
+def _has_teacher(config: UptrainConfig, stage: str) -> bool:
+    """Whether the teacher is in memory: in distill, and before it unless a cache replaces it."""
+    if stage in LAYERWISE:
+        return config.distill is not None and config.distill.cache is None
+    return stage == "distill"
+
+
 def _layerwise_work(
     models: Models,
     model: nn.Module,
     kinds: dict[nn.Parameter, str],
     stage: str,
-    moved: Collection[nn.Parameter],
+    trained: Collection[nn.Parameter],
 ) -> Work:
     layers, kept = attention_layers(models.student)
     blocks = _block_products(model, kinds)
@@ -129,7 +148,7 @@ def _layerwise_work(
     return Work(
         products=all_products(model, kinds),
         blocks=blocks,
-        trained=products(moved, kinds),
+        trained=products(trained, kinds),
         state=state_numbers(models.student),
         attention=products((x for x in attention if kinds[x] != "frozen copies"), kinds),
         matrices=(layers - kept) * width // 2 if stage == "orient" else 0,
@@ -143,13 +162,13 @@ def _end_to_end_work(
     model: nn.Module,
     kinds: dict[nn.Parameter, str],
     stage: str,
-    moved: Collection[nn.Parameter],
+    trained: Collection[nn.Parameter],
 ) -> Work:
     _, kept = attention_layers(models.student)
     work = Work(
         products=all_products(model, kinds),
         blocks=_block_products(model, kinds),
-        trained=products(moved, kinds) + _tied_head(model, kinds, moved),
+        trained=products(trained, kinds) + _tied_head(model, kinds, trained),
         state=state_numbers(models.student),
         softmax=kept * channels(models.student),
     )
@@ -170,10 +189,10 @@ def _block_products(model: nn.Module, kinds: dict[nn.Parameter, str]) -> int:
 
 
 def _tied_head(
-    model: nn.Module, kinds: dict[nn.Parameter, str], moved: Collection[nn.Parameter]
+    model: nn.Module, kinds: dict[nn.Parameter, str], trained: Collection[nn.Parameter]
 ) -> int:
     head = language_model(model).get_output_embeddings().weight
-    return head.numel() if head in moved and kinds[head] == "embeddings" else 0
+    return head.numel() if head in trained and kinds[head] == "embeddings" else 0
 
 
 def state_numbers(config: PreTrainedConfig) -> int:

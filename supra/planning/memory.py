@@ -19,10 +19,11 @@ LIMIT = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL, and holes between 
 class Sizes:
     """What memory depends on in the models, as counts of parameters, unless it says otherwise.
 
-    all, blocks, block: of the student, of its blocks, and of the largest one. trained: those with a
-    gradient in this stage. frozen_products: of the blocks' matrices without a gradient. bucketed:
-    those with a gradient in a stage that runs through the wrapper of several processes. head: of
-    the matrix that makes logits. teacher: of a teacher of its own. copied: of the attention modules
+    all, blocks, block: of the student, of its blocks, and of the largest one. stepped: those that
+    the stage changes. trained: those with a gradient; in several processes also what other stages
+    change. frozen_products: of the blocks' matrices without a gradient. bucketed: those with a
+    gradient in a stage that runs through the wrapper of several processes. head: of the matrix that
+    makes logits. teacher: of the model that distill learns from. copied: of the attention modules
     that orient and align copy, so that they stay the teacher's. vocabulary: tokens. heads: of a
     block's queries. kept: bytes that a row keeps.
     """
@@ -30,6 +31,7 @@ class Sizes:
     all: int
     blocks: int
     block: int
+    stepped: int
     trained: int
     trained_block: int
     trained_head: int
@@ -74,7 +76,7 @@ def end_to_end(x: Sizes, run: Pass) -> Memory:
     shards = run.processes if run.launch == "fsdp" else 1
     standing = {
         "weights": weights(x.all, shards),
-        "optimizer": optimizer(x.trained, shards),
+        "optimizer": optimizer(x.stepped, shards),
         "teacher": run.width * x.teacher,
         "buckets of DDP": FLOAT32 * x.bucketed if run.launch == "ddp" else 0,
         "gathered by FSDP": gathered(x) if run.launch == "fsdp" else 0,
@@ -94,11 +96,13 @@ def end_to_end(x: Sizes, run: Pass) -> Memory:
 
 
 def layer_by_layer(x: Sizes, run: Pass) -> Memory:
-    """Of orient and align: activations are those of one attention module."""
+    """Of orient and align: activations are those of one attention module. The teacher of a later
+    distill is there already, because its perplexity is measured first."""
     parts = {
         "weights": weights(x.all, 1),
-        "optimizer": optimizer(x.trained, 1),
-        "teacher": FLOAT32 * x.copied,
+        "optimizer": optimizer(x.stepped, 1),
+        "teacher": run.width * x.teacher,
+        "teacher's attention": FLOAT32 * x.copied,
         "buckets of DDP": FLOAT32 * x.bucketed if run.launch == "ddp" else 0,
         "gradients": weights(x.trained, 1),
         "copies of weights": layer_copies(x, run.width),

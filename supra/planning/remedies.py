@@ -73,13 +73,14 @@ def _single_rows(now: Situation) -> tuple[str, Situation] | None:
 
 
 def _alone(now: Situation) -> tuple[str, Situation] | None:
-    """DDP has buckets for what the other stages train."""
+    """The other stages have buckets of DDP and a teacher."""
     others = [name for name in now.config.stages if name not in LAYERWISE]
-    if now.stage not in LAYERWISE or now.run.launch != "ddp" or not others:
+    if now.stage not in LAYERWISE or not others:
         return None
     nulls = " ".join(f"{name}=null" for name in others)
-    sizes = replace(now.sizes, bucketed=now.sizes.trained)
-    return f"{nulls}: {now.stage} in a run of its own", replace(now, sizes=sizes)
+    teacher = " teacher=null" if now.config.distill is not None else ""
+    sizes = replace(now.sizes, bucketed=now.sizes.trained, teacher=0)
+    return f"{nulls}{teacher}: {now.stage} in a run of its own", replace(now, sizes=sizes)
 
 
 def _shard(now: Situation) -> tuple[str, Situation] | None:
@@ -91,7 +92,7 @@ def _shard(now: Situation) -> tuple[str, Situation] | None:
 
 
 def _cache(now: Situation) -> tuple[str, Situation] | None:
-    if not now.sizes.teacher:
+    if not now.sizes.teacher or now.stage in LAYERWISE:
         return None
     top_k = f"distill.top_k={TOP_K} " if now.config.distill.top_k is None else ""
     change = f"{top_k}distill.cache=FOLDER, filled by an earlier run, in place of the teacher"
