@@ -49,7 +49,8 @@ def plan(
         string("--model", "Transformer that is not converted yet, in place of student.", "MODEL"),
     ] = None,
     mixer: Annotated[
-        str | None, string("--mixer", "Mixer that --model will have. Default: supra.", "NAME")
+        str | None,
+        string("--mixer", "Mixer that --model will have. Default: gated_deltanet.", "NAME"),
     ] = None,
     mixer_option: Annotated[
         list[str] | None,
@@ -77,6 +78,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a run needs before it starts: memory, steps, hours, money."""
+    from supra.mixers import DEFAULT_MIXER
     from supra.planning.plan import plan
     from supra.planning.settings import Conversion, find_models, read_settings
 
@@ -85,7 +87,9 @@ def plan(
     conversion = None
     if model is not None:
         options = parse_options(mixer_option or [])
-        conversion = Conversion(model, mixer or "supra", options, parse_layers(keep_attention))
+        conversion = Conversion(
+            model, mixer or DEFAULT_MIXER, options, parse_layers(keep_attention)
+        )
     elif mixer is not None or mixer_option or keep_attention:
         raise UserError(
             "--mixer, --mixer-option and --keep-attention are of a conversion: give --model, the "
