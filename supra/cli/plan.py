@@ -8,7 +8,7 @@ from supra.cli.convert import parse_layers, parse_options
 from supra.cli.help import MODELS, Command
 from supra.cli.options import Json, choice, number, option, string, whole
 from supra.cli.output import print_result
-from supra.cli.uptrain import recipes
+from supra.cli.uptrain import Overrides, Recipe
 from supra.errors import UserError
 from supra.planning.hardware import LAUNCHES, Gpus, Hardware, Rate, parse_gpus
 from supra.uptrain import limits
@@ -23,27 +23,14 @@ app = typer.Typer()
     "--gpus 8x80GB",
 )
 def plan(
-    config: Annotated[
-        str,
-        string(
-            "--config",
-            "YAML file, or the name of a recipe that comes with supra.",
-            "FILE",
-            autocompletion=recipes,
-        ),
-    ],
+    config: Recipe,
     gpus: Annotated[
         Gpus,
         option(
             "--gpus", "GPUs of a node and the memory of each, as 8x80GB.", parse_gpus, "NxSIZEGB"
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Settings that replace those of the file.", parser=str, metavar="a.b=c"
-        ),
-    ] = None,
+    overrides: Overrides = None,
     model: Annotated[
         str | None,
         string("--model", "Transformer that is not converted yet, in place of student.", "MODEL"),

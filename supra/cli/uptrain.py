@@ -42,27 +42,29 @@ def show_schema(asked: bool) -> None:
         raise typer.Exit
 
 
+Recipe = Annotated[
+    str,
+    string(
+        "--config",
+        "YAML file, or the name of a recipe that comes with supra.",
+        "FILE",
+        autocompletion=recipes,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that replace those of the file.", parser=str, metavar="a.b=c"),
+]
+
+
 @app.command(
     cls=UptrainCommand,
     rich_help_panel=MODELS,
     epilog="supra uptrain --config supra student=./rnn data.path=corpus.jsonl out=out/first",
 )
 def uptrain(
-    config: Annotated[
-        str,
-        string(
-            "--config",
-            "YAML file, or the name of a recipe that comes with supra.",
-            "FILE",
-            autocompletion=recipes,
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Settings that replace those of the file.", parser=str, metavar="a.b=c"
-        ),
-    ] = None,
+    config: Recipe,
+    overrides: Overrides = None,
     accept_changed: Annotated[
         bool,
         flag(
