@@ -8,7 +8,9 @@ from supra.errors import UserError, check_whole, shown
 
 GPUS = re.compile(r"(\d{1,6})x(\d{1,6})GB", re.IGNORECASE)
 GB = 10**9
-LAUNCHES = ("one_gpu", "ddp", "fsdp")  # the files of recipes/launch/
+# Files of recipes/launch/. A process under hsdp needs the memory that it needs under fsdp on one
+# node.
+LAUNCHES = ("one_gpu", "ddp", "fsdp")
 
 
 @dataclass(frozen=True)
