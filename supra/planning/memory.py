@@ -114,7 +114,7 @@ def layer_by_layer(x: Sizes, run: Pass) -> Memory:
 
 
 def weights(parameters: int, shards: int) -> int:
-    """Float32 weights or gradients, of which a process has its part."""
+    """Bytes of one process: float32 weights or gradients, split evenly over the shards."""
     return FLOAT32 * math.ceil(parameters / shards)
 
 
