@@ -68,7 +68,7 @@ def _need_harness(name: str) -> None:
     if find_spec("lm_eval") is None:
         raise UserError(
             f"task {name!r} runs in lm-evaluation-harness, which is not installed: "
-            f"pip install 'supra-rnn[eval]', or give --tasks {wikitext.PART},{in_context.PART}"
+            f"pip install 'supra-rnn[eval]'; {wikitext.PART} and {in_context.PART} run without it"
         )
 
 
