@@ -11,7 +11,6 @@ from supra.cli.options import (
     DTYPES,
     GGUF_TYPES,
     Json,
-    argument,
     choice,
     file,
     flag,
@@ -144,12 +143,10 @@ def parallel(
     )
 
 
-@app.command(cls=Command, epilog="supra bench decode ./rnn --teacher ./teacher --type q8_0")
+@app.command(cls=Command, epilog="supra bench decode --model ./rnn --teacher ./teacher")
 def decode(
-    model: Annotated[str, argument("MODEL", "Converted model: hub id or folder.")],
-    teacher: Annotated[
-        str, string("--teacher", "The model that it was converted from.", "TEACHER")
-    ],
+    model: Annotated[str, string("--model", "Converted model: hub id or folder.", "MODEL")],
+    teacher: Annotated[str, string("--teacher", "Model that it was converted from.", "MODEL")],
     lengths: Annotated[Sequence[int], integers("--lengths", "Tokens of context.", limits.PASS)] = (
         2048,
         8192,

@@ -29,7 +29,7 @@ def here(monkeypatch):
 def test_the_teachers_state_grows_and_the_students_does_not(pair, here, capsys):
     teacher, student = pair
     options = "--lengths 24,48 --tokens 3 --engines transformers --json"
-    main(["bench", "decode", student, "--teacher", teacher, *options.split()])
+    main(["bench", "decode", "--model", student, "--teacher", teacher, *options.split()])
     found = json.loads(capsys.readouterr().out)
     states = {(x["role"], x["length"]): x["state"] for x in found["speeds"]}
     keys_and_values = 2 * 2 * 8 * 4  # 2 heads of 8 channels in float32

@@ -19,7 +19,8 @@ def test_the_teachers_state_grows_and_the_students_does_not(tmp_path, monkeypatc
     monkeypatch.setattr(decode, "PART", 64)
     rnn = converted(tmp_path, "llama", "gguf", num_hidden_layers=2)
     options = "--lengths 128,256 --tokens 3 --engines llama.cpp --type f16 --json"
-    main(["bench", "decode", str(rnn), "--teacher", str(tmp_path / "base"), *options.split()])
+    models = "--model", str(rnn), "--teacher", str(tmp_path / "base")
+    main(["bench", "decode", *models, *options.split()])
     found = json.loads(capsys.readouterr().out)
     states = {(x["role"], x["length"]): x["state"] for x in found["speeds"]}
     assert states["teacher", 256] > 1.9 * states["teacher", 128]
