@@ -20,7 +20,8 @@ class Work:
     state: of all recurrent layers. softmax: query and value channels of all heads, over the
     student's layers that keep attention. teacher, teacher_softmax: the same of a teacher.
     attention: inherited and new, of the attention modules; they alone are trained by orient and
-    align.
+    align. matrices: query channels of all heads, over the layers whose attention matrices orient
+    compares.
     """
 
     products: int
@@ -44,8 +45,9 @@ def end_to_end(work: Work, length: int, checkpointing: bool) -> int:
 
 def layer_by_layer(work: Work, length: int) -> int:
     """FLOPs per token of orient and align: a pass of the blocks with the teacher's attention, and
-    the student's attention modules forward and backward. `matrices` are the channels that a matrix
-    of T columns is mixed with, in orient."""
+    the student's attention modules forward and backward. In orient both make their attention
+    matrix: the student mixes the T columns of a unit matrix, the teacher multiplies queries by
+    keys."""
     student = 3 * STATE * work.state + PRODUCT * (2 * work.attention + work.trained)
     columns = (3 * STATE + PRODUCT) * work.matrices * length
     return student + columns + forward(work.teacher, work.teacher_softmax, length)

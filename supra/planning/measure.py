@@ -1,7 +1,7 @@
 """Counts for one stage: what its memory and its work depend on."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -78,11 +78,10 @@ def measure(models: Models, config: UptrainConfig, stage: str, processes: int) -
     moved = Moved(stepped, stepped if processes == 1 or layerwise else bucketed, bucketed)
     for parameter in kinds:
         parameter.requires_grad_(parameter in moved.trained)
-    work = _layerwise_work if layerwise else _end_to_end_work
     return Measured(
         parameters=count(kinds, kinds),
         trained=count(stepped, kinds),
-        work=work(models, model, kinds, stage, moved.trained),
+        work=_work(models, model, kinds, stage, moved.trained),
         # last, because the model that was counted with has no weights any more
         sizes=_sizes(models, model, kinds, config, stage, moved),
     )
@@ -133,7 +132,7 @@ def _has_teacher(config: UptrainConfig, stage: str) -> bool:
     return stage == "distill"
 
 
-def _layerwise_work(
+def _work(
     models: Models,
     model: nn.Module,
     kinds: dict[nn.Parameter, str],
@@ -141,46 +140,37 @@ def _layerwise_work(
     trained: Collection[nn.Parameter],
 ) -> Work:
     layers, kept = attention_layers(models.student)
-    blocks = _block_products(model, kinds)
-    attention = [x for module in converted(model) for x in module.parameters()]
-    new = [x for x in attention if kinds[x] == "mixers"]
     width = channels(models.student)
+    teacher, teacher_softmax = _teacher_work(models, model, kinds, stage)
+    attention = (x for module in converted(model) for x in module.parameters())
     return Work(
-        products=all_products(model, kinds),
-        blocks=blocks,
-        trained=products(trained, kinds),
-        state=state_numbers(models.student),
-        attention=products((x for x in attention if kinds[x] != "frozen copies"), kinds),
-        matrices=(layers - kept) * width // 2 if stage == "orient" else 0,
-        teacher=blocks - products(new, kinds),
-        teacher_softmax=layers * width,
-    )
-
-
-def _end_to_end_work(
-    models: Models,
-    model: nn.Module,
-    kinds: dict[nn.Parameter, str],
-    stage: str,
-    trained: Collection[nn.Parameter],
-) -> Work:
-    _, kept = attention_layers(models.student)
-    work = Work(
         products=all_products(model, kinds),
         blocks=_block_products(model, kinds),
         trained=products(trained, kinds) + _tied_head(model, kinds, trained),
         state=state_numbers(models.student),
-        softmax=kept * channels(models.student),
+        softmax=kept * width,
+        teacher=teacher,
+        teacher_softmax=teacher_softmax,
+        attention=products((x for x in attention if kinds[x] != "frozen copies"), kinds),
+        matrices=(layers - kept) * width // 2 if stage == "orient" else 0,
     )
+
+
+def _teacher_work(
+    models: Models, model: nn.Module, kinds: dict[nn.Parameter, str], stage: str
+) -> tuple[int, int]:
+    """What a token goes through in the teacher: products, and channels of softmax attention.
+
+    The teacher of orient and align is the student's blocks with their inherited attention."""
+    if stage in LAYERWISE:
+        new = products((x for x in kinds if kinds[x] == "mixers"), kinds)
+        layers, _ = attention_layers(models.student)
+        return _block_products(model, kinds) - new, layers * channels(models.student)
     if stage != "distill":
-        return work
+        return 0, 0
     teacher = meta_model(models.teacher)
     layers, _ = attention_layers(models.teacher)
-    return replace(
-        work,
-        teacher=all_products(teacher, kinds_of(teacher)),
-        teacher_softmax=layers * channels(models.teacher),
-    )
+    return all_products(teacher, kinds_of(teacher)), layers * channels(models.teacher)
 
 
 def _block_products(model: nn.Module, kinds: dict[nn.Parameter, str]) -> int:
