@@ -8,9 +8,8 @@ from supra.errors import UserError, check_whole, shown
 
 GPUS = re.compile(r"(\d{1,6})x(\d{1,6})GB", re.IGNORECASE)
 GB = 10**9
-# Files of recipes/launch/. A process under hsdp needs the memory that it needs under fsdp on one
-# node.
-LAUNCHES = ("one_gpu", "ddp", "fsdp")
+LAUNCHES = ("one_gpu", "ddp", "fsdp", "hsdp")  # files of recipes/launch/
+SHARDED = ("fsdp", "hsdp")  # those that split the student
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,21 @@ class Hardware:
                 f"--launch (=one_gpu) is for one GPU, and there are {self.processes}: take ddp or "
                 "fsdp, or --gpus 1x80GB"
             )
+        if self.launch == "hsdp" and self.gpus.count == 1:
+            raise UserError(
+                "--launch (=hsdp) splits the student over the GPUs of a machine, and a machine has "
+                "one: take ddp or fsdp, or machines with more GPUs"
+            )
 
     @property
     def processes(self) -> int:
         """One for each GPU."""
         return self.gpus.count * self.nodes
+
+    @property
+    def shards(self) -> int:
+        """Processes that share one copy of the student: under hsdp those of a machine."""
+        return {"fsdp": self.processes, "hsdp": self.gpus.count}.get(self.launch, 1)
 
     @property
     def memory(self) -> int:

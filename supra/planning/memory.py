@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from supra.losses.chunked import CHUNK_ELEMENTS
 from supra.planning.activations import Kept
+from supra.planning.hardware import SHARDED, Hardware
 
 FLOAT32 = 4  # bytes of a number
 MOMENTS = 2  # AdamW keeps the averages of a gradient and of its square
@@ -49,15 +50,14 @@ class Sizes:
 class Pass:
     """A forward pass of one process: `rows` of `length` tokens, with numbers of `width` bytes.
 
-    launch: "one_gpu", "ddp" or "fsdp". accumulates: whether a step has several passes, so that
-    gradients are there in the next one. learns_from: "text", "teacher", "outputs" or "matrices".
+    accumulates: whether a step has several passes, so that gradients are there in the next one.
+    learns_from: "text", "teacher", "outputs" or "matrices".
     """
 
     rows: int
     length: int
     width: int
-    processes: int
-    launch: str
+    hardware: Hardware
     accumulates: bool
     checkpointing: bool
     learns_from: str
@@ -73,13 +73,13 @@ class Memory:
 
 def end_to_end(x: Sizes, run: Pass) -> Memory:
     """Of a stage that trains the whole model."""
-    shards = run.processes if run.launch == "fsdp" else 1
+    shards, launch = run.hardware.shards, run.hardware.launch
     standing = {
         "weights": weights(x.all, shards),
         "optimizer": optimizer(x.stepped, shards),
         "teacher": run.width * x.teacher,
-        "buckets of DDP": FLOAT32 * x.bucketed if run.launch == "ddp" else 0,
-        "gathered by FSDP": gathered(x) if run.launch == "fsdp" else 0,
+        "buckets of DDP": FLOAT32 * x.bucketed if launch == "ddp" else 0,
+        "gathered by FSDP": gathered(x) if launch in SHARDED else 0,
     }
     gradients = weights(x.trained, shards)
     busy = {
@@ -103,7 +103,7 @@ def layer_by_layer(x: Sizes, run: Pass) -> Memory:
         "optimizer": optimizer(x.stepped, 1),
         "teacher": run.width * x.teacher,
         "teacher's attention": FLOAT32 * x.copied,
-        "buckets of DDP": FLOAT32 * x.bucketed if run.launch == "ddp" else 0,
+        "buckets of DDP": FLOAT32 * x.bucketed if run.hardware.launch == "ddp" else 0,
         "gradients": weights(x.trained, 1),
         "copies of weights": layer_copies(x, run.width),
         "activations": run.rows * x.kept.largest_layer,

@@ -5,7 +5,7 @@ from typing import Any
 
 from supra.errors import UserError
 from supra.planning import compute
-from supra.planning.hardware import Hardware, Rate
+from supra.planning.hardware import SHARDED, Hardware, Rate
 from supra.planning.measure import Measured, Models, measure
 from supra.planning.memory import FLOAT32, LIMIT, Pass
 from supra.planning.remedies import Situation, remedies
@@ -20,7 +20,7 @@ LEARNS_FROM = {"orient": "matrices", "align": "outputs", "distill": "teacher"}
 def plan(config: UptrainConfig, models: Models, hardware: Hardware, rate: Rate) -> RunPlan:
     """Plan a run. Raises UserError for one that cannot be planned, or that would be refused."""
     refused = [name for name in config.stages if name in LAYERWISE]
-    if refused and hardware.launch == "fsdp":
+    if refused and hardware.launch in SHARDED:
         nulls = " ".join(f"{name}=null" for name in refused)
         raise UserError(
             f"{' and '.join(refused)} cannot run under FSDP: plan the other stages with {nulls}, "
@@ -76,8 +76,7 @@ def _pass(config: UptrainConfig, hardware: Hardware, stage: stages.Stage) -> Pas
         rows=stage.batch_size,
         length=stage.sequence_length,
         width=WIDTHS[config.precision],
-        processes=hardware.processes,
-        launch=hardware.launch,
+        hardware=hardware,
         accumulates=stage.accumulation * (stage.config.segments or 1) > 1,
         checkpointing=config.gradient_checkpointing and stage.name not in LAYERWISE,
         learns_from=LEARNS_FROM.get(stage.name, "text"),

@@ -84,11 +84,13 @@ def _alone(now: Situation) -> tuple[str, Situation] | None:
 
 
 def _shard(now: Situation) -> tuple[str, Situation] | None:
-    if now.stage in LAYERWISE or now.run.launch != "ddp" or now.run.processes == 1:
+    hardware = now.run.hardware
+    if now.stage in LAYERWISE or hardware.processes == 1:
         return None
     before = [name for name in now.config.stages if name in LAYERWISE]
     apart = f", with {' and '.join(before)} in a run before it" if before else ""
-    return f"recipes/launch/fsdp.yaml{apart}", replace(now, run=replace(now.run, launch="fsdp"))
+    run = replace(now.run, hardware=replace(hardware, launch="fsdp"))
+    return f"recipes/launch/fsdp.yaml{apart}", replace(now, run=run)
 
 
 def _cache(now: Situation) -> tuple[str, Situation] | None:
@@ -104,7 +106,7 @@ def _adapt(now: Situation) -> tuple[str, Situation] | None:
         return None
     lora = LoraConfig()
     config = now.config.model_copy(update={"lora": lora})
-    sizes = measure(now.models, config, now.stage, now.run.processes).sizes
+    sizes = measure(now.models, config, now.stage, now.run.hardware.processes).sizes
     sizes = replace(sizes, teacher=now.sizes.teacher)
     return f"lora.rank={lora.rank}", replace(now, config=config, sizes=sizes)
 

@@ -6,6 +6,7 @@ import pytest
 
 from supra.planning import memory
 from supra.planning.activations import Kept
+from supra.planning.hardware import Gpus, Hardware
 from supra.planning.memory import Pass, Sizes
 
 KEPT = Kept(
@@ -31,8 +32,8 @@ SIZES = Sizes(
     teacher=1000,
 )
 RUN = Pass(
-    rows=4, length=8, width=2, processes=8, launch="ddp", accumulates=False, checkpointing=False,
-    learns_from="teacher",
+    rows=4, length=8, width=2, hardware=Hardware(Gpus(8, 80)), accumulates=False,
+    checkpointing=False, learns_from="teacher",
 )  # fmt: skip
 
 
@@ -91,10 +92,19 @@ def test_gradients_can_be_the_peak():
 
 
 def test_fsdp_has_a_part_of_the_student_and_the_whole_teacher():
-    found = memory.end_to_end(SIZES, replace(RUN, launch="fsdp")).parts
+    found = memory.end_to_end(SIZES, replace(RUN, hardware=Hardware(Gpus(8, 80), 1, "fsdp"))).parts
     assert found["weights"] == 4 * 126 and found["gradients"] == 4 * 101
     assert found["optimizer"] == 8 * 88 and found["teacher"] == 2000
     assert found["copies of weights"] == 800 and found["buckets of DDP"] == 0
+
+
+def test_machines_under_hsdp_have_a_copy_each():
+    """Its parts are as large as under FSDP on one machine."""
+    one, many = (
+        memory.end_to_end(SIZES, replace(RUN, hardware=hardware))
+        for hardware in (Hardware(Gpus(3, 80), 1, "fsdp"), Hardware(Gpus(3, 80), 5, "hsdp"))
+    )
+    assert one == many
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,8 @@ def test_fsdp_has_a_part_of_the_student_and_the_whole_teacher():
 )
 def test_layer_by_layer(learns_from, matrices):
     sizes = replace(SIZES, stepped=300, trained=300, copied=90)
-    found = memory.layer_by_layer(sizes, replace(RUN, launch="one_gpu", learns_from=learns_from))
+    alone = Hardware(Gpus(1, 80), 1, "one_gpu")
+    found = memory.layer_by_layer(sizes, replace(RUN, hardware=alone, learns_from=learns_from))
     assert found.parts["attention matrices"] == matrices
     assert found.parts["teacher's attention"] == 4 * 90
     assert found.peak == 4004 + 2400 + 2000 + 360 + 1200 + 360 + 2 * 4 * 100 + matrices

@@ -1,10 +1,12 @@
 """`supra plan`, as it is typed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from supra.cli import main
+from supra.planning.hardware import LAUNCHES
 from supra.testing import tiny_config
 
 RUN = ["plan", "--config", "supra", "--mixer", "mamba2", "--gpus", "2x80GB"]
@@ -71,6 +73,19 @@ def test_nodes_share_the_student_under_fsdp(teacher, capsys):
     one, four = (x["memory"]["parts"] for x in (one, four))
     assert four["optimizer"] == pytest.approx(one["optimizer"] / 4, abs=8)
     assert four["teacher"] == one["teacher"]
+
+
+def test_more_machines_may_be_the_way_out_of_hsdp(tmp_path, capsys):
+    """Logits of a large vocabulary fit nowhere, so that every change that helps is listed."""
+    tiny_config(vocab_size=200_000).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--nodes", "3", "--launch", "hsdp", "align=null"]
+    main([*RUN[:-1], "2x1GB", *words, "distill.share=1.0"])
+    assert "recipes/launch/fsdp.yaml: " in capsys.readouterr().out
+
+
+def test_every_launch_file_is_planned():
+    folder = Path(__file__).parents[2] / "recipes" / "launch"
+    assert {file.stem for file in folder.iterdir()} == set(LAUNCHES)
 
 
 def test_the_table_says_what_it_counts(teacher, capsys):
