@@ -35,7 +35,7 @@ from supra.uptrain.run_data import RunData
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.saved_state import SavedState
 from supra.uptrain.stages import Stage, plan, tokens_read, wrapped_stages
-from supra.uptrain.stop import stop_signals
+from supra.uptrain.stop import ENDING, WARNING, noted
 from supra.uptrain.teacher import Teacher
 
 
@@ -43,17 +43,19 @@ def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
     """Train as `config` says, and write the result to config.out/final.
 
     SIGTERM, SIGINT and SIGUSR1 end the run after the current step, with a checkpoint, and the
-    result is False. The same command then continues, and ends with the same weights as a run
-    without interruption. With `accept_changed`, a run continues even if its config, student,
-    tokenizer, teacher or text has changed. Raises UserError (or its subclass Diverged) for problems
-    that the user can solve, and keeps the last checkpoint.
+    result is False. While models are loading, SIGUSR1 ends it after the first step, and the others
+    at once. The same command then continues, and ends with the same weights as a run without
+    interruption. With `accept_changed`, a run continues even if its config, student, tokenizer,
+    teacher or text has changed. Raises UserError (or its subclass Diverged) for problems that the
+    user can solve, and keeps the last checkpoint.
     """
-    run = Run(config, accept_changed)
-    try:
-        with stop_signals() as stop_requested:
-            return run.train(stop_requested)
-    finally:
-        run.close()
+    with noted(WARNING) as warnings:  # one may come while models are loading
+        run = Run(config, accept_changed)
+        try:
+            with noted(ENDING, once=True) as endings:
+                return run.train(lambda: bool(warnings or endings))
+        finally:
+            run.close()
 
 
 class Run:

@@ -1,36 +1,37 @@
 """Lets SIGTERM, SIGINT and SIGUSR1 end a run between two steps."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
-# what schedulers send some time before they end a job; Windows has none
+# What schedulers send some time before they end a job. A process may get it from the scheduler and
+# again from its launcher, so that none of them may end it. Windows has no such signal.
 WARNING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGUSR1 and the first SIGTERM or SIGINT into a request to stop; a second SIGTERM or
-    SIGINT has its usual effect.
+def noted(numbers: Sequence[int], once: bool = False) -> Iterator[list[int]]:
+    """Inside, these signals are only added to the list.
 
-    Every SIGUSR1 is a request, because a process may get it from the scheduler and again from its
-    launcher.
+    once: the first of them is, and a second one has its usual effect.
     """
-    received, previous = [], {}
+    received: list[int] = []
+    previous: dict[int, Any] = {}
 
     def handle(number, frame):
         received.append(number)
-        if number in ENDING:
-            restore(ENDING)
+        if once:
+            restore()
 
-    def restore(numbers):
-        for number in previous.keys() & set(numbers):
-            signal.signal(number, previous.pop(number))
+    def restore():
+        while previous:
+            signal.signal(*previous.popitem())
 
-    for number in ENDING + WARNING:
+    for number in numbers:
         previous[number] = signal.signal(number, handle)
     try:
-        yield lambda: bool(received)
+        yield received
     finally:
-        restore(ENDING + WARNING)
+        restore()

@@ -584,11 +584,12 @@ def test_what_kills_left_goes_when_a_run_goes_on(files, run, monkeypatch):
         (signal.SIGTERM, "_load_models", 143),
         (signal.SIGINT, "_load_models", 130),
         (signal.SIGTERM, "evaluate", 130),
+        (signal.SIGUSR1, "_load_models", 130),
     ],
 )
 def test_signals_before_the_first_step(files, tmp_path, monkeypatch, capsys, number, where, code):
-    """Signals end the run at once while models and text are loading, and later after the step. The
-    same command then gives the same result."""
+    """While models and text are loading, signals end the run at once; later, and SIGUSR1 always,
+    they end it after the step. The same command then gives the same result."""
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config(files, tmp_path / "run").model_dump(mode="json")))
     act = getattr(loop.Run, where)

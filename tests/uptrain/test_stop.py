@@ -5,35 +5,33 @@ import signal
 
 import pytest
 
-from supra.uptrain.stop import stop_signals
-
-NUMBERS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+from supra.uptrain.stop import ENDING, WARNING, noted
 
 
 def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_asks_for_a_stop(number):
-    before = [signal.getsignal(x) for x in NUMBERS]
-    with stop_signals() as asked:
-        assert not asked()
+@pytest.mark.parametrize("number", ENDING + WARNING)
+def test_a_signal_is_noted(number):
+    before = signal.getsignal(number)
+    with noted(ENDING + WARNING) as received:
+        assert not received
         send(number)
-        assert asked()
-    assert [signal.getsignal(x) for x in NUMBERS] == before
+        assert received == [number]
+    assert signal.getsignal(number) == before
 
 
 def test_a_second_signal_has_its_usual_effect():
-    with pytest.raises(KeyboardInterrupt), stop_signals() as asked:
+    with pytest.raises(KeyboardInterrupt), noted(ENDING, once=True) as received:
         send(signal.SIGTERM)
-        assert asked()
+        assert received == [signal.SIGTERM]
         send(signal.SIGINT)
 
 
 def test_a_warning_may_come_at_any_time():
     """Twice, before SIGTERM and after it: none of them ends the process."""
-    with stop_signals() as asked:
+    with noted(WARNING) as warnings, noted(ENDING, once=True) as endings:
         for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
             send(number)
-            assert asked()
+    assert len(warnings) == 3 and endings == [signal.SIGTERM]
