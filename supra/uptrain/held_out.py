@@ -1,7 +1,9 @@
 """Held-out perplexity during a run: measured, logged, and compared."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 from torch import nn
 
@@ -25,6 +27,15 @@ class HeldOut:
     ):
         self.blocks, self.batch_size = blocks, batch_size
         self.folder, self.log, self.autocast = folder, log, autocast
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the blocks: only losses on the same blocks can be compared."""
+        digest = hashlib.sha256()
+        for block in self.blocks:
+            for name in sorted(block):
+                digest.update(block[name].numpy().tobytes())
+        return digest.hexdigest()
 
     def report(self, step: int, stage: str, named: dict[str, nn.Module]) -> dict[str, float]:
         """Log the loss and perplexity of each model, under its name, and return them."""

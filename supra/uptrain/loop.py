@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import DistributedType
@@ -101,7 +102,7 @@ class Run:
         if self.initial_state and self.step > stage.start:
             self.saved.read_rows(checkpoint, self.initial_state)
         on_main(accelerator, lambda: folder.write_config(config))
-        on_main(accelerator, lambda: folder.prune(config.checkpoint))
+        self._prune()
 
     def _plan_stages(self) -> None:
         self.stages = plan(self.config, self.accelerator.num_processes)
@@ -209,16 +210,25 @@ class Run:
         """Whether the best checkpoint is kept, and this loss is below its loss."""
         if loss is None or not self.config.checkpoint.best:
             return False
-        return on_main(self.accelerator, lambda: loss < self.folder.best_checkpoint()[1])
+        return on_main(self.accelerator, lambda: loss < self._best_checkpoint()[1])
+
+    def _best_checkpoint(self) -> tuple[Path | None, float]:
+        return self.folder.best_checkpoint(self.held_out.digest)
 
     def save(self, loss: float | None) -> None:
         """Write a checkpoint, with the held-out loss if it was measured at this step. Raises
         Diverged if weights or predictions are not finite."""
         self._check_finite()
-        facts = {"skipped": self.skipped} | ({} if loss is None else {"held_out_loss": loss})
+        facts = {"skipped": self.skipped}
+        if loss is not None:
+            facts |= {"held_out_loss": loss, "held_out": self.held_out.digest}
         self.saved.write(self.step, self.stream, self.initial_state, facts)
         self._clear_moments()
-        on_main(self.accelerator, lambda: self.folder.prune(self.config.checkpoint))
+        self._prune()
+
+    def _prune(self) -> None:
+        settings, text = self.config.checkpoint, self.held_out.digest
+        on_main(self.accelerator, lambda: self.folder.prune(settings, text))
 
     def export(self) -> None:
         """Write the result to out/final."""
@@ -242,7 +252,7 @@ class Run:
     def _take_best(self) -> None:
         """Say which checkpoint is the best, and go back to its weights if they are exported."""
         folder = self.folder
-        best, loss = on_main(self.accelerator, folder.best_checkpoint)
+        best, loss = on_main(self.accelerator, self._best_checkpoint)
         if best is None:
             return
         self.log.say(f"best: {best}, with a held-out loss of {loss:.4f}")

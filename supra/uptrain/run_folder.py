@@ -18,7 +18,7 @@ from supra.uptrain.config import CheckpointConfig, UptrainConfig
 from supra.uptrain.manifest import damage
 from supra.uptrain.origin import ORIGIN
 
-# Settings that may change when a run continues, because they do not affect the weights.
+# Settings that may change when a run continues, because they do not affect the training.
 FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache", "max_skipped_steps")
 CHECKPOINT = re.compile(r"step-\d{8,}")
 
@@ -43,11 +43,14 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         return max(self.all_checkpoints(), key=self.step_of, default=None)
 
-    def best_checkpoint(self) -> tuple[Path | None, float]:
+    def best_checkpoint(self, held_out: str) -> tuple[Path | None, float]:
         """The checkpoint with the lowest held-out loss and that loss; the first of equal ones.
-        None and infinity if no step with a checkpoint was evaluated."""
-        found = ((x, self.origin_of(x).get("held_out_loss")) for x in self.all_checkpoints())
-        losses = {checkpoint: loss for checkpoint, loss in found if loss is not None}
+        None and infinity if no step with a checkpoint was evaluated.
+
+        held_out: the digest of the held-out blocks; losses on other blocks do not count.
+        """
+        found = ((x, self.origin_of(x)) for x in self.all_checkpoints())
+        losses = {x: fact["held_out_loss"] for x, fact in found if fact.get("held_out") == held_out}
         return min(losses.items(), key=lambda item: item[1], default=(None, math.inf))
 
     def find_checkpoint(
@@ -189,12 +192,12 @@ class RunFolder:
         values = [line[key] for line in lines if line["step"] == step and key in line]
         return values[-1] if values else None
 
-    def prune(self, settings: CheckpointConfig) -> None:
+    def prune(self, settings: CheckpointConfig, held_out: str) -> None:
         """Delete all but the last checkpoints and the best, as the settings say, and the remains of
-        killed processes."""
+        killed processes. `held_out` as in `best_checkpoint`."""
         for folder in self.checkpoints.glob(".step-*.partial"):
             shutil.rmtree(folder)
-        best = self.best_checkpoint()[0] if settings.best else None
+        best = self.best_checkpoint(held_out)[0] if settings.best else None
         for folder in self.all_checkpoints()[: -settings.keep]:
             if folder == best:
                 continue

@@ -37,11 +37,11 @@ class SavedState:
         step: int,
         stream: BlockStream | Mixture,
         initial_state: InitialState | None,
-        facts: dict[str, float],
+        facts: dict[str, float | str],
     ) -> None:
         """Write a checkpoint, completely or not at all. Raises UserError for a full disk.
 
-        `facts` are numbers of this step, which stand beside the fingerprints of the origin.
+        `facts` of this step stand beside the fingerprints of the origin.
         """
         main = self.accelerator.is_main_process
         target = self.folder.checkpoint(step)

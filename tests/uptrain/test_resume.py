@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from supra import cli, testing
 from supra.errors import Diverged, UserError
 from supra.uptrain import loop, tree
+from supra.uptrain.config import CheckpointConfig
 from supra.uptrain.end_to_end import EndToEnd
+from supra.uptrain.held_out import HeldOut
+from supra.uptrain.run_data import RunData
 from supra.uptrain.run_folder import RunFolder
 from tests.checkpoint.test_files import another_process, small_files
 from tests.uptrain.test_loop import assert_same_weights, interrupt_after, log, merged
@@ -516,6 +519,29 @@ def check_exported(out, state):
     """out/final has the weights of a checkpoint."""
     exported = load_file(out / "final" / "model.safetensors")
     assert all(torch.equal(x, state[f"model.{name}"]) for name, x in exported.items())
+
+
+def test_losses_on_another_text_do_not_count(files, tmp_path):
+    """After a change of eval.tokens, the lowest loss of before is not the lowest."""
+    folder = RunFolder(tmp_path)
+    first, second = (
+        HeldOut(held_out(files, tmp_path, tokens), 1, folder, None, None).digest
+        for tokens in (64, 80)
+    )
+    for step, loss, text in ((1, 1.0, first), (2, 1.5, second), (3, 1.8, second)):
+        checkpoint = folder.checkpoint(step)
+        checkpoint.mkdir(parents=True)
+        origin = {"step": step, "held_out_loss": loss, "held_out": text}
+        (checkpoint / "origin.json").write_text(json.dumps(origin))
+    assert folder.best_checkpoint(first) == (folder.checkpoint(1), 1.0)
+    assert folder.best_checkpoint(second) == (folder.checkpoint(2), 1.5)
+    folder.prune(CheckpointConfig(keep=1, best="keep"), second)
+    assert folder.all_checkpoints() == [folder.checkpoint(2), folder.checkpoint(3)]
+
+
+def held_out(files, out, tokens):
+    settings = {"data": {"eval_path": str(files / "text.jsonl")}, "eval": {"tokens": tokens}}
+    return RunData(config(files, out, **settings), 0, 1).held_out
 
 
 def test_the_loss_of_the_best_checkpoint_is_damaged(files, run):
