@@ -203,4 +203,12 @@ BUGS = [
         "if folder is None:",
         ("tests/uptrain/test_resume.py::test_the_best_checkpoint_is_kept",),
     ),
+    Bug(
+        "losses_on_another_text_count",
+        "a loss counts against losses on other held-out text",
+        "supra/uptrain/run_folder.py",
+        'fact.get("held_out") == held_out',
+        '"held_out" in fact',
+        ("tests/uptrain/test_resume.py::test_losses_on_another_text_do_not_count",),
+    ),
 ]
