@@ -2,7 +2,7 @@
 
     python recipes/grid.py gated --teacher T --train corpus_train.jsonl.gz \\
         --held-out corpus_valid.jsonl.gz --tokens 300_000
-    python recipes/grid.py --table        # writes all results into docs/results.md
+    python recipes/grid_tables.py         # writes all results into docs/results.md
 
 All rows train on the same tokens in the same order, 2048 or 1024 per step, and are measured on the
 same windows of 1024 tokens. With --suite, a row is also measured on tasks that it was not trained
@@ -12,7 +12,6 @@ gives a row, too.
 
 import argparse
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 import yaml
 
 from supra.bench.timing import processor
-from supra.checkpoint.files import replace_between
 from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import find_checkpoint
 from supra.conversion.convert import convert
@@ -31,7 +29,6 @@ from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate import state_bytes
 from supra.evaluate.ablate.floors import find_mixers, measure_floors
 from supra.evaluate.suite.data import check_folder
-from supra.evaluate.suite.measure import PERPLEXITY
 from supra.evaluate.suite.parts import OWN, Settings, prepare_parts
 from supra.evaluate.suite.suite import evaluate_suite
 from supra.evaluate.text_perplexity import evaluate_text, position_edges
@@ -40,18 +37,10 @@ from supra.uptrain.config import UptrainConfig
 from supra.uptrain.run_folder import RunFolder
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "results.md"
+RESULTS = HERE / "results"
 CONTEXT, HELD_OUT_TOKENS, FLOORS_TOKENS = 1024, 65_536, 16_384
 SUITE = Settings(shots=(0, 4, 16, 48), sequence_length=CONTEXT)
 SUITE_PARTS = OWN
-KEPT = {  # columns of the table of abilities, and the suite's names of what they show
-    "LAMBADA": "lambada acc",
-    "PIQA": "piqa acc",
-    "BLiMP": "blimp acc",
-    "in context, 16 shots": "in_context 16 shots",
-    "WikiText": "wikitext perplexity",
-    "WikiText after 512 tokens": "wikitext perplexity after 512 tokens",
-}
 # for budgets of about a million tokens: many small steps
 SMALL = {
     "data.sequence_length": CONTEXT,
@@ -160,11 +149,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"), help="for checkpoints")
     parser.add_argument("--suite", help="folder of evaluation sets: measure abilities, too")
-    parser.add_argument("--table", action="store_true", help="write the page from the results")
     arguments = parser.parse_args()
-    if arguments.table:
-        write_table()
-        return
     check_choice("row", arguments.row, ROWS)
     for name in ("teacher", "train", "held_out"):
         if getattr(arguments, name) is None:
@@ -175,7 +160,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     name = f"{arguments.row}-{arguments.tokens}-{arguments.seed}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {RESULTS.name}/{name}: {line(result)}")
+    ended = result.get("failed") or f"{result['ratio']:.3f} times the teacher's perplexity"
+    print(f"wrote {RESULTS.name}/{name}: {ended}")
 
 
 def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -353,59 +339,6 @@ def floors_of(final: Path, text: str) -> list[dict[str, Any]]:
     blocks = blocks_from_text(checkpoint.tokenizer(), documents, CONTEXT, FLOORS_TOKENS)
     floors = measure_floors(model, blocks, position_edges(CONTEXT), batch_size=4)
     return [asdict(variant) for variant in floors.variants]
-
-
-def write_table() -> None:
-    rows = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    rows.sort(key=lambda row: (row["tokens"], row.get("ratio", math.inf)))
-    tuned = {(x["tokens"], x["seed"]): x for x in rows if x["row"] == "teacher_tuned"}
-    lines = [
-        "| row | recipe | mixer | softmax layers | tokens | ratio | ratio to the tuned teacher "
-        "| excess nats | perplexity | state at 1024 | minutes | machine | seed |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        *(line(row, tuned.get((row["tokens"], row["seed"]))) for row in rows),
-    ]
-    kept = [
-        f"| row | tokens | {' | '.join(KEPT)} | seed |",
-        f"| --- | ---: | {' | '.join(['---:'] * len(KEPT))} | ---: |",
-        *(kept_line(row) for row in rows if "suite" in row),
-    ]
-    for name, table in (("grid", lines), ("abilities", kept)):
-        replace_between(PAGE, name, "\n".join(table))
-        print("\n".join(table) + "\n")
-
-
-def line(row: dict[str, Any], tuned: dict[str, Any] | None = None) -> str:
-    """A line of the table. tuned: the teacher's row after training on the same tokens, if any."""
-    cells = [row["row"], row["recipe"], row["mixer"], str(len(row["softmax_layers"]))]
-    cells.append(f"{row['tokens']:,}")
-    if "failed" in row:
-        cells += [row["failed"].split(":")[0], "", "", "", "", ""]
-    else:
-        cells += [
-            f"{row['ratio']:.3f}",
-            f"{row['perplexity'] / tuned['perplexity']:.3f}" if tuned else "—",
-            f"{row['excess_nats']:.3f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['state_bytes'] / 1e6:.1f} MB",
-            f"{row['training_seconds'] / 60:.0f}",
-        ]
-    return f"| {' | '.join([*cells, row['machine'], str(row['seed'])])} |"
-
-
-def kept_line(row: dict[str, Any]) -> str:
-    """A line of the table of abilities: the share of an accuracy that is kept, and perplexities
-    relative to the teacher's."""
-    cells = [row["row"], f"{row['tokens']:,}"]
-    for title in KEPT.values():
-        measure = row["suite"].get(title, {"kept": None})
-        if measure["kept"] is None:
-            cells.append("—")
-        elif measure["kind"] == PERPLEXITY:
-            cells.append(f"{1 / measure['kept']:.2f}")
-        else:
-            cells.append(f"{measure['kept']:.0%}")
-    return f"| {' | '.join([*cells, str(row['seed'])])} |"
 
 
 if __name__ == "__main__":

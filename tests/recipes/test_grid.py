@@ -19,23 +19,35 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("grid", RECIPES / "grid.py")
-    grid = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "grid", grid)
-    spec.loader.exec_module(grid)
+    grid = loaded("grid", monkeypatch)
     monkeypatch.setattr(grid, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(grid, "PAGE", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text(
-        "above\n<!-- grid -->\nold\n<!-- end of grid -->\n"
-        "<!-- abilities -->\nold\n<!-- end of abilities -->\nbelow\n"
-    )
     monkeypatch.setattr(grid, "SMALL", grid.SMALL | {"data.sequence_length": 32, "eval.tokens": 64})
     monkeypatch.setattr(grid, "CONTEXT", 64)
     monkeypatch.setattr(grid, "SUITE", Settings(shots=(0, 2), limit=4, sequence_length=64))
     monkeypatch.setattr(grid, "SUITE_PARTS", ("wikitext", "in_context"))
-    kept = {"16 shots": "in_context 2 shots", "WikiText": "wikitext perplexity", "none": "none"}
-    monkeypatch.setattr(grid, "KEPT", kept)
     return grid
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    tables = loaded("grid_tables", monkeypatch)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
+    (tmp_path / "page.md").write_text(
+        "above\n<!-- grid -->\nold\n<!-- end of grid -->\n"
+        "<!-- abilities -->\nold\n<!-- end of abilities -->\nbelow\n"
+    )
+    kept = {"16 shots": "in_context 2 shots", "WikiText": "wikitext perplexity", "none": "none"}
+    monkeypatch.setattr(tables, "KEPT", kept)
+    return tables
+
+
+def loaded(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    recipe = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, recipe)
+    spec.loader.exec_module(recipe)
+    return recipe
 
 
 @pytest.fixture
@@ -62,7 +74,7 @@ def test_every_rows_settings_are_a_config(grid, budget):
         assert sum(config.stage_tokens.values()) == budget, name
 
 
-def test_a_row_is_made_and_shown(run, tmp_path, capsys):
+def test_a_row_is_made_and_shown(run, tables, tmp_path, monkeypatch, capsys):
     testing.tiny_checkpoint(tmp_path / "teacher")
     with open(tmp_path / "text.jsonl", "w") as file:
         for number in range(60):
@@ -95,7 +107,8 @@ def test_a_row_is_made_and_shown(run, tmp_path, capsys):
     suite = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["suite"]
     wikitext = suite["wikitext perplexity"]
     assert wikitext["kept"] == pytest.approx(wikitext["teacher"] / wikitext["model"])
-    run("--table")
+    monkeypatch.setattr(sys, "argv", ["grid_tables.py"])
+    tables.main()
     table = (tmp_path / "page.md").read_text()
     assert table.startswith("above\n")
     assert table.endswith("below\n")
