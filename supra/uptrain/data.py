@@ -10,7 +10,8 @@ from supra.data.chat import read_document
 from supra.data.packing import NOTHING, Block, Row, check_room, start_tokens
 from supra.data.text import Documents, open_dataset
 from supra.errors import UserError
-from supra.uptrain.config import DataConfig, SourceConfig, UptrainConfig
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.data_settings import DataConfig, SourceConfig
 
 
 class BlockStream:

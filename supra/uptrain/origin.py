@@ -7,7 +7,8 @@ from typing import Any
 from supra.checkpoint.files import fingerprint
 from supra.checkpoint.opening import find_checkpoint
 from supra.data.text import local_files
-from supra.uptrain.config import SourceConfig, UptrainConfig
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.data_settings import SourceConfig
 
 ORIGIN = "origin.json"  # in a checkpoint
 

@@ -1,7 +1,8 @@
 """What settings must fulfil together; a mistake is one line with the keys and the way out."""
 
 from supra.errors import UserError, shown
-from supra.uptrain.config import BudgetConfig, DataConfig, UptrainConfig
+from supra.uptrain.config import BudgetConfig, UptrainConfig
+from supra.uptrain.data_settings import DataConfig
 from supra.uptrain.limits import PASS, STEP
 
 END_TO_END = {"distill", "tune", "extend"}  # stages
