@@ -31,8 +31,8 @@ from supra.evaluate.tasks.heat_map import need_matplotlib
 from supra.model.attention import attention_modules
 from supra.model.cache import new_cache
 from supra.testing import tiny_config, untrained_model
-from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import fit, mean_loss
+from supra.uptrain.stage_settings import OptimizerConfig
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "capacity", HERE.parent / "docs" / "state_capacity.md"

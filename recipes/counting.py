@@ -31,8 +31,8 @@ from supra.data.packing import IGNORE
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.model.attention import attention_modules
 from supra.testing import tiny_config, untrained_model
-from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import fit, mean_loss
+from supra.uptrain.stage_settings import OptimizerConfig
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "counting", HERE.parent / "docs" / "counting.md"

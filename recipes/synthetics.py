@@ -29,8 +29,8 @@ from supra.data.synthetic import LANGUAGES, Example, Language, draw, labelled
 from supra.errors import Diverged, UserError, check_choice, command
 from supra.evaluate.tasks.recall import recall_accuracy
 from supra.testing import future_gradient, tiny_config, untrained_model
-from supra.uptrain.config import OptimizerConfig
 from supra.uptrain.small import descend, mean_loss
+from supra.uptrain.stage_settings import OptimizerConfig
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "synthetics", HERE.parent / "docs" / "synthetics.md"

@@ -26,8 +26,9 @@ from supra.planning.parameters import (
     total,
     trainable_student,
 )
-from supra.uptrain.config import LAYERWISE, UptrainConfig
+from supra.uptrain.config import UptrainConfig
 from supra.uptrain.optim import trainable
+from supra.uptrain.stage_settings import LAYERWISE
 from supra.uptrain.stages import wrapped_stages
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -11,7 +11,8 @@ from supra.planning.memory import FLOAT32, LIMIT, Pass
 from supra.planning.remedies import Situation, remedies
 from supra.planning.report import RunPlan, StagePlan
 from supra.uptrain import stages
-from supra.uptrain.config import LAYERWISE, UptrainConfig
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.stage_settings import LAYERWISE
 
 WIDTHS = {"bf16": 2, "fp32": FLOAT32}  # bytes of a number
 LEARNS_FROM = {"orient": "matrices", "align": "outputs", "distill": "teacher"}

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from supra.planning.measure import Models, measure
 from supra.planning.memory import Memory, Pass, Sizes, end_to_end, layer_by_layer
-from supra.uptrain.config import LAYERWISE, LoraConfig, UptrainConfig
+from supra.uptrain.config import LoraConfig, UptrainConfig
+from supra.uptrain.stage_settings import LAYERWISE
 
 TOP_K = 64  # of the teacher's tokens, where the config gives no number
 

@@ -9,7 +9,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 
 from supra.errors import UserError, check_choice
-from supra.uptrain.config import LAYERWISE, UptrainConfig
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.stage_settings import LAYERWISE
 
 # setting in accelerate's parallelism_config -> why it cannot work
 UNSPLITTABLE = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from supra.data.packing import Block
 from supra.mixers import Mixer, MixerInputs
-from supra.uptrain.config import AlignConfig, OrientConfig
+from supra.uptrain.stage_settings import AlignConfig, OrientConfig
 
 
 class LayerByLayer:

@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache
 
 from supra.data.packing import IGNORE, Block, shifted_labels
 from supra.losses.token_losses import Losses, token_losses
-from supra.uptrain.config import DistillConfig, ExtendConfig, TuneConfig
 from supra.uptrain.initial_state import InitialState
 from supra.uptrain.optim import drop_gradients
+from supra.uptrain.stage_settings import DistillConfig, ExtendConfig, TuneConfig
 from supra.uptrain.teacher import Teacher
 
 

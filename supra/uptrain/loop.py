@@ -22,7 +22,7 @@ from supra.model.positions import check_positions
 from supra.uptrain import models, optim, tree
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
-from supra.uptrain.config import LAYERWISE, UptrainConfig
+from supra.uptrain.config import UptrainConfig
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.finite import diverged, first_not_finite
 from supra.uptrain.held_out import HeldOut
@@ -35,6 +35,7 @@ from supra.uptrain.resume import resume
 from supra.uptrain.run_data import RunData
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.saved_state import SavedState
+from supra.uptrain.stage_settings import LAYERWISE
 from supra.uptrain.stages import Stage, plan, tokens_read, wrapped_stages
 from supra.uptrain.stop import ENDING, WARNING, noted
 from supra.uptrain.teacher import Teacher

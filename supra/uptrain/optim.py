@@ -9,7 +9,7 @@ import torch
 from supra.errors import UserError
 from supra.mixers import NEW_PARAMETERS
 from supra.model.attention import attention_modules
-from supra.uptrain.config import LAYERWISE, OptimizerConfig, ScheduleConfig, StageConfig
+from supra.uptrain.stage_settings import LAYERWISE, OptimizerConfig, ScheduleConfig, StageConfig
 
 WSD_DECAY = 0.2  # last share of a warmup-stable-decay run (Hägele et al. 2024, arXiv 2405.18392)
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from supra.data.packing import IGNORE, shifted_labels
 from supra.errors import Diverged
 from supra.losses.token_losses import token_losses
-from supra.uptrain.config import OptimizerConfig, ScheduleConfig, TuneConfig
 from supra.uptrain.optim import begin_stage, build_optimizer, schedule_factor, set_rates
+from supra.uptrain.stage_settings import OptimizerConfig, ScheduleConfig, TuneConfig
 
 
 def mean_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor, **forward: Any) -> Tensor:

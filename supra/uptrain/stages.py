@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from supra.uptrain.config import LAYERWISE, StageConfig, UptrainConfig
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.stage_settings import LAYERWISE, StageConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from supra.mixers import resolve_mixer
 from supra.model.auto import converted_config
 from supra.planning.parameters import all_products, count, kinds_of, products, trainable_student
 from supra.testing import tiny_config, untrained_model
-from supra.uptrain.config import AlignConfig, LoraConfig, OptimizerConfig, UptrainConfig
+from supra.uptrain.config import LoraConfig, UptrainConfig
 from supra.uptrain.optim import trainable
+from supra.uptrain.stage_settings import AlignConfig, OptimizerConfig
 
 D, QUERY, KEY, INNER, WORDS, LAYERS = 48, 48, 16, 80, 300, 2
 

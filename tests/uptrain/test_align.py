@@ -13,7 +13,7 @@ from supra.model.attention import attention_modules
 from supra.model.original import original
 from supra.uptrain import align
 from supra.uptrain.align import LayerByLayer, relative_error
-from supra.uptrain.config import AlignConfig, OptimizerConfig, OrientConfig
+from supra.uptrain.stage_settings import AlignConfig, OptimizerConfig, OrientConfig
 from tests.conversion.test_calibrate import converted
 
 KEEP = [1]

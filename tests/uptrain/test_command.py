@@ -19,10 +19,10 @@ from supra.losses.chunked import ScoredModel
 from supra.losses.token_losses import token_losses
 from supra.model.original import original
 from supra.uptrain.align import LayerByLayer
-from supra.uptrain.config import AlignConfig, ExtendConfig, OptimizerConfig
 from supra.uptrain.data import BlockStream, Documents, open_dataset
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.initial_state import InitialState
+from supra.uptrain.stage_settings import AlignConfig, ExtendConfig, OptimizerConfig
 from tests.uptrain.texts import write_texts
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import yaml
 from supra.errors import UserError
 from supra.settings.yaml_text import parse_yaml
 from supra.uptrain import shipped, train, tree
-from supra.uptrain.config import OptimizerConfig, TuneConfig
+from supra.uptrain.stage_settings import OptimizerConfig, TuneConfig
 from supra.uptrain.stages import plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -15,9 +15,9 @@ from supra.data.packing import block, collate
 from supra.losses.chunked import ScoredModel
 from supra.mixers import MIXERS
 from supra.model.cache import MixerLayer, new_cache
-from supra.uptrain.config import ExtendConfig, OptimizerConfig
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.initial_state import NOISY, InitialState
+from supra.uptrain.stage_settings import ExtendConfig, OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,13 +5,7 @@ from itertools import pairwise
 import pytest
 
 from supra.errors import UserError
-from supra.uptrain.config import (
-    AlignConfig,
-    LoraConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TuneConfig,
-)
+from supra.uptrain.config import LoraConfig
 from supra.uptrain.lora import add_lora
 from supra.uptrain.optim import (
     begin_stage,
@@ -22,6 +16,7 @@ from supra.uptrain.optim import (
     schedule_factor,
     set_rates,
 )
+from supra.uptrain.stage_settings import AlignConfig, OptimizerConfig, ScheduleConfig, TuneConfig
 from tests.conversion.test_calibrate import converted
 
 STEPS = 100

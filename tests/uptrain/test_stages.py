@@ -13,7 +13,7 @@ from supra import testing
 from supra.conversion.convert import convert
 from supra.errors import UserError
 from supra.uptrain import load_config, loop, tree
-from supra.uptrain.config import STAGES
+from supra.uptrain.stage_settings import STAGES
 from tests.uptrain.test_loop import assert_same_weights, interrupt_after, log, merged, weights
 from tests.uptrain.texts import write_texts
 
