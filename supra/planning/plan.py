@@ -6,15 +6,14 @@ from typing import Any
 from supra.errors import UserError
 from supra.planning import compute
 from supra.planning.hardware import SHARDED, Hardware, Rate
-from supra.planning.measure import Measured, Models, measure
-from supra.planning.memory import FLOAT32, LIMIT, Pass
+from supra.planning.measure import DTYPES, Measured, Models, measure
+from supra.planning.memory import LIMIT, Pass
 from supra.planning.remedies import Situation, remedies
 from supra.planning.report import RunPlan, StagePlan
 from supra.uptrain import stages
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.stage_settings import LAYERWISE
 
-WIDTHS = {"bf16": 2, "fp32": FLOAT32}  # bytes of a number
 LEARNS_FROM = {"orient": "matrices", "align": "outputs", "distill": "teacher"}
 
 
@@ -31,12 +30,12 @@ def plan(config: UptrainConfig, models: Models, hardware: Hardware, rate: Rate) 
         (stage, measure(models, config, stage.name, hardware.processes))
         for stage in stages.plan(config, hardware.processes)
     ]
-    student, plan_ = models.student, getattr(models.student, "supra", None)
+    student, converted = models.student, getattr(models.student, "supra", None)
     return RunPlan(
         hardware=hardware,
         rate=rate,
         family=getattr(student, "base_model_type", student.model_type),
-        layers=plan_["layers"] if plan_ else ["attention"] * student.num_hidden_layers,
+        layers=converted["layers"] if converted else ["attention"] * student.num_hidden_layers,
         parameters=found[0][1].parameters,
         stages=[_stage(config, models, hardware, rate, *pair) for pair in found],
     )
@@ -76,7 +75,7 @@ def _pass(config: UptrainConfig, hardware: Hardware, stage: stages.Stage) -> Pas
     return Pass(
         rows=stage.batch_size,
         length=stage.sequence_length,
-        width=WIDTHS[config.precision],
+        width=DTYPES[config.precision].itemsize,
         hardware=hardware,
         accumulates=stage.accumulation * (stage.config.segments or 1) > 1,
         checkpointing=config.gradient_checkpointing and stage.name not in LAYERWISE,

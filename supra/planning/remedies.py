@@ -74,7 +74,7 @@ def _single_rows(now: Situation) -> tuple[str, Situation] | None:
 
 
 def _alone(now: Situation) -> tuple[str, Situation] | None:
-    """The other stages have buckets of DDP and a teacher."""
+    """Without the other stages there is no teacher, and the buckets of DDP are smaller."""
     others = [name for name in now.config.stages if name not in LAYERWISE]
     if now.stage not in LAYERWISE or not others:
         return None

@@ -18,8 +18,7 @@ from supra.uptrain import tree
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.shipped import find_recipe
 
-# settings that a run needs and a plan does not
-UNUSED = {"out": "planned", "data": {"path": "planned"}}
+PLACEHOLDER = "planned"  # for settings that a run needs and a plan does not
 
 
 class Conversion(NamedTuple):
@@ -46,12 +45,12 @@ def read_settings(
     elif "student" not in values:
         raise UserError(
             "student is missing: set student=FOLDER to a converted model, or plan its conversion "
-            "with --model and --mixer"
+            "with --model"
         )
     data = values.setdefault("data", {})
-    values.setdefault("out", UNUSED["out"])
+    values.setdefault("out", PLACEHOLDER)
     if isinstance(data, dict) and not data.get("sources"):
-        data.setdefault("path", UNUSED["data"]["path"])
+        data.setdefault("path", PLACEHOLDER)
     return tree.build(values)
 
 
