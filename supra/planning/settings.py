@@ -39,6 +39,11 @@ def read_settings(
     """
     values = tree.given(find_recipe(path), overrides)
     if conversion is not None:
+        if any(override.startswith("student=") for override in overrides):
+            raise UserError(
+                f"student= and --model (={conversion.model}) are both given: a plan is of a "
+                "converted model or of a conversion; keep one"
+            )
         values["student"] = conversion.model
         if values.get("distill") is not None:
             values.setdefault("teacher", conversion.model)

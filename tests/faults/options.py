@@ -585,6 +585,7 @@ CASES: list[Case] = [
             make=copied("rnn", fields({"chat_template": TEMPLATE}, "tokenizer_config.json")),
             name="a prompt of a chat that is not UTF-8"),
     refused(PLAN + " --model {rnn}", "already converted", name="a plan to convert a student"),
+    refused(PLAN + " --model {base} student={rnn}", "keep one", name="a plan of two students"),
     refused(PLAN + " --model {here}/none", "no such folder", name="a plan of no model"),
     refused(PLAN + " --model {qwen3_moe}", "mixture of experts", name="a plan of experts"),
     accepted(PLAN + " --model {base} --keep-attention auto:0.5", "a plan needs no text"),
