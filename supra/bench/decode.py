@@ -142,11 +142,8 @@ def growth(speeds: Sequence[Speed]) -> list[str]:
 
 def _said(speed: Speed) -> Speed:
     """The same measurement, printed to stderr: the whole table takes minutes."""
-    print(
-        f"{speed.engine}, {speed.role} at {speed.length:,} tokens: {1e3 * speed.seconds:.1f} ms",
-        file=sys.stderr,
-        flush=True,
-    )
+    where = f"{speed.engine}, {speed.role} at {speed.length:,} tokens"
+    print(f"{where}: {1e3 * speed.seconds:.1f} ms a token", file=sys.stderr, flush=True)
     return speed
 
 

@@ -34,7 +34,11 @@ class Job(NamedTuple):
 
 @dataclass
 class Traffic:
-    """Bytes per token and head of one call; the tilings are the same on all `targets`."""
+    """Bytes per token and head of one call; the tilings are the same on all `targets`.
+
+    minimum, requested, distinct: those at the top of this file. torch: of its operators around the
+    kernels.
+    """
 
     operation: str
     case: str

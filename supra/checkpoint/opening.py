@@ -195,7 +195,7 @@ def find_checkpoint(
 ) -> Checkpoint:
     """The checkpoint that `name` refers to. Raises UserError if it does not exist.
 
-    files: patterns of what is downloaded of a hub id now.
+    files: patterns of the files to download now, if `name` is a hub id.
     """
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":

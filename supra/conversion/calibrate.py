@@ -65,8 +65,8 @@ def check_calibrated(model: PreTrainedModel) -> None:
         gate = mixer.output_gate
         if isinstance(gate, SiLUGate) and gate.closed:
             raise UserError(
-                f"calibrate.tokens (=0): the mixer {mixer.name} gives 0 until it is "
-                "calibrated; set them, such as calibrate.tokens=4096"
+                f"calibrate.tokens (=0) must be above 0: the mixer {mixer.name} gives 0 until it "
+                "is calibrated; set it, such as calibrate.tokens=4096"
             )
 
 

@@ -100,9 +100,9 @@ class CheckpointConfig(Settings):
     keep: int = Field(2, ge=1, le=TEXT, description="Checkpoints that stay; older ones go.")
     best: Literal["keep", "export"] | None = Field(
         None,
-        description="Keep the checkpoint with the lowest held-out loss besides the last ones: each "
-        "evaluation below all before it writes one. With export, out/final has its weights, and "
-        "otherwise those after the last step.",
+        description="Keep the checkpoint with the lowest held-out loss besides the last ones. An "
+        "evaluation with a lower loss than all before it writes a checkpoint. With export, "
+        "out/final has the weights of the best checkpoint; otherwise those after the last step.",
     )
 
 

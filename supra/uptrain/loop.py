@@ -359,8 +359,8 @@ class Run:
             self._begin_end_to_end(stage)
 
     def _clear_moments(self) -> None:
-        """Before a stage has changed any weight, also after saving: FSDP's saving fills empty
-        moments and counts a step."""
+        """Empty AdamW's moments as long as the stage has changed no weight. This is needed after
+        saving, too: FSDP's saving fills empty moments and counts a step."""
         if self.step - self.skipped <= self.stage.start:
             self.optimizer.state.clear()
 

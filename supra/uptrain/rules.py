@@ -188,7 +188,7 @@ def _check_stage_tokens(config: UptrainConfig) -> None:
 
 
 def _check_held_out(config: UptrainConfig) -> None:
-    """Also what is measured on it."""
+    """Refuse two held-out texts, and measurements of one that is not there."""
     data = config.data
     sources = [key for key in ("eval_path", "eval_split", "eval_documents") if getattr(data, key)]
     if len(sources) > 1:

@@ -44,7 +44,7 @@ def test_the_table_has_a_row_for_every_length(pair, here, capsys):
     teacher, student = pair
     decode.report(student, teacher=teacher, lengths=[10, 25], tokens=2, engines=["transformers"])
     printed, said = capsys.readouterr()
-    assert len(re.findall(r"^transformers, (?:teacher|student) at .* ms$", said, re.M)) == 4
+    assert len(re.findall(r"^transformers, (?:teacher|student) at .* ms a token$", said, re.M)) == 4
     assert all(re.search(rf"^\| transformers \| +{n} +\|", printed, re.M) for n in (10, 25))
     assert "transformers, student: a token at 25 takes" in printed
 
