@@ -85,7 +85,7 @@ PRESETS: dict[str, Preset] = by_name(
     taken=MIXERS,
 )
 
-# What `supra convert` takes unless told otherwise: of the mixers with a state alone, the best after
+# What `supra convert` takes unless told otherwise: of the mixers without a window, the best after
 # 300,000 tokens (docs/results.md), and other engines run it.
 DEFAULT_MIXER = GatedDeltaNet.name
 
