@@ -17,7 +17,6 @@ from supra.planning.activations import count_end_to_end, count_layerwise, layers
 from supra.planning.compute import Work
 from supra.planning.memory import Sizes
 from supra.planning.parameters import (
-    all_products,
     converted,
     count,
     inherited,
@@ -145,14 +144,14 @@ def _work(
     teacher, teacher_softmax = _teacher_work(models, model, kinds, stage)
     attention = (x for module in converted(model) for x in module.parameters())
     return Work(
-        products=all_products(model, kinds),
+        products=products(kinds, model, kinds),
         blocks=_block_products(model, kinds),
-        trained=products(trained, kinds) + _tied_head(model, kinds, trained),
+        trained=products(trained, model, kinds),
         state=state_numbers(models.student),
         softmax=kept * width,
         teacher=teacher,
         teacher_softmax=teacher_softmax,
-        attention=products((x for x in attention if kinds[x] != "frozen copies"), kinds),
+        attention=products(attention, model, kinds),
         matrices=(layers - kept) * width // 2 if stage == "orient" else 0,
     )
 
@@ -164,26 +163,20 @@ def _teacher_work(
 
     The teacher of orient and align is the student's blocks with their inherited attention."""
     if stage in LAYERWISE:
-        new = products((x for x in kinds if kinds[x] == "mixers"), kinds)
+        new = products((x for x in kinds if kinds[x] == "mixers"), model, kinds)
         layers, _ = attention_layers(models.student)
         return _block_products(model, kinds) - new, layers * channels(models.student)
     if stage != "distill":
         return 0, 0
     teacher = meta_model(models.teacher)
+    inside = kinds_of(teacher)
     layers, _ = attention_layers(models.teacher)
-    return all_products(teacher, kinds_of(teacher)), layers * channels(models.teacher)
+    return products(inside, teacher, inside), layers * channels(models.teacher)
 
 
 def _block_products(model: nn.Module, kinds: dict[nn.Parameter, str]) -> int:
     inside = (x for layer in layers_of(language_model(model)) for x in layer.parameters())
-    return products((x for x in inside if kinds[x] != "frozen copies"), kinds)
-
-
-def _tied_head(
-    model: nn.Module, kinds: dict[nn.Parameter, str], trained: Collection[nn.Parameter]
-) -> int:
-    head = language_model(model).get_output_embeddings().weight
-    return head.numel() if head in trained and kinds[head] == "embeddings" else 0
+    return products(inside, model, kinds)
 
 
 def state_numbers(config: PreTrainedConfig) -> int:

@@ -70,17 +70,16 @@ def count(parameters: Iterable[nn.Parameter], kinds: dict[nn.Parameter, str]) ->
     return {kind: found[kind] for kind in KINDS if found[kind]}
 
 
-def products(parameters: Iterable[nn.Parameter], kinds: dict[nn.Parameter, str]) -> int:
-    """The numbers in the matrices that every token is multiplied with. An embedding is looked up
-    instead."""
-    return sum(x.numel() for x in parameters if x.ndim > 1 and kinds[x] != "embeddings")
+def products(
+    parameters: Iterable[nn.Parameter], model: nn.Module, kinds: dict[nn.Parameter, str]
+) -> int:
+    """The numbers in the matrices that every token is multiplied with.
 
-
-def all_products(model: nn.Module, kinds: dict[nn.Parameter, str]) -> int:
-    """The same of a whole model, with a head that is tied to the embeddings."""
+    Frozen copies are not used, and an embedding is only looked up, unless it is the head as well.
+    """
     head = language_model(model).get_output_embeddings().weight
-    tied = head.numel() if kinds[head] == "embeddings" else 0
-    return tied + products((x for x in kinds if kinds[x] != "frozen copies"), kinds)
+    used = (x for x in parameters if kinds[x] not in ("embeddings", "frozen copies") or x is head)
+    return sum(x.numel() for x in used if x.ndim > 1)
 
 
 def total(parameters: Iterable[nn.Parameter]) -> int:

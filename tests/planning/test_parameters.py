@@ -1,10 +1,11 @@
 """Parameters by kind, and which of them a stage trains."""
 
+import pytest
 import torch
 
 from supra.mixers import resolve_mixer
 from supra.model.auto import converted_config
-from supra.planning.parameters import all_products, count, kinds_of, products, trainable_student
+from supra.planning.parameters import count, kinds_of, products, trainable_student
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.config import LoraConfig, UptrainConfig
 from supra.uptrain.optim import trainable
@@ -40,11 +41,13 @@ def test_kinds_add_up_to_the_real_model():
     assert all(x.dtype == torch.float32 for x in kinds)
 
 
-def test_a_tied_head_counts_once_and_multiplies():
-    model = student({}, tie_word_embeddings=True)
+@pytest.mark.parametrize(("tied", "looked_up"), [(True, 0), (False, WORDS * D)])
+def test_a_tied_head_counts_once_and_multiplies(tied, looked_up):
+    model = student({}, tie_word_embeddings=tied)
     kinds = kinds_of(model)
-    assert "head" not in count(kinds, kinds)
-    assert all_products(model, kinds) == products(kinds, kinds) + WORDS * D
+    assert ("head" in count(kinds, kinds)) == (not tied)
+    matrices = sum(x.numel() for x in kinds if x.ndim > 1)
+    assert products(kinds, model, kinds) == matrices - looked_up
 
 
 def test_align_trains_attention_alone():
