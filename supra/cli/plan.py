@@ -27,7 +27,7 @@ def plan(
     gpus: Annotated[
         Gpus,
         option(
-            "--gpus", "GPUs of a node and the memory of each, as 8x80GB.", parse_gpus, "NxSIZEGB"
+            "--gpus", "GPUs of a machine and the memory of each, as 8x80GB.", parse_gpus, "NxSIZEGB"
         ),
     ],
     overrides: Overrides = None,
@@ -52,7 +52,7 @@ def plan(
         str | None,
         choice(
             "--launch",
-            f"File of recipes/launch: {', '.join(LAUNCHES)}. Default: ddp, or one_gpu for one.",
+            f"File of recipes/launch: {', '.join(LAUNCHES)}. Default: ddp, or one_gpu for one GPU.",
             LAUNCHES,
             "NAME",
         ),
