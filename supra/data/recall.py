@@ -1,10 +1,9 @@
-"""Texts rewritten so that the next word is often one that stood earlier.
+"""Texts rewritten so that they practise recall.
 
-Ordinary text rewards recall seldom: most words are predicted from the last few. A rewritten text
-gives its words in two forms. Passages return, in another order. Lists of keys and values return,
-in another order, after a passage; their keys and values are words of the text. What returns can
-only be predicted by a model that finds its first occurrence, as induction heads do (Olsson et al.
-2022, arXiv 2209.11895).
+Ordinary text seldom asks for recall: the last few words predict most others. In a rewritten text,
+passages return in another order. So do lists of keys and values, which are words of the text; they
+return after the passages that follow them. Only a model that finds the first copy can predict the
+second, as induction heads do (Olsson et al. 2022, arXiv 2209.11895).
 """
 
 import re
