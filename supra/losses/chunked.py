@@ -7,7 +7,7 @@ the head.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,14 @@ class ScoredModel(nn.Module):
     """A language model that returns its losses; without `loss`, it returns its own output.
 
     Wrappers (DDP, FSDP) act on calls of a module, so the loss must be computed inside a module.
+    FSDP makes a unit of each of the model's blocks, and of each module of the classes named in
+    `units`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, units: Iterable[str] = ()):
         super().__init__()
         self.model = model
-        self._no_split_modules = model._no_split_modules  # FSDP wraps each of these
+        self._no_split_modules = [*model._no_split_modules, *units]
 
     def forward(self, loss: ChunkLoss | None = None, **inputs):
         if loss is None:

@@ -98,13 +98,15 @@ def end_to_end(x: Sizes, run: Pass) -> Memory:
 def layer_by_layer(x: Sizes, run: Pass) -> Memory:
     """Of orient and align: activations are those of one attention module. The teacher of a later
     distill is there already, because its perplexity is measured first."""
+    shards, launch = run.hardware.shards, run.hardware.launch
     parts = {
-        "weights": weights(x.all, 1),
-        "optimizer": optimizer(x.stepped, 1),
+        "weights": weights(x.all, shards),
+        "optimizer": optimizer(x.stepped, shards),
         "teacher": run.width * x.teacher,
-        "teacher's attention": FLOAT32 * x.copied,
-        "buckets of DDP": FLOAT32 * x.bucketed if run.hardware.launch == "ddp" else 0,
-        "gradients": weights(x.trained, 1),
+        "teacher's attention": weights(x.copied, shards),
+        "buckets of DDP": FLOAT32 * x.bucketed if launch == "ddp" else 0,
+        "gathered by FSDP": gathered_for_layer(x) if launch in SHARDED else 0,
+        "gradients": weights(x.trained, shards),
         "copies of weights": layer_copies(x, run.width),
         "activations": run.rows * x.kept.largest_layer,
         "backward of a block": run.rows * x.kept.largest_layer,
@@ -128,6 +130,12 @@ def gathered(x: Sizes) -> int:
     one, which is fetched ahead; and as many gradients before they are scattered."""
     outside = x.all - x.blocks
     return FLOAT32 * (outside + 2 * x.block + min(outside, x.trained) + 2 * x.trained_block)
+
+
+def gathered_for_layer(x: Sizes) -> int:
+    """What FSDP makes whole of the teacher, as in `gathered`; and of the student one attention
+    module with its gradients. The block that it is in counts in its place."""
+    return FLOAT32 * (x.all - x.blocks + 3 * x.block + x.trained_block)
 
 
 def weight_copies(x: Sizes, width: int, checkpointing: bool) -> int:

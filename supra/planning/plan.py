@@ -3,9 +3,8 @@
 import math
 from typing import Any
 
-from supra.errors import UserError
 from supra.planning import compute
-from supra.planning.hardware import SHARDED, Hardware, Rate
+from supra.planning.hardware import Hardware, Rate
 from supra.planning.measure import DTYPES, Measured, Models, measure
 from supra.planning.memory import LIMIT, Pass
 from supra.planning.remedies import Situation, remedies
@@ -18,14 +17,7 @@ LEARNS_FROM = {"orient": "matrices", "align": "outputs", "distill": "teacher"}
 
 
 def plan(config: UptrainConfig, models: Models, hardware: Hardware, rate: Rate) -> RunPlan:
-    """Plan a run. Raises UserError for one that cannot be planned, or that would be refused."""
-    refused = [name for name in config.stages if name in LAYERWISE]
-    if refused and hardware.launch in SHARDED:
-        nulls = " ".join(f"{name}=null" for name in refused)
-        raise UserError(
-            f"{' and '.join(refused)} cannot run under FSDP: plan the other stages with {nulls}, "
-            "and these with --launch ddp"
-        )
+    """Plan a run. Raises UserError for one that cannot be planned."""
     found = [
         (stage, measure(models, config, stage.name, hardware.processes))
         for stage in stages.plan(config, hardware.processes)

@@ -86,12 +86,10 @@ def _alone(now: Situation) -> tuple[str, Situation] | None:
 
 def _shard(now: Situation) -> tuple[str, Situation] | None:
     hardware = now.run.hardware
-    if now.stage in LAYERWISE or hardware.processes == 1:
+    if hardware.launch != "ddp" or hardware.processes == 1:
         return None
-    before = [name for name in now.config.stages if name in LAYERWISE]
-    apart = f", with {' and '.join(before)} in a run before it" if before else ""
     run = replace(now.run, hardware=replace(hardware, launch="fsdp"))
-    return f"recipes/launch/fsdp.yaml{apart}", replace(now, run=run)
+    return "recipes/launch/fsdp.yaml", replace(now, run=run)
 
 
 def _cache(now: Situation) -> tuple[str, Situation] | None:

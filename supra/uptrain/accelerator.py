@@ -43,11 +43,11 @@ def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
         project_dir=folder,
         fsdp_plugin=fsdp_plugin(),
     )
-    check_kind(config, accelerator.distributed_type)
+    check_kind(accelerator.distributed_type)
     return accelerator
 
 
-def check_kind(config: UptrainConfig, kind: DistributedType) -> None:
+def check_kind(kind: DistributedType) -> None:
     """Raise UserError for a kind of parallelism that accelerate chose by the launcher's settings
     and the machine, and that the run does not support."""
     if kind not in SUPPORTED:
@@ -59,13 +59,6 @@ def check_kind(config: UptrainConfig, kind: DistributedType) -> None:
         raise UserError(
             f"distributed_type (=FSDP) would be {kind.value} here and shard nothing: accelerate "
             "has FSDP only for processes with GPUs; on CPUs use recipes/launch/ddp.yaml"
-        )
-    names = [name for name in config.stages if name in LAYERWISE]
-    if names and kind == DistributedType.FSDP:
-        raise UserError(
-            f"{' and '.join(names)} cannot run under FSDP, where no process has a whole layer: "
-            "first run them separately (in one process, or with recipes/launch/ddp.yaml), then "
-            "this run with the result as student"
         )
 
 
@@ -154,6 +147,28 @@ def _check_fsdp(config: UptrainConfig) -> None:
         raise UserError(
             "fsdp_activation_checkpointing (=true) computes layers again, and in the stage extend "
             "their initial states would be lost: set it to false"
+        )
+    if names := [name for name in config.stages if name in LAYERWISE]:
+        _check_units(" and ".join(names))
+
+
+def _check_units(stages: str) -> None:
+    """Raise UserError if attention modules would be no units of their own, as these stages need."""
+    if _asked("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError(
+            f"fsdp_activation_checkpointing (=true) would wrap the attention modules that {stages} "
+            "trains one by one: set it to false, and gradient_checkpointing of the run to true"
+        )
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper()
+    if policy != "TRANSFORMER_BASED_WRAP":
+        raise UserError(
+            f"fsdp_auto_wrap_policy (={policy}) must be TRANSFORMER_BASED_WRAP, because {stages} "
+            "needs each attention module as a unit of its own"
+        )
+    if classes := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        raise UserError(
+            f"fsdp_transformer_layer_cls_to_wrap (={classes}) must be left out, because {stages} "
+            "needs each attention module as a unit of its own"
         )
 
 

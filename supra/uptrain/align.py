@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from supra.data.packing import Block
 from supra.mixers import Mixer, MixerInputs
+from supra.uptrain.shards import whole
 from supra.uptrain.stage_settings import AlignConfig, OrientConfig
 
 
@@ -41,7 +43,9 @@ class LayerByLayer:
     ):
         self.accelerator, self.teacher, self.pairs = accelerator, teacher, pairs
         self.stage, self.autocast = stage, autocast
-        self.seen: dict[str, _Mixed] = {}  # the mixers' calls in the current layer
+        # of the current layer: the mixers' calls, and the output of the teacher's module
+        self.seen: dict[str, _Mixed] = {}
+        self.target: Tensor | None = None
 
     def add_gradients(self, batches: Sequence[Block]) -> dict[str, float]:
         """Add the mean gradient over all micro-batches of all processes, clipped per layer.
@@ -56,9 +60,10 @@ class LayerByLayer:
             parameters = [x for x in student.parameters() if x.grad is not None]
             if self.accelerator.num_processes > 1:
                 for parameter in parameters:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+                    if not isinstance(parameter.grad, DTensor):  # else FSDP has taken the mean
+                        parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
             if parameters:
-                norms.append(nn.utils.clip_grad_norm_(parameters, clip))
+                norms.append(whole(nn.utils.clip_grad_norm_(parameters, clip)))
         values = {"loss": errors.mean(), "worst_layer": errors.max()}
         values["grad_norm"] = torch.stack(norms).norm()
         return {name: value.item() for name, value in values.items()}
@@ -73,12 +78,15 @@ class LayerByLayer:
                 for hook in (
                     student.mixer.register_forward_hook(partial(self._see, "student")),
                     teacher.mixer.register_forward_hook(partial(self._see, "teacher")),
-                    teacher.register_forward_hook(learn, with_kwargs=True),
+                    # before FSDP's hooks, which take the weights apart
+                    student.register_forward_hook(self._error, prepend=True),
+                    teacher.register_forward_hook(learn, prepend=True, with_kwargs=True),
                 ):
                     hooks.callback(hook.remove)
             with torch.no_grad(), self.autocast():
                 self.teacher(**inputs, use_cache=False)
         self.seen.clear()
+        self.target = None
         return torch.stack(errors)
 
     def _see(
@@ -99,21 +107,27 @@ class LayerByLayer:
     ) -> None:
         """A forward hook of the teacher's attention module: trains the student's module on the same
         inputs."""
+        self.target = output[0]
         with torch.enable_grad():
-            hidden, *_ = student(*args, **kwargs)
-            ours, theirs = self.seen["student"], self.seen["teacher"]
-            if isinstance(self.stage, OrientConfig):
-                matrices = (x.mixer.mixing_matrix(x.inputs) for x in (ours, theirs))
-                error = matrix_error(*matrices)
-            elif self.stage.target == "output":
-                error = relative_error(ours.output, theirs.output)
-            else:
-                error = relative_error(hidden, output[0])
+            error = student(*args, **kwargs)  # see _error
             loss = weight * error
         if loss.requires_grad:  # not if the stage trains only new parameters and the mixer has none
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
         errors.append(error.detach())
+
+    def _error(
+        self, student: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]
+    ) -> Tensor:
+        """A forward hook of the student's attention module: puts the error in the place of the
+        output. FSDP acts on what a module returns, and the loss must be all of it."""
+        ours, theirs = self.seen["student"], self.seen["teacher"]
+        if isinstance(self.stage, OrientConfig):
+            matrices = (x.mixer.mixing_matrix(x.inputs) for x in (ours, theirs))
+            return matrix_error(*matrices)
+        if self.stage.target == "output":
+            return relative_error(ours.output, theirs.output)
+        return relative_error(output[0], self.target)
 
 
 class _Mixed(NamedTuple):

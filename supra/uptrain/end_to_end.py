@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from supra.data.packing import IGNORE, Block, shifted_labels
 from supra.losses.token_losses import Losses, token_losses
 from supra.uptrain.initial_state import InitialState
 from supra.uptrain.optim import drop_gradients
+from supra.uptrain.shards import whole
 from supra.uptrain.stage_settings import DistillConfig, ExtendConfig, TuneConfig
 from supra.uptrain.teacher import Teacher
 
@@ -58,7 +58,7 @@ class EndToEnd:
         drop_gradients(self.optimizer)
         clip = self.stage.optimizer.clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # FSDP shards it
+        norm = whole(norm).item()
         values = {"loss": self.next_token * next_token + self.kl * kl, "next_token": next_token}
         return values | ({"kl": kl} if self.teacher else {}) | {"grad_norm": norm}
 

@@ -19,7 +19,7 @@ from supra.errors import Diverged
 from supra.losses.chunked import ScoredModel, language_model
 from supra.model.original import original
 from supra.model.positions import check_positions
-from supra.uptrain import models, optim, tree
+from supra.uptrain import models, optim, shards, tree
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
 from supra.uptrain.config import UptrainConfig
@@ -308,15 +308,22 @@ class Run:
         if config.extend:
             check_extends(student, config)
         self.layers = None  # the student's original attention, while layers learn from it
+        units = []
         if any(stage.name in LAYERWISE and self.step < stage.end for stage in self.stages):
             self.layers = original(student, own_attention=True)
+            units = shards.attention_classes(student)
         if fresh:
             self._set_starting_values(student)
         student = models.make_trainable(student, config)
         optimizer = optim.build_optimizer(student, config.stages)
         optim.freeze_unused(student, optimizer)
         optim.require_gradients(optimizer, wrapped_stages(self.config))
-        self.model, self.optimizer = accelerator.prepare(ScoredModel(student), optimizer)
+        model = ScoredModel(student, units)
+        shared = shards.shared_weights(self.layers[0], student) if self.layers else []
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if self.layers and accelerator.distributed_type == DistributedType.FSDP:
+            shards.shard_teacher(accelerator, self.layers[0], student, shared)
+            shards.run_whole(self.model, accelerator.device)
 
     def _row_lengths(self) -> set[tuple[str, int]]:
         """The settings of the lengths of rows that the student reads, with their values."""
@@ -348,6 +355,7 @@ class Run:
         self._clear_moments()
         alone = accelerator.distributed_type == DistributedType.NO or stage.name in LAYERWISE
         moved = {stage.name: config} if alone else wrapped_stages(self.config)
+        shards.reshard(self.model)
         optim.require_gradients(self.optimizer, moved)
         self.stream.cut(*stage.row)
         self.initial_state = None

@@ -540,7 +540,6 @@ REFUSED = {
         ("--nodes 2 --launch one_gpu", "--launch (=one_gpu)"),
         ("--nodes 2 --launch hsdp", "--launch (=hsdp)"),
         ("--launch deepspeed", "unknown --launch"),
-        ("--launch fsdp align.share=0.5", "align cannot run under FSDP"),
         ("--tflops 0", "--tflops (=0.0)"),
         ("--tflops nan", "--tflops (=nan)"),
         ("--tflops fast", "--tflops (='fast')"),

@@ -117,3 +117,13 @@ def test_layer_by_layer(learns_from, matrices):
     assert found.parts["attention matrices"] == matrices
     assert found.parts["teacher's attention"] == 4 * 90
     assert found.peak == 4004 + 2400 + 2000 + 360 + 1200 + 360 + 2 * 4 * 100 + matrices
+
+
+def test_layer_by_layer_in_parts():
+    """401 parameters outside the blocks, two blocks of the teacher, and one of the student."""
+    sizes = replace(SIZES, stepped=300, trained=300, copied=90)
+    run = replace(RUN, hardware=Hardware(Gpus(8, 80), 1, "fsdp"), learns_from="outputs")
+    found = memory.layer_by_layer(sizes, run).parts
+    assert found["weights"] == 4 * 126 and found["optimizer"] == 8 * 38
+    assert found["gradients"] == 4 * 38 and found["teacher's attention"] == 4 * 12
+    assert found["gathered by FSDP"] == 4 * (401 + 600) + 4 * (300 + 250)

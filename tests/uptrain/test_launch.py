@@ -120,7 +120,7 @@ def run_ranks(arguments, environment, ranks=2, target=cpu_rank.run):
     for rank in processes:
         rank.start()
     for rank in processes:
-        rank.join(timeout=120)
+        rank.join(timeout=300)
     for rank in processes:
         rank.kill()
     return [rank.exitcode for rank in processes]
@@ -164,6 +164,27 @@ def test_a_launch_file_trains_as_one_process_does(files, one_process, tmp_path, 
     environment = launched(LAUNCH / name, f"--num_processes={ranks}", *HERE.get(name, ()))
     assert run_ranks(share(files, tmp_path / "run", ranks), environment, ranks) == [0] * ranks
     check_same(tmp_path / "run", one_process)
+
+
+def layerwise(files, out, ranks):
+    """The settings of a step of each kind: matrices, attention's outputs, and end to end.
+
+    Passes have one row, because the error of a pass is relative to the target in its rows."""
+    one = f"tokens: {PER_STEP * LENGTH}"
+    stages = f"orient={{{one}}}", f"align={{{one}, target: output}}", f"tune={{{one}}}"
+    return [*settings(files, out, 1, PER_STEP // ranks), "budget={}", *stages]
+
+
+@pytest.mark.parametrize("name", [pytest.param("hsdp.yaml", marks=pytest.mark.long), "fsdp.yaml"])
+def test_layers_train_in_parts_as_in_one_process(files, tmp_path, name):
+    """Every attention module is a unit of its own, and the next stage runs the whole model."""
+    ranks = RANKS[name]
+    environment = launched(LAUNCH / name, f"--num_processes={ranks}", *HERE.get(name, ()))
+    assert run_ranks(layerwise(files, tmp_path / "run", ranks), environment, ranks) == [0] * ranks
+    first, *others = layerwise(files, tmp_path / "one", 1)
+    assert train(load_config(first.removeprefix("--config="), others))
+    check_same(tmp_path / "run", tmp_path / "one")
+    assert [line["stage"] for line in logged(tmp_path / "run")] == ["orient", "align", "tune"]
 
 
 def spoilt(losses):
@@ -318,6 +339,14 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
             r"fsdp_activation_checkpointing \(=true\) .* extend .* set it to false",
         ),
         (
+            launched(LAUNCH / "fsdp.yaml", "--fsdp_auto_wrap_policy=NO_WRAP"),
+            r"fsdp_auto_wrap_policy \(=NO_WRAP\) must be TRANSFORMER_BASED_WRAP, .* align needs",
+        ),
+        (
+            launched(LAUNCH / "fsdp.yaml", "--fsdp_transformer_layer_cls_to_wrap=Block"),
+            r"fsdp_transformer_layer_cls_to_wrap \(=Block\) must be left out, .* align needs",
+        ),
+        (
             launched(LAUNCH / "fsdp.yaml") | {"ACCELERATE_USE_CPU": "true"},
             r"distributed_type \(=FSDP\) would be NO here and shard nothing: .*ddp.yaml",
         ),
@@ -337,10 +366,9 @@ def test_other_trainers_are_refused(tmp_path, monkeypatch, variables, message):
 
 @pytest.mark.parametrize("kind", ["MULTI_XPU", "MULTI_NPU", "XLA", "DEEPSPEED", "MEGATRON_LM"])
 def test_machines_that_were_never_tried_are_refused(kind):
-    config = load_config("smoke", ["student=a", "data.path=b", "out=c"])
     message = rf"distributed_type \(={kind}\) is not supported, .* one process, .*ddp.yaml"
     with pytest.raises(UserError, match=message):
-        check_kind(config, DistributedType(kind))
+        check_kind(DistributedType(kind))
 
 
 def is_refused(tmp_path, monkeypatch, variables, message):
@@ -348,7 +376,8 @@ def is_refused(tmp_path, monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     first, *others = settings(tmp_path / "nowhere", tmp_path / "run", 1)
-    config = load_config(first.removeprefix("--config="), [*others, "tune=null", "extend={}"])
+    stages = "tune=null", "align={tokens: 1}", "extend={}"
+    config = load_config(first.removeprefix("--config="), [*others, *stages])
     with pytest.raises(UserError, match=message):
         train(config)
     assert not (tmp_path / "run").exists()

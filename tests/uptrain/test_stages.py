@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 
 from supra import testing
@@ -182,12 +181,6 @@ def test_every_recipe_runs(files, tmp_path, path):
     ]
     loop.train(load_config(path, overrides))
     assert set(log(tmp_path, "stage").values()) == {*names}
-
-
-def test_layers_cannot_be_sharded(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(UserError, match="align cannot run under FSDP"):
-        loop.train(config(files, tmp_path / "run", **FULL))
 
 
 def test_a_student_that_is_not_converted(files, tmp_path):
