@@ -55,6 +55,7 @@ class Mixer(nn.Module, ABC):
     refuses: ClassVar[dict[str, str]] = {}  # fields of StatePolicy that cannot act here, and why
     policy: LayerPolicy | None = None
     watch: Watch | None = None  # called with the log decays of every call
+    needs_whole_rows: str | None = None  # why rows cannot lie on several ranks; None: they can
 
     def __init__(
         self,

@@ -270,8 +270,26 @@ def filter_documents(
     recurrence = functools.partial(padding_last, functools.partial(_filter, model))
     windowed = functools.partial(_windowed, model)
     tensors = value, query, key
+    if inputs.part is not None:
+        _, own = run_documents(recurrence, windowed, inputs, tensors, None, True)
+        state = _state_before(inputs, model, own)
     output, end = run_documents(recurrence, windowed, inputs, tensors, state, return_state)
     return output.reshape(value.shape), end
+
+
+def _state_before(inputs: MixerInputs, model: dict[str, Tensor], own: Tensor) -> Tensor:
+    """The states before the sequences of a part of the rows. own: the states after them, from empty
+    ones: [N, H, modes, 2, K, V]."""
+    mask = inputs.padding_mask
+    rows, tokens = inputs.query.shape[:2]
+    count = torch.full((rows,), tokens, device=own.device) if mask is None else mask.sum(1)
+    count = count.double()[:, None, None]  # a million turns have an error of 0.1 in float32
+    size, angle = (count * model[name].double() for name in ("log_decay", "frequency"))
+    real, imaginary = size.exp() * angle.cos(), size.exp() * angle.sin()
+    turn = torch.stack([real, -imaginary, imaginary, real], -1).unflatten(-1, (2, 2))
+    modes = own.flatten(1, 2).flatten(3)  # [N, H · modes, 2, K · V]
+    before = inputs.part.state_before(turn.flatten(1, 2), modes, inputs.cu_seqlens)
+    return before.view(own.shape)
 
 
 def _filter(model: dict[str, Tensor], tensors: Tensors, row: Row) -> tuple[Tensor, Tensor | None]:

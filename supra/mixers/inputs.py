@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from supra.mixers.row_parts import RowPart
 from supra.mixers.state_policy import PolicyRun
 
 MIN_POWER = 1e-5  # smallest mean square of a head that anything is divided by
@@ -79,6 +80,7 @@ class MixerInputs:
     cu_seqlens: Tensor | None  # int [N + 1]: bounds of documents in the row B·T; None: one per row
     policy_run: PolicyRun | None = None  # the state policy at work in this call
     watch: Watch | None = None
+    part: RowPart | None = None  # the rows lie on several ranks, and these are the tokens of one
 
     def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key at their positions; unchanged in families without rotary positions."""

@@ -70,6 +70,11 @@ class NonlinearGatedMixer(Mixer):
         "its state is no sum, and bounded already; leave the state_policy off",
     )
 
+    needs_whole_rows = (
+        "its state passes through a tanh at every token, so no part of a row can be read before "
+        "the parts in front of it"
+    )
+
     def __init__(self, shape: AttentionShape, options: NonlinearGatedOptions):
         super().__init__(
             shape,

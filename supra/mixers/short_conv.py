@@ -90,6 +90,9 @@ def short_conv(
     Returns the output, which is meaningless at padding, and the last W − 1 tokens that are not
     padding, [B, W − 1, C], or None.
     """
+    part = inputs.part
+    if part is not None:
+        state = part.of_sequences(part.last_tokens(x, weight.shape[1] - 1), inputs.cu_seqlens)
     settings = {"activation": activation, "initial_state": state, "return_state": return_state}
     if inputs.cu_seqlens is not None:
         settings |= {"cu_seqlens": inputs.cu_seqlens, "return_state": False}

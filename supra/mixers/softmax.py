@@ -47,6 +47,8 @@ class Softmax(Mixer):
         query, key = inputs.rotated(inputs.query, inputs.key)
         value = inputs.value
         tokens, valid = query.shape[1], inputs.padding_mask
+        if inputs.part is not None:
+            state = state_before(inputs, key)
         if valid is None and (return_state or state is not None):
             valid = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
         if state is not None:
@@ -82,6 +84,13 @@ class Softmax(Mixer):
         query, key = (x.transpose(1, 2).to(wide) for x in (query, key))
         with torch.autocast(query.device.type, enabled=False):
             return attention_weights(query, key, mask, inputs)
+
+
+def state_before(inputs: MixerInputs, key: Tensor) -> SoftmaxState:
+    """The rotated keys, and the values, of all tokens before a part of the rows."""
+    part, sizes = inputs.part, [key.shape[-1], inputs.value.shape[-1]]
+    both = part.all_tokens(torch.cat([key, inputs.value], dim=-1))  # one exchange for both
+    return SoftmaxState(*both.split(sizes, dim=-1), part.valid[:, : part.start])
 
 
 def capped_attention(
@@ -150,8 +159,17 @@ def attention_mask(
         mask = mask & (place[:, None, None, :] >= first[:, None, :, None])
     if valid is not None:
         mask = mask & valid[:, None, None, :]
-    if inputs.cu_seqlens is not None:
-        at = torch.arange(inputs.query.shape[0] * tokens, device=inputs.query.device)
-        document = torch.bucketize(at, inputs.cu_seqlens, right=True).view(-1, 1, tokens)
-        mask = mask & (document[:, :, :, None] == document[:, :, None, :])
+    document = document_numbers(inputs, tokens, length)
+    if document is not None:
+        mask = mask & (document[:, None, -tokens:, None] == document[:, None, None, :])
     return mask | (key_at == query_at)
+
+
+def document_numbers(inputs: MixerInputs, tokens: int, length: int) -> Tensor | None:
+    """The number of each key's document, int [B, S]; None if rows are not packed."""
+    if inputs.part is not None:
+        return inputs.part.documents[:, :length]
+    if inputs.cu_seqlens is None:
+        return None
+    at = torch.arange(inputs.query.shape[0] * tokens, device=inputs.query.device)
+    return torch.bucketize(at, inputs.cu_seqlens, right=True).view(-1, tokens)

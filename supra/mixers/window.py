@@ -93,6 +93,12 @@ class Window(Mixer):
         if options.decay == "gated":
             self.decay_gate = DecayGate(shape)
 
+    @property
+    def needs_whole_rows(self) -> str | None:
+        """Ranks that drop their windows in different calls would disagree on what has left them."""
+        share = self.options.dropout
+        return f"dropout (={share}) drops the window of whole rows; set it to 0" if share else None
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.options.decay == "gated":  # the linear part is for distant tokens
@@ -110,6 +116,8 @@ class Window(Mixer):
             query = torch.cat([query, inputs.query], dim=-1)
             key = torch.cat([key, inputs.key], dim=-1)
         inputs = replace(inputs, query=query, key=key, rotary=None)
+        if inputs.part is not None:
+            state = self._state_before(inputs)
         if inputs.padding_mask is None:
             return self._mix(inputs, state, return_state)
         order = tokens_first(inputs.padding_mask)
@@ -154,6 +162,14 @@ class Window(Mixer):
             length=torch.zeros(key.shape[0], dtype=torch.int64, device=key.device),
         )
 
+    def _state_before(self, inputs: MixerInputs) -> WindowState:
+        """The state before a part of the rows, without its memory, which `scan` finds."""
+        part, sizes = inputs.part, [inputs.key.shape[-1], inputs.value.shape[-1]]
+        both = torch.cat([inputs.key, inputs.value], dim=-1)  # one exchange for both
+        window = part.last_tokens(both, self.options.size).split(sizes, dim=-1)
+        sinks = part.first_tokens(both, self.options.sinks).split(sizes, dim=-1)
+        return WindowState(None, *window, *sinks, part.length)
+
     def _places(
         self, inputs: MixerInputs, state: WindowState
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -164,9 +180,15 @@ class Window(Mixer):
         if inputs.cu_seqlens is not None:
             bounds = inputs.cu_seqlens.to(sinks.device)
             at = torch.arange(batch * tokens, device=sinks.device)
-            start = bounds[torch.bucketize(at, bounds, right=True) - 1]
-            first = (start[:, None] + sinks).clamp(max=batch * tokens - 1).view(batch, tokens, -1)
+            number = torch.bucketize(at, bounds, right=True) - 1
+            before = self._tokens_before(inputs, number, state)
+            start = bounds[number] - before
+            first = (start[:, None] + sinks).clamp(0, batch * tokens - 1).view(batch, tokens, -1)
             key, value = (x.flatten(0, 1)[first] for x in (inputs.key, inputs.value))
+            if inputs.part is not None:
+                new = (sinks >= before[:, None]).view(batch, tokens, -1, 1, 1)
+                key = torch.where(new, key, state.sink_key[:, None])
+                value = torch.where(new, value, state.sink_value[:, None])
             return (at - start).view(batch, tokens), (key, value)
         rank = state.length[:, None] + torch.arange(tokens, device=sinks.device)
         at = sinks - state.length[:, None]
@@ -176,6 +198,17 @@ class Window(Mixer):
             torch.where(new, pick(inputs.key, at), state.sink_key),
             torch.where(new, pick(inputs.value, at), state.sink_value),
         )
+
+    @staticmethod
+    def _tokens_before(inputs: MixerInputs, number: Tensor, state: WindowState) -> Tensor:
+        """How many tokens of its document were read before the call, for each token of packed rows:
+        int [B · T]. number: of the document. Only the first one of a row can have some."""
+        if inputs.part is None:
+            return torch.zeros_like(number)
+        goes_on = number.view(len(state.length), -1) == inputs.part.first_sequences(
+            inputs.cu_seqlens
+        ).unsqueeze(1)
+        return (goes_on * state.length[:, None]).flatten()
 
     def _linear(
         self,

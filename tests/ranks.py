@@ -1,0 +1,16 @@
+"""Runs a function on several CPU ranks, which are forks of this process."""
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(function, ranks, folder, *arguments):
+    """Call function(*arguments) on this many ranks of a group. Raises what a rank raises."""
+    given = function, ranks, f"file://{folder}/ranks", arguments
+    mp.start_processes(_rank, given, ranks, start_method="fork")
+
+
+def _rank(rank, function, ranks, meeting_point, arguments):
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
+    function(*arguments)
+    dist.destroy_process_group()
