@@ -7,7 +7,12 @@ import torch.multiprocessing as mp
 def on_ranks(function, ranks, folder, *arguments):
     """Call function(*arguments) on this many ranks of a group. Raises what a rank raises."""
     given = function, ranks, f"file://{folder}/ranks", arguments
-    mp.start_processes(_rank, given, ranks, start_method="fork")
+    try:
+        mp.start_processes(_rank, given, ranks, start_method="fork")
+    except mp.ProcessRaisedException as error:
+        if "AssertionError" in str(error):
+            raise AssertionError(str(error)) from None
+        raise
 
 
 def _rank(rank, function, ranks, meeting_point, arguments):

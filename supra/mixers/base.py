@@ -43,6 +43,8 @@ class Mixer(nn.Module, ABC):
     - Nothing crosses a document boundary.
     - A state is a NamedTuple of tensors with the batch first. The cache reorders, repeats and
       restores these tensors and knows nothing else about them.
+    - Rows may lie on several ranks (`inputs.part`). `scan` and `short_conv` see to that. What needs
+      other tokens asks the part for them, and what needs whole rows says so in `needs_whole_rows`.
     """
 
     name: ClassVar[str]

@@ -4,6 +4,9 @@ Notation: R ranks, B rows, H heads. All ranks must call a function here, and all
 through what it returned, since gradients are exchanged then.
 """
 
+import time
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +15,8 @@ from torch import Tensor
 class Ranks:
     """The ranks of a process group, in the order of their parts.
 
-    `bytes` counts what this rank has received from the others.
+    `bytes` counts what this rank has received from the others, and `seconds` how long it has waited
+    for them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -20,20 +24,49 @@ class Ranks:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.bytes = 0
+        self._waited: list[tuple[Mark, Mark]] = []
 
     def gather(self, x: Tensor) -> Tensor:
         """x of every rank: [R, …]. Without gradients."""
         found = x.new_empty(self.size, *x.shape)
-        dist.all_gather([*found], x.contiguous(), group=self.group)
-        self.bytes += (self.size - 1) * x.nbytes
+        self._exchange(lambda: dist.all_gather([*found], x.contiguous(), group=self.group), x)
         return found
 
     def sum_of_own(self, x: Tensor) -> Tensor:
         """From x [R, …] of every rank, the sum of all x[r] on rank r. Without gradients."""
-        found = x.new_empty(x.shape[1:])
-        dist.reduce_scatter(found, [*x.contiguous()], group=self.group)
-        self.bytes += (self.size - 1) * found.nbytes
+        found, parts = x.new_empty(x.shape[1:]), [*x.contiguous()]
+        self._exchange(lambda: dist.reduce_scatter(found, parts, group=self.group), found)
         return found
+
+    def _exchange(self, act: Callable[[], None], x: Tensor) -> None:
+        """Let the ranks act, and count x from each of the others."""
+        begin = _mark(x.device)
+        act()
+        self._waited.append((begin, _mark(x.device)))
+        self.bytes += (self.size - 1) * x.nbytes
+
+    @property
+    def seconds(self) -> float:
+        return sum(_seconds(*marks) for marks in self._waited)
+
+
+Mark = float | torch.cuda.Event
+
+
+def _mark(device: torch.device) -> Mark:
+    """Now, by the clock of the device."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Mark, end: Mark) -> float:
+    if isinstance(end, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def gather(x: Tensor, ranks: Ranks) -> Tensor:

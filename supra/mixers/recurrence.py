@@ -26,7 +26,7 @@ class Operation(NamedTuple):
     """A kernel's form for many tokens, and its form for one.
 
     transition: what the tokens of each row do to a state before them, as `RowPart.state_before`
-        takes it; None if they do not change it by a matrix.
+        takes it; None for a recurrence that is not linear in its state.
     """
 
     chunk: Callable[..., tuple[Tensor, Any]]

@@ -205,9 +205,8 @@ class Window(Mixer):
         int [B · T]. number: of the document. Only the first one of a row can have some."""
         if inputs.part is None:
             return torch.zeros_like(number)
-        goes_on = number.view(len(state.length), -1) == inputs.part.first_sequences(
-            inputs.cu_seqlens
-        ).unsqueeze(1)
+        first = inputs.part.first_sequences(inputs.cu_seqlens)[:, None]
+        goes_on = number.view(len(first), -1) == first
         return (goes_on * state.length[:, None]).flatten()
 
     def _linear(

@@ -72,6 +72,7 @@ def supra_attention(
         sinks=kwargs.get("s_aux"),
         padding_mask=None if packed or call.mask is None else call.mask[:, 0, 0],
         cu_seqlens=call.mask[0, 0, 0] if packed else None,
+        part=None if module.row_ranks is None else module.row_ranks.part,
     )
     if call.layer is not None:
         return call.layer.mix(module.mixer, inputs), None
@@ -86,6 +87,7 @@ class SupraAttention:
 
     rotates: bool  # whether the mixer applies the rotation; else the module does, or nobody
     window: int | None  # a sliding window that the attention function is not told about
+    row_ranks: Any = None  # as in SupraModel
 
     def forward(self, *args, **kwargs):
         kwargs |= zip(self.forward_names, args, strict=False)

@@ -123,6 +123,8 @@ class _SupraPreTrained:
 class SupraModel(_SupraPreTrained):
     """Mixed into the family's headless model."""
 
+    row_ranks: Any = None  # a RowRanks (supra/model/sequence_parallel.py), if ranks share the rows
+
     @classmethod
     def _below_prefix(cls, config: PreTrainedConfig) -> tuple[str, ...]:
         return ("unexpected_keys",)  # a headless model ignores the head's tensors
@@ -164,14 +166,19 @@ class SupraModel(_SupraPreTrained):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("a model reads input_ids or inputs_embeds: pass one of them")
         refuse_context_parallel()
-        batch, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        tokens_in = input_ids if inputs_embeds is None else inputs_embeds
+        batch, tokens = tokens_in.shape[:2]
+        if self.row_ranks is not None:
+            check_with_parts(past_key_values, kwargs)
+            position_ids = self.row_ranks.begin(tokens_in, position_ids, attention_mask)
         boundaries = None
         if attention_mask is None:
             given, cached = kwargs.get("cu_seq_lens_q"), past_key_values is not None
             boundaries = packed_boundaries(given, position_ids, batch, tokens, cached)
+        packed = boundaries is not None or (self.row_ranks is not None and self.row_ranks.packed)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and boundaries is None
-        if (use_cache or past_key_values is not None) and boundaries is not None:
+            use_cache = self.config.use_cache and not self.training and not packed
+        if (use_cache or past_key_values is not None) and packed:
             raise UserError(
                 "use_cache (=True) or past_key_values with packed position_ids: a packed row has "
                 "no single final state; pass use_cache=False and no cache, or one document per row"
@@ -185,7 +192,7 @@ class SupraModel(_SupraPreTrained):
             belong_to(past_key_values, self)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         padding = padding_mask(attention_mask, batch, tokens, past)
-        return super().forward(
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=padding if boundaries is None else boundaries,
             position_ids=position_ids,
@@ -193,6 +200,24 @@ class SupraModel(_SupraPreTrained):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
+        )
+        if self.row_ranks is not None and past_key_values is not None:
+            for layer in past_key_values.layers:  # they have counted the tokens of this rank
+                layer.length += self.row_ranks.part.start
+        return output
+
+
+def check_with_parts(past_key_values: Cache | None, kwargs: dict[str, Any]) -> None:
+    """Raise UserError for arguments of `forward` that rows on several ranks do not allow."""
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        raise UserError(
+            f"past_key_values (with {past_key_values.get_seq_length()} tokens) must be empty "
+            "inside sequence_parallel, where rows begin on the first rank: leave them out"
+        )
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise UserError(
+            "cu_seq_lens_q inside sequence_parallel would count the tokens of this rank only: pass "
+            "position_ids, which begin anew with each document"
         )
 
 

@@ -13,9 +13,8 @@ def refuse_context_parallel() -> None:
     swapped = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
     if not torch.compiler.is_compiling() and "context_parallel" in swapped:
         raise UserError(
-            "context parallelism cuts a row into pieces, between which a recurrent model's state "
-            "would be lost: train with cp_size=1, and with activation checkpointing if rows do not "
-            "fit in memory"
+            "torch's context parallelism cuts a row into pieces, between which a recurrent model's "
+            "state would be lost: use supra.model.sequence_parallel instead"
         )
 
 

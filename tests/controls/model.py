@@ -87,8 +87,8 @@ BUGS = [
         "documents_leak_in_kept_attention",
         "attention that a hybrid keeps looks beyond its document",
         SOFTMAX,
-        "mask = mask & (document[:, :, :, None] == document[:, :, None, :])",
-        "mask = mask & (document[:, :, :, None] >= 0)",
+        "document[:, None, -tokens:, None] == document[:, None, None, :]",
+        "document[:, None, -tokens:, None] >= 0",
         (f"{MODEL}::test_packed_rows_are_separate_documents[hybrid-llama]",),
     ),
     Bug(
@@ -165,5 +165,21 @@ BUGS = [
         "removed = removed * _beside_keys(left.exp()).to(wide)",
         "removed = removed * 1",
         ("tests/mixers/test_policy.py::test_a_window_is_the_last_tokens[supra-13]",),
+    ),
+    Bug(
+        "state_between_ranks_undecayed",
+        "a state passes the ranks that share a row without the decay of their tokens",
+        "supra/mixers/ranks.py",
+        "before = _applied(a, before) + b",
+        "before = before + b",
+        ("tests/mixers/test_row_parts.py::test_state_before_is_the_loop_over_ranks[4]",),
+    ),
+    Bug(
+        "documents_leak_between_ranks",
+        "a state passes through a part in which a new document begins",
+        "supra/mixers/row_parts.py",
+        "passes = on & (self.documents[:, self.start] == self.documents[:, last])",
+        "passes = on & (last >= 0)",
+        ("tests/mixers/test_row_parts.py::test_parts_of_rows_are_whole_rows",),
     ),
 ]
