@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from supra.errors import UserError
@@ -153,6 +153,12 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         and getattr(module, "is_causal", False)
         and getattr(module, "layer_idx", None) is not None
     ]
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks: FSDP wraps each of them, and gradient checkpointing computes each again."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 @functools.cache

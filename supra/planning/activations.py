@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from supra.errors import UserError, foreign_errors
 from supra.losses.chunked import language_model
-from supra.model.attention import attention_modules
+from supra.model.attention import attention_modules, blocks_of
 from supra.planning.parameters import converted
 
 # the parts of a block; OUTSIDE is what comes before and after the blocks
@@ -59,7 +59,7 @@ def count_end_to_end(model: nn.Module, length: int, dtype: torch.dtype) -> Kept:
     with _faked(model):
         one, two = (_whole_pass(student, rows, length, dtype) for rows in (1, 2))
     parts = (NORMS, PROJECTIONS, MIXER, FEED_FORWARD)
-    numbers = range(len(layers_of(student)))
+    numbers = range(len(blocks_of(student)))
     return Kept(
         layers=[{x: two[n, x] - one[n, x] for x in parts} for n in numbers],
         layer_input=two["layer_input"] - one["layer_input"],
@@ -86,12 +86,6 @@ def count_layerwise(model: nn.Module, length: int, dtype: torch.dtype, matrices:
     )
 
 
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks: FSDP wraps each of them, and gradient checkpointing computes each again."""
-    names = model._no_split_modules or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
 @contextmanager
 def _faked(model: nn.Module) -> Iterator[None]:
     """Inside, the model has fake tensors of a CPU, because the meta device has no autocast.
@@ -112,7 +106,7 @@ def _faked(model: nn.Module) -> Iterator[None]:
 def _whole_pass(student: PreTrainedModel, rows: int, length: int, dtype: torch.dtype) -> Counter:
     counter = _Counter(student, OUTSIDE)
     attentions = {id(x) for x in attention_modules(student)}
-    for number, layer in enumerate(layers_of(student)):
+    for number, layer in enumerate(blocks_of(student)):
         counter.handles.append(layer.register_forward_pre_hook(counter.see_input))
         counter.watch(layer, (number, NORMS))
         for child in layer.children():

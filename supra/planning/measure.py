@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig
 from supra.checkpoint.config_rules import meta_model
 from supra.errors import UserError
 from supra.losses.chunked import language_model
+from supra.model.attention import blocks_of
 from supra.model.families import no_mixer
 from supra.model.state_size import state_bytes
-from supra.planning.activations import count_end_to_end, count_layerwise, layers_of
+from supra.planning.activations import count_end_to_end, count_layerwise
 from supra.planning.compute import Work
 from supra.planning.memory import Sizes
 from supra.planning.parameters import (
@@ -96,7 +97,7 @@ def _sizes(
     moved: Moved,
 ) -> Sizes:
     student = language_model(model)
-    blocks = [list(layer.parameters()) for layer in layers_of(student)]
+    blocks = [list(layer.parameters()) for layer in blocks_of(student)]
     head = student.get_output_embeddings().weight
     inner = models.student.get_text_config()
     layerwise, trained = stage in LAYERWISE, moved.trained
@@ -175,7 +176,7 @@ def _teacher_work(
 
 
 def _block_products(model: nn.Module, kinds: dict[nn.Parameter, str]) -> int:
-    inside = (x for layer in layers_of(language_model(model)) for x in layer.parameters())
+    inside = (x for layer in blocks_of(language_model(model)) for x in layer.parameters())
     return products(inside, model, kinds)
 
 

@@ -126,10 +126,8 @@ def _check_mesh() -> None:
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """The launcher's FSDP settings without memory-efficient loading.
-
-    Memory-efficient loading loads weights in the first process only. Here every process calibrates
-    and evaluates the whole student, and accelerate fails to distribute the mixers' buffers.
+    """The launcher's FSDP settings without memory-efficient loading: accelerate's fails to
+    distribute the mixers' buffers. spread.py loads weights and buffers in the first process only.
     """
     if not _asked("ACCELERATE_USE_FSDP"):
         return None

@@ -13,13 +13,14 @@ from accelerate.utils import set_seed
 
 from supra.checkpoint.card import update_card
 from supra.checkpoint.files import staged_folder
+from supra.checkpoint.opening import find_checkpoint
 from supra.conversion.calibrate import calibrate, check_calibrated
 from supra.data.packing import Block, collate
 from supra.errors import Diverged
 from supra.losses.chunked import ScoredModel, language_model
 from supra.model.original import original
 from supra.model.positions import check_positions
-from supra.uptrain import models, optim, shards, tree
+from supra.uptrain import models, optim, shards, spread, tree
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
 from supra.uptrain.config import UptrainConfig
@@ -301,12 +302,12 @@ class Run:
 
     def _load_models(self, fresh: bool) -> None:
         config, accelerator = self.config, self.accelerator
-        self.teacher = Teacher(config, accelerator.device) if config.distill else None
-        student = models.load_student(config).to(accelerator.device)
+        self.teacher = Teacher(config, accelerator) if config.distill else None
+        student = spread.load(accelerator, find_checkpoint(config.student), models.DTYPE)
         for setting, length in self._row_lengths():
             check_positions(student, setting, length)
         if config.extend:
-            check_extends(student, config)
+            on_main(accelerator, lambda: check_extends(student, config))
         self.layers = None  # the student's original attention, while layers learn from it
         units = []
         if any(stage.name in LAYERWISE and self.step < stage.end for stage in self.stages):
@@ -319,10 +320,11 @@ class Run:
         optim.freeze_unused(student, optimizer)
         optim.require_gradients(optimizer, wrapped_stages(self.config))
         model = ScoredModel(student, units)
-        shared = shards.shared_weights(self.layers[0], student) if self.layers else []
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        if self.layers and accelerator.distributed_type == DistributedType.FSDP:
-            shards.shard_teacher(accelerator, self.layers[0], student, shared)
+        learns = self.layers and spread.is_sharded(accelerator)
+        shared = shards.separate(self.layers[0], student) if learns else []
+        self.model, self.optimizer = spread.prepare(accelerator, model, optimizer)
+        if learns:
+            shards.shard_teacher(accelerator, self.layers[0], shared)
             shards.run_whole(self.model, accelerator.device)
 
     def _row_lengths(self) -> set[tuple[str, int]]:
@@ -335,12 +337,20 @@ class Run:
 
     def _set_starting_values(self, student: torch.nn.Module) -> None:
         """Before training: log the perplexity of teacher and student, and calibrate the student."""
-        settings = self.config.calibrate
         if self.teacher is not None and self.config.distill.cache is None:
             self.held_out.report(self.step, "start", {"teacher": self.teacher.model})
+        if spread.is_sharded(self.accelerator):
+            on_main(self.accelerator, lambda: self._calibrate(student))
+        else:
+            self._calibrate(student)
+
+    def _calibrate(self, student: torch.nn.Module) -> None:
+        """Calibrate the student if the config says so; else check that it needs no calibration."""
+        settings = self.config.calibrate
         if not settings.tokens:
             check_calibrated(student)
             return
+        student.to(self.accelerator.device)
         self.held_out.report(self.step, "start", {"converted": student})
         batch = self.data.calibration_batch(settings.tokens)
         self.log.say(f"calibrating on {batch['input_ids'].numel():,} tokens")

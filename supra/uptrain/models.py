@@ -13,10 +13,12 @@ from supra.checkpoint.untrusted import LICENSE_FILES, copy_data, drop_code
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.lora import add_lora
 
+DTYPE = torch.float32  # of the student: bf16 weights would round away most of AdamW's updates
+
 
 def load_student(config: UptrainConfig) -> PreTrainedModel:
-    """The student in float32, because bf16 weights would round away most of AdamW's updates."""
-    return find_checkpoint(config.student).model(torch.float32)
+    """The whole student."""
+    return find_checkpoint(config.student).model(DTYPE)
 
 
 def make_trainable(model: PreTrainedModel, config: UptrainConfig) -> torch.nn.Module:

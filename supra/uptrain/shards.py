@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from supra.model.attention import attention_modules
+from supra.model.attention import attention_modules, blocks_of
+from supra.uptrain.spread import fill, fsdp_settings, hold
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its own parameters."""
@@ -23,29 +24,28 @@ def attention_classes(model: nn.Module) -> list[str]:
     return sorted({type(attention).__name__ for attention in attention_modules(model)})
 
 
-def shared_weights(teacher: nn.Module, student: nn.Module) -> list[tuple[Place, Place]]:
-    """The places of every parameter that both models have, in the teacher and in the student."""
-    places = {id(getattr(*place)): place for place in _places(student)}
-    found = ((place, places.get(id(getattr(*place)))) for place in _places(teacher))
-    return [(own, other) for own, other in found if other is not None]
+def separate(teacher: nn.Module, student: nn.Module) -> list[tuple[Place, Place]]:
+    """Take the weights that it shares with the student out of the teacher, which then has them
+    without memory. Returns their places, in the teacher and in the student."""
+    places = {x.key: (x.module, x.name) for x in hold(student)}
+    weights = [x for x in hold(teacher) if isinstance(x.tensor, nn.Parameter) and x.key in places]
+    for x in weights:
+        setattr(x.module, x.name, nn.Parameter(x.values.to("meta"), requires_grad=False))
+    return [((x.module, x.name), places[x.key]) for x in weights]
 
 
 def shard_teacher(
-    accelerator: Accelerator,
-    teacher: nn.Module,
-    student: nn.Module,
-    shared: Sequence[tuple[Place, Place]],
+    accelerator: Accelerator, teacher: nn.Module, shared: Sequence[tuple[Place, Place]]
 ) -> None:
-    """Split the teacher like the prepared student, whose parts of shared weights it uses."""
-    settings = {
-        "mesh": next(student.parameters()).device_mesh,
-        "offload_policy": accelerator.state.fsdp_plugin.cpu_offload,
-        "reshard_after_forward": True,
-    }
-    names = teacher._no_split_modules
-    for block in [x for x in teacher.modules() if type(x).__name__ in names]:
+    """Split the teacher like the prepared student, and give it the student's parts of the shared
+    weights."""
+    students = {(id(module), name) for (module, name), _ in shared}
+    held = [x for x in hold(teacher) if (id(x.module), x.name) not in students]
+    settings = fsdp_settings(accelerator)
+    for block in blocks_of(teacher):
         fully_shard(block, **settings)
     fully_shard(teacher, **settings)
+    fill(accelerator, held)
     for (module, name), other in shared:
         # a new parameter, because FSDP may give it a copy of an uneven part
         setattr(module, name, nn.Parameter(getattr(*other).detach(), requires_grad=False))
@@ -72,11 +72,3 @@ def reshard(model: nn.Module) -> None:
 def whole(x: Tensor) -> Tensor:
     """The tensor that the processes have parts of; any other tensor as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def _places(model: nn.Module) -> list[Place]:
-    return [
-        (module, name)
-        for module in model.modules()
-        for name, _ in module.named_parameters(recurse=False)
-    ]

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +23,7 @@ from supra.errors import UserError
 from supra.losses.chunked import chunks, hidden_states, logits_of
 from supra.losses.token_losses import TopK
 from supra.uptrain.config import UptrainConfig
+from supra.uptrain.spread import is_sharded, load, shard_blocks
 
 Targets = Callable[[slice], Tensor | TopK]
 """Rows of the flattened batch -> the teacher's logits [n, V] for them, or its most likely
@@ -30,8 +33,9 @@ tokens."""
 class Teacher:
     """The model is only loaded when a batch is not in the cache."""
 
-    def __init__(self, config: UptrainConfig, device: torch.device):
-        self.name, self.device, self.settings = config.teacher, device, config.distill
+    def __init__(self, config: UptrainConfig, accelerator: Accelerator):
+        self.name, self.accelerator, self.settings = config.teacher, accelerator, config.distill
+        self.device = accelerator.device
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         own, other = (
             find_checkpoint(name).config().get_text_config().vocab_size
@@ -52,9 +56,13 @@ class Teacher:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """Frozen, in the dtype that the student computes in."""
-        model = find_checkpoint(self.name).model(self.dtype)
-        return model.requires_grad_(False).eval().to(self.device)
+        """Frozen, in the dtype that the student computes in. Under FSDP all processes must ask for
+        it together, and each has a part."""
+        model = load(self.accelerator, find_checkpoint(self.name), self.dtype)
+        model.requires_grad_(False).eval()
+        if is_sharded(self.accelerator):
+            shard_blocks(self.accelerator, model)
+        return model
 
     @cached_property
     def _identity(self) -> str:
@@ -77,7 +85,7 @@ class Teacher:
             return self._computed_top_k(batch)
         files = list(map(self._file, batch["input_ids"], batch["position_ids"]))
         kept = [self._read(file, batch["input_ids"].shape[1]) for file in files]
-        if None in kept:
+        if self._runs(None in kept):
             found = self._computed_top_k(batch)
             length = batch["input_ids"].shape[1]
             for index, file in enumerate(files):
@@ -88,6 +96,10 @@ class Teacher:
             torch.cat([block.tokens for block in kept]),
             torch.cat([block.log_probabilities for block in kept]),
         )
+
+    def _runs(self, missing: bool) -> bool:
+        """Whether the model runs: if rows are missing, under FSDP also those of other processes."""
+        return any(gather_object([missing])) if is_sharded(self.accelerator) else missing
 
     def _read(self, file: Path, length: int) -> TopK | None:
         """A row of `length` tokens from the cache; None if it is missing or damaged."""

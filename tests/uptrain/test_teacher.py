@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save
 
 from supra import testing
@@ -104,7 +105,7 @@ def test_other_numbers_are_other_files(files, tmp_path, change, loaded):
     cache = str(tmp_path / "cache")
     for changes in ({"top_k": 8}, {"top_k": 8} | change):
         settings = config(files, tmp_path, cache=cache, **changes)
-        Teacher(settings, torch.device("cpu")).targets(blocks(settings))
+        Teacher(settings, Accelerator(cpu=True)).targets(blocks(settings))
     assert len(loaded) == 2 and len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
 
 
@@ -119,7 +120,7 @@ def test_another_teacher_in_the_same_place_has_other_files(files, tmp_path):
             top_k=8,
             cache=str(tmp_path / "cache"),
         )
-        asked = Teacher(settings, torch.device("cpu"))
+        asked = Teacher(settings, Accelerator(cpu=True))
         found.append(asked.targets(blocks(settings))(slice(0, 20)).tokens)
     assert not torch.equal(*found)
 
@@ -129,7 +130,7 @@ def test_a_missing_block_is_computed(files, tmp_path, loaded):
     batch = blocks(settings)
     found = []
     for _ in range(2):
-        rows = Teacher(settings, torch.device("cpu")).targets(batch)(slice(3, 20))
+        rows = Teacher(settings, Accelerator(cpu=True)).targets(batch)(slice(3, 20))
         found.append(rows)
         os.remove(next((tmp_path / "cache").rglob("*.safetensors")))
     assert len(loaded) == 2
@@ -171,11 +172,11 @@ DAMAGES = {
 def test_a_damaged_block_is_computed(files, tmp_path, loaded, capsys, damage):
     settings = config(files, tmp_path, top_k=8, cache=str(tmp_path / "cache"))
     batch = blocks(settings)
-    before = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+    before = Teacher(settings, Accelerator(cpu=True)).targets(batch)(slice(0, 32))
     file = sorted((tmp_path / "cache").rglob("*.safetensors"))[0]
     whole = file.read_bytes()
     file.write_bytes(DAMAGES[damage])
-    now = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+    now = Teacher(settings, Accelerator(cpu=True)).targets(batch)(slice(0, 32))
     assert f"supra: {file} is damaged: the teacher runs again" in capsys.readouterr().err
     assert len(loaded) == 2 and file.read_bytes() == whole
     assert torch.equal(before.tokens, now.tokens)
@@ -184,21 +185,21 @@ def test_a_damaged_block_is_computed(files, tmp_path, loaded, capsys, damage):
 
 def test_what_a_killed_process_left_of_a_block_goes(files, tmp_path):
     settings = config(files, tmp_path, top_k=8, cache=str(tmp_path / "cache"))
-    Teacher(settings, torch.device("cpu")).targets(blocks(settings))
+    Teacher(settings, Accelerator(cpu=True)).targets(blocks(settings))
     kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
     for file in kept:
         file.rename(file.with_name(f".{file.name}.partial"))
-    Teacher(settings, torch.device("cpu")).targets(blocks(settings))
+    Teacher(settings, Accelerator(cpu=True)).targets(blocks(settings))
     assert sorted(x for x in (tmp_path / "cache").rglob("*") if x.is_file()) == kept
 
 
 def test_a_block_that_another_process_writes_is_left_to_it(files, tmp_path):
     settings = config(files, tmp_path, top_k=8, cache=str(tmp_path / "cache"))
     batch = blocks(settings)
-    before = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+    before = Teacher(settings, Accelerator(cpu=True)).targets(batch)(slice(0, 32))
     file, other = sorted((tmp_path / "cache").rglob("*.safetensors"))
     partial = file.rename(file.with_name(f".{file.name}.partial"))
     with another_process(partial, lambda path: held(path, path)):
-        now = Teacher(settings, torch.device("cpu")).targets(batch)(slice(0, 32))
+        now = Teacher(settings, Accelerator(cpu=True)).targets(batch)(slice(0, 32))
     assert torch.equal(before.tokens, now.tokens)
     assert partial.exists() and other.exists() and not file.exists()
