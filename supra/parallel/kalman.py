@@ -18,23 +18,24 @@ from supra.parallel.scan import Elements, Structure, affine_scan, associative_sc
 
 
 def trust_region_step(
-    structure: Structure, matrix: Tensor, bias: Tensor, guess: Tensor, damping: float, smooth: bool
+    structure: Structure, matrix: Tensor, bias: Tensor, guess: Tensor, damping: Tensor, smooth: bool
 ) -> Tensor:
     """The means [B, T, …] of the smoother, or of the filter.
 
     matrix: A_t; 0 at the first token.
     bias: b_t; f(s_0) at the first token.
-    damping: λ > 0.
+    damping: λ > 0, of a shape that broadcasts to the states. Elements that A mixes have one λ.
     """
     form = _Channels() if structure is Structure.DIAGONAL else _Matrices()
     gain = damping / (1 + damping)
+    wide = gain if structure is Structure.DIAGONAL else gain[..., None]
     news = guess - bias
     elements = (
-        (1 - gain) * matrix,
+        (1 - wide) * matrix,
         bias + gain * news,
-        (1 - gain) * form.identity(bias),
+        (1 - wide) * form.identity(bias),
         gain * form.apply(form.transpose(matrix), news),
-        gain * form.compose(form.transpose(matrix), matrix),
+        wide * form.compose(form.transpose(matrix), matrix),
     )
     _, mean, covariance, _, _ = associative_scan(functools.partial(_combine, form), elements)
     if not smooth:

@@ -48,6 +48,12 @@ class Structure(Enum):
             return matrix
         return matrix.diagonal(dim1=-2, dim2=-1)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest |x| among the elements of a token that A mixes, broadcastable to x."""
+        if self is Structure.DIAGONAL:
+            return x.abs()
+        return x.abs().amax(-1, keepdim=True)
+
     def constant(self, value: float, like: Tensor) -> Tensor:
         """`value` times the identity, for a state shaped like `like`."""
         if self is Structure.DIAGONAL:

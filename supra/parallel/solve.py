@@ -5,7 +5,7 @@
 is a linear recurrence, which a scan solves. A_t is the Jacobian of f at ŝ_{t−1} (DEER, Newton's
 method; Lim et al. 2023, arXiv 2309.12252), its diagonal (quasi-DEER; Gonzalez et al. 2024, arXiv
 2407.19115), one (Picard) or zero (Jacobi). ELK and quasi-ELK keep the steps of DEER and quasi-DEER
-close to the guess. Except for ELK, the first i states are exact after i sweeps, whatever A is.
+close to the guess. The first i states are exact after i sweeps, whatever A is.
 """
 
 import math
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from supra.errors import UserError, check_choice, check_whole
 from supra.parallel.cells import Cell, Drive
-from supra.parallel.kalman import trust_region_step
 from supra.parallel.scan import Structure, affine_scan
+from supra.parallel.trust_region import TrustRegion, check_trust_region
 
 METHODS = ("sequential", "deer", "quasi_deer", "elk", "quasi_elk", "picard", "jacobi")
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}  # for the residual / the largest state
@@ -34,8 +34,8 @@ class NotConverged(RuntimeError):
 class Solution:
     """States [B, T, …] and how they were found.
 
-    residual: the largest |s_t − f(s_{t−1})|, divided by the largest |s_t| or by one, whichever is
-        larger.
+    residual: the largest |s_t − f(s_{t−1})| of a row, divided by the row's largest |s_t| or by one,
+        whichever is larger; and of the rows the largest.
     resets: the number of elements that overflowed and were reset, over all sweeps.
     converged: whether `method` reached the tolerance.
     fell_back: whether it did not, and a loop over the tokens gave the states. The other fields then
@@ -60,8 +60,8 @@ def solve(
     tolerance: float | None = None,
     max_iterations: int | None = None,
     guess: Tensor | str = "auto",
-    damping: float = 1e-2,
-    estimate: str = "smoother",
+    trust_region: float | str = "auto",
+    estimate: str = "filter",
     diagonal: str = "exact",
     probes: int = 4,
     seed: int = 0,
@@ -74,13 +74,14 @@ def solve(
         initial_state: [B, …], with the shape of the cell's empty state, which None stands for.
         method: one of METHODS, or "auto": see `choose_method`.
         tolerance: maximum residual, >= 0; None means 1e-12 in float64 and 2e-6 in float32.
-        max_iterations: maximum number of sweeps, >= 1; None means T, which all methods but ELK need
-            at most.
+        max_iterations: maximum number of sweeps, >= 1; None means T, which is enough for all
+            methods.
         guess: the first guess: states [B, T, …], "zeros", "linear" (the solution of the cell's
             linear part), or "auto", which is "linear" if the cell has a linear part.
-        damping: λ > 0 of ELK's trust region. With small values ELK approaches DEER.
-        estimate: for ELK: "smoother", the step of Levenberg and Marquardt; or "filter", which is
-            cheaper and often needs fewer sweeps.
+        trust_region: λ > 0 of ELK; with small values ELK approaches DEER. "auto" raises λ at tokens
+            whose residual a sweep raised, and lowers it at the others.
+        estimate: for ELK: "filter"; or "smoother", the step of Levenberg and Marquardt, which costs
+            more and often needs more sweeps.
         diagonal: for quasi methods on dense cells: "exact"; or "stochastic", the mean of z ∘ Jz
             over `probes` random sign vectors z, without the full Jacobian (Hutchinson).
         seed: seed of the random signs.
@@ -99,16 +100,22 @@ def solve(
     check_choice("diagonal", diagonal, ("exact", "stochastic"))
     check_choice("otherwise", otherwise, ("sequential", "raise"))
     check_choice("method", method, ("auto", *METHODS))
+    check_trust_region(trust_region)
     drive = cell.project(inputs)
-    start = _check(cell, drive, initial_state, guess, tolerance, damping, max_iterations, probes)
+    start = _check(cell, drive, initial_state, guess, tolerance, max_iterations, probes)
     tokens = drive[0].shape[1]
     if method == "auto":
         method = choose_method(cell, start, tokens)
     if method == "sequential":
         return Solution(_loop(cell, drive, start), method, tokens, 0.0, 0, True)
-    sweeps = _Sweeps(cell, drive, start, method, estimate, damping, diagonal, probes, seed)
-    limit = TOLERANCES.get(start.dtype, TOLERANCES[torch.float32])
-    found = sweeps.run(guess, limit if tolerance is None else tolerance, max_iterations or tokens)
+    if tolerance is None:
+        tolerance = TOLERANCES.get(start.dtype, TOLERANCES[torch.float32])
+    region = None
+    if method in ("elk", "quasi_elk"):
+        smooth = estimate == "smoother"
+        region = TrustRegion(cell.structure, trust_region, tolerance, smooth)
+    sweeps = _Sweeps(cell, drive, start, method, diagonal, probes, seed, region)
+    found = sweeps.run(guess, tolerance, max_iterations or tokens)
     if not found.converged:
         message = (
             f"{method} left a residual of {found.residual:.1e} after {found.iterations} sweeps "
@@ -149,7 +156,6 @@ def _check(
     state: Tensor | None,
     guess: Tensor | str,
     tolerance: float | None,
-    damping: float,
     max_iterations: int | None,
     probes: int,
 ) -> Tensor:
@@ -178,10 +184,6 @@ def _check(
             )
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise UserError(f"tolerance (={tolerance}) must be >= 0 and finite, or None")
-    if not 0 < damping < math.inf:
-        raise UserError(
-            f"damping (={damping}) must be > 0 and finite: for no damping, use deer or quasi_deer"
-        )
     if max_iterations is not None:
         check_whole("max_iterations", max_iterations, 1)
     check_whole("probes", probes, 1)
@@ -210,16 +212,15 @@ class _Sweeps:
         drive: Drive,
         start: Tensor,
         method: str,
-        estimate: str,
-        damping: float,
-        diagonal: str,
-        probes: int,
-        seed: int,
+        diagonal: str = "exact",
+        probes: int = 1,
+        seed: int = 0,
+        trust_region: TrustRegion | None = None,
     ):
         self.cell, self.method = cell, method
         self.drive = tuple(x.detach() for x in drive)
         self.start = start.detach()
-        self.smooth, self.damping = estimate == "smoother", damping
+        self.trust_region = trust_region
         full = method in ("deer", "elk")
         self.structure = cell.structure if full else Structure.DIAGONAL
         self.probes = probes if diagonal == "stochastic" and not full else 0
@@ -227,19 +228,24 @@ class _Sweeps:
 
     @torch.no_grad()
     def run(self, guess: Tensor | str, tolerance: float, max_iterations: int) -> Solution:
+        """Sweep until all rows meet the tolerance. A row that meets it stays as it is, so that its
+        states do not depend on the other rows."""
         states = begin = self._first(guess)
         resets = 0
         for iteration in range(max_iterations + 1):
             before = torch.cat([self.start[:, None], states[:, :-1]], dim=1)
             value, matrix = self._linearise(before)
-            size = states.abs().amax().clamp(min=1)
-            residual = ((states - value).abs().amax() / size).item()
+            over = tuple(range(1, states.dim()))
+            size = states.abs().amax(over, keepdim=True).clamp(min=1)
+            residuals = (states - value).abs().amax(over, keepdim=True) / size
+            residual = residuals.amax().item()
             if residual <= tolerance or iteration == max_iterations:
                 break
-            states = self._step(states, before, value, matrix)
-            lost = ~(states.abs() <= LARGEST)  # also true for NaN
+            following = self._step(states, before, value, matrix)
+            lost = ~(following.abs() <= LARGEST)  # also true for NaN
             resets += int(lost.sum())
-            states = torch.where(lost, begin, states)
+            following = torch.where(lost, begin, following)
+            states = torch.where(residuals <= tolerance, states, following)
         return Solution(states, self.method, iteration, residual, resets, residual <= tolerance)
 
     def _first(self, guess: Tensor | str) -> Tensor:
@@ -279,11 +285,9 @@ class _Sweeps:
 
     def _step(self, states: Tensor, before: Tensor, value: Tensor, matrix: Tensor) -> Tensor:
         bias = value - self.structure.apply(matrix, before)
-        if self.method not in ("elk", "quasi_elk"):
+        if self.trust_region is None:
             return affine_scan(self.structure, matrix, bias, self.start)
-        bias = torch.cat([value[:, :1], bias[:, 1:]], dim=1)  # the first state is known
-        matrix = torch.cat([torch.zeros_like(matrix[:, :1]), matrix[:, 1:]], dim=1)
-        return trust_region_step(self.structure, matrix, bias, states, self.damping, self.smooth)
+        return self.trust_region.step(self.structure, matrix, bias, states, value)
 
 
 def on_all_tokens(function: Callable, state: Tensor, drive: Drive):

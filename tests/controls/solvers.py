@@ -2,9 +2,12 @@
 
 from tests.controls.bug import Bug
 
-SOLVE, SCAN, KALMAN = (f"supra/parallel/{name}.py" for name in ("solve", "scan", "kalman"))
+SOLVE, SCAN, KALMAN, REGION = (
+    f"supra/parallel/{name}.py" for name in ("solve", "scan", "kalman", "trust_region")
+)
 SOLVED, SCANNED = "tests/parallel/test_solve.py", "tests/parallel/test_scan.py"
 STEP = f"{SCANNED}::test_the_smoother_is_a_dense_levenberg_marquardt_step"
+ADAPTS = "tests/parallel/test_trust_region.py"
 EQUAL = f"{SOLVED}::test_states_and_gradients_are_the_loops"
 
 BUGS = [
@@ -87,6 +90,30 @@ BUGS = [
         "return x / by",
         "return x * by",
         (STEP,),
+    ),
+    Bug(
+        "trust_region_adapts_the_wrong_way",
+        "ELK moves farther where the residual rose",
+        REGION,
+        "self.damping / FACTOR, self.damping * FACTOR",
+        "self.damping * FACTOR, self.damping / FACTOR",
+        (f"{ADAPTS}::test_lambda_falls_where_the_residual_falls",),
+    ),
+    Bug(
+        "trust_region_moves_solved_states",
+        "ELK moves states that are solved",
+        REGION,
+        "return torch.where(known, target, moved)",
+        "return moved",
+        (f"{SOLVED}::test_a_sweep_makes_one_more_state_exact",),
+    ),
+    Bug(
+        "rows_that_move_on",
+        "a row that has converged moves on while others sweep",
+        SOLVE,
+        "torch.where(residuals <= tolerance, states, following)",
+        "following",
+        (f"{ADAPTS}::test_rows_do_not_change_each_other",),
     ),
     Bug(
         "gradient_of_the_transposed_jacobian",

@@ -69,8 +69,9 @@ def test_the_smoother_is_a_dense_levenberg_marquardt_step(structure, damping):
     guess = make(structure, 8, seed=3)[1]
     before = torch.cat([torch.zeros_like(guess[:, :1]), guess[:, :-1]], dim=1)
     bias = value - structure.apply(matrix, before)
+    held = torch.full_like(guess[..., :1], damping)
     smooth, filtered = (
-        trust_region_step(structure, matrix, bias, guess, damping, x) for x in (True, False)
+        trust_region_step(structure, matrix, bias, guess, held, x) for x in (True, False)
     )
     dense, size = _dense(structure, matrix[:, :], guess), guess[0, 0].numel()
     for row in range(2):
@@ -85,9 +86,10 @@ def test_the_smoother_is_a_dense_levenberg_marquardt_step(structure, damping):
         assert (smooth[row].flatten() - expected).abs().max() < 1e-10
         assert (filtered[row].flatten() - expected).abs().max() > 1e-4
     newton = affine_scan(structure, matrix, bias)
-    near = trust_region_step(structure, matrix, bias, guess, 1e-12, True)
+    little, much = (torch.full_like(guess[..., :1], x) for x in (1e-12, 1e12))
+    near = trust_region_step(structure, matrix, bias, guess, little, True)
     assert torch.allclose(near, newton, atol=1e-8)
-    far = trust_region_step(structure, matrix, bias, guess, 1e12, True)
+    far = trust_region_step(structure, matrix, bias, guess, much, True)
     assert torch.allclose(far, guess, atol=1e-8)
 
 

@@ -9,7 +9,6 @@ from supra.parallel.solve import LARGEST
 from tests.parallel.examples import NAMES, example, expanding
 
 PARALLEL = METHODS[1:]
-EXACT_FIRST = ("deer", "quasi_deer", "picard", "jacobi")  # ELK holds all states back
 
 
 @pytest.mark.parametrize("method", PARALLEL)
@@ -44,18 +43,19 @@ def test_second_derivatives_are_the_loops_alone(method):
 
 @pytest.mark.parametrize("name", ["gru", "para_lstm", "nonlinear_gated"])
 @pytest.mark.parametrize("estimate", ["smoother", "filter"])
+@pytest.mark.parametrize("trust_region", [0.1, "auto"])
 @pytest.mark.parametrize("method", ["elk", "quasi_elk"])
-def test_elk_with_either_estimate(name, estimate, method):
+def test_elk_with_either_estimate(name, estimate, method, trust_region):
     cell, inputs, state, _ = example(name)
     expected = solve(cell, inputs, state, "sequential").states
     found = solve(
         cell, inputs, state, method,
-        estimate=estimate, damping=0.1, max_iterations=500, otherwise="raise",
+        estimate=estimate, trust_region=trust_region, otherwise="raise",
     )  # fmt: skip
     assert (found.states - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("method", EXACT_FIRST)
+@pytest.mark.parametrize("method", PARALLEL)
 @pytest.mark.parametrize("name", ["gru", "para_gru"])
 def test_a_sweep_makes_one_more_state_exact(name, method):
     """Also with a guess that is unrelated to the solution."""
@@ -72,8 +72,10 @@ def test_a_sweep_makes_one_more_state_exact(name, method):
 
 def _after(cell, inputs, state, method, guess, sweeps):
     from supra.parallel.solve import _Sweeps
+    from supra.parallel.trust_region import TrustRegion
 
-    run = _Sweeps(cell, cell.project(inputs), state, method, "smoother", 1e-2, "exact", 1, 0)
+    region = TrustRegion(cell.structure, "auto", 0.0, smooth=True) if "elk" in method else None
+    run = _Sweeps(cell, cell.project(inputs), state, method, trust_region=region)
     return run.run(guess, -1.0, sweeps).states
 
 
@@ -105,7 +107,7 @@ def test_an_expanding_cell_overflows_newton_and_not_elk():
     newton = solve(cell, inputs, None, "deer", max_iterations=256)
     assert newton.resets > 0 and newton.iterations > 10
     with pytest.warns(UserWarning, match="elk left a residual"):
-        elk = solve(cell, inputs, None, "elk", max_iterations=20, damping=1.0)
+        elk = solve(cell, inputs, None, "elk", max_iterations=20, trust_region=1.0)
     assert elk.resets == 0
 
 
@@ -191,9 +193,11 @@ def test_one_token_and_no_gradient():
     ("given", "message"),
     [
         ({"method": "newton"}, "method"),
-        ({"method": "deer", "damping": 0.0}, r"damping \(=0.0\) must be > 0"),
-        ({"damping": float("inf")}, r"damping \(=inf\) must be > 0 and finite"),
-        ({"method": "sequential", "damping": -1}, r"damping \(=-1\) must be > 0 and finite"),
+        ({"method": "deer", "trust_region": 0.0}, r"trust_region \(=0.0\) must be 'auto', or a"),
+        ({"trust_region": float("inf")}, r"trust_region \(=inf\) must be 'auto', or a finite"),
+        ({"method": "sequential", "trust_region": -1}, r"trust_region \(=-1\) must be 'auto'"),
+        ({"trust_region": "wide"}, r"trust_region \(='wide'\) must be 'auto', or a finite number"),
+        ({"trust_region": None}, r"trust_region \(=None\) must be 'auto', or a finite number > 0"),
         ({"tolerance": -1.0}, r"tolerance \(=-1.0\) must be >= 0 and finite"),
         ({"tolerance": float("nan")}, r"tolerance \(=nan\) must be >= 0 and finite"),
         ({"max_iterations": 0}, r"max_iterations \(=0\) must be a whole number >= 1"),
