@@ -31,6 +31,7 @@ from supra.parallel import (
     solve,
 )
 from supra.parallel.solve import on_all_tokens
+from supra.parallel.trust_region import check_trust_region
 
 SWEEPS = 300  # maximum; a method that needs more is not useful
 DENSE_NUMBERS = 2**25  # maximum elements of all Jacobians; beyond it, dense methods are left out
@@ -107,6 +108,7 @@ def report(
     batch: int = 1,
     dtype: str = "float32",
     repeats: int = 3,
+    trust_region: float | str = "auto",
     as_json: bool = False,
 ) -> None:
     """Print a table, or JSON. Raises UserError for an unknown name or a number out of range."""
@@ -115,6 +117,7 @@ def report(
     for name in methods:
         check_choice("methods", name, ("auto", *METHODS))
     check_choice("dtype", dtype, DTYPES)
+    check_trust_region(trust_region)
     numbers = {"lengths": lengths, "widths": widths, "batch": [batch], "repeats": [repeats]}
     for name, values in numbers.items():
         if not values or min(values) < 1:
@@ -130,6 +133,7 @@ def report(
             batch,
             DTYPES[dtype],
             repeats,
+            trust_region,
         )
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,7 +147,14 @@ def report(
 
 
 def races(
-    name: str, width: int, tokens: int, methods: Sequence[str], batch: int, dtype, repeats: int
+    name: str,
+    width: int,
+    tokens: int,
+    methods: Sequence[str],
+    batch: int,
+    dtype: torch.dtype,
+    repeats: int,
+    trust_region: float | str,
 ) -> list[Run]:
     """All methods on one cell and length; they take turns with the loop."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,10 +170,11 @@ def races(
         chosen = [m for m in methods if not (dense and m not in ("sequential", "auto"))]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about loops that take over
-            solutions = [_solver(cell, inputs, method)() for method in chosen]
+            solutions = [_solver(cell, inputs, method, trust_region)() for method in chosen]
         # a method that does not converge is not worth timing
         timed = [m for m, x in zip(chosen, solutions, strict=True) if x.converged]
-        functions = [_solver(cell, inputs, method) for method in ("sequential", *timed)]
+        methods = ("sequential", *timed)
+        functions = [_solver(cell, inputs, method, trust_region) for method in methods]
         loop, *others = timing.interleaved(functions, repeats, device)
         times = dict(zip(timed, others, strict=True))
     runs = []
@@ -181,8 +193,10 @@ def races(
     return runs
 
 
-def _solver(cell: Cell, inputs, method: str) -> Callable:
-    return lambda: solve(cell, inputs, None, method, max_iterations=SWEEPS)
+def _solver(cell: Cell, inputs, method: str, trust_region: float | str) -> Callable:
+    return lambda: solve(
+        cell, inputs, None, method, trust_region=trust_region, max_iterations=SWEEPS
+    )
 
 
 def _inputs(cell: Cell, batch: int, tokens: int, width: int, device: str):

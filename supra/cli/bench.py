@@ -126,6 +126,9 @@ def parallel(
         str, choice("--dtype", f"{' or '.join(SOLVER_DTYPES)}.", SOLVER_DTYPES, "DTYPE")
     ] = "float32",
     repeats: Repeats = 3,
+    trust_region: Annotated[
+        str, string("--trust-region", "λ of elk and quasi_elk: auto, or a number.", "X")
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Compare the solvers of nonlinear recurrences with a loop over the tokens."""
@@ -139,8 +142,16 @@ def parallel(
         batch=batch,
         dtype=dtype,
         repeats=repeats,
+        trust_region=_number_or_text(trust_region),
         as_json=json,
     )
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @app.command(cls=Command, epilog="supra bench decode --model ./rnn --teacher ./teacher")

@@ -42,6 +42,7 @@ class NonlinearGatedOptions:
         tokens on a GPU; or a method of supra.parallel.solve.
     sweeps: maximum sweeps of such a method. Tokens that have not converged by then are read one by
         one.
+    trust_region: λ > 0 of the solvers "elk" and "quasi_elk". None lets it adapt.
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by 2σ(Wx + b) of the hidden states.
     rotary: whether queries and keys are rotated to their positions, as in the teacher.
@@ -50,6 +51,7 @@ class NonlinearGatedOptions:
     largest: float = Field(0.9, gt=0, le=2.4)
     solver: Literal["auto", *METHODS] = "auto"
     sweeps: int = Field(8, ge=1, le=MAX_SWEEPS)
+    trust_region: float | None = Field(None, gt=0)
     scale: bool = True
     output_gate: bool = True
     rotary: bool = True
@@ -144,8 +146,10 @@ class NonlinearGatedMixer(Mixer):
             some = slice(begin, begin + SEGMENT)
             drive = tuple(x[:, some] for x in (key, value, log_decay, first) if x is not None)
             states = solve(
-                cell, drive, memory, self.options.solver, max_iterations=self.options.sweeps
-            ).states
+                cell, drive, memory, self.options.solver,
+                trust_region=self.options.trust_region or "auto",
+                max_iterations=self.options.sweeps,
+            ).states  # fmt: skip
             memory = states[:, -1]
             with without_autocast(query.device):
                 outputs.append(torch.einsum("bthk,bthkv->bthv", query[:, some], states))

@@ -54,6 +54,7 @@ def test_cells_expand_and_contract():
         ({"cells": ["rnn"]}, "cells"),
         ({"methods": ["newton"]}, "methods"),
         ({"lengths": [0]}, r"--lengths \(=\[0\]\) must have whole numbers from 1 on"),
+        ({"trust_region": -1}, r"trust_region \(=-1\) must be 'auto', or a finite number > 0"),
         ({"widths": []}, r"--widths \(=\[\]\) must have whole numbers from 1 on"),
     ],
 )

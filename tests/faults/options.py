@@ -507,6 +507,9 @@ REFUSED = {
         ("--repeats 0", "repeats"),
         ("--dtype float16", "dtype"),
         ("--dtype int8", "dtype"),
+        ("--trust-region wide", "trust_region (='wide') must be 'auto', or a finite"),
+        ("--trust-region 0", "trust_region (=0.0) must be 'auto', or a finite number > 0"),
+        ("--trust-region nan", "trust_region (=nan) must be 'auto', or a finite number > 0"),
     ],
     "uptrain": [
         ("", "--config"),

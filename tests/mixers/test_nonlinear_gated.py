@@ -10,7 +10,7 @@ from supra.errors import UserError
 from supra.mixers import AttentionShape, build_mixer
 from supra.mixers.nonlinear_gated import WRITTEN
 from supra.mixers.state_policy import StatePolicy
-from supra.parallel import METHODS
+from supra.parallel import METHODS, solve
 from supra.testing import mixer_inputs
 
 SHAPE = AttentionShape(4, 2, 6, 5, 12)
@@ -78,6 +78,20 @@ def test_solvers_agree_with_the_kernels_in_both_regimes(solver, largest):
     assert end.memory.is_contiguous() and end.memory.untyped_storage().nbytes() == 8 * 2 * 4 * 6 * 5
 
 
+def test_a_trust_region_that_is_given_is_taken(monkeypatch):
+    given = []
+
+    def noted(*args, **options):
+        given.append(options["trust_region"])
+        return solve(*args, **options)
+
+    monkeypatch.setattr("supra.mixers.nonlinear_gated.solve", noted)
+    inputs = mixer_inputs(SHAPE, 9)
+    expected = make(solver="elk")(inputs)[0]
+    found = make(solver="elk", trust_region=0.25)(inputs)[0]
+    assert given == ["auto", 0.25] and torch.allclose(found, expected, atol=1e-10)
+
+
 @pytest.mark.parametrize("solver", ["sequential", "deer"])
 def test_solvers_agree_with_the_kernels_under_padding_and_packing(solver):
     mixer = make(solver=solver)
@@ -136,6 +150,8 @@ def test_gradients_reach_every_parameter():
         ({"solver": "newton"}, "solver"),
         ({"sweeps": 0}, r"sweeps \(=0\) must be a whole number from 1 to 1024"),
         ({"sweeps": 1025}, r"sweeps \(=1025\) must be a whole number from 1 to 1024"),
+        ({"trust_region": 0}, r"trust_region \(=0\) must be a finite number > 0"),
+        ({"trust_region": "wide"}, r"trust_region \(='wide'\) must be a finite number"),
         ({"scale": 1}, r"scale \(=1\) must be true or false"),
     ],
 )

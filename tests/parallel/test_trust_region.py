@@ -43,8 +43,10 @@ def test_it_takes_few_more_sweeps_than_the_best_number(problem, dtype):
     assert found.iterations <= 1.5 * min(fixed)
 
 
-@pytest.mark.parametrize("method", ["elk", "quasi_elk"])
-@pytest.mark.parametrize("estimate", ["filter", "smoother"])
+@pytest.mark.parametrize(
+    ("method", "estimate"),
+    [("elk", "filter"), ("elk", "smoother"), ("quasi_elk", "filter"), ("deer", "filter")],
+)
 def test_rows_do_not_change_each_other(method, estimate):
     """An easy row that shares a batch with a hard one has the states that it has alone."""
     weight = torch.full((1, 3, 4), 2.2, dtype=torch.float64)
