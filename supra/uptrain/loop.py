@@ -1,5 +1,6 @@
 """The training loop, for one process or many, with exact resume."""
 
+import gc
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -370,11 +371,14 @@ class Run:
         self.stream.cut(*stage.row)
         self.initial_state = None
         if stage.name in LAYERWISE:
+            if self.teacher:
+                self.teacher.forget()  # the layers learn from another one
             self.objective = LayerByLayer(accelerator, *self.layers, config, self.autocast)
         else:
             self.layers = None  # free what only earlier stages need
             self.teacher = self.teacher if stage.name == "distill" else None
             self._begin_end_to_end(stage)
+        gc.collect()  # a model that FSDP has split refers to itself in circles
 
     def _clear_moments(self) -> None:
         """Empty AdamW's moments as long as the stage has changed no weight. This is needed after

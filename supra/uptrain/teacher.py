@@ -64,6 +64,10 @@ class Teacher:
             shard_blocks(self.accelerator, model)
         return model
 
+    def forget(self) -> None:
+        """Free the model; it is loaded again when it is needed."""
+        self.__dict__.pop("model", None)
+
     @cached_property
     def _identity(self) -> str:
         return find_checkpoint(self.name).fingerprint()

@@ -192,6 +192,22 @@ def test_layers_train_in_parts_as_in_one_process(files, tmp_path, name):
     assert steps == ["orient", "align", "distill"]
 
 
+@pytest.mark.long  # three launches
+def test_layers_in_parts_resume(files, tmp_path):
+    """From the middle of align, to the same bits."""
+    environment, run = launched(LAUNCH / "fsdp.yaml", "--num_processes=2"), tmp_path / "run"
+    twice = f"align={{tokens: {2 * PER_STEP * LENGTH}}}", "orient=null"
+    arguments = [*layerwise(files, run, 2), *twice, "checkpoint={every: 1, keep: 3}"]
+    assert run_ranks(arguments, environment) == [0, 0]
+    whole = load_file(run / "final" / "model.safetensors")
+    shutil.rmtree(run / "final")
+    for step in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"step-0000000{step}")
+    assert run_ranks(arguments, environment) == [0, 0]
+    now = load_file(run / "final" / "model.safetensors")
+    assert all(torch.equal(now[key], value) for key, value in whole.items())
+
+
 def spoilt(losses):
     """EndToEnd._losses, with a gradient of NaN in its first call."""
     calls = count(1)

@@ -86,6 +86,16 @@ def test_the_second_run_only_reads(files, tmp_path, loaded):
     assert sum(x.numel() * x.element_size() for x in tensors.values()) == 16 * 8 * 6
 
 
+def test_a_model_that_was_forgotten_is_loaded_again(files, tmp_path, loaded):
+    settings = config(files, tmp_path, top_k=8)
+    asked = Teacher(settings, Accelerator(cpu=True))
+    first, again = (asked.targets(blocks(settings))(slice(0, 20)) for _ in range(2))
+    assert len(loaded) == 1
+    asked.forget()
+    assert torch.equal(asked.targets(blocks(settings))(slice(0, 20)).tokens, again.tokens)
+    assert len(loaded) == 2 and torch.equal(first.tokens, again.tokens)
+
+
 def test_without_a_cache_they_are_the_same(files, tmp_path, loaded):
     loop.train(config(files, tmp_path / "kept", top_k=8, cache=str(tmp_path / "cache")))
     loop.train(config(files, tmp_path / "anew", top_k=8))
