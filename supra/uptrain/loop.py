@@ -81,7 +81,8 @@ class Run:
         set_seed(config.seed)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        self.autocast = partial(autocast, accelerator.device, config.precision)
+        keeps_casts = not spread.is_sharded(accelerator)
+        self.autocast = partial(autocast, accelerator.device, config.precision, keeps_casts)
         self._plan_stages()
         self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
         # the last stage, if all steps are done and only the export is missing

@@ -26,9 +26,11 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return result
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str, keeps_casts: bool = True) -> torch.autocast:
     """The context for forward passes in the run's precision.
 
-    It replaces accelerate's, which turns all logits into float32 at once.
+    It replaces accelerate's, which turns all logits into float32 at once. keeps_casts: keep those
+    of trained weights until the context ends. With FSDP these would be casts of the whole model.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    enabled = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=keeps_casts)
