@@ -42,7 +42,7 @@ class TopK:
         values, tokens = log_p.topk(min(k, logits.shape[-1]), -1)
         return cls(tokens, values.half())
 
-    def rows(self, rows: slice) -> "TopK":
+    def rows(self, rows: slice | torch.Tensor) -> "TopK":
         return TopK(self.tokens[rows], self.log_probabilities[rows])
 
 

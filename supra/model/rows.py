@@ -14,7 +14,7 @@ def refuse_context_parallel() -> None:
     if not torch.compiler.is_compiling() and "context_parallel" in swapped:
         raise UserError(
             "torch's context parallelism cuts a row into pieces, between which a recurrent model's "
-            "state would be lost: use supra.model.sequence_parallel instead"
+            "state would be lost: use supra.model.sequence_parallel, or cp_size of supra uptrain"
         )
 
 

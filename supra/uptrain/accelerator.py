@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 
@@ -16,8 +17,14 @@ from supra.uptrain.stage_settings import LAYERWISE
 UNSPLITTABLE = {
     "tp_size": "tensor parallelism splits projections that a mixer needs whole, so gradients would "
     "be wrong",
-    "cp_size": "context parallelism splits sequences, and no state would pass between their parts",
-    "sp_size": "sequence parallelism splits sequences, and no state would pass between their parts",
+    "sp_size": "sequence parallelism of this kind hands no state on between the parts of a row; "
+    "cp_size does",
+}
+# stage -> why it needs whole rows
+WHOLE_ROWS = {
+    "orient": "compares matrices of whole rows",
+    "align": "trains layers one by one, on inputs from a pass of the teacher over whole rows",
+    "extend": "reads rows in segments already, each from the state before it",
 }
 INSTEAD = "use FSDP version 2 to shard the model, as recipes/launch/fsdp.yaml does"
 # the kinds of parallelism that tests cover; MULTI_CPU and MULTI_GPU are DDP
@@ -42,6 +49,7 @@ def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_dir=folder,
         fsdp_plugin=fsdp_plugin(),
+        parallelism_config=parallelism_config(),
     )
     check_kind(accelerator.distributed_type)
     return accelerator
@@ -68,6 +76,7 @@ def check_launch(config: UptrainConfig) -> None:
     _check_trainer()
     if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         _check_mesh()
+        _check_shared_rows(config)
     if _asked("ACCELERATE_USE_FSDP"):
         _check_fsdp(config)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -116,13 +125,57 @@ def _check_mesh() -> None:
                 "parallelism_config out for a copy of the model on each process"
             )
         return
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _processes()
+    shards *= processes_of_a_row()  # which have parts of one copy, too
     if shards < 2 or copies * shards != processes:
         raise UserError(
             f"{sizes} must be copies of the model and parts of each copy: two parts or more, and "
             f"copies x parts must be the number of processes (={processes}); or leave "
             "parallelism_config out, and each process has a part of one copy"
         )
+
+
+def _check_shared_rows(config: UptrainConfig) -> None:
+    """Raise UserError if the launcher's cp_size does not fit the run."""
+    size, processes = processes_of_a_row(), _processes()
+    setting = f"parallelism_config_cp_size (={size})"
+    if size == 1:
+        return
+    if size < 1 or processes % size:
+        raise UserError(
+            f"{setting} processes share each row, so it must divide the number of processes "
+            f"(={processes})"
+        )
+    for name in config.stages:
+        if name in WHOLE_ROWS:
+            raise UserError(
+                f"{setting} must be 1 for the stage {name}, which {WHOLE_ROWS[name]}: run it "
+                "separately, then distill or tune with cp_size and the result as student"
+            )
+        length_setting, length = config.of_stage(name, "sequence_length")
+        if length < size:
+            raise UserError(
+                f"{setting} is more than {length_setting} (={length}): every process needs a token "
+                "of each row; lower cp_size"
+            )
+
+
+def processes_of_a_row() -> int:
+    """How many processes have a part of each row: the launcher's cp_size."""
+    return _size("cp_size") if _asked("ACCELERATE_USE_PARALLELISM_CONFIG") else 1
+
+
+def parallelism_config() -> ParallelismConfig | None:
+    """The launcher's sizes for accelerate, without cp_size: it would drop the masks of attention,
+    and hand no states on. To accelerate, the processes of a row have different data."""
+    if not _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return None
+    shards = _size("dp_shard_size")
+    if _asked("ACCELERATE_USE_FSDP"):
+        shards *= processes_of_a_row()
+    return ParallelismConfig(
+        dp_replicate_size=_size("dp_replicate_size"), dp_shard_size=shards, cp_size=1
+    )
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
@@ -168,6 +221,10 @@ def _check_units(stages: str) -> None:
             f"fsdp_transformer_layer_cls_to_wrap (={classes}) must be left out, because {stages} "
             "needs each attention module as a unit of its own"
         )
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _size(name: str) -> int:

@@ -15,6 +15,7 @@ from supra.losses.token_losses import Losses, token_losses
 from supra.uptrain.initial_state import InitialState
 from supra.uptrain.optim import drop_gradients
 from supra.uptrain.shards import whole
+from supra.uptrain.shared_rows import SharedRows
 from supra.uptrain.stage_settings import DistillConfig, ExtendConfig, TuneConfig
 from supra.uptrain.teacher import Teacher
 
@@ -31,8 +32,10 @@ class EndToEnd:
         teacher: Teacher | None,
         autocast: Callable[[], AbstractContextManager],
         initial_state: InitialState | None = None,  # for extend
+        rows: SharedRows | None = None,
     ):
         self.initial_state = initial_state
+        self.rows = rows or SharedRows(accelerator)
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.teacher = teacher if isinstance(stage, DistillConfig) else None
         self.stage, self.autocast = stage, autocast
@@ -45,22 +48,28 @@ class EndToEnd:
         Returns the losses and the gradient's norm before clipping.
         """
         batches = [batch | {"labels": shifted_labels(batch["labels"])} for batch in batches]
-        valid = sum((batch["labels"] != IGNORE).sum() for batch in batches)
+        valid = sum((self.rows.part(batch["labels"]) != IGNORE).sum() for batch in batches)
         valid = max(1, self._sum(valid).item())  # a step of questions alone has no gradient
         sums = torch.zeros(2, device=self.accelerator.device)
         count = len(batches) * (self.stage.segments or 1)
-        for number, (batch, cache) in enumerate(self._parts(batches), start=1):
-            with nullcontext() if number == count else self.accelerator.no_sync(self.model):
-                losses = self._losses(batch, valid, cache)
-                self.accelerator.backward(losses.total)
-            sums += torch.stack([losses.next_token, losses.kl])
+        with self.rows.shared_by(self.model) as shared:
+            for number, (batch, cache) in enumerate(self._parts(batches), start=1):
+                last = number == count
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    losses = self._losses(batch, valid, cache)
+                    self.accelerator.backward(losses.total)
+                sums += torch.stack([losses.next_token, losses.kl])
         next_token, kl = (self._sum(sums) / valid).tolist()
         drop_gradients(self.optimizer)
         clip = self.stage.optimizer.clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
         norm = whole(norm).item()
         values = {"loss": self.next_token * next_token + self.kl * kl, "next_token": next_token}
-        return values | ({"kl": kl} if self.teacher else {}) | {"grad_norm": norm}
+        values |= ({"kl": kl} if self.teacher else {}) | {"grad_norm": norm}
+        if shared is not None:  # what this process got from the others of its rows, and waited
+            ranks = shared.ranks
+            values |= {"exchanged_mb": ranks.bytes / 1e6, "exchange_seconds": ranks.seconds}
+        return values
 
     @torch.no_grad()
     def fit_noise(self, batch: Block) -> None:
@@ -88,22 +97,23 @@ class EndToEnd:
             self.initial_state.end(index, cache)
 
     def _losses(self, batch: Block, valid: int, cache: Cache | None) -> Losses:
-        """Losses of a part with shifted labels. Their weights make all gradients add up to the
-        gradient of the mean over `valid` labels.
+        """Losses of a part with shifted labels, on this process's share of its rows. Their weights
+        make all gradients add up to the gradient of the mean over `valid` labels.
 
         The number of processes is a factor, because data parallelism averages gradients over
         processes.
         """
         batch = {name: column.to(self.accelerator.device) for name, column in batch.items()}
-        labels = batch["labels"].flatten()
         targets = self.teacher.targets(batch) if self.teacher else lambda rows: None
+        whole, batch = batch, self.rows.part_of(batch)
+        labels = batch["labels"].flatten()
         scale = self.accelerator.num_processes / valid
 
         def loss(logits: torch.Tensor, rows: slice) -> Losses:
             return token_losses(
                 logits,
                 labels[rows],
-                targets(rows),
+                targets(self.rows.places(rows, whole)),
                 next_token_weight=self.next_token * scale,
                 kl_weight=self.kl * scale,
                 temperature=self.stage.temperature if self.teacher else 1.0,

@@ -21,6 +21,7 @@ from supra.errors import Diverged
 from supra.losses.chunked import ScoredModel, language_model
 from supra.model.original import original
 from supra.model.positions import check_positions
+from supra.model.sequence_parallel import check_parts
 from supra.uptrain import models, optim, shards, spread, tree
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
@@ -37,6 +38,7 @@ from supra.uptrain.resume import resume
 from supra.uptrain.run_data import RunData
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.saved_state import SavedState
+from supra.uptrain.shared_rows import SharedRows
 from supra.uptrain.stage_settings import LAYERWISE
 from supra.uptrain.stages import Stage, plan, tokens_read, wrapped_stages
 from supra.uptrain.stop import ENDING, WARNING, noted
@@ -69,6 +71,7 @@ class Run:
         self.config, self.accept_changed = config, accept_changed
         self.folder = RunFolder(config.out)
         self.accelerator = open_accelerator(config, self.folder.path)
+        self.rows = SharedRows(self.accelerator)
         with ExitStack() as held:
             on_main(self.accelerator, lambda: held.enter_context(self.folder.locked()))
             self._open()
@@ -93,7 +96,7 @@ class Run:
         if checkpoint:
             check = partial(folder.check_origin, checkpoint, now, accept)
             changed += on_main(accelerator, check)
-        self.saved = SavedState(accelerator, folder, now, changed)
+        self.saved = SavedState(accelerator, folder, now, changed, self.rows)
         self._open_log()
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
@@ -109,14 +112,13 @@ class Run:
         self._prune()
 
     def _plan_stages(self) -> None:
-        self.stages = plan(self.config, self.accelerator.num_processes)
+        self.stages = plan(self.config, self.rows.readers)
         for stage in self.stages:
             optim.check_warmup(stage.name, stage.steps, stage.config.schedule)
         self.steps = self.stages[-1].end
 
     def _open_data(self, stage: Stage) -> None:
-        accelerator = self.accelerator
-        self.data = RunData(self.config, accelerator.process_index, accelerator.num_processes)
+        self.data = RunData(self.config, self.rows.reader, self.rows.readers)
         for later in self.stages:
             # fail now, not after hours, if a document or the text is not long enough
             if later.config.segments or later.row != stage.row:
@@ -203,7 +205,7 @@ class Run:
         if not sources:
             return {}
         own = torch.tensor(self.stream.tokens, device=self.accelerator.device)
-        counts = self.accelerator.reduce(own, reduction="sum").tolist()
+        counts = (self.accelerator.reduce(own, reduction="sum") // self.rows.size).tolist()
         return {"source_tokens": dict(zip((x.label for x in sources), counts, strict=True))}
 
     def evaluate(self, stage: str) -> float | None:
@@ -310,6 +312,8 @@ class Run:
             check_positions(student, setting, length)
         if config.extend:
             on_main(accelerator, lambda: check_extends(student, config))
+        if self.rows.size > 1:
+            check_parts(student)
         self.layers = None  # the student's original attention, while layers learn from it
         units = []
         if any(stage.name in LAYERWISE and self.step < stage.end for stage in self.stages):
@@ -401,6 +405,7 @@ class Run:
             self.teacher,
             self.autocast,
             self.initial_state,
+            self.rows,
         )
         if self.initial_state and config.initial_state == "noise" and self.step == stage.start:
             rows = islice(self.data.blocks(*stage.row), stage.batch_size)

@@ -21,6 +21,7 @@ from supra.uptrain.manifest import write_manifest
 from supra.uptrain.mixture import Mixture
 from supra.uptrain.origin import ORIGIN
 from supra.uptrain.run_folder import RunFolder
+from supra.uptrain.shared_rows import SharedRows
 
 
 @dataclass
@@ -31,6 +32,7 @@ class SavedState:
     folder: RunFolder
     origin: dict[str, str]
     changed: list[str]  # accepted differences from the last checkpoint
+    rows: SharedRows
 
     def write(
         self,
@@ -49,8 +51,9 @@ class SavedState:
             with staged_folder(target) if main else disk_errors() as staging:
                 (staging,) = broadcast_object_list([staging])
                 self.accelerator.save_state(str(staging))
-                position = json.dumps(stream.state_dict())
-                self._position_file(staging).write_text(position, encoding="utf-8")
+                if self.rows.rank == 0:
+                    position = json.dumps(stream.state_dict())
+                    self._position_file(staging).write_text(position, encoding="utf-8")
                 if initial_state:
                     save_file(initial_state.state_dict(), self._rows_file(staging))
                 self.accelerator.wait_for_everyone()
@@ -68,12 +71,13 @@ class SavedState:
     def read(self, checkpoint: Path, stream: BlockStream | Mixture) -> bool:
         """Load a checkpoint, and move `stream` to its position. Returns whether the text of every
         process has that position. Raises UserError if the checkpoint does not load."""
-        processes = self.accelerator.num_processes
+        readers = self.rows.readers
         written_by = len(list(checkpoint.glob("data-*.json")))
-        if written_by != processes:
+        if written_by != readers:
+            what = "processes" if self.rows.size == 1 else f"groups of {self.rows.size} processes"
             raise UserError(
-                f"{checkpoint} was written by {written_by} processes, and there are {processes} "
-                f"now: start {written_by} processes, because each has its own position in the data"
+                f"{checkpoint} was written by {written_by} {what}, and there are {readers} "
+                f"now: start {written_by} {what}, because each has its own position in the data"
             )
         with self._loading(checkpoint):
             position = self._position_file(checkpoint).read_text(encoding="utf-8")
@@ -109,7 +113,7 @@ class SavedState:
             raise self.folder.damaged(checkpoint, f"it does not load ({reason})") from error
 
     def _position_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"data-{self.accelerator.process_index}.json"
+        return checkpoint / f"data-{self.rows.reader}.json"
 
     def _rows_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"states-{self.accelerator.process_index}.safetensors"

@@ -25,9 +25,9 @@ from supra.losses.token_losses import TopK
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.spread import is_sharded, load, shard_blocks
 
-Targets = Callable[[slice], Tensor | TopK]
-"""Rows of the flattened batch -> the teacher's logits [n, V] for them, or its most likely
-tokens."""
+Targets = Callable[[slice | Tensor], Tensor | TopK]
+"""Rows of the flattened batch, a slice or their numbers -> the teacher's logits [n, V] for them, or
+its most likely tokens."""
 
 
 class Teacher:

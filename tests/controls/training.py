@@ -19,9 +19,9 @@ BUGS = [
         "micro_batches_weigh_the_same",
         "gradient accumulation averages over micro-batches instead of tokens",
         "supra/uptrain/end_to_end.py",
-        "self._losses(batch, valid, cache)\n                self.accelerator",
+        "self._losses(batch, valid, cache)\n                    self.accelerator",
         'self._losses(batch, count * (batch["labels"] != IGNORE).sum().item(), cache)\n'
-        "                self.accelerator",
+        "                    self.accelerator",
         (f"{LOOP}::test_accumulation_is_correct_by_tokens",),
     ),
     Bug(
