@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from supra.checkpoint.weights import ShardWriter
+from supra.checkpoint.shard_writer import ShardWriter
 from supra.cli import main
 from supra.errors import Terminated, command, termination
 from supra.testing import tiny_checkpoint

@@ -1,23 +1,20 @@
-"""Reads the tensors of a checkpoint one at a time, and writes shards. Nothing is unpickled."""
+"""Reads the tensors of a checkpoint one at a time. Nothing is unpickled."""
 
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from supra.checkpoint.files import disk_errors, fsync
 from supra.checkpoint.json_files import read_fields
 from supra.checkpoint.untrusted import check_opened, own_file
 from supra.errors import UserError, shown
@@ -26,7 +23,7 @@ from supra.errors import UserError, shown
 KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
@@ -52,18 +49,15 @@ class FolderReader:
 
     def __init__(self, folder: Path):
         self._files = _files_by_tensor(folder)
-        self._open: tuple[Path, safe_open] | None = None
+        self._starts: dict[Path, dict[str, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.sources = {name: name for name in self._files}
-        for name, file in self._files.items():
-            with _damage(file):
-                part = self._file(file).get_slice(name)
-            if part.get_dtype() not in _DTYPES:
-                raise UserError(
-                    f"tensor {name} is stored as {part.get_dtype()}: a quantised checkpoint cannot "
-                    "be converted, use the original weights"
-                )
-            self.specs[name] = TensorSpec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+        for file in dict.fromkeys(self._files.values()):
+            names = [name for name, own in self._files.items() if own == file]
+            with _damage(file), safe_open(file, framework="pt") as opened:
+                parts = {name: opened.get_slice(name) for name in names}
+                self._starts[file] = _starts(file)
+            self.specs |= {name: _spec(name, part) for name, part in parts.items()}
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Rename tensors. `names` maps a name in the files to the name in the model."""
@@ -71,15 +65,16 @@ class FolderReader:
         self.sources = {new: old for old, new in names.items()}
 
     def load(self, name: str) -> Tensor:
-        source = self.sources[name]
+        """Read one tensor. It is not mapped, because what was read of a mapped file stays in
+        memory."""
+        source, spec = self.sources[name], self.specs[name]
         file = self._files[source]
-        with _damage(file):
-            return self._file(file).get_tensor(source)
-
-    def _file(self, path: Path) -> safe_open:
-        if self._open is None or self._open[0] != path:
-            self._open = path, safe_open(path, framework="pt")
-        return self._open[1]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        with _damage(file), file.open("rb") as opened:
+            opened.seek(self._starts[file][source])
+            if opened.readinto(raw_bytes(tensor)) < spec.nbytes:
+                raise SafetensorError("it ends within a tensor")
+        return tensor
 
 
 class ModuleReader:
@@ -94,6 +89,11 @@ class ModuleReader:
 
     def load(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def tied_names(model: nn.Module) -> Mapping[str, str]:
@@ -169,8 +169,8 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> None:
     alone, fused = model_names(model, stored)
     for name, known in alone.items():
         shape, dtype = stored[name]
-        if known in own and dtype in _DTYPES:
-            check_fits(known, TensorSpec(shape, _DTYPES[dtype]), own[known])
+        if known in own and dtype in DTYPES:
+            check_fits(known, TensorSpec(shape, DTYPES[dtype]), own[known])
     for known in set(fused.values()) & own.keys():
         count = sum(math.prod(stored[name][0]) for name in fused if fused[name] == known)
         if own[known].numel() > count:
@@ -234,6 +234,30 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
     return dict(sorted(files.items(), key=lambda item: (item[1], item[0])))
 
 
+def _starts(file: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin, in a file that safetensors has opened."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        start = opened.tell()
+    return {
+        name: start + field["data_offsets"][0]
+        for name, field in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _spec(name: str, part: Any) -> TensorSpec:
+    """Shape and dtype of a slice of safetensors."""
+    dtype = part.get_dtype()
+    if dtype not in DTYPES:
+        raise UserError(
+            f"tensor {name} is stored as {dtype}: a quantised checkpoint cannot be converted, use "
+            "the original weights"
+        )
+    return TensorSpec(tuple(part.get_shape()), DTYPES[dtype])
+
+
 @contextmanager
 def _damage(shard: Path) -> Iterator[None]:
     try:
@@ -254,41 +278,3 @@ def _damage(shard: Path) -> Iterator[None]:
             f"shard {shard.name} is truncated or not what the index says ({error}): "
             "download the model again"
         ) from error
-
-
-class ShardWriter:
-    """Writes tensors into shards of at most `shard_bytes` and, at the end, their index."""
-
-    def __init__(self, folder: Path, shard_bytes: float):
-        self._folder, self._limit = folder, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        held = sum(x.nbytes for x in self._pending.values())
-        if self._pending and held + tensor.nbytes > self._limit:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._total += tensor.nbytes
-
-    def finish(self) -> None:
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(self._folder / f"shard-{number}", self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _flush(self) -> None:
-        path = self._folder / f"shard-{len(self._shards)}"
-        with disk_errors():
-            save_file(self._pending, path, metadata={"format": "pt"})
-            fsync(path)
-        self._shards.append(list(self._pending))
-        self._pending = {}

@@ -21,8 +21,8 @@ from supra.checkpoint.config_rules import check_generation_config
 from supra.checkpoint.conversion_report import ConversionReport
 from supra.checkpoint.files import check_space, check_vacant, staged_folder
 from supra.checkpoint.opening import Checkpoint, find_checkpoint
+from supra.checkpoint.shard_writer import ShardWriter
 from supra.checkpoint.untrusted import LICENSE_FILES, TOKENIZER_FILES, copy_data, drop_code
-from supra.checkpoint.weights import ShardWriter
 from supra.conversion.export_ready import check_ready, ready_mixer
 from supra.conversion.layer_choice import (
     costliest,
@@ -136,7 +136,7 @@ def convert(
     )
     with staged_folder(out) as staging:
         copy_tokenizer(checkpoint, base, staging)  # first, so that a broken one is found at once
-        writer = ShardWriter(staging, shard_bytes)
+        writer = ShardWriter(staging, plan.written, shard_bytes)
         for name, tensor in converted_tensors(plan, seed, "convert" if progress else None):
             report.checksums[name] = checksum(tensor)
             writer.add(name, tensor)

@@ -31,6 +31,12 @@ class Plan(NamedTuple):
     student: PreTrainedModel  # on the meta device
     fates: list[TensorFate]
 
+    @property
+    def written(self) -> dict[str, TensorSpec]:
+        """The tensors of the converted model, in the order in which they are made."""
+        kept = [fate for fate in self.fates if fate.fate != "dropped"]
+        return {x.name: TensorSpec(x.shape, getattr(torch, x.dtype)) for x in kept}
+
 
 def plan_conversion(
     reader: FolderReader | ModuleReader,

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from supra.checkpoint.config_rules import CONFIG, check_generation_config
 from supra.checkpoint.files import check_space, check_vacant, staged_folder
 from supra.checkpoint.opening import find_checkpoint
-from supra.checkpoint.weights import ShardWriter
+from supra.checkpoint.shard_writer import ShardWriter
+from supra.checkpoint.weights import TensorSpec
 from supra.errors import UserError, check_choice
 from supra.export.comparison import Difference, check_difference, compare, sample
 from supra.export.converted import cache_bytes
@@ -143,7 +144,8 @@ def write_tensors(
     native: NativeModel, folder: Path, dtype: torch.dtype, shard_bytes: float, progress: bool
 ) -> bool:
     """Write the tensors one at a time. Returns whether the dtype changed a value."""
-    writer, rounded = ShardWriter(folder, shard_bytes), False
+    specs = {x.name: TensorSpec(x.shape, _stored(x.shape, dtype)) for x in native.tensors}
+    writer, rounded = ShardWriter(folder, specs, shard_bytes), False
     for name, shape, load in tqdm(native.tensors, "export", unit="tensor", disable=not progress):
         tensor = load()
         stored = tensor.to(_stored(shape, dtype))

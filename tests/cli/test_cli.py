@@ -280,12 +280,12 @@ def test_a_prompt_without_tokens_or_template(folders, capsys):
 
 
 def test_a_full_disk_is_one_line(folders, tmp_path, capsys, monkeypatch):
-    from supra.checkpoint.weights import ShardWriter
+    from supra.checkpoint.shard_writer import ShardWriter
 
-    def full(self):
+    def full(self, name, tensor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "_flush", full)
+    monkeypatch.setattr(ShardWriter, "add", full)
     line = fails(capsys, "convert", "--model", folders / "base", "--out", tmp_path / "rnn")
     assert "No space left on device" in line
     assert list(tmp_path.iterdir()) == []

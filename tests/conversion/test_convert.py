@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import supra.checkpoint.files
 import supra.checkpoint.weights
 from supra.checkpoint.opening import find_checkpoint
-from supra.checkpoint.weights import INDEX, FolderReader, ShardWriter
+from supra.checkpoint.shard_writer import ShardWriter
+from supra.checkpoint.weights import INDEX, FolderReader
 from supra.cli.app import app
 from supra.conversion.convert import convert
 from supra.conversion.inspection import inspect_model
@@ -484,14 +485,15 @@ def test_disk_too_small(base, tmp_path, monkeypatch):
 
 def test_the_disk_fills_up(base, tmp_path, monkeypatch):
     """The second shard does not fit: no file is left."""
-    flush = ShardWriter._flush
+    add, places = ShardWriter.add, set()
 
-    def full(self):
-        if self._shards:
+    def full(self, name, tensor):
+        places.add(self._places[name][0])
+        if len(places) > 1:
             raise OSError(28, "No space left on device")
-        flush(self)
+        add(self, name, tensor)
 
-    monkeypatch.setattr(ShardWriter, "_flush", full)
+    monkeypatch.setattr(ShardWriter, "add", full)
     with pytest.raises(OSError, match="No space left"):
         convert(str(base), tmp_path / "rnn", mixer="supra", shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []
@@ -501,7 +503,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads(base, tmp_path):
     """SIGKILL while tensors are written; the next conversion cleans up and succeeds."""
     code = f"""
 import time
-from supra.checkpoint.weights import ShardWriter
+from supra.checkpoint.shard_writer import ShardWriter
 add = ShardWriter.add
 def slow(self, name, tensor):
     add(self, name, tensor)

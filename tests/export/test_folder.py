@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import supra.checkpoint.files
 import supra.export.comparison
 import supra.export.export
-from supra.checkpoint.weights import FolderReader, ShardWriter
+from supra.checkpoint.shard_writer import ShardWriter
+from supra.checkpoint.weights import FolderReader
 from supra.errors import UserError
 from supra.export.comparison import Difference
 from supra.export.export import export
@@ -89,10 +90,12 @@ def test_a_bfloat16_teacher_keeps_its_dtype(tmp_path):
 
 
 def test_float16_that_overflows(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(supra.export.export, "_stored", lambda shape, dtype: torch.float8_e4m3fn)
+    def large(self, name):
+        return torch.full(self.specs[name].shape, 1e6)
+
+    monkeypatch.setattr(FolderReader, "load", large)
     with pytest.raises(UserError, match="give --dtype float32 or bfloat16"):
-        monkeypatch.setattr(FolderReader, "load", lambda self, name: torch.full((1,), torch.inf))
-        export(source, tmp_path / "out", **TO)
+        export(source, tmp_path / "out", **TO, dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,10 +160,10 @@ def test_disk_too_small(source, tmp_path, monkeypatch):
 
 
 def test_the_disk_fills_up(source, tmp_path, monkeypatch):
-    def full(self):
+    def full(self, name, tensor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "_flush", full)
+    monkeypatch.setattr(ShardWriter, "add", full)
     with pytest.raises(OSError, match="No space left"):
         export(source, tmp_path / "out", **TO, shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []
