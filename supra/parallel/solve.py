@@ -130,24 +130,21 @@ def solve(
     return Solution(states, **_numbers(found))
 
 
-# Up to these numbers of elements in a batch's states, DEER is faster than a loop on a CPU. Measured
-# with one thread and 256 to 1024 tokens (supra bench parallel): ParaGRU is 2.8 to 5.4 times as fast
-# as the loop at 64 elements, 1.4 times at 256 and 0.6 times at 1024; ParaLSTM 1.4 to 2.0 times at
-# 128 and 0.6 times at 512.
-FEW_NUMBERS = {Structure.DIAGONAL: 256, Structure.BLOCK: 128, Structure.DENSE: 0}
-FEW_TOKENS = 128
+FEW_TOKENS = {Structure.DIAGONAL: 128, Structure.BLOCK: 128, Structure.DENSE: 256}
 
 
 def choose_method(cell: Cell, state: Tensor, tokens: int) -> str:
     """The method that "auto" stands for.
 
     It is "deer" if the cell contracts and a scan costs less than the many small steps of a loop: on
-    a CPU for small states, on a GPU for all but dense Jacobians. Otherwise it is "sequential".
+    a CPU up to `cell.few_numbers` elements in `state`, on a GPU also for all cells whose Jacobians
+    are not dense. Otherwise it is "sequential".
     """
-    few = state.numel() <= FEW_NUMBERS[cell.structure] or (
+    few = state.numel() <= cell.few_numbers or (
         state.device.type != "cpu" and cell.structure is not Structure.DENSE
     )
-    return "deer" if few and tokens >= FEW_TOKENS and cell.contracts() else "sequential"
+    long = tokens >= FEW_TOKENS[cell.structure]
+    return "deer" if few and long and cell.contracts() else "sequential"
 
 
 def _check(

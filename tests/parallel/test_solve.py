@@ -4,8 +4,17 @@ import pytest
 import torch
 
 from supra.errors import UserError
-from supra.parallel import METHODS, FunctionCell, NonlinearGated, NotConverged, ParaGRU, solve
-from supra.parallel.solve import LARGEST
+from supra.parallel import (
+    GRU,
+    LSTM,
+    METHODS,
+    FunctionCell,
+    NonlinearGated,
+    NotConverged,
+    ParaGRU,
+    solve,
+)
+from supra.parallel.solve import LARGEST, choose_method
 from tests.parallel.examples import NAMES, example, expanding
 
 PARALLEL = METHODS[1:]
@@ -168,8 +177,22 @@ def test_auto_takes_the_loop_where_scans_do_not_pay(width, tokens, expected):
     cell = ParaGRU(3, width)
     inputs = torch.randn(1, tokens, 3, generator=torch.Generator().manual_seed(0))
     assert solve(cell, inputs).method == expected
-    dense, given, state, _ = example("gru", tokens=200, batch=1)
-    assert solve(dense, given, state).method == "sequential"
+
+
+@pytest.mark.parametrize(
+    ("cell", "tokens", "expected"),
+    [
+        (GRU(3, 16), 256, "deer"),
+        (GRU(3, 16), 255, "sequential"),
+        (GRU(3, 17), 256, "sequential"),
+        (LSTM(3, 16), 256, "deer"),  # 32 numbers
+        (LSTM(3, 17), 256, "sequential"),
+        (FunctionCell(lambda state, x: x.sum(-1, keepdim=True) + 0.1 * state, 1), 256,
+         "sequential"),
+    ],
+)  # fmt: skip
+def test_auto_takes_deer_for_small_dense_cells(cell, tokens, expected):
+    assert choose_method(cell, cell.empty_state((torch.zeros(1, tokens, 3),)), tokens) == expected
 
 
 @pytest.mark.parametrize(("largest", "expected"), [(0.9, "deer"), (2.4, "sequential")])
