@@ -67,6 +67,11 @@ class RowRanks:
                 f"the ranks of a row have {rows} rows and {masks} masks: give each rank a part of "
                 "the same rows, with an attention_mask on all ranks or on none"
             )
+        if min(lengths) < 1:
+            raise UserError(
+                f"the ranks of a row have {lengths} tokens, and every rank needs one or more: give "
+                "longer rows or fewer ranks"
+            )
         return tuple(lengths)
 
     def _whole(self, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -102,12 +107,17 @@ def sequence_parallel(
 
     Raises:
         UserError: a mixer that needs whole rows, such as one with a nonlinear recurrence, a state
-            policy that does, or a model that is not converted.
+            policy that does, a model that is not converted, or no process group.
     """
     base = next((module for module in model.modules() if isinstance(module, SupraModel)), None)
     if base is None:
         raise UserError(f"model (={type(model).__name__}) must be a converted model")
     check_parts(model)
+    if not dist.is_initialized():
+        raise UserError(
+            "sequence_parallel needs the processes of torch.distributed: start them with torchrun, "
+            "and call torch.distributed.init_process_group() in each"
+        )
     rows = RowRanks(group)
     sharing = [base, *attention_modules(base)]
     for module in sharing:

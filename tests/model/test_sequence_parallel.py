@@ -95,11 +95,11 @@ def check_decoding(model, rows, what):
 
 def check_all(models):
     for what, model in models.items():
-        for kind, rows in {"plain": batch(), "padded": padded(), "packed": packed()}.items():
+        for kind, rows in {"padded": padded(), "packed": packed()}.items():
             check_training(model, rows, (what, kind))
         check_decoding(model.eval(), batch(), what)
-        model.train().gradient_checkpointing_enable()
-        check_training(model, packed(), what)
+    model.train().gradient_checkpointing_enable()
+    check_training(model, batch(), "with checkpointing")
 
 
 def test_two_ranks_are_one(tmp_path):
@@ -134,6 +134,12 @@ def test_a_model_that_is_not_converted_is_refused():
         pytest.raises(UserError, match="must be a converted"),
         sequence_parallel(torch.nn.Linear(1, 1)),
     ):
+        pass
+
+
+def test_one_process_without_a_group_is_refused():
+    model = untrained_model(tiny_config(), "supra")
+    with pytest.raises(UserError, match="start them with torchrun"), sequence_parallel(model):
         pass
 
 
