@@ -101,7 +101,8 @@ def _sizes(
     head = student.get_output_embeddings().weight
     inner = models.student.get_text_config()
     layerwise, trained = stage in LAYERWISE, moved.trained
-    teacher = models.teacher if _has_teacher(config, stage) else None
+    teacher = meta_model(models.teacher) if stage == "distill" else nn.ModuleList()
+    theirs = [total(x.parameters()) for x in blocks_of(teacher)] if stage == "distill" else [0]
     used = (x for block in blocks for x in block if kinds[x] != "frozen copies")
     sizes = {
         "all": total(model.parameters()),
@@ -117,20 +118,15 @@ def _sizes(
         "vocabulary": inner.vocab_size,
         "heads": inner.num_attention_heads,
         "copied": total(x for y in converted(model) for x in inherited(y)) if layerwise else 0,
-        "teacher": total(meta_model(teacher).parameters()) if teacher is not None else 0,
+        "teacher": total(teacher.parameters()),
+        "teacher_blocks": sum(theirs),
+        "teacher_block": max(theirs),
     }
     _, length = config.of_stage(stage, "sequence_length")
     dtype = DTYPES[config.precision]
     if layerwise:
         return Sizes(**sizes, kept=count_layerwise(model, length, dtype, stage == "orient"))
     return Sizes(**sizes, kept=count_end_to_end(model, length, dtype))
-
-
-def _has_teacher(config: UptrainConfig, stage: str) -> bool:
-    """Whether the teacher is in memory: in distill, and before it unless a cache replaces it."""
-    if stage in LAYERWISE:
-        return config.distill is not None and config.distill.cache is None
-    return stage == "distill"
 
 
 def _work(

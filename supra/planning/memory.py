@@ -24,9 +24,10 @@ class Sizes:
     the stage changes. trained: those with a gradient; in several processes also what other stages
     change. frozen_products: of the blocks' matrices without a gradient. bucketed: those with a
     gradient in a stage that runs through the wrapper of several processes. head: of the matrix that
-    makes logits. teacher: of the model that distill learns from. copied: of the attention modules
-    that orient and align copy, so that they stay the teacher's. vocabulary: tokens. heads: of a
-    block's queries. kept: bytes that a row keeps.
+    makes logits. teacher, teacher_blocks, teacher_block: of the model that distill learns from, of
+    its blocks, and of the largest one. copied: of the attention modules that orient and align copy,
+    so that they stay the teacher's. vocabulary: tokens. heads: of a block's queries. kept: bytes
+    that a row keeps.
     """
 
     all: int
@@ -43,6 +44,8 @@ class Sizes:
     heads: int
     kept: Kept
     teacher: int = 0
+    teacher_blocks: int = 0
+    teacher_block: int = 0
     copied: int = 0
 
 
@@ -77,13 +80,13 @@ def end_to_end(x: Sizes, run: Pass) -> Memory:
     standing = {
         "weights": weights(x.all, shards),
         "optimizer": optimizer(x.stepped, shards),
-        "teacher": run.width * x.teacher,
+        "teacher": run.width * teacher(x, shards),
         "buckets of DDP": FLOAT32 * x.bucketed if launch == "ddp" else 0,
         "gathered by FSDP": gathered(x) if launch in SHARDED else 0,
     }
     gradients = weights(x.trained, shards)
     busy = {
-        "copies of weights": weight_copies(x, run.width, run.checkpointing),
+        "copies of weights": weight_copies(x, run),
         "activations": activations(x.kept, run.rows, run.checkpointing),
         "backward of a block": run.rows * x.kept.largest_layer,
         "logits": logits(run.rows * run.length, x.vocabulary, run.width, run.learns_from),
@@ -96,18 +99,16 @@ def end_to_end(x: Sizes, run: Pass) -> Memory:
 
 
 def layer_by_layer(x: Sizes, run: Pass) -> Memory:
-    """Of orient and align: activations are those of one attention module. The teacher of a later
-    distill is there already, because its perplexity is measured first."""
+    """Of orient and align: activations are those of one attention module."""
     shards, launch = run.hardware.shards, run.hardware.launch
     parts = {
         "weights": weights(x.all, shards),
         "optimizer": optimizer(x.stepped, shards),
-        "teacher": run.width * x.teacher,
         "teacher's attention": weights(x.copied, shards),
         "buckets of DDP": FLOAT32 * x.bucketed if launch == "ddp" else 0,
         "gathered by FSDP": gathered_for_layer(x) if launch in SHARDED else 0,
         "gradients": weights(x.trained, shards),
-        "copies of weights": layer_copies(x, run.width),
+        "copies of weights": layer_copies(x, run),
         "activations": run.rows * x.kept.largest_layer,
         "backward of a block": run.rows * x.kept.largest_layer,
         "attention matrices": matrices(x.heads, run) if run.learns_from == "matrices" else 0,
@@ -125,6 +126,13 @@ def optimizer(trained: int, shards: int) -> int:
     return MOMENTS * weights(trained, shards)
 
 
+def teacher(x: Sizes, shards: int) -> int:
+    """Parameters in one process: FSDP splits the blocks, and makes the one that runs whole."""
+    if shards == 1:
+        return x.teacher
+    return x.teacher - x.teacher_blocks + math.ceil(x.teacher_blocks / shards) + x.teacher_block
+
+
 def gathered(x: Sizes) -> int:
     """What FSDP makes whole: the parameters outside the blocks, the block that runs and the next
     one, which is fetched ahead; and as many gradients before they are scattered."""
@@ -138,19 +146,27 @@ def gathered_for_layer(x: Sizes) -> int:
     return FLOAT32 * (x.all - x.blocks + 3 * x.block + x.trained_block)
 
 
-def weight_copies(x: Sizes, width: int, checkpointing: bool) -> int:
-    """Weights that autocast casts to bf16. Copies of trained weights stay until the pass ends.
-    Those of frozen ones stay as long as autograd needs them, with checkpointing for one block."""
+def weight_copies(x: Sizes, run: Pass) -> int:
+    """Weights that autocast casts to bf16. Autograd needs the copies for the backward pass, with
+    checkpointing those of one block. Except under FSDP, autocast itself keeps the copies of trained
+    weights until the forward pass ends."""
+    width = run.width
     head = width * x.head if width < FLOAT32 else 0
-    if not checkpointing or width == FLOAT32:
+    if not run.checkpointing or width == FLOAT32:
         return x.kept.fixed + head
+    if run.hardware.launch in SHARDED:
+        return width * x.block + head
     return x.kept.fixed - width * (x.frozen_products - min(x.frozen_products, x.block)) + head
 
 
-def layer_copies(x: Sizes, width: int) -> int:
+def layer_copies(x: Sizes, run: Pass) -> int:
     """Autocast keeps casts of the teacher's attention, and of the student's where that is trained,
-    until the teacher's pass ends."""
-    return width * (x.copied + min(x.copied, x.trained)) if width < FLOAT32 else 0
+    until the teacher's pass ends; under FSDP none, and there are those of a block that runs."""
+    if run.width == FLOAT32:
+        return 0
+    if run.hardware.launch in SHARDED:
+        return run.width * x.block
+    return run.width * (x.copied + min(x.copied, x.trained))
 
 
 def activations(kept: Kept, rows: int, checkpointing: bool) -> int:

@@ -74,13 +74,13 @@ def _single_rows(now: Situation) -> tuple[str, Situation] | None:
 
 
 def _alone(now: Situation) -> tuple[str, Situation] | None:
-    """Without the other stages there is no teacher, and the buckets of DDP are smaller."""
+    """The other stages have buckets of DDP."""
     others = [name for name in now.config.stages if name not in LAYERWISE]
     if now.stage not in LAYERWISE or not others:
         return None
     nulls = " ".join(f"{name}=null" for name in others)
     teacher = " teacher=null" if now.config.distill is not None else ""
-    sizes = replace(now.sizes, bucketed=now.sizes.trained, teacher=0)
+    sizes = replace(now.sizes, bucketed=now.sizes.trained)
     return f"{nulls}{teacher}: {now.stage} in a run of its own", replace(now, sizes=sizes)
 
 
@@ -97,7 +97,11 @@ def _cache(now: Situation) -> tuple[str, Situation] | None:
         return None
     top_k = f"distill.top_k={TOP_K} " if now.config.distill.top_k is None else ""
     change = f"{top_k}distill.cache=FOLDER, filled by an earlier run, in place of the teacher"
-    return change, replace(now, sizes=replace(now.sizes, teacher=0))
+    return change, replace(now, sizes=_without_teacher(now.sizes))
+
+
+def _without_teacher(sizes: Sizes) -> Sizes:
+    return replace(sizes, teacher=0, teacher_blocks=0, teacher_block=0)
 
 
 def _adapt(now: Situation) -> tuple[str, Situation] | None:
@@ -106,7 +110,7 @@ def _adapt(now: Situation) -> tuple[str, Situation] | None:
     lora = LoraConfig()
     config = now.config.model_copy(update={"lora": lora})
     sizes = measure(now.models, config, now.stage, now.run.hardware.processes).sizes
-    sizes = replace(sizes, teacher=now.sizes.teacher)
+    sizes = sizes if now.sizes.teacher else _without_teacher(sizes)
     return f"lora.rank={lora.rank}", replace(now, config=config, sizes=sizes)
 
 

@@ -30,6 +30,8 @@ SIZES = Sizes(
     heads=3,
     kept=KEPT,
     teacher=1000,
+    teacher_blocks=801,
+    teacher_block=400,
 )
 RUN = Pass(
     rows=4, length=8, width=2, hardware=Hardware(Gpus(8, 80)), accumulates=False,
@@ -61,11 +63,19 @@ def test_logits_of_a_chunk():
 
 def test_copies_of_weights():
     frozen = replace(SIZES, frozen_products=150, block=100)
-    assert memory.weight_copies(frozen, 2, checkpointing=False) == 400 + 2 * 200
-    assert memory.weight_copies(frozen, 2, checkpointing=True) == 400 - 2 * 50 + 2 * 200
-    assert memory.weight_copies(frozen, 4, checkpointing=True) == 400
-    assert memory.layer_copies(replace(SIZES, copied=90), 2) == 2 * (90 + 90)
-    assert memory.layer_copies(replace(SIZES, copied=90, trained=40), 2) == 2 * (90 + 40)
+    again = replace(RUN, checkpointing=True)
+    assert memory.weight_copies(frozen, RUN) == 400 + 2 * 200
+    assert memory.weight_copies(frozen, again) == 400 - 2 * 50 + 2 * 200
+    assert memory.weight_copies(frozen, replace(again, width=4)) == 400
+    assert memory.layer_copies(replace(SIZES, copied=90), RUN) == 2 * (90 + 90)
+    assert memory.layer_copies(replace(SIZES, copied=90, trained=40), RUN) == 2 * (90 + 40)
+
+
+def test_copies_of_weights_under_fsdp():
+    fsdp = replace(RUN, hardware=Hardware(Gpus(8, 80), 1, "fsdp"))
+    assert memory.weight_copies(SIZES, fsdp) == 400 + 2 * 200
+    assert memory.weight_copies(SIZES, replace(fsdp, checkpointing=True)) == 2 * 300 + 2 * 200
+    assert memory.layer_copies(replace(SIZES, copied=900), fsdp) == 2 * 300
 
 
 def test_what_fsdp_gathers():
@@ -91,10 +101,11 @@ def test_gradients_can_be_the_peak():
     assert found.peak == standing + 4 * 10_000 + 100  # the last block's backward pass
 
 
-def test_fsdp_has_a_part_of_the_student_and_the_whole_teacher():
+def test_fsdp_has_a_part_of_the_student_and_of_the_teachers_blocks():
     found = memory.end_to_end(SIZES, replace(RUN, hardware=Hardware(Gpus(8, 80), 1, "fsdp"))).parts
     assert found["weights"] == 4 * 126 and found["gradients"] == 4 * 101
-    assert found["optimizer"] == 8 * 88 and found["teacher"] == 2000
+    assert found["optimizer"] == 8 * 88
+    assert found["teacher"] == 2 * (199 + 101 + 400)  # outside of blocks, a part, a block that runs
     assert found["copies of weights"] == 800 and found["buckets of DDP"] == 0
 
 
@@ -116,7 +127,7 @@ def test_layer_by_layer(learns_from, matrices):
     found = memory.layer_by_layer(sizes, replace(RUN, hardware=alone, learns_from=learns_from))
     assert found.parts["attention matrices"] == matrices
     assert found.parts["teacher's attention"] == 4 * 90
-    assert found.peak == 4004 + 2400 + 2000 + 360 + 1200 + 360 + 2 * 4 * 100 + matrices
+    assert found.peak == 4004 + 2400 + 360 + 1200 + 360 + 2 * 4 * 100 + matrices
 
 
 def test_layer_by_layer_in_parts():

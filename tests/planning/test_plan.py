@@ -72,7 +72,7 @@ def test_nodes_share_the_student_under_fsdp(teacher, capsys):
     assert four["tokens_per_step"] == 4 * one["tokens_per_step"]
     one, four = (x["memory"]["parts"] for x in (one, four))
     assert four["optimizer"] == pytest.approx(one["optimizer"] / 4, abs=8)
-    assert four["teacher"] == one["teacher"]
+    assert four["teacher"] < one["teacher"]
 
 
 def test_more_machines_may_be_the_way_out_of_hsdp(tmp_path, capsys):
