@@ -31,7 +31,7 @@ def material(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         teacher, text = "teacher=./teacher", "data.path=corpus.jsonl"
-        examples.run(["convert", "--model", "./teacher", "--mixer", "mamba2", "--out", "./rnn"])
+        examples.run(["convert", "--model", "./teacher", "--out", "./rnn"])
         run = ["uptrain", "--config", "supra", "student=./rnn", teacher, text, "out=out/first"]
         examples.run(run)
     return folder
