@@ -86,7 +86,7 @@ def _alone(now: Situation) -> tuple[str, Situation] | None:
 
 def _shard(now: Situation) -> tuple[str, Situation] | None:
     hardware = now.run.hardware
-    if hardware.launch != "ddp" or hardware.processes == 1:
+    if hardware.launch == "fsdp" or hardware.processes == 1:
         return None
     run = replace(now.run, hardware=replace(hardware, launch="fsdp"))
     return "recipes/launch/fsdp.yaml", replace(now, run=run)
