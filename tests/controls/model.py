@@ -166,20 +166,4 @@ BUGS = [
         "removed = removed * 1",
         ("tests/mixers/test_policy.py::test_a_window_is_the_last_tokens[supra-13]",),
     ),
-    Bug(
-        "state_between_ranks_undecayed",
-        "a state passes the ranks that share a row without the decay of their tokens",
-        "supra/mixers/ranks.py",
-        "before = _applied(a, before) + b",
-        "before = before + b",
-        ("tests/mixers/test_row_parts.py::test_state_before_is_the_loop_over_ranks[4]",),
-    ),
-    Bug(
-        "documents_leak_between_ranks",
-        "a state passes through a part in which a new document begins",
-        "supra/mixers/row_parts.py",
-        "passes = on & (self.documents[:, self.start] == self.documents[:, last])",
-        "passes = on & (last >= 0)",
-        ("tests/mixers/test_row_parts.py::test_parts_of_rows_are_whole_rows",),
-    ),
 ]
