@@ -100,7 +100,7 @@ class Run:
         self._open_log()
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
-            resume(self.saved, checkpoint, self.stream, accept, self.log)
+            resume(self.saved, checkpoint, self.model, self.stream, accept, self.log)
         self.row: Block | None = None  # the first row of the last step that was not skipped
         self.skipped = 0  # steps in a row, up to the last one
         if checkpoint:
@@ -264,7 +264,7 @@ class Run:
         self.log.say(f"best: {best}, with a held-out loss of {loss:.4f}")
         if self.config.checkpoint.best == "export" and folder.step_of(best) != self.step:
             on_main(self.accelerator, lambda: folder.check_whole(best))
-            self.saved.read_models(best)
+            self.saved.read_models(best, self.model)
             self.step = folder.step_of(best)
 
     def _check_finite(self) -> None:

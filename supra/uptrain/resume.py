@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from supra.errors import UserError
 from supra.uptrain.data import BlockStream
 from supra.uptrain.log import Log
@@ -13,6 +15,7 @@ from supra.uptrain.saved_state import SavedState
 def resume(
     saved: SavedState,
     checkpoint: Path,
+    model: nn.Module,
     stream: BlockStream | Mixture,
     accept_changed: bool,
     log: Log,
@@ -28,7 +31,7 @@ def resume(
         )
     if saved.changed:
         log.say(f"continuing from {checkpoint.name} with changes: {'; '.join(saved.changed)}")
-    if saved.read(checkpoint, stream):
+    if saved.read(checkpoint, model, stream):
         return
     if not accept_changed:
         raise UserError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from supra.checkpoint.files import disk_errors, staged_folder
@@ -21,7 +22,9 @@ from supra.uptrain.manifest import write_manifest
 from supra.uptrain.mixture import Mixture
 from supra.uptrain.origin import ORIGIN
 from supra.uptrain.run_folder import RunFolder
+from supra.uptrain.shards import expect_moments
 from supra.uptrain.shared_rows import SharedRows
+from supra.uptrain.spread import is_sharded
 
 
 @dataclass
@@ -68,9 +71,9 @@ class SavedState:
                 "before it"
             ) from error
 
-    def read(self, checkpoint: Path, stream: BlockStream | Mixture) -> bool:
-        """Load a checkpoint, and move `stream` to its position. Returns whether the text of every
-        process has that position. Raises UserError if the checkpoint does not load."""
+    def read(self, checkpoint: Path, model: nn.Module, stream: BlockStream | Mixture) -> bool:
+        """Load a checkpoint of `model`, and move `stream` to its position. Returns whether the text
+        of every process has that position. Raises UserError if the checkpoint does not load."""
         readers = self.rows.readers
         written_by = len(list(checkpoint.glob("data-*.json")))
         if written_by != readers:
@@ -82,12 +85,14 @@ class SavedState:
         with self._loading(checkpoint):
             position = self._position_file(checkpoint).read_text(encoding="utf-8")
             stream.load_state_dict(json.loads(position))
-        self.read_models(checkpoint)
+        self.read_models(checkpoint, model)
         return all(gather_object([stream.found]))
 
-    def read_models(self, checkpoint: Path) -> None:
-        """Load weights, optimizer and random states, but no position in the text."""
+    def read_models(self, checkpoint: Path, model: nn.Module) -> None:
+        """Load the weights of `model`, optimizer and random states, but no position in the text."""
         with self._loading(checkpoint):
+            if is_sharded(self.accelerator):
+                expect_moments(model, checkpoint)
             self.accelerator.load_state(str(checkpoint))
 
     def read_rows(self, checkpoint: Path, initial_state: InitialState) -> None:

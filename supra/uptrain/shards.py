@@ -4,17 +4,21 @@ FSDP makes the weights of a unit whole while it runs, forward and backward, and 
 gradients. The teacher that the modules learn from is split in the same way, into units of a block.
 """
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from supra.model.attention import attention_modules, blocks_of
 from supra.uptrain.spread import fill, fsdp_settings, hold
 
+CHECKPOINTED = "_checkpoint_wrapped_module."  # in names of blocks with activation checkpointing
 Place = tuple[nn.Module, str]
 """A module and the name of one of its own parameters."""
 
@@ -67,6 +71,24 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def expect_moments(model: nn.Module, checkpoint: Path) -> None:
+    """Let those weights require a gradient whose moments an optimizer has saved in a checkpoint.
+
+    When it is loaded, torch expects moments of every weight that requires a gradient, and a stage
+    that trains layers one by one gives them to the weights of these layers alone.
+    """
+    whole = checkpoint / "optimizer.bin"
+    if whole.exists():
+        saved = torch.load(whole, mmap=True, weights_only=True)["state"]
+    else:
+        saved = FileSystemReader(checkpoint / "optimizer_0").read_metadata().state_dict_metadata
+        moments = (re.fullmatch(r"optimizer\.state\.(.*)\.exp_avg", name) for name in saved)
+        saved = {found[1] for found in moments if found}
+    reshard(model)  # the optimizer has the parts
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name.replace(CHECKPOINTED, "") in saved)
 
 
 def whole(x: Tensor) -> Tensor:
