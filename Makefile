@@ -1,4 +1,4 @@
-# make demo   the main job on a real model, about a quarter of an hour on 2 cores
+# make demo   the main job on a real model, about twenty minutes on 2 cores
 # make demo-gemma  the same on Gemma 3 270M, whose tokenizer puts <bos> before every text
 # make test   linter and tests, under 15 minutes on 2 cores
 # make test-faults  a thousand bad inputs over all commands: three minutes

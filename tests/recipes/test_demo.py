@@ -84,7 +84,7 @@ def test_settings(demo, tmp_path, name):
 
 def test_a_student_that_llama_cpp_cannot_hold_is_named(demo, tmp_path, capsys):
     tiny_checkpoint(tmp_path / "base", "gemma3_text")
-    convert(tmp_path / "base", tmp_path / "rnn", mixer=demo.MIXER)
+    convert(tmp_path / "base", tmp_path / "rnn")
     demo.write_in_llama_cpp(find_checkpoint(str(tmp_path / "rnn")), tmp_path / "rnn.gguf")
     assert "llama.cpp cannot hold this model: " in capsys.readouterr().out
     assert not (tmp_path / "rnn.gguf").exists()
@@ -92,9 +92,8 @@ def test_a_student_that_llama_cpp_cannot_hold_is_named(demo, tmp_path, capsys):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_end_in_llama_cpp(demo, tmp_path, installed, monkeypatch, capsys):
-    source = demo.SOURCES["smollm2"]
     tiny_checkpoint(tmp_path / "base")
-    convert(tmp_path / "base", tmp_path / "rnn", mixer=demo.MIXER, options=source.options)
+    convert(tmp_path / "base", tmp_path / "rnn")
     student, file = find_checkpoint(str(tmp_path / "rnn")), tmp_path / "rnn.gguf"
 
     class Engine(nullcontext):
