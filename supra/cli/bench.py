@@ -127,7 +127,7 @@ def parallel(
     ] = "float32",
     repeats: Repeats = 3,
     trust_region: Annotated[
-        str, string("--trust-region", "λ of elk and quasi_elk: auto, or a number.", "X")
+        str, string("--trust-region", "Number λ of elk and quasi_elk, or auto.", "X")
     ] = "auto",
     json: Json = False,
 ) -> None:

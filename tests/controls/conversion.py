@@ -132,9 +132,9 @@ BUGS = [
     Bug(
         "index_lists_the_last_shard",
         "the index of the shards names the tensors of the last one alone",
-        "supra/checkpoint/weights.py",
-        "weight_map |= dict.fromkeys(names, final)",
-        "weight_map = dict.fromkeys(names, final)",
+        "supra/checkpoint/shard_writer.py",
+        "(file, _) in self._places.items()}",
+        "(file, _) in self._places.items() if file == max(files)}",
         (f"{CONVERT}::test_shards_and_index",),
     ),
     Bug(

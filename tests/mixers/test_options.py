@@ -26,7 +26,7 @@ def test_values_are_read_as_numbers_however_they_are_written(mixer, name, text, 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_option_has_a_type(mixer):
     for name, default in resolve_mixer(mixer)[1].items():
-        other = 1.5 if default is None or isinstance(default, bool | int) else True
+        other = -1.5 if default is None or isinstance(default, bool | int) else True
         for value in ({}, [default], other, *[None] * (default is not None)):
             with pytest.raises(UserError, match=rf"{name} .*(must be|known: )"):
                 resolve_mixer(mixer, {name: value})
