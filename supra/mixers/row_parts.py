@@ -1,4 +1,4 @@
-"""Rows that lie on several ranks, each of which has a part of their tokens.
+"""Rows that lie on several ranks. Each rank has a part of the tokens of every row.
 
 A recurrence that is linear in its state changes a state S over the tokens of a part to A S + b. So
 all ranks compute A and b at the same time and exchange them, and each follows S over the ranks

@@ -85,7 +85,7 @@ class RowRanks:
 def sequence_parallel(
     model: nn.Module, group: dist.ProcessGroup | None = None
 ) -> Iterator[RowRanks]:
-    """Inside, the rows of a converted model lie on the ranks of a group, each of which has a part.
+    """Inside, each rank of a group reads its own part of every row of a converted model.
 
     All ranks must call the model at the same time, each with its own part of the same rows, in the
     order of the ranks. Parts may have different lengths, and every rank has a token of each row or
