@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from supra.model.cache import cache_in
+
 
 @torch.no_grad()
 def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int) -> float:
@@ -19,7 +21,7 @@ def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int) -> float:
     token.sum().item()  # waits for a GPU, here and at the end
     start = time.perf_counter()
     for _ in range(tokens):
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, use_cache=True, **cache_in(output))
         token = output.logits[:, -1:].argmax(-1)
     token.sum().item()
     return tokens / (time.perf_counter() - start)

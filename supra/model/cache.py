@@ -1,5 +1,6 @@
 """The cache of a converted model: one layer class for the states of all mixers."""
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from supra.errors import UserError
 from supra.mixers import Mixer, MixerInputs
+
+# What models call the cache that they take and return; Mamba-2 in transformers has its own name.
+CACHES = ("past_key_values", "cache_params")
 
 
 class _Call(NamedTuple):
@@ -125,6 +129,19 @@ class MixerLayer(CacheLayerMixin):
             raise UserError("rows of a cache that records its past cannot change: crop it first")
         if self.state is not None:
             self.state = type(self.state)(*(x if x is None else function(x) for x in self.state))
+
+
+def cache_name(model: nn.Module) -> str:
+    """The name of the argument in which any model of transformers takes its cache."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in known), CACHES[0])
+
+
+def cache_in(output: Any) -> dict[str, Cache]:
+    """The cache in a model's output, under the name in which the model takes it: {} if there is
+    none."""
+    found = {name: getattr(output, name, None) for name in CACHES}
+    return {name: cache for name, cache in found.items() if cache is not None}
 
 
 def new_cache(layers: int) -> Cache:

@@ -25,6 +25,7 @@ from supra.evaluate.tasks.passkey import (
     read_in_pieces,
 )
 from supra.evaluate.tasks.prompts import plain_tokens
+from tests.native_models import native_checkpoint, native_model
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +140,16 @@ def test_reading_in_pieces_is_reading_at_once(folder, name, piece):
         expected = model(input_ids=ids, use_cache=False).logits[:, -1]
     logits, cache = read_in_pieces(model, ids, piece)
     torch.testing.assert_close(logits, expected, rtol=2e-4, atol=2e-4)
-    assert cache.get_seq_length() == ids.shape[1]
+    assert cache["past_key_values"].get_seq_length() == ids.shape[1]
 
 
-@pytest.mark.parametrize("name", ["softmax", "mamba2"])
+@pytest.mark.parametrize("name", ["softmax", "mamba2", "native mamba2", "native bamba"])
 def test_answers_are_those_of_generate(folder, tokenizer, name, monkeypatch):
     monkeypatch.setattr(module, "PIECE", 100)
-    model = find_checkpoint(str(folder / name)).model().eval()
+    if name.startswith("native"):
+        model = native_model(name.removeprefix("native "))
+    else:
+        model = find_checkpoint(str(folder / name)).model().eval()
     prompts = [passkey(tokenizer, 480, depth, Random(n)) for n, depth in enumerate((0.1, 0.9))]
     for found, one in zip(greedy_answers(model, prompts), prompts, strict=True):
         output = model.generate(
@@ -263,6 +267,13 @@ def test_command(folder, tmp_path, capsys, name):
     run(folder, name, *SMALL)
     first, guess, *_ = capsys.readouterr().out.splitlines()
     assert "on passkey: accuracy" in first and "0.00001" in guess
+
+
+def test_the_command_on_a_native_mamba2(tmp_path, capsys):
+    native_checkpoint(tmp_path / "mamba2", "mamba2")
+    run(tmp_path, "mamba2", *SMALL, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["answers"]) == 6 and {x["length"] for x in found["answers"]} == {480, 520}
 
 
 def test_a_picture_of_many_lengths(tmp_path):

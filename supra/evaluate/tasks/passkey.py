@@ -24,6 +24,7 @@ from supra.data.packing import plain_tokens, start_tokens
 from supra.errors import UserError
 from supra.evaluate.tasks.heat_map import check_heat_map, draw_heat_map
 from supra.evaluate.tasks.prompts import ANSWER_TOKENS, continuation_tokens
+from supra.model.cache import cache_in
 from supra.model.positions import check_positions
 
 TASK = "passkey"
@@ -241,25 +242,38 @@ def greedy_answers(
 ) -> list[list[int]]:
     """Greedy answers to prompts of equal length; each has as many tokens as its key."""
     ids = torch.tensor([x.prompt for x in prompts], device=model.device)
-    logits, cache = read_in_pieces(model, ids, PIECE, bar)
+    logits, cache = read_in_pieces(model, ids, PIECE, bar=bar)
     said = [logits.argmax(-1)]
-    for _ in range(1, max(len(x.answer) for x in prompts)):
-        output = model(input_ids=said[-1][:, None], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        said.append(output.logits[:, -1].argmax(-1))
+    for at in range(1, max(len(x.answer) for x in prompts)):
+        read = ids.shape[1] + at - 1
+        logits, cache = read_in_pieces(model, said[-1][:, None], PIECE, cache, read)
+        said.append(logits.argmax(-1))
     rows = torch.stack(said, dim=1).tolist()
     return [row[: len(x.answer)] for row, x in zip(rows, prompts, strict=True)]
 
 
 @torch.no_grad()
 def read_in_pieces(
-    model: PreTrainedModel, ids: Tensor, piece: int, bar: tqdm | None = None
-) -> tuple[Tensor, Cache | None]:
-    """Logits [B, V] after the tokens [B, T], and the cache. A pass reads `piece` tokens per row."""
-    cache = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    piece: int,
+    cache: dict[str, Cache] | None = None,
+    before: int = 0,
+    bar: tqdm | None = None,
+) -> tuple[Tensor, dict[str, Cache]]:
+    """Logits [B, V] after the tokens [B, T], and the cache by its name.
+
+    A pass reads `piece` tokens per row. `cache` holds the `before` tokens that were read before.
+    Positions are given, because Bamba would begin each pass at 0.
+    """
+    cache = cache or {}
     for some in ids.split(piece, dim=1):
-        output = model(input_ids=some, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        end = before + some.shape[1]
+        positions = torch.arange(before, end, device=ids.device).expand(len(ids), -1)
+        output = model(
+            input_ids=some, position_ids=positions, use_cache=True, logits_to_keep=1, **cache
+        )
+        cache, before = cache_in(output), end
         if bar is not None:
             bar.update(some.numel())
     return output.logits[:, -1], cache

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from supra.data.packing import IGNORE
 from supra.losses.token_losses import next_token_nats
+from supra.model.cache import cache_in
 
 # Tokens of prompts per forward pass. The cache is then repeated for every continuation.
 BATCH_TOKENS = 2048
@@ -41,7 +42,7 @@ class Scores(NamedTuple):
 class _Shared(NamedTuple):
     """What a model makes of the tokens that each of G groups shares. The last K are scored."""
 
-    cache: Cache | None
+    cache: dict[str, Cache]  # by the name in which the model takes it
     mask: Tensor  # [G, T] int64, 0 at the padding on the left
     lengths: Tensor  # [G] int64
     last: Tensor  # [G, V], the logits after the last token
@@ -164,7 +165,7 @@ def _read_shared(
     before, last = output.logits[:, :-1], output.logits[:, -1]
     labels = ids[:, ids.shape[1] - before.shape[1] :].to(before.device)
     nats = next_token_nats(before.flatten(0, 1), labels.flatten()) if scored else labels.float()
-    cache = output.past_key_values if goes_on else None
+    cache = cache_in(output) if goes_on else {}
     return _Shared(cache, mask, lengths, last, nats.view_as(labels), before.argmax(-1) == labels)
 
 
@@ -179,12 +180,13 @@ def _score_rest(
     logits = shared.last[groups.to(shared.last.device)][:, None]
     if ids.shape[1] > 1:
         given = ids[:, :-1].clamp(min=0)
+        at = groups.to(model.device)
         more = model(
             input_ids=given.to(model.device),
             attention_mask=torch.cat([mask, torch.ones_like(given)], dim=1).to(model.device),
             position_ids=(lengths[:, None] + torch.arange(given.shape[1])).to(model.device),
-            past_key_values=fork_cache(shared.cache, groups.to(model.device)),
             use_cache=True,
+            **{name: fork_cache(cache, at) for name, cache in shared.cache.items()},
         )
         logits = torch.cat([logits, more.logits], dim=1)
     scored = torch.tensor([row.scored for _, row in rows])
