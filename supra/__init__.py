@@ -17,3 +17,12 @@ if not (_here / "kernels").is_dir():
 from supra.model.registration import register_with_transformers  # noqa: E402
 
 register_with_transformers()
+
+
+def __getattr__(name: str):
+    """Import `accelerate` only when it is used: it imports torch."""
+    if name == "accelerate":
+        from supra.model.native import accelerate
+
+        return accelerate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

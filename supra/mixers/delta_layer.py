@@ -159,7 +159,7 @@ class DeltaLayer(Mixer):
         self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The recurrence over features."""
-        query, key = self._rotated(inputs, *(_of_length_one(x) for x in (inputs.query, inputs.key)))
+        query, key = self._rotated(inputs, *(of_length_one(x) for x in (inputs.query, inputs.key)))
         strength = self.options.beta_range * self.strength(inputs.hidden_states).sigmoid()
         return scan(
             self.operation, inputs, query, key, inputs.value, strength,
@@ -237,7 +237,7 @@ class DeltaLayer(Mixer):
         return [x.unflatten(0, (self.shape.query_heads, -1)) for x in channels.split(sizes)]
 
 
-def _of_length_one(x: Tensor) -> Tensor:
+def of_length_one(x: Tensor) -> Tensor:
     """x [..., C] divided by its length, in its own dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + LENGTH_EPS)).to(x.dtype)

@@ -144,6 +144,20 @@ def cache_in(output: Any) -> dict[str, Cache]:
     return {name: cache for name, cache in found.items() if cache is not None}
 
 
+def cache_length(cache: Cache) -> int:
+    """The number of tokens that a cache has read. Layers whose keys were dropped count fewer."""
+    return max(x.get_seq_length() for x in cache.layers if isinstance(x, CacheLayerMixin))
+
+
+def detach(cache: Cache) -> None:
+    """Cut the graph of all states, keys and values."""
+    for layer in cache.layers:
+        if isinstance(layer, MixerLayer):
+            layer.detach()
+        elif layer.is_initialized:  # attention of transformers
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+
 def new_cache(layers: int) -> Cache:
     """An empty cache for a converted model of that many layers."""
     return Cache(layers=[MixerLayer() for _ in range(layers)])

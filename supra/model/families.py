@@ -34,6 +34,13 @@ ROTATE_THEMSELVES = (
 # the window is only in the masks: the attention function is not told
 WINDOW_IN_MASK = ("phimoe",)
 
+# recurrent in transformers itself, and in the words of mixers through supra/model/native
+NATIVE = (
+    "bamba", "falcon_h1", "granitemoehybrid", "mamba2", "qwen3_5", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+)
+
+_RECURRENT = "some or all of its layers are recurrent already"
 _REASONS = {
     "the language model is a part of it: take a checkpoint of the language model alone": (
         "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified",
@@ -51,7 +58,7 @@ _REASONS = {
         "bloom", "codegen", "cpmant", "ctrl", "doge", "falcon", "gpt_neo",
         "gpt_neox_japanese", "gptj", "mpt", "openai-gpt", "xglm",
     ),
-    "some or all of its layers are recurrent already": (
+    _RECURRENT: (
         "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid",
         "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3",
         "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text",
@@ -97,6 +104,16 @@ def no_mixer(family: str) -> str:
     if family in FAMILIES:
         return "the model has no mixers: run `supra convert` on it first"
     return f"the model has no mixers, and {refusal(family)}"
+
+
+def no_states(family: str) -> str:
+    """The message for a model without recurrent states that supra can read."""
+    if REFUSED.get(family) != _RECURRENT:
+        return no_mixer(family)
+    return (
+        f"supra cannot read the recurrent states of model_type {family!r}: it reads those of "
+        f"converted models and of {', '.join(NATIVE)}, with hidden_act silu"
+    )
 
 
 def table() -> str:
