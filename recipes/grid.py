@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from supra.bench.timing import processor
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import find_checkpoint
 from supra.conversion.convert import convert
 from supra.data.blocks import blocks_from_text
@@ -32,6 +31,7 @@ from supra.evaluate.suite.data import check_folder
 from supra.evaluate.suite.parts import OWN, Settings, prepare_parts
 from supra.evaluate.suite.suite import evaluate_suite
 from supra.evaluate.text_perplexity import evaluate_text, position_edges
+from supra.model.loading import load_model
 from supra.uptrain import load_config, train
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.run_folder import RunFolder

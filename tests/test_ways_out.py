@@ -15,8 +15,8 @@ from supra.long_context.diagnosis import diagnose
 from supra.long_context.statistics import RecurrentLayers
 from supra.model.families import FAMILIES, REFUSED, no_mixer
 from supra.model.original import original
+from supra.model.recurrent import mixers_of
 from supra.testing import tiny_checkpoint, tiny_config, untrained_model
-from supra.uptrain.initial_state import mixers_of
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,32 @@ NO_MIXER = {
 }
 
 
-@pytest.mark.parametrize("need", [RecurrentLayers.of, original])
 @pytest.mark.parametrize("kind", NO_MIXER)
-def test_a_model_without_mixers(kind, need):
+def test_a_model_without_mixers(kind):
+    with pytest.raises(UserError) as error:
+        original(model_of(kind))
+    assert str(error.value).startswith(NO_MIXER[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "need"),
+    [
+        ("llama", RecurrentLayers.of),
+        ("falcon", RecurrentLayers.of),
+        ("softmax", RecurrentLayers.of),
+        ("llama", mixers_of),
+    ],
+)
+def test_a_model_without_states(kind, need):
     with pytest.raises(UserError) as error:
         need(model_of(kind))
     assert str(error.value).startswith(NO_MIXER[kind])
 
 
-@pytest.mark.parametrize("kind", ["llama", "mamba2"])
-def test_a_student_that_cannot_be_extended(kind):
-    with pytest.raises(UserError) as error:
-        mixers_of(model_of(kind))
-    assert str(error.value).startswith(NO_MIXER[kind])
+@pytest.mark.parametrize("need", [RecurrentLayers.of, mixers_of])
+def test_a_model_whose_states_cannot_be_read(need):
+    with pytest.raises(UserError, match=r"states of model_type 'mamba': it reads .*bamba.*mamba2"):
+        need(model_of("mamba"))
 
 
 def test_who_is_told_to_convert_can():

@@ -31,7 +31,7 @@ app = typer.Typer()
     epilog="supra diagnose out/first/final --text corpus.jsonl --to 65536 --out diagnosis",
 )
 def diagnose(
-    model: Annotated[str, argument("MODEL", "Converted model: hub id or folder.")],
+    model: Annotated[str, argument("MODEL", "Recurrent model: hub id or folder.")],
     text: Text,
     text_field: TextField = "text",
     to: Annotated[

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from supra.data.packing import IGNORE, Block, collate, shifted_labels
 from supra.errors import UserError
 from supra.losses.token_losses import next_token_nats
+from supra.model.native.adapter import documents_apart
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,9 @@ def token_nats(
     model.eval()
     for start in range(0, len(blocks), batch_size):
         batch = collate(blocks[start : start + batch_size])
-        logits = model(
-            input_ids=batch["input_ids"].to(device),
-            position_ids=batch["position_ids"].to(device),
-            use_cache=False,
-        ).logits
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
+        with documents_apart(model, inputs["position_ids"]):
+            logits = model(**inputs, use_cache=False).logits
         labels = shifted_labels(batch["labels"])
         nats = next_token_nats(logits.flatten(0, 1), labels.flatten().to(device)).cpu().double()
         del logits

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import Checkpoint
 from supra.data.blocks import blocks_from_text
 from supra.data.text import open_documents
 from supra.errors import UserError
 from supra.evaluate.perplexity import perplexity
+from supra.model.loading import load_model
 from supra.model.positions import check_positions
 
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from supra.checkpoint.files import check_vacant, staged_folder
 from supra.checkpoint.json_files import to_json
-from supra.checkpoint.loading import load_model, overflow
 from supra.checkpoint.opening import Checkpoint
 from supra.data.text import open_documents
 from supra.errors import UserError, check_choice
 from supra.evaluate.tasks.heat_map import need_matplotlib
+from supra.long_context.apply_policy import policy_of
 from supra.long_context.cures import CONFIGURED, Fix, trials_of, try_cures, write_policy
 from supra.long_context.examination import Examination, Plan
 from supra.long_context.findings import Diagnosis
@@ -25,6 +25,7 @@ from supra.long_context.pictures import draw_loss, draw_states
 from supra.long_context.statistics import RecurrentLayers
 from supra.long_context.stream import TokenStream, begun
 from supra.mixers.state_policy import StatePolicy
+from supra.model.loading import load_model, overflow
 from supra.model.positions import check_positions
 
 STREAM_LENGTH = 65536  # default number of tokens to read
@@ -125,7 +126,7 @@ def _examine(
         tokens=plan.length,
         restarts=stream.restarts,
         trained_length=plan.trained,
-        policy=model.config.state_policy,
+        policy=policy_of(model),
         kept_attention=layers.kept,
         losses=losses,
         probes=plan.probes,

@@ -15,8 +15,8 @@ from supra.errors import UserError
 from supra.long_context.stream import Reader
 from supra.losses.chunked import logits_of
 from supra.mixers import Mixer
-from supra.model.attention import attention_modules
 from supra.model.families import no_mixer
+from supra.model.recurrent import mixers_of
 
 TOP = 0.05  # the share of elements, or of rows, that counts as outliers
 
@@ -62,7 +62,7 @@ def _top_share(parts: Tensor, total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RecurrentLayers:
-    """The recurrent mixers of a converted model by layer, and the layers that kept attention.
+    """The recurrent mixers of a model by layer, and the layers with attention alone.
 
     Raises UserError when no layer is recurrent.
     """
@@ -72,8 +72,8 @@ class RecurrentLayers:
 
     @classmethod
     def of(cls, model: nn.Module) -> "RecurrentLayers":
-        found = {x.layer_idx: x for x in attention_modules(model) if hasattr(x, "mixer")}
-        mixers = {i: x.mixer for i, x in sorted(found.items()) if x.mixer.recurrent}
+        found = mixers_of(model)
+        mixers = {i: mixer for i, mixer in found.items() if mixer is not None and mixer.recurrent}
         if not mixers:
             raise UserError(no_mixer(model.config.model_type))
         return cls(mixers, sorted(found.keys() - mixers.keys()))

@@ -23,7 +23,8 @@ from supra.data.text import Documents
 from supra.errors import UserError
 from supra.losses.chunked import chunks, logits_of
 from supra.losses.token_losses import next_token_nats
-from supra.model.cache import new_cache
+from supra.model.cache import cache_name
+from supra.model.native.adapter import empty_cache
 
 CHARACTERS = 2**16  # tokenised at a time; a book's offsets and masks would take 100 times its size
 FINE = 256  # maximum number of equal buckets
@@ -87,7 +88,7 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.length = model, 0
-        self.cache = new_cache(model.config.num_hidden_layers)
+        self.cache = empty_cache(model)
         self._last: Tensor | None = None  # hidden state of the previous token
 
     @torch.no_grad()
@@ -95,8 +96,11 @@ class Reader:
         """Read tokens [n]; returns their last hidden states [n, D]."""
         base = getattr(self.model, self.model.base_model_prefix)
         ids = ids.to(self.model.device)[None]
-        output = base(input_ids=ids, past_key_values=self.cache, use_cache=True)
-        self.length += ids.shape[1]
+        end = self.length + ids.shape[1]
+        inputs = {"position_ids": torch.arange(self.length, end, device=ids.device)[None]}
+        inputs[cache_name(base)] = self.cache
+        output = base(input_ids=ids, use_cache=True, **inputs)
+        self.length = end
         hidden = output.last_hidden_state[0]
         self._last = hidden[-1:].clone()
         return hidden

@@ -8,6 +8,7 @@ the head.
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from supra.losses.token_losses import Losses, refuse_second_derivatives
+from supra.model.cache import cache_name
 
 # Logits per chunk: 680 or 1360 tokens with a vocabulary of 49152. Each chunk adds to the gradient
 # of the head, which is as large as the head. With small chunks, this would move more bytes than the
@@ -58,8 +60,10 @@ def hidden_states(
 
     past_key_values: a cache with the states before these tokens; it is updated in place.
     """
-    inputs |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
-    output = getattr(model, model.base_model_prefix)(**inputs)
+    base = getattr(model, model.base_model_prefix)
+    if past_key_values is not None:
+        inputs[cache_name(base)] = past_key_values
+    output = base(**inputs, use_cache=past_key_values is not None)
     return output.last_hidden_state.flatten(0, 1)
 
 
@@ -70,17 +74,22 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     scale or cap their logits.
     """
     head = copy.copy(model)
-    given = _Given(hidden.unsqueeze(0))
+    given = _Given(hidden.unsqueeze(0), getattr(model, model.base_model_prefix))
     object.__setattr__(head, "_modules", {**model._modules, model.base_model_prefix: given})
     return head(use_cache=False).logits.squeeze(0)
 
 
 class _Given(nn.Module):
-    """Replaces the headless model and returns given hidden states."""
+    """Replaces the headless model `base` and returns given hidden states."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, hidden: Tensor, base: nn.Module):
         super().__init__()
         self.hidden = hidden
+        object.__setattr__(self, "base", base)  # not as a module: it is not to run
+
+    def __getattr__(self, name: str) -> Any:
+        """What the language model reads of it, such as Falcon-H1 its factor on logits."""
+        return getattr(self.__dict__["base"], name)
 
     def forward(self, *args, **kwargs) -> "_Output":
         return _Output(last_hidden_state=self.hidden)
@@ -90,6 +99,7 @@ class _Output(MoeModelOutputWithPast):
     """All fields of a headless model's output that a language model may read."""
 
     cross_attentions = None
+    cache_params = None
 
 
 def chunked_losses(model: PreTrainedModel, hidden: Tensor, loss: ChunkLoss) -> Losses:

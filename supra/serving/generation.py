@@ -5,10 +5,10 @@ import math
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import Checkpoint
 from supra.data.packing import start_tokens, text_tokens
 from supra.errors import UserError, foreign_errors
+from supra.model.loading import load_model
 
 
 def stream_text(

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from supra.checkpoint.files import fingerprint
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import Checkpoint
 from supra.data.packing import check_tokenizer
 from supra.data.text import local_files
 from supra.errors import UserError
+from supra.model.loading import load_model
 from supra.model.positions import check_positions
 from supra.serving.draft import Draft, opened
 from supra.serving.writers import ChatWriter, Sampling, TextWriter, Writer

@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import Checkpoint
 from supra.data.blocks import blocks_from_text
 from supra.data.packing import Block, start_tokens, text_tokens
@@ -23,6 +22,7 @@ from supra.evaluate.ablate.samples import generate_samples
 from supra.evaluate.perplexity import Perplexity, perplexity
 from supra.evaluate.tasks.recall import LENGTHS, measure_recall
 from supra.evaluate.text_perplexity import TextResult, check_sizes, position_edges
+from supra.model.loading import load_model
 from supra.model.positions import check_positions
 
 TOKENS = 8192  # default number of tokens to read: some minutes for 135M parameters on two cores

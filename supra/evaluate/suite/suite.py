@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from supra.checkpoint.card import check_card, write_measured
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import Checkpoint
 from supra.errors import UserError
 from supra.evaluate.suite import report
@@ -20,6 +19,7 @@ from supra.evaluate.suite.measure import WORDS, Comparison, Measure
 from supra.evaluate.suite.parts import Part, Settings, prepare_parts
 from supra.evaluate.suite.picture import draw_suite
 from supra.evaluate.tasks.heat_map import check_heat_map
+from supra.model.loading import load_model
 
 BATCH = 8
 

@@ -18,13 +18,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import Checkpoint
 from supra.data.packing import plain_tokens, start_tokens
 from supra.errors import UserError
 from supra.evaluate.tasks.heat_map import check_heat_map, draw_heat_map
 from supra.evaluate.tasks.prompts import ANSWER_TOKENS, continuation_tokens
 from supra.model.cache import cache_in
+from supra.model.loading import load_model
+from supra.model.native.adapter import accelerate, adopt
 from supra.model.positions import check_positions
 
 TASK = "passkey"
@@ -159,6 +160,8 @@ def evaluate_passkey(
     tokenizer, count = checkpoint.tokenizer(), depths * samples
     passkey(tokenizer, lengths[0], 0.0, Random(0), keys)  # raises before the model is loaded
     model = load_model(checkpoint, dtype).eval()
+    if adopt(model):
+        accelerate(model)
     check_positions(model, "--lengths", max(lengths), answer=ANSWER_TOKENS)
     answers = []
     with tqdm(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from supra.checkpoint.loading import load_model
 from supra.checkpoint.opening import Checkpoint
 from supra.data.packing import start_tokens
 from supra.data.synthetic import LANGUAGES, Language, MultiQueryRecall
 from supra.errors import UserError, check_choice
 from supra.evaluate.tasks.prompts import single_token_words
 from supra.evaluate.tasks.recall import draw_examples, recall_accuracy
+from supra.model.loading import load_model
 from supra.model.positions import check_positions
 
 LENGTHS = {

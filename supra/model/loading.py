@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from supra.checkpoint.opening import Checkpoint
 from supra.checkpoint.weights import first_not_finite
 from supra.errors import UserError
+from supra.model.native.adapter import adopt
 
 
 def load_model(
@@ -16,10 +17,15 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model, onto the GPU if there is one.
 
+    A `state_policy` in the config acts, also on a model that is recurrent in transformers itself.
+
     Raises UserError for weights that are not finite. Unless `may_overflow` is true, any later call
     of the model raises it for logits that are not finite.
     """
     model = checkpoint.model(dtype)
+    if getattr(model.config, "state_policy", None) is not None:
+        with checkpoint.named():
+            adopt(model)
     if name := first_not_finite(model):
         raise UserError(
             f"model {checkpoint.name!r} cannot be evaluated: its tensor {name} holds NaN or "
