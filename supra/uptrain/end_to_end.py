@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from supra.data.packing import IGNORE, Block, shifted_labels
 from supra.losses.token_losses import Losses, token_losses
+from supra.model.cache import cache_length, detach
 from supra.uptrain.initial_state import InitialState
 from supra.uptrain.optim import drop_gradients
 from supra.uptrain.shards import whole
@@ -88,12 +89,11 @@ class EndToEnd:
                 yield batch, None
                 continue
             cache = self.initial_state.begin(index, *batch["input_ids"].shape)
-            columns = batch | {"position_ids": batch["position_ids"] + cache.get_seq_length()}
+            columns = batch | {"position_ids": batch["position_ids"] + cache_length(cache)}
             columns = {name: x.chunk(self.stage.segments, 1) for name, x in columns.items()}
             for parts in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, parts, strict=True)), cache
-                for layer in cache.layers:
-                    layer.detach()
+                detach(cache)
             self.initial_state.end(index, cache)
 
     def _losses(self, batch: Block, valid: int, cache: Cache | None) -> Losses:

@@ -1,19 +1,21 @@
 """The states that rows begin with in the stage extend: see `ExtendConfig`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from supra.errors import UserError
 from supra.mixers import Mixer
 from supra.mixers.base import current_name
-from supra.model.attention import attention_modules
-from supra.model.cache import new_cache
-from supra.model.families import no_mixer
+from supra.model.cache import cache_length, cache_name
+from supra.model.native.adapter import empty_cache
+from supra.model.native.cache import NativeStateAndKeys
 from supra.model.positions import learned_positions
+from supra.model.recurrent import mixers_of
 from supra.uptrain.config import UptrainConfig
 
 # After this many tokens, carried rows begin with empty states again. Their positions keep counting,
@@ -30,6 +32,7 @@ class InitialState:
 
     def __init__(self, kind: str, model: PreTrainedModel, seed: int):
         self.kind, self.mixers = kind, mixers_of(model)
+        self.empty_cache = partial(empty_cache, model)
         self.positions, self.device = learned_positions(model) or MAX_POSITIONS, model.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # for noise: one cache of one row, with the standard deviation of each number; for carried:
@@ -42,16 +45,18 @@ class InitialState:
             return self._noise(rows)
         if self.kind == "carried" and index < len(self.kept):
             cache = self.kept[index]
-            if cache.get_seq_length() + tokens <= self.positions:
+            if cache_length(cache) + tokens <= self.positions:
                 return cache
-        return new_cache(len(self.mixers))
+        return self.empty_cache()
 
     def end(self, index: int, cache: Cache) -> None:
         """Keep the cache after the rows of a micro-batch, if states are carried."""
         if self.kind != "carried":
             return
-        for mixer, layer in zip(self.mixers, cache.layers, strict=True):
-            if not mixer.recurrent:
+        for mixer, layer in self._with_layers(cache):
+            if mixer is None:
+                layer.reset()  # it drops its keys and values
+            elif not mixer.recurrent:
                 layer.state = None
         self.kept[index : index + 1] = [cache]
 
@@ -67,21 +72,25 @@ class InitialState:
         It is the root mean square per layer, tensor, and head or channel. `mean` averages over
         processes.
         """
-        kept = new_cache(len(self.mixers))
-        for mixer, new, layer in zip(self.mixers, kept.layers, cache.layers, strict=True):
-            if mixer.recurrent:
+        kept = self.empty_cache()
+        layers = zip(self._with_layers(cache), kept.layers, strict=True)
+        for (mixer, layer), new in layers:
+            if mixer is not None and mixer.recurrent:
                 found = layer.state._asdict().items()
                 sizes = {name: _size(x, NOISY[name], mean) for name, x in found if x is not None}
                 new.state = layer.state._replace(**sizes)
         self.kept = [kept]
 
     def _noise(self, rows: int) -> Cache:
-        (sizes,), cache = self.kept, new_cache(len(self.mixers))
+        (sizes,), cache = self.kept, self.empty_cache()
         for layer, size in zip(cache.layers, sizes.layers, strict=True):
-            if size.state is not None:
+            if getattr(size, "state", None) is not None:
                 drawn = (x if x is None else self._normal(rows, x) for x in size.state)
                 layer.state = type(size.state)(*drawn)
         return cache
+
+    def _with_layers(self, cache: Cache) -> Iterator[tuple[Mixer | None, CacheLayerMixin]]:
+        return ((self.mixers.get(index), layer) for index, layer in enumerate(cache.layers))
 
     def _normal(self, rows: int, size: Tensor) -> Tensor:
         """Gaussian numbers for `rows` rows; `size` [1, …] has their standard deviations."""
@@ -93,9 +102,10 @@ class InitialState:
         """Everything that the next rows depend on; tensors are named `micro-batch.layer.tensor`."""
         tensors = {"generator": self.generator.get_state()}
         for index, cache in enumerate(self.kept):
-            tensors[f"{index}.length"] = torch.tensor(cache.get_seq_length())
+            tensors[f"{index}.length"] = torch.tensor(cache_length(cache))
             for number, layer in enumerate(cache.layers):
-                state = {} if layer.state is None else layer.state._asdict()
+                state = getattr(layer, "state", None)
+                state = {} if state is None else state._asdict()
                 tensors |= {
                     f"{index}.{number}.{name}": x.clone(memory_format=torch.contiguous_format)
                     for name, x in state.items()
@@ -107,9 +117,11 @@ class InitialState:
         tensors = {current_name(name): x for name, x in tensors.items()}
         self.generator.set_state(tensors["generator"])
         lengths = [name for name in tensors if name.endswith(".length") and name.count(".") == 1]
-        self.kept = [new_cache(len(self.mixers)) for _ in lengths]
+        self.kept = [self.empty_cache() for _ in lengths]
         for index, cache in enumerate(self.kept):
-            for number, (mixer, layer) in enumerate(zip(self.mixers, cache.layers, strict=True)):
+            for number, (mixer, layer) in enumerate(self._with_layers(cache)):
+                if mixer is None:
+                    continue
                 names = {name: f"{index}.{number}.{name}" for name in mixer.state_type._fields}
                 found = {name: tensors.get(key) for name, key in names.items()}
                 layer.length = int(tensors[f"{index}.length"])
@@ -125,14 +137,6 @@ def _size(x: Tensor, axis: int, mean: Callable[[Tensor], Tensor]) -> Tensor:
     return size.expand(1, *x.shape[1:]).to(x.dtype)
 
 
-def mixers_of(model: nn.Module) -> list[Mixer]:
-    """The mixers in the order of layers. Raises UserError for a model that is not converted."""
-    attentions = sorted(attention_modules(model), key=lambda x: x.layer_idx)
-    if not attentions or not all(hasattr(x, "mixer") for x in attentions):
-        raise UserError(no_mixer(model.config.model_type))
-    return [attention.mixer for attention in attentions]
-
-
 def check_extends(model: PreTrainedModel, config: UptrainConfig) -> None:
     """Raise UserError for a student that the stage extend cannot train."""
     stage, mixers = config.extend, mixers_of(model)
@@ -145,23 +149,30 @@ def check_extends(model: PreTrainedModel, config: UptrainConfig) -> None:
         )
     if stage.initial_state == "zero":
         return
-    if not any(mixer.recurrent for mixer in mixers):
+    recurrent = {i: x for i, x in mixers.items() if x is not None and x.recurrent}
+    if not recurrent:
         raise UserError(
             f"extend.initial_state (={stage.initial_state}) needs recurrent layers, but all layers "
             "of the student keep softmax attention: set it to zero"
         )
     if stage.initial_state == "noise":
-        _check_noise(model, mixers)
+        _check_noise(model, recurrent)
+    elif any(isinstance(layer, NativeStateAndKeys) for layer in empty_cache(model).layers):
+        raise UserError(
+            "extend.initial_state (=carried) cannot carry the states of model_type "
+            f"{model.config.model_type!r}, whose layers have attention beside them: set it to zero "
+            "or noise"
+        )
 
 
 @torch.no_grad()
-def _check_noise(model: PreTrainedModel, mixers: list[Mixer]) -> None:
-    cache = new_cache(len(mixers))
+def _check_noise(model: PreTrainedModel, mixers: dict[int, Mixer]) -> None:
+    cache, base = empty_cache(model), model.base_model
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    for number, (mixer, layer) in enumerate(zip(mixers, cache.layers, strict=True)):
-        for name, x in layer.state._asdict().items():
-            if mixer.recurrent and x is not None and name not in NOISY:
+    base(input_ids=tokens, use_cache=True, **{cache_name(base): cache})
+    for number, mixer in mixers.items():
+        for name, x in cache.layers[number].state._asdict().items():
+            if x is not None and name not in NOISY:
                 raise UserError(
                     f"extend.initial_state (=noise) cannot replace {name} in the state of layer "
                     f"{number} ({mixer.name}), only {' and '.join(NOISY)}: set it to carried"

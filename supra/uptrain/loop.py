@@ -19,6 +19,7 @@ from supra.conversion.calibrate import calibrate, check_calibrated
 from supra.data.packing import Block, collate
 from supra.errors import Diverged
 from supra.losses.chunked import ScoredModel, language_model
+from supra.model.native.adapter import accelerate, adopt
 from supra.model.original import original
 from supra.model.positions import check_positions
 from supra.model.sequence_parallel import check_parts
@@ -310,6 +311,8 @@ class Run:
         student = spread.load(accelerator, find_checkpoint(config.student), models.DTYPE)
         for setting, length in self._row_lengths():
             check_positions(student, setting, length)
+        if adopt(student):  # recurrent itself: its layers run as those of mixers do
+            accelerate(student)
         if config.extend:
             on_main(accelerator, lambda: check_extends(student, config))
         if self.rows.size > 1:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from supra.errors import UserError
-from supra.mixers import NEW_PARAMETERS
+from supra.mixers import Mixer
 from supra.model.attention import attention_modules
 from supra.uptrain.stage_settings import LAYERWISE, OptimizerConfig, ScheduleConfig, StageConfig
 
@@ -49,9 +49,11 @@ def trainable(
     attention module) and `other`.
     """
     inside = {id(x) for attention in attention_modules(model) for x in attention.parameters()}
+    mixers = (module for module in model.modules() if isinstance(module, Mixer))
+    new = {id(x) for mixer in mixers for x in mixer.parameters()}
     found = []
     for name, parameter in model.named_parameters():
-        if NEW_PARAMETERS in name:
+        if id(parameter) in new:
             kind = "new"
         elif "lora_" in name:
             kind = "adapter"
