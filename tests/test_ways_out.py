@@ -13,7 +13,7 @@ from supra.conversion.convert import convert
 from supra.errors import UserError, not_finite
 from supra.long_context.diagnosis import diagnose
 from supra.long_context.statistics import RecurrentLayers
-from supra.model.families import FAMILIES, REFUSED, no_mixer
+from supra.model.families import FAMILIES, NATIVE, REFUSED, no_mixer
 from supra.model.original import original
 from supra.model.recurrent import mixers_of
 from supra.testing import tiny_checkpoint, tiny_config, untrained_model
@@ -69,6 +69,12 @@ def test_a_model_without_states(kind, need):
 def test_a_model_whose_states_cannot_be_read(need):
     with pytest.raises(UserError, match=r"states of model_type 'mamba': it reads .*bamba.*mamba2"):
         need(model_of("mamba"))
+
+
+def test_what_is_recurrent_already_has_a_way_out():
+    for family in NATIVE:
+        if family in REFUSED:
+            assert "supra diagnose, supra eval and the stage extend take" in no_mixer(family)
 
 
 def test_who_is_told_to_convert_can():

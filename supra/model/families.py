@@ -88,10 +88,10 @@ REFUSED = {family: reason for reason, families in _REASONS.items() for family in
 def refusal(family: str) -> str:
     """Why a family does not convert, in one line."""
     reason = REFUSED.get(family, "no test has shown that it loses nothing")
-    return (
-        f"model_type {family!r} does not convert: {reason} ({len(FAMILIES)} families do: "
-        "docs/families.md)"
-    )
+    more = f"{len(FAMILIES)} families do: docs/families.md"
+    if family in NATIVE:
+        more += "; supra diagnose, supra eval and the stage extend take this one as it is"
+    return f"model_type {family!r} does not convert: {reason} ({more})"
 
 
 def no_mixer(family: str) -> str:
