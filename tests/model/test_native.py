@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import supra
 from supra.errors import UserError
+from supra.long_context import StatePolicy, use_policy
 from supra.model.cache import MixerLayer, cache_in
 from supra.model.native.adapter import adopt, documents_apart, empty_cache
 from supra.testing import tiny_config, untrained_model
@@ -60,6 +61,17 @@ def test_accelerated_logits_are_those_of_transformers(family):
     assert_close(found, plain)
     assert cache.get_seq_length() == IDS.shape[1]
     assert isinstance(cache.layers[0], MixerLayer)
+
+
+def test_one_group_of_heads():
+    """As in published Mamba-2: all heads share a key and a query."""
+    model = native_model("mamba2", n_groups=1)
+    plain = logits(model)
+    supra.accelerate(model)
+    for found in (logits(model), read(model, 20, 44)[0]):
+        assert_close(found, plain)
+    with use_policy(model, StatePolicy(window=45)):
+        assert_close(logits(model), plain)
 
 
 @pytest.mark.parametrize("family", ["mamba2", "bamba", "qwen3_next"])

@@ -43,7 +43,7 @@ class NativeInputs(MixerInputs):
         settings = {"activation": "silu", "state": state, "return_state": return_state}
         inputs, state = convolve(self, names, conv.weight[:, 0], conv.bias, **settings)
         groups = inputs.value.shape[2] // inputs.key.shape[2]
-        shared = {x: getattr(inputs, x).repeat_interleave(groups, dim=2) for x in ("query", "key")}
+        shared = {name: repeated(getattr(inputs, name), groups) for name in ("query", "key")}
         return replace(inputs, **shared), state
 
 
@@ -71,8 +71,8 @@ class NativeMamba2(Mixer):
             state=None if memory is None else LinearAttentionState(memory, None),
             return_state=return_state,
         )  # fmt: skip
-        skip = inputs.layer.D[:, None] * value
-        return output + skip, None if end is None else Mamba2State(end.memory, conv_state)
+        output = output + inputs.layer.D[:, None] * value
+        return output, None if end is None else Mamba2State(end.memory, conv_state)
 
 
 class NativeGatedDelta(Mixer):
@@ -101,6 +101,11 @@ class NativeGatedDelta(Mixer):
             scale=self.shape.head_size**-0.5,
         )  # fmt: skip
         return output, None if memory is None else GatedDeltaNetState(memory, conv_state)
+
+
+def repeated(x: Tensor, count: int) -> Tensor:
+    """Each head of x [B, T, H, K] `count` times, side by side. A single head is not copied."""
+    return x[:, :, :, None].expand(-1, -1, -1, count, -1).flatten(2, 3)
 
 
 def wide(x: Tensor) -> Tensor:
