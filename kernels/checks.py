@@ -1,4 +1,33 @@
-"""What the operations check alike: shapes, heads, packed rows; one line an error."""
+"""What all operations share: arguments, results and errors; and the checks of them.
+
+An operation says where it differs. Arguments that mean the same everywhere:
+
+- `initial_state`: [N, ...], the state before the first token; None for zeros. N is the batch size,
+  or the number of packed sequences.
+- `return_state`: also return the state after the last token. The decay of the next token is not yet
+  applied to it.
+- `cu_seqlens`: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one row
+  (B = 1). Each has its own state and sees no other; a sequence may be empty. The torch backend
+  reads them on the host; triton does not, and trusts bounds on a GPU.
+- `chunk_size`: tokens per chunk in torch, >= 1. It changes speed and rounding only; powers of two
+  are fastest. Triton has its own chunks.
+- `in_place`, in the recurrent forms: write the final state into the tensors of `initial_state` and
+  return those, so that a step allocates no state. They must be contiguous, in the dtypes of the
+  final state, and need no gradient. Otherwise the given state is not changed.
+- `backend`: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes triton
+  for float32 and 16-bit inputs on a GPU that it can use, and torch for all else. A backend that is
+  asked for by name runs or raises. In the recurrent forms, a call of triton that needs gradients
+  runs the chunked kernels.
+
+Tensors are of any floating dtype, with at least one row and one token. The output has the dtype of
+the value. The state is float32, or float64 for float64 inputs, and so is every computation, also
+under autocast. Gradients flow to and from all tensors, the states included; second derivatives need
+backend="reference".
+
+ValueError is raised for shapes, sizes or names that do not fit, and for a backend that cannot run.
+What only the numbers in a tensor show, as a decay above 1, is not checked: to look at them would
+make a GPU wait.
+"""
 
 import difflib
 from itertools import pairwise
@@ -150,13 +179,18 @@ def check_state(
     return state.to(dtype)
 
 
-def check_heads_state(
-    state: Tensor | None, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
-) -> Tensor | None:
-    """initial_state [N, Hkv, K, V] in the precision of the computation; cu_seqlens is checked."""
-    wanted = (check_packing("query", query, cu_seqlens), *key.shape[2:], value.shape[3])
-    dtype = state_dtype(query, key, value)
-    return check_state("initial_state", state, wanted, "[N, Hkv, K, V]", dtype, query=query)
+def check_heads_inputs(x: Any) -> Tensor | None:
+    """Check what operations with one state [N, Hkv, K, V] share.
+
+    x: Inputs whose fields up to `state` are tensors, query, key and value the first ones. Returns
+    the state in the precision of the computation.
+    """
+    check_heads(*x[:3])
+    check_tensors(**dict(zip(x._fields[: x._fields.index("state")], x, strict=False)))
+    check_positive(chunk_size=x.chunk_size)
+    count = check_packing("query", x.query, x.cu_seqlens)
+    wanted, dtype = (count, *x.key.shape[2:], x.value.shape[3]), state_dtype(*x[:3])
+    return check_state("initial_state", x.state, wanted, "[N, Hkv, K, V]", dtype, query=x.query)
 
 
 def given_or_zeros(state: Tensor | None, inputs: Any) -> Tensor:

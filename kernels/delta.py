@@ -1,4 +1,4 @@
-"""The delta rule in chunks, in plain torch: what each token writes, and the scans over the states.
+"""The delta rule in plain torch: token by token, and in chunks, whose states are scanned.
 
 A token writes beta e, where e is the error, what the state lacks of its value. In a chunk,
 
@@ -10,19 +10,59 @@ form (Yang et al. 2024) with the strengths on the side of the columns.
 Legend: rows = chunks * Hkv, in the order of Layout.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from supra.kernels import checks
 from supra.kernels.chunks import Layout
+from supra.kernels.operators import empty_head_results
+
+
+class Inputs(NamedTuple):
+    """What every backend of an operation with the delta rule takes, as its api.py describes it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    beta: Tensor
+    log_decay: Tensor | None
+    state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float
+    chunk_size: int
+    backend: str
+
+    empty_results = empty_head_results
+
+
+def recurrent(x: Inputs, log_decay: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Output [B, T, Hq, V] and final state of the recurrence, token by token.
+
+    log_decay: None for no decay, [H, 1, 1] for all tokens, [B, T, H, 1, 1], or [B, T, H, K, 1].
+    """
+    state = checks.given_or_zeros(x.state, x)
+    dtype, heads = state.dtype, x.key.shape[2]
+    decay = None if log_decay is None else log_decay.to(dtype).exp()
+    query = x.query.to(dtype).unflatten(2, (heads, -1)) * x.scale
+    key, value, beta = (y.to(dtype) for y in (x.key, x.value, x.beta[..., None]))
+    multiply, insert = (Tensor.mul_, Tensor.addcmul_) if in_place else (torch.mul, torch.addcmul)
+    outputs = []
+    for t in range(query.shape[1]):
+        k = key[:, t, :, :, None]
+        if decay is not None:
+            state = multiply(state, decay if decay.dim() == 3 else decay[:, t])
+        written = beta[:, t] * (value[:, t] - (k.mT @ state)[:, :, 0])
+        state = insert(state, k, written[:, :, None])
+        outputs.append((query[:, t] @ state).flatten(1, 2))
+    return torch.stack(outputs, 1).to(x.value.dtype), state
 
 
 class DeltaTiles:
     """Tiles of an operation with the delta rule, which sets what is declared here."""
 
-    inputs: Any
+    inputs: Inputs
     layout: Layout
     value: Tensor  # [rows, C, V]
     beta: Tensor  # [rows, C, 1], zero where padded

@@ -43,31 +43,19 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve whole sequences; for training and prefill.
 
+    Other arguments, dtypes, gradients and errors (ValueError): see `supra.kernels.checks`.
+
     Args:
-        input: [B, T, D], any floating dtype, as all inputs. B, T >= 1.
+        input: [B, T, D].
         weight: [D, W] with 1 <= W <= 64, as torch.nn.Conv1d's depthwise weight [D, 1, W] squeezed:
             the last column multiplies the current token, the first the oldest.
         bias: [D] or None.
         activation: None or "silu".
-        initial_state: the W - 1 inputs before the first token, [N, W - 1, D]; None for zeros.
-            Taken in input.dtype.
-        return_state: also return the last W - 1 inputs. Where a sequence is shorter, the end of the
-            initial state stays in front of it.
-        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
-            row (B = 1). Each has its own state, and no tap reaches across a bound; a sequence may
-            be empty. The torch backend reads them on the host; triton does not, and trusts bounds
-            on a GPU.
-        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
-            A backend that is asked for by name runs or raises.
+        initial_state: the W - 1 inputs before the first token, [N, W - 1, D], in input.dtype. Where
+            a sequence is shorter, its final state begins with the end of the initial one.
 
     Returns:
-        Output [B, T, D] and the final state [N, W - 1, D] or None, both in input.dtype. Everything
-        is computed in float32 (float64 for float64 inputs), also under autocast. Gradients flow to
-        and from all tensors, the states included; second derivatives need backend="reference".
-
-    Raises:
-        ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
+        Output [B, T, D] and the final state [N, W - 1, D] or None, both in input.dtype.
     """
     inputs = _inputs(input, weight, bias, activation, initial_state, cu_seqlens, backend)
     output, end = _run(inputs)

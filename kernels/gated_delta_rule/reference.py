@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks, oracle
-from supra.kernels.gated_delta_rule.inputs import Inputs
+from supra.kernels.delta import Inputs
 
 
 def recurrence(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -16,29 +16,15 @@ head, [rows, C, D]; query tiles are [rows, G * C, D].
 import torch
 from torch import Tensor
 
-from supra.kernels import checks
+from supra.kernels import checks, delta
 from supra.kernels.chunks import Layout
-from supra.kernels.delta import DeltaTiles
-from supra.kernels.gated_delta_rule.inputs import Inputs
+from supra.kernels.delta import DeltaTiles, Inputs
 
 
 def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     """The recurrence of api.py, token by token: output and final state."""
-    state = checks.given_or_zeros(x.state, x)
-    dtype, heads = state.dtype, x.key.shape[2]
-    decay = None if x.log_decay is None else x.log_decay.to(dtype).exp()[..., None, None]
-    query = x.query.to(dtype).unflatten(2, (heads, -1)) * x.scale
-    key, value, beta = (y.to(dtype) for y in (x.key, x.value, x.beta[..., None]))
-    multiply, insert = (Tensor.mul_, Tensor.addcmul_) if in_place else (torch.mul, torch.addcmul)
-    outputs = []
-    for t in range(query.shape[1]):
-        k = key[:, t, :, :, None]
-        if decay is not None:
-            state = multiply(state, decay if decay.dim() == 3 else decay[:, t])
-        written = beta[:, t] * (value[:, t] - (k.mT @ state)[:, :, 0])
-        state = insert(state, k, written[:, :, None])
-        outputs.append((query[:, t] @ state).flatten(1, 2))
-    return torch.stack(outputs, 1).to(x.value.dtype), state
+    decay = None if x.log_decay is None else x.log_decay[..., None, None]
+    return delta.recurrent(x, decay, in_place)
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from supra.kernels import delta_plan
+from supra.kernels.delta import Inputs
 from supra.kernels.delta_plan import CHUNK, DELTA, FLOAT32, SQUARE
 from supra.kernels.gated_delta_rule import triton_backward, triton_backward_keys, triton_forward
-from supra.kernels.gated_delta_rule.inputs import Inputs
 from supra.kernels.launch import Table, Tiling
 from supra.kernels.plan import DecayedPlan, narrow, narrow_heads
 

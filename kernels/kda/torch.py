@@ -15,26 +15,14 @@ Legend: C chunk length, G query heads per key head, rows n = chunks * Hkv.
 import torch
 from torch import Tensor
 
-from supra.kernels import checks
+from supra.kernels import delta
 from supra.kernels.channel_tiles import ChannelTiles
-from supra.kernels.delta import DeltaTiles
-from supra.kernels.kda.inputs import Inputs
+from supra.kernels.delta import DeltaTiles, Inputs
 
 
 def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     """The recurrence of api.py, token by token: output and final state."""
-    memory = checks.given_or_zeros(x.state, x)
-    query = x.query.to(memory.dtype).unflatten(2, (x.key.shape[2], -1)) * x.scale
-    key, value, beta = (y.to(memory.dtype) for y in (x.key, x.value, x.beta[..., None]))
-    decay = x.log_decay.to(memory.dtype).exp()[..., None]
-    multiply, insert = (Tensor.mul_, Tensor.addcmul_) if in_place else (torch.mul, torch.addcmul)
-    outputs = []
-    for t in range(query.shape[1]):
-        k, memory = key[:, t, ..., None], multiply(memory, decay[:, t])
-        written = beta[:, t] * (value[:, t] - (k.mT @ memory)[:, :, 0])
-        memory = insert(memory, k, written[:, :, None])
-        outputs.append((query[:, t] @ memory).flatten(1, 2))
-    return torch.stack(outputs, 1).to(x.value.dtype), memory
+    return delta.recurrent(x, x.log_decay[..., None], in_place)
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from supra.kernels import delta_plan
 from supra.kernels.channel_plan import CHANNELS, FLOAT32_ONE_STAGE, ChannelPlan
 from supra.kernels.channel_scores import chunk_output
+from supra.kernels.delta import Inputs
 from supra.kernels.delta_plan import DELTA
 from supra.kernels.kda import triton_kernels
-from supra.kernels.kda.inputs import Inputs
 from supra.kernels.launch import Table, Tiling, strides
 from supra.kernels.plan import narrow, narrow_heads
 

@@ -12,8 +12,9 @@ the feature map already applied); a constant g per head is retention (Sun et al.
 token is the scalar-gated family, Mamba-2 among it (Dao & Gu 2024).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from supra.kernels import checks
@@ -70,39 +71,25 @@ def chunk_linear_attention(
 ) -> tuple[Tensor, LinearAttentionState | None]:
     """Causal linear attention over whole sequences, in chunks; for training and prefill.
 
+    Other arguments, dtypes, gradients and errors (ValueError): see `supra.kernels.checks`.
+
     Args:
-        query: [B, T, Hq, K], any floating dtype, as all inputs. B, T >= 1.
+        query: [B, T, Hq, K].
         key: [B, T, Hkv, K]. Hkv divides Hq; query head h reads key head h // (Hq // Hkv).
         value: [B, T, Hkv, V].
-        log_decay: natural log of the decay, <= 0 (not checked: that would synchronise a GPU). None
-            for no decay, [H] for a constant per head, [B, T, H] per token; H is Hq or Hkv. Values
-            down to -inf are allowed: what lies below -104 counts as -104, which is exp() = 0 in
-            float32, and gets no gradient.
+        log_decay: natural log of the decay, <= 0 (not checked). None for no decay, [H] for a
+            constant per head, [B, T, H] per token; H is Hq or Hkv. Values down to -inf are allowed:
+            what lies below -104 counts as -104, which is exp() = 0 in float32, and gets no
+            gradient.
         normalize: None, or "sum" to divide by the sum of the weights (query and key must then be
             nonnegative, so that the sum is).
         scale: factor on the output; ignored with normalize="sum", where it cancels.
         eps: added to the sum of the weights.
-        initial_state: state before the first token, shaped as LinearAttentionState says.
-        return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
-            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
-            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
-        chunk_size: tokens per chunk in torch, >= 1; it changes speed and rounding only. Triton has
-            its own chunks.
-        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
-            A backend that is asked for by name runs or raises.
 
     Returns:
-        Output [B, T, Hq, V] in value.dtype, and the final state or None. Everything is computed in
-        float32 (float64 for float64 inputs), also under autocast. Gradients flow to and from all
-        tensors, the states included; second derivatives need backend="reference".
-
-    Raises:
-        ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
+        Output [B, T, Hq, V] in value.dtype, and the final state or None.
     """
-    checks.check_positive(chunk_size=chunk_size)
-    inputs = _inputs(
+    inputs = _checked(
         query, key, value, log_decay, initial_state, cu_seqlens, normalize, scale, eps, chunk_size,
         backend,
     )  # fmt: skip
@@ -123,38 +110,20 @@ def recurrent_linear_attention(
     in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, LinearAttentionState | None]:
-    """The same function token by token; for decoding, where T = 1 is one short step.
-
-    Arguments, results and errors are those of `chunk_linear_attention`, and one more:
-
-    in_place: write the final state into the tensors of initial_state and return those tensors, so
-        that a step allocates no state. They must be contiguous, in the dtypes of the final state,
-        and need no gradient. Otherwise the given state is not changed.
-
-    With backend="triton", a call that needs gradients runs the chunked kernels.
-    """
-    inputs = _inputs(
+    """`chunk_linear_attention` token by token; for in_place see `supra.kernels.checks`."""
+    inputs = _checked(
         query, key, value, log_decay, initial_state, None, normalize, scale, eps, CHUNK, backend
     )
     return OPERATOR.run_by_token(inputs, "initial_state", initial_state, return_state, in_place)
 
 
-def _inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    state: LinearAttentionState | None,
-    cu_seqlens: Tensor | None,
-    normalize: str | None,
-    scale: float,
-    eps: float,
-    chunk_size: int,
-    backend: str,
-) -> Inputs:
-    """The arguments, checked, with the state in the precision of the computation."""
+def _checked(*arguments: Any) -> Inputs:
+    """The arguments, with the state in the precision of the computation and the backend chosen."""
+    *tensors, state, cu_seqlens, normalize, scale, eps, chunk_size, backend = arguments
+    query, key, value, log_decay = tensors
     checks.check_heads(query, key, value)
     checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay)
+    checks.check_positive(chunk_size=chunk_size)
     if log_decay is not None:
         _check_log_decay(query, key, log_decay)
     if normalize not in (None, "sum"):
@@ -164,12 +133,20 @@ def _inputs(
     if state is not None:
         heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
         shape = (count, heads, key.shape[3], value.shape[3])
-        memory, normalizer = _check_state(state, shape, normalize, query, key, value)
+        dtype = checks.state_dtype(query, key, value)
+        memory, normalizer = _check_state(state, shape, normalize, dtype, query)
     backend = choose(OPERATION, backend, query, key, value)
     return Inputs(
-        query, key, value, log_decay, memory, normalizer, cu_seqlens, normalize == "sum", scale,
-        eps, chunk_size, backend,
-    )  # fmt: skip
+        *tensors,
+        memory,
+        normalizer,
+        cu_seqlens,
+        normalize == "sum",
+        scale,
+        eps,
+        chunk_size,
+        backend,
+    )
 
 
 def _check_log_decay(query: Tensor, key: Tensor, log_decay: Tensor) -> None:
@@ -188,13 +165,11 @@ def _check_state(
     state: LinearAttentionState,
     shape: tuple[int, ...],
     normalize: str | None,
+    dtype: torch.dtype,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Memory and normalizer in the precision of the computation."""
     memory, normalizer = state
-    dtype = checks.state_dtype(query, key, value)
     memory = checks.check_state(
         "initial_state.memory", memory, shape, "[N, H, K, V]", dtype, query=query
     )

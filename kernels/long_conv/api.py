@@ -55,36 +55,23 @@ def chunk_ssm_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve whole sequences with the kernel of a state-space model, in chunks.
 
+    Other arguments, dtypes, gradients and errors (ValueError): see `supra.kernels.checks`.
+
     Args:
-        query: [B, T, H, K], any floating dtype, as all inputs. None for ones, K = 1.
-            B, T >= 1.
+        query: [B, T, H, K]. None for ones, K = 1.
         key: [B, T, H, K]. None for ones, K = 1.
         value: [B, T, H, V].
-        log_decay: [H, M], log |a| <= 0 (not checked: that would synchronise a GPU). A mode below
-            -104 forgets at once. With bilinear discretisation of H3 (step dt, mode lambda),
-            a = (1 + dt lambda / 2) / (1 - dt lambda / 2).
+        log_decay: [H, M], log |a| <= 0 (not checked). A mode below -104 forgets at once. With
+            bilinear discretisation of H3 (step dt, mode lambda), a = (1 + dt lambda / 2) / (1 - dt
+            lambda / 2).
         frequency: [H, M], arg a in radians a token.
         weight: [H, M, 2], real and imaginary part of c, the input's weight multiplied in.
         skip: [H], the weight of the token itself beside the kernel; None for 0.
-        initial_state: [N, H, M, 2, K, V], real and imaginary part of the state before the first
-            token; None for zeros. N is the batch size, or the number of packed sequences.
-        return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
-            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
-            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
-        chunk_size: tokens a chunk of the torch backend, >= 1; None for 64, or 32 where B * T is at
-            most 4096. Changes speed and rounding only.
-        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
-            A backend that is asked for by name runs or raises.
+        initial_state: [N, H, M, 2, K, V], real and imaginary part of the state.
+        chunk_size: None for 64, or 32 where B * T is at most 4096.
 
     Returns:
-        Output [B, T, H, V] in value.dtype, and the final state or None. The state is float32, or
-        float64 for float64 inputs; so is every computation, also under autocast. Gradients flow to
-        and from all tensors, the states included; second derivatives need backend="reference".
-
-    Raises:
-        ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
+        Output [B, T, H, V] in value.dtype, and the final state or None.
     """
     checks.check_positive(chunk_size=chunk_size)
     inputs = _inputs(
@@ -108,16 +95,7 @@ def recurrent_ssm_conv(
     in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """The same function token by token; for decoding, where T = 1 is one short step.
-
-    Arguments, results and errors are those of `chunk_ssm_conv`, and one more:
-
-    in_place: write the final state into the tensor initial_state and return that tensor, so that a
-        step allocates no state. It must be contiguous, in the dtype of the final state, and need no
-        gradient. Otherwise the given state is not changed.
-
-    With backend="triton", a call that needs gradients runs the chunked kernels.
-    """
+    """`chunk_ssm_conv` token by token; for in_place see `supra.kernels.checks`."""
     model = (log_decay, frequency, weight, skip)
     inputs = _inputs(query, key, value, model, initial_state, None, CHUNK, backend)
     return OPERATOR.run_by_token(inputs, "initial_state", initial_state, return_state, in_place)

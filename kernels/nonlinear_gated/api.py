@@ -74,21 +74,18 @@ def chunk_nonlinear_gated(
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Convergence]:
     """The recurrence over whole sequences.
 
+    Other arguments, dtypes, gradients and errors (ValueError): see `supra.kernels.checks`.
+
     Args:
-        query: [B, T, H, K], any floating dtype, as all inputs. B, T >= 1.
+        query: [B, T, H, K].
         key: [B, T, H, K], as many heads as queries have.
         value: [B, T, H, V].
-        log_decay: [B, T, H], natural log of f, <= 0 (not checked: that would synchronise a GPU);
-            down to -inf. A token with 0 leaves the state as it is.
+        log_decay: [B, T, H], natural log of f, <= 0 (not checked), down to -inf. A token with
+            0 leaves the state as it is.
         weight: [H, K, V], a.
         scale: factor on the output.
-        initial_state: [N, H, K, V], the state before the first token; None for zeros. N is the
-            batch size, or the number of packed sequences.
-        return_state: also return the state after the last token.
+        initial_state: [N, H, K, V].
         return_convergence: return a third value, Convergence.
-        cu_seqlens: [N + 1] integers that rise from 0 to T: the bounds of N sequences packed in one
-            row (B = 1). Each has its own state and sees no other; a sequence may be empty. The
-            torch backend reads them on the host; triton does not, and trusts bounds on a GPU.
         sweeps: sweeps of Newton's method that every chunk gets before its residual is looked at,
             >= 1. For triton only, as is tolerance.
         tolerance: a chunk whose residual is above it gets more sweeps, >= 0. States stay within
@@ -98,17 +95,9 @@ def chunk_nonlinear_gated(
             for 16 in triton and 64 in torch. It changes speed, memory and rounding only. Triton's
             backward pass also holds what each tile adds to a gradient: 3 KB per token and head of
             64 x 64, 12 KB of 128 x 128.
-        backend: "auto", "torch", "triton" or "reference" (float64, token by token). "auto" takes
-            triton for float32 and 16-bit inputs on a GPU that it can use, and torch for all else.
-            A backend that is asked for by name runs or raises.
 
     Returns:
-        Output [B, T, H, V] in value.dtype, and the final state or None. The state is float32, or
-        float64 for float64 inputs; so is every computation, also under autocast. Gradients flow to
-        and from all tensors, the states included; second derivatives need backend="reference".
-
-    Raises:
-        ValueError: shapes, sizes or names that do not fit, or a backend that cannot run.
+        Output [B, T, H, V] in value.dtype, and the final state or None.
     """
     _check_options(sweeps, tolerance, chunk_size)
     inputs = _checked(
@@ -139,16 +128,7 @@ def recurrent_nonlinear_gated(
     in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """The same function token by token; for decoding, where T = 1 is one short step.
-
-    Arguments, results and errors are those of `chunk_nonlinear_gated`, and one more:
-
-    in_place: write the final state into the tensor initial_state and return that tensor, so that a
-        step allocates no state. It must be contiguous, in the dtype of the final state, and need no
-        gradient. Otherwise the given state is not changed.
-
-    With backend="triton", a call that needs gradients runs the chunked kernels.
-    """
+    """`chunk_nonlinear_gated` token by token; for in_place see `supra.kernels.checks`."""
     inputs = _checked(
         query, key, value, log_decay, weight, initial_state, None, scale, SWEEPS, TOLERANCE, None,
         backend,
@@ -161,25 +141,20 @@ def _checked(*arguments: Any) -> Inputs:
 
     arguments: the fields of Inputs but for save_states.
     """
-    *tensors, state, cu_seqlens, scale, sweeps, tolerance, chunk_size, backend = arguments
-    query, key, value, log_decay, weight = tensors
-    checks.check_heads(query, key, value)
-    checks.check_tensors(query=query, key=key, value=value, log_decay=log_decay, weight=weight)
-    heads = query.shape[2]
-    if key.shape[2] != heads:
+    *given, backend = arguments
+    x = Inputs(*given, False, backend)
+    state, heads = checks.check_heads_inputs(x), x.query.shape[2]
+    if x.key.shape[2] != heads:
         raise ValueError(
-            f"key (shape {checks.shape(key)}) must have {heads} heads, as query has; repeat them"
+            f"key (shape {checks.shape(x.key)}) must have {heads} heads, as query has; repeat them"
         )
-    checks.check_shape("log_decay", log_decay, query.shape[:3], "[B, T, H]")
-    shape = (heads, query.shape[3], value.shape[3])
-    checks.check_shape("weight", weight, shape, "[H, K, V]: one number for each of the state")
-    state = checks.check_heads_state(state, query, key, value, cu_seqlens)
-    backend = choose(OPERATION, backend, *tensors)
-    chunk_size = chunk_size or CHUNK_SIZES[backend]
-    save_states = checks.needs_gradient(*tensors, state)
-    return Inputs(
-        *tensors, state, cu_seqlens, scale, sweeps, tolerance, chunk_size, save_states, backend
-    )
+    checks.check_shape("log_decay", x.log_decay, x.query.shape[:3], "[B, T, H]")
+    shape = (heads, x.query.shape[3], x.value.shape[3])
+    checks.check_shape("weight", x.weight, shape, "[H, K, V]: one number for each of the state")
+    backend = choose(OPERATION, backend, *x[:5])
+    chunk_size = x.chunk_size or CHUNK_SIZES[backend]
+    save_states = checks.needs_gradient(*x[:5], state)
+    return x._replace(state=state, chunk_size=chunk_size, save_states=save_states, backend=backend)
 
 
 def _check_options(sweeps: int, tolerance: float, chunk_size: int | None) -> None:

@@ -133,8 +133,8 @@ def gated_linear_attention(sizes: Sizes, *, bonus: bool = False) -> Calls:
 
 
 def gated_delta_rule(sizes: Sizes, *, decay: bool = False) -> Calls:
+    from supra.kernels.delta import Inputs
     from supra.kernels.gated_delta_rule import triton as backend
-    from supra.kernels.gated_delta_rule.inputs import Inputs
 
     state = sizes.state(sizes.width, sizes.width)
 
@@ -148,8 +148,8 @@ def gated_delta_rule(sizes: Sizes, *, decay: bool = False) -> Calls:
 
 
 def kda(sizes: Sizes) -> Calls:
+    from supra.kernels.delta import Inputs
     from supra.kernels.kda import triton as backend
-    from supra.kernels.kda.inputs import Inputs
 
     state = sizes.state(sizes.width, sizes.width)
 

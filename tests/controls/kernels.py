@@ -154,9 +154,9 @@ KDA = [
     Bug(
         "kda_decays_after_writing",
         "torch: a step reads the state before it decays",
-        "kernels/kda/torch.py",
-        "written = beta[:, t] * (value[:, t] - (k.mT @ memory)",
-        "written = beta[:, t] * (value[:, t] - (k.mT @ (memory / decay[:, t]))",
+        "kernels/delta.py",
+        "written = beta[:, t] * (value[:, t] - (k.mT @ state)",
+        "written = beta[:, t] * (value[:, t] - (k.mT @ (state / decay[:, t]))",
         (TESTS.format("kda", "two_tokens_by_hand"),),
     ),
     Bug(
