@@ -9,12 +9,18 @@ from torch import Tensor
 from supra.kernels import checks
 
 
-def count_chunks(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
-    """Chunks of all sequences in x [B, T, ...]; of packed ones an upper bound, without a look."""
+def count_chunks(
+    x: Tensor, cu_seqlens: Tensor | None, chunk_size: int, rows_before: int = 0
+) -> int:
+    """Chunks of all sequences in x [B, T, ...]; of packed ones an upper bound, without a look.
+
+    rows_before: what every sequence has in front of its tokens.
+    """
     batch, length = x.shape[:2]
     if cu_seqlens is None:
-        return batch * -(-length // chunk_size)
-    return length // chunk_size + len(cu_seqlens) - 1
+        return batch * -(-(length + rows_before) // chunk_size)
+    count = len(cu_seqlens) - 1
+    return (length + count * rows_before) // chunk_size + count
 
 
 class Group(NamedTuple):

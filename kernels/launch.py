@@ -123,10 +123,13 @@ def strides(name: str, x: Tensor | None) -> dict[str, int]:
     return dict(zip((f"{name}_batch", f"{name}_time", f"{name}_head"), given, strict=False))
 
 
-def sequences(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[dict[str, Any], int]:
+def sequences(
+    x: Tensor, cu_seqlens: Tensor | None, chunk: int, rows_before: int = 0
+) -> tuple[dict[str, Any], int]:
     """What kernels need to know of the sequences in x [B, T, ...], and how many chunks they have.
 
     Of packed rows that number is an upper bound, which the host knows without asking the device.
+    rows_before: what every sequence has in front of its tokens.
     """
     batch, length = x.shape[:2]
     offsets = None
@@ -134,13 +137,14 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[dict[st
         if cu_seqlens.device.type == "cpu":  # on a GPU they are trusted: to look would be to wait
             checks.bounds(cu_seqlens, batch, length)
         cu_seqlens = cu_seqlens.to(x.device, torch.int32, non_blocking=True)
-        offsets = F.pad((cu_seqlens.diff() + chunk - 1) // chunk, (1, 0)).cumsum(0)
+        chunks = (cu_seqlens.diff() + rows_before + chunk - 1) // chunk
+        offsets = F.pad(chunks, (1, 0)).cumsum(0)
         offsets = offsets.to(torch.int32)
     found = {
         "cu_seqlens": cu_seqlens, "chunk_offsets": offsets, "length": length,
         "sequences": checks.sequences(x, cu_seqlens), "PACKED": cu_seqlens is not None,
     }  # fmt: skip
-    return found, count_chunks(x, cu_seqlens, chunk)
+    return found, count_chunks(x, cu_seqlens, chunk, rows_before)
 
 
 def blocks(size: int, block: int) -> int:

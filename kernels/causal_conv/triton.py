@@ -3,13 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from supra.kernels import checks
 from supra.kernels.causal_conv import triton_kernels as kernels
 from supra.kernels.causal_conv.inputs import Inputs
-from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, blocks, precision, storage_dtype
+from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, precision, sequences, storage_dtype
 from supra.kernels.plan import Plan, contiguous_rows
 
 TILE = 32  # tokens
@@ -90,23 +88,9 @@ class _Rows(_Channels):
 
     def __init__(self, x: Inputs):
         super().__init__(x)
-        (batch, length, _), past = x.input.shape, x.weight.shape[1] - 1
-        cu_seqlens, offsets = x.cu_seqlens, None
-        count = checks.sequences(x.input, cu_seqlens)
-        if cu_seqlens is None:
-            self.chunks = batch * blocks(length + past, TILE)
-        else:
-            if cu_seqlens.device.type == "cpu":
-                checks.bounds(cu_seqlens, batch, length)
-            self.chunks = (length + count * past) // TILE + count
-            cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
-            chunks = (cu_seqlens.diff() + past + TILE - 1) // TILE
-            offsets = F.pad(chunks.cumsum(0), (1, 0))
-        self.given |= {
-            "state": None if x.state is None else x.state.contiguous(), "cu_seqlens": cu_seqlens,
-            "chunk_offsets": offsets, "sequences": count, "length": length,
-            "PACKED": cu_seqlens is not None, "TILE": TILE,
-        }  # fmt: skip
+        found, self.chunks = sequences(x.input, x.cu_seqlens, TILE, x.weight.shape[1] - 1)
+        state = None if x.state is None else x.state.contiguous()
+        self.given |= {"state": state, **found, "TILE": TILE}
 
     def grid(self, kernel: Any) -> tuple[int, int]:
         return self.chunks, self.blocks(kernel)[1]

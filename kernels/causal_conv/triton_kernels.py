@@ -14,14 +14,14 @@ from supra.kernels import locate, tiles
 
 @triton.jit
 def place(
-    cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+    input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
     WIDTH: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """Where a program works in a grid (chunks, blocks of channels).
 
-    (first row, rows, tokens of the sequence, columns; the sequence's places in a tensor with these
-    strides, in a contiguous one, and in the states)
+    (first row, rows, tokens of the sequence, columns; the sequence in input, which has these
+    strides, and in state; its places in a contiguous tensor and in the states)
     """
     chunk = tl.program_id(0)
     extended = length + TAPS - 1
@@ -37,7 +37,11 @@ def place(
     dense = (batch * length + begin) * WIDTH
     state_at = n.to(tl.int64) * (TAPS - 1) * WIDTH
     start = (chunk - first) * TILE
-    return start, start + tl.arange(0, TILE), tokens, columns, at, dense, state_at
+    rows = start + tl.arange(0, TILE)
+    input += at
+    if state is not None:
+        state += state_at
+    return start, rows, tokens, columns, input, state, dense, state_at
 
 
 @triton.jit
@@ -96,13 +100,10 @@ def forward(
     WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start, rows, tokens, columns, at, dense, state_at = place(
-        cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+    start, rows, tokens, columns, input, state, dense, state_at = place(
+        input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
         WIDTH, TAPS, TILE, BLOCK, PACKED,
     )  # fmt: skip
-    input += at
-    if state is not None:
-        state += state_at
     total, first = convolve(
         input, token_stride, state, weight, bias, rows, tokens, columns, TAPS, WIDTH
     )
@@ -121,13 +122,10 @@ def backward_sums(
     TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sums before silu; what this chunk adds to those of the columns and bias."""
-    _, rows, tokens, columns, at, dense, state_at = place(
-        cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+    _, rows, tokens, columns, input, state, dense, _ = place(
+        input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
         WIDTH, TAPS, TILE, BLOCK, PACKED,
     )  # fmt: skip
-    input += at
-    if state is not None:
-        state += state_at
     d = load_rows(d_output + dense, WIDTH, rows, tokens, columns, WIDTH)
     if SILU:
         total, _ = convolve(
@@ -151,8 +149,8 @@ def backward_window(
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows: every sum that has the row in its window, and the final state."""
-    _, rows, tokens, columns, _, dense, state_at = place(
-        cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+    _, rows, tokens, columns, _, _, dense, state_at = place(
+        input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
         WIDTH, TAPS, TILE, BLOCK, PACKED,
     )  # fmt: skip
     d = load_rows(d_sum + dense, WIDTH, rows, tokens, columns, WIDTH)
