@@ -1,4 +1,4 @@
-"""Triton kernels of the gradients of queries, keys and a decay per key channel.
+"""Triton kernels of the gradients of queries, keys, values and a decay per key channel.
 
 Legend as in channel_scores.py. d_scores are the gradients of the scores, with the scale in them.
 The gradient of a decay is summed over the pairs of tokens that it lies between, by products with
@@ -210,15 +210,44 @@ def _later_logs(
 
 
 @triton.jit
-def read_back(
-    scores, d_output, d_time, d_head, heads, rows, left, columns_v,
-    VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+def chunk_d_written(
+    key, d_output, sums, scores, d_states, d_written, cu_seqlens, chunk_offsets,
+    key_batch, key_time, key_head, d_batch, d_time, d_head, sequences, length, heads, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr,
+    FROM_STATES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the values from the outputs of their own chunk; without the scale."""
-    acc = tl.zeros([TILE, columns_v.shape[0]], tl.float32)
+    """Gradient of what tokens write, of values or errors; heads = Hkv.
+
+    grid: (chunks * blocks of V, Hkv). It comes from the outputs of their own chunk, and with
+    FROM_STATES from the state after it.
+    """
+    chunk, _, head, _, row, token, left, rows, columns_v = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, TILE, PACKED
+    )
+    if left <= 0:
+        return
+    place = locate.dense_offset(row, token, length, head, heads, 1)
+    key += locate.offset(row, key_batch, token, key_time, head, key_head)
+    d_output += locate.offset(row, d_batch, token, d_time, head * QUERIES, d_head)
+    sums += place * KEY_WIDTH
+    scores += place * QUERIES * TILE
+    if FROM_STATES:
+        d_states += locate.slot_offset(chunk, head, heads, KEY_WIDTH * VALUE_WIDTH)
+
+    acc = tl.zeros([TILE, BLOCK_V], tl.float32)
     for r in range(0, QUERIES):
         a = tiles.load(scores + r * TILE, heads * QUERIES * TILE, rows, left, rows, TILE)
         d_at = d_output + r * tl.cast(d_head, tl.int64)
         do = tiles.load(d_at, d_time, rows, left, columns_v, VALUE_WIDTH)
         acc = tiles.dot(tl.trans(a), do, acc, PRECISION)
-    return acc
+    acc *= scale
+    if FROM_STATES:
+        for k0 in range(0, KEY_WIDTH, BLOCK_K):
+            columns = k0 + tl.arange(0, BLOCK_K)
+            k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
+            k *= leaving_decay(sums, heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH)
+            s = tiles.load_state(d_states, columns, columns_v, KEY_WIDTH, VALUE_WIDTH)
+            acc = tiles.dot(k, s, acc, PRECISION)
+    kept, d_written = tiles.narrow(acc, PRECISION), d_written + place * VALUE_WIDTH
+    tiles.store(d_written, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)

@@ -57,6 +57,14 @@ class ChannelPlan(HeadsPlan):
         self.launch(kernel, (self.chunks, self.heads), heads=self.heads, scores=scores)
         return scores
 
+    def d_written(self, d_written: Tensor, scores: Tensor, d_states: Tensor | None = None) -> None:
+        """Fill d_written [B, T, Hkv, V], from the outputs and, if given, the states' gradients."""
+        kernel = channel_gradients.chunk_d_written
+        self.launch(
+            kernel, self.by_value(kernel, self.kv_heads), scores=scores, d_states=d_states,
+            d_written=d_written, FROM_STATES=d_states is not None,
+        )  # fmt: skip
+
     def d_scores(self, heads: int, **own: Any) -> Tensor:
         """Gradients of the scores of `heads` heads."""
         d_scores = self.new_kept(*self.query.shape[:2], heads, TILE)

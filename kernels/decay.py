@@ -99,6 +99,15 @@ def difference(rows, columns):
 
 
 @triton.jit
+def decay_between(own):
+    """exp(-|G_i - G_j|): D below the diagonal, its transpose above, and never more than 1.
+
+    own: the pairs of sums at the tokens of the chunk.
+    """
+    return tl.exp(-tl.abs(difference(own, own)))
+
+
+@triton.jit
 def decay_sums(
     log_decay, sums, cu_seqlens, chunk_offsets,
     decay_batch, decay_time, decay_head, sequences, length, total, lowest,

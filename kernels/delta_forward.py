@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from supra.kernels import delta_state, locate, tiles
-from supra.kernels.decay import entering_decay, last_pair, leaving_decay
+from supra.kernels.channel_scores import pair_scores
+from supra.kernels.decay import decay_between, entering_decay, last_pair, leaving_decay
 
 
 @triton.jit
@@ -41,6 +42,48 @@ def invert(below, rows, SOLVE: tl.constexpr):
         found = tiles.dot(-found, product, found, SOLVE)
         size *= 2
     return found
+
+
+@triton.jit
+def chunk_inverse(
+    key, beta, sums, inverse, cu_seqlens, chunk_offsets,
+    key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
+    sums_batch, sums_time, sums_head, sequences, length, heads,
+    KEY_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_DECAY: tl.constexpr, CHANNELS: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """T of every chunk; grid: (chunks, Hkv). With CHANNELS, decay is per key channel."""
+    _, _, head, _, row, token, left, _, _ = locate.chunk(
+        cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
+    )
+    if left <= 0:
+        return
+    rows = tl.arange(0, CHUNK)
+    key += locate.offset(row, key_batch, token, key_time, head, key_head)
+    if CHANNELS:
+        sums += locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
+        below, _ = pair_scores(
+            key, key_time, key, key_time, sums, heads * KEY_WIDTH, None, head, rows, left,
+            KEY_WIDTH, BLOCK_K, LEVELS, False, PRECISION,
+        )  # fmt: skip
+    else:
+        i, j = rows[:, None], rows[None, :]
+        below = tiles.products(
+            key, key_time, left, key, key_time, left, rows, KEY_WIDTH, BLOCK_K, PRECISION
+        )
+    beta += locate.offset(row, beta_batch, token, beta_time, head, beta_head)
+    b = tiles.load_vector(beta, beta_time, rows, left)
+    if HAS_DECAY:
+        sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
+        below *= decay_between(tiles.load_pairs(sums, rows, left))
+    if CHANNELS:  # their scores are below the diagonal alone
+        below *= not_zero(b)[None, :]
+    else:
+        below = tl.where(i > j, below * not_zero(b)[None, :], 0.0)
+    found = invert(below, rows, SOLVE)
+    base = inverse + locate.dense_offset(row, token, length, head, heads, CHUNK)
+    tiles.store(base, heads * CHUNK, rows, left, rows, CHUNK, tiles.narrow(found, PRECISION))
 
 
 @triton.jit

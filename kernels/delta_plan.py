@@ -43,8 +43,8 @@ DELTA: Table = {
 }
 
 
-# arguments of the scans: those of the other kind of decay are absent
-PER_HEAD = {"whole": None, "CHANNELS": False}
+# arguments of kernels: those of the other kind of decay are absent
+PER_HEAD = {"whole": None, "LEVELS": 0, "CHANNELS": False}
 PER_CHANNEL = {"CHANNELS": True, "HAS_DECAY": False} | dict.fromkeys(
     ("sums_batch", "sums_time", "sums_head"), 0
 )
@@ -61,17 +61,17 @@ def new_rows(plan: HeadsPlan, width: int) -> Tensor:
     return plan.new_kept(*plan.key.shape[:3], width)
 
 
-def invert(plan: HeadsPlan, kernel: Any) -> Tensor:
-    """T [B, T, Hkv, CHUNK], by a kernel of the operation."""
+def _invert(plan: HeadsPlan) -> Tensor:
+    """T [B, T, Hkv, CHUNK]."""
     inverse, precision = new_rows(plan, CHUNK), plan.precision
     plan.launch(
-        kernel, (plan.chunks, plan.kv_heads), inverse=inverse,
+        delta_forward.chunk_inverse, (plan.chunks, plan.kv_heads), inverse=inverse,
         SOLVE=precision if precision == "tf32x3" else "tf32",
     )  # fmt: skip
     return inverse
 
 
-def solve(plan: HeadsPlan, inverse: Tensor, x: Tensor, decayed: bool = False) -> Tensor:
+def _solve(plan: HeadsPlan, inverse: Tensor, x: Tensor, decayed: bool = False) -> Tensor:
     """T x; decayed: T (exp(G) x), with a decay per head."""
     kernel, width = delta_forward.chunk_solve, x.shape[3]
     keys, found = x is not plan.value, new_rows(plan, width)
@@ -83,23 +83,29 @@ def solve(plan: HeadsPlan, inverse: Tensor, x: Tensor, decayed: bool = False) ->
     return found
 
 
-def scan(
+def states(
     plan: HeadsPlan,
-    inverse: Tensor,
-    reading: Tensor,
+    keys: Tensor,
     state: Tensor | None,
     end: Tensor | None,
+    *,
+    decayed: bool = False,
     **own: Any,
-) -> tuple[Tensor, Tensor]:
-    """The errors, and the states before every chunk and after the last."""
-    errors = solve(plan, inverse, plan.value)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """T, W, the errors, and the states before every chunk and after the last.
+
+    keys: with the decay since their chunk began, or `decayed` by the kernel. end: what the last
+    states are written to.
+    """
+    inverse = _invert(plan)
+    reading, errors = _solve(plan, inverse, keys, decayed), _solve(plan, inverse, plan.value)
     states, kernel = plan.new_states(plan.chunks + plan.count), delta_forward.chunk_states
     plan.launch(
         kernel, _by_sequence(plan, kernel),
         reading=reading, errors=errors, initial=plan.pad(state), states=states, end=end,
         HAS_INITIAL=state is not None, HAS_END=end is not None, **own,
     )  # fmt: skip
-    return errors, states
+    return inverse, reading, errors, states
 
 
 def scan_back(

@@ -32,7 +32,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """Output and final state; chunks have CHUNK tokens."""
     plan, kernel = _Plan(x), triton_forward.chunk_output
     end, output = plan.new_state(), plan.new_output()
-    _, _, errors, states = _states(plan, x.state, end)
+    _, _, errors, states = delta_plan.states(plan, plan.key, x.state, end, decayed=plan.decayed)
     plan.launch(
         kernel, plan.by_value(kernel, plan.heads), errors=errors, states=states, output=output
     )
@@ -43,7 +43,9 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     """Gradients of all tensors; T and the states are computed again."""
     plan = _Plan(x)
     plan.add_d_output(d_output)
-    inverse, reading, errors, states = _states(plan, x.state)
+    inverse, reading, errors, states = delta_plan.states(
+        plan, plan.key, x.state, None, decayed=plan.decayed
+    )
     d_states, d_written, d_initial = _d_states(plan, reading, d_end, x.state is not None)
     del reading
     d_value, d_beta = delta_plan.d_values(plan, inverse, errors, d_written)
@@ -85,15 +87,6 @@ class _Plan(DecayedPlan):
     def __init__(self, x: Inputs):
         super().__init__(TILINGS, x, CHUNK, state_heads=x.key.shape[2])
         self.given |= {**delta_plan.strengths(x.beta), **delta_plan.PER_HEAD}
-
-
-def _states(
-    plan: _Plan, state: Tensor | None, end: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """T, W, the errors, and the states before every chunk and after the last."""
-    inverse = delta_plan.invert(plan, triton_forward.chunk_inverse)
-    reading = delta_plan.solve(plan, inverse, plan.key, decayed=plan.decayed)
-    return inverse, reading, *delta_plan.scan(plan, inverse, reading, state, end)
 
 
 def _d_states(

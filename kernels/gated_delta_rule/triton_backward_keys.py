@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from supra.kernels import locate, tiles
-from supra.kernels.decay import entering_decay, last_pair, leaving_decay
-from supra.kernels.gated_delta_rule.triton_forward import decay_between
+from supra.kernels.decay import decay_between, entering_decay, last_pair, leaving_decay
 
 
 @triton.jit

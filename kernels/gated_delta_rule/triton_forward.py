@@ -1,52 +1,10 @@
-"""Triton kernels of the gated delta rule: T and outputs. Legend as in delta_forward.py."""
+"""The Triton kernel of the gated delta rule's outputs; legend as in delta_forward.py."""
 
 import triton
 import triton.language as tl
 
 from supra.kernels import locate, tiles
-from supra.kernels.decay import difference, entering_decay
-from supra.kernels.delta_forward import invert, not_zero
-
-
-@triton.jit
-def decay_between(own):
-    """exp(-|G_i - G_j|): D below the diagonal, its transpose above, and never more than 1.
-
-    own: the pairs of sums at the tokens of the chunk.
-    """
-    return tl.exp(-tl.abs(difference(own, own)))
-
-
-@triton.jit
-def chunk_inverse(
-    key, beta, sums, inverse, cu_seqlens, chunk_offsets,
-    key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
-    sums_batch, sums_time, sums_head, sequences, length, heads,
-    KEY_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_DECAY: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
-):  # fmt: skip
-    """T of every chunk; grid: (chunks, Hkv)."""
-    _, _, head, _, row, token, left, _, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
-    )
-    if left <= 0:
-        return
-    rows = tl.arange(0, CHUNK)
-    i, j = rows[:, None], rows[None, :]
-    key += locate.offset(row, key_batch, token, key_time, head, key_head)
-    below = tiles.products(
-        key, key_time, left, key, key_time, left, rows, KEY_WIDTH, BLOCK_K, PRECISION
-    )
-    beta += locate.offset(row, beta_batch, token, beta_time, head, beta_head)
-    b = tiles.load_vector(beta, beta_time, rows, left)
-    if HAS_DECAY:
-        sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
-        below *= decay_between(tiles.load_pairs(sums, rows, left))
-    below = tl.where(i > j, below * not_zero(b)[None, :], 0.0)
-
-    found = invert(below, rows, SOLVE)
-    base = inverse + locate.dense_offset(row, token, length, head, heads, CHUNK)
-    tiles.store(base, heads * CHUNK, rows, left, rows, CHUNK, tiles.narrow(found, PRECISION))
+from supra.kernels.decay import decay_between, entering_decay
 
 
 @triton.jit

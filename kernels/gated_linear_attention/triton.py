@@ -20,7 +20,7 @@ TILINGS: Table = CHANNELS | {
     "chunk_d_states": {
         "any": ((256, SQUARE),), "sm_100": ((32, Tiling(32, 32, 4, 3)), (256, SQUARE)), **FLOAT32,
     },
-    "chunk_d_value": {"any": ((256, Tiling(32, 64, 4, 2)),), **FLOAT32},
+    "chunk_d_written": {"any": ((256, Tiling(32, 64, 4, 2)),), **FLOAT32},
     "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }  # fmt: skip
 
@@ -44,11 +44,8 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     d_states, d_whole, d_start = _d_states(plan, states, d_end, x.state is not None)
     d_scores = plan.d_scores(plan.heads)
 
-    d_value, kernel = plan.value.new_empty(plan.value.shape), triton_backward.chunk_d_value
-    plan.launch(
-        kernel, plan.by_value(kernel, plan.kv_heads),
-        scores=scores, d_states=d_states, d_value=d_value,
-    )  # fmt: skip
+    d_value = plan.value.new_empty(plan.value.shape)
+    plan.d_written(d_value, scores, d_states)
     d_query, d_bonus = plan.query.new_empty(plan.query.shape), None
     if x.bonus is not None:  # zeros: packed rows leave some chunks empty
         d_bonus = plan.whole.new_zeros(plan.chunks, plan.heads, plan.key_width)

@@ -1,4 +1,4 @@
-"""Triton kernels of gated linear attention's gradients of states and values.
+"""The Triton kernel of gated linear attention's gradients of states.
 
 Legend as in channel_scores.py; channel_gradients.py has the other gradients.
 """
@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 
 from supra.kernels import locate, tiles
-from supra.kernels.channel_decay import entering_decay, leaving_decay
-from supra.kernels.channel_gradients import read_back
+from supra.kernels.channel_decay import entering_decay
 
 
 @triton.jit
@@ -72,39 +71,3 @@ def chunk_d_states(
     if HAS_INITIAL:
         base = d_state + lane * state_size
         tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, acc)
-
-
-@triton.jit
-def chunk_d_value(
-    key, d_output, sums, scores, d_states, d_value, cu_seqlens, chunk_offsets,
-    key_batch, key_time, key_head, d_batch, d_time, d_head, sequences, length, heads, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dv; heads = Hkv. grid: (chunks * blocks of V, Hkv)."""
-    chunk, _, head, _, row, token, left, rows, columns_v = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, TILE, PACKED
-    )
-    if left <= 0:
-        return
-    place = locate.dense_offset(row, token, length, head, heads, 1)
-    key += locate.offset(row, key_batch, token, key_time, head, key_head)
-    d_output += locate.offset(row, d_batch, token, d_time, head * QUERIES, d_head)
-    sums += place * KEY_WIDTH
-    scores += place * QUERIES * TILE
-    d_states += locate.slot_offset(chunk, head, heads, KEY_WIDTH * VALUE_WIDTH)
-
-    acc = read_back(
-        scores, d_output, d_time, d_head, heads, rows, left, columns_v,
-        VALUE_WIDTH, TILE, QUERIES, PRECISION,
-    )  # fmt: skip
-    acc *= scale
-    for k0 in range(0, KEY_WIDTH, BLOCK_K):
-        columns = k0 + tl.arange(0, BLOCK_K)
-        k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
-        k *= leaving_decay(sums, heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH)
-        s = tiles.load_state(d_states, columns, columns_v, KEY_WIDTH, VALUE_WIDTH)
-        acc = tiles.dot(k, s, acc, PRECISION)
-    base = d_value + place * VALUE_WIDTH
-    tiles.store(base, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, acc)

@@ -117,13 +117,8 @@ class _Plan(ChannelPlan):
         self, state: Tensor | None, end: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """T, W, the errors, and the states before every chunk and after the last."""
-        inverse = delta_plan.invert(self, triton_kernels.chunk_inverse)
-        reading = delta_plan.solve(self, inverse, self.decayed(self.key, entering=True))
-        return (
-            inverse,
-            reading,
-            *delta_plan.scan(self, inverse, reading, state, end, **self.departing),
-        )
+        key = self.decayed(self.key, entering=True)
+        return delta_plan.states(self, key, state, end, **self.departing)
 
     def d_states(
         self, reading: Tensor, d_end: Tensor | None, has_initial: bool
@@ -131,10 +126,7 @@ class _Plan(ChannelPlan):
         """Gradients of the state after every chunk, of what is written, and of the initial
         state."""
         d_written = delta_plan.new_rows(self, self.value_width)
-        kernel = triton_kernels.chunk_d_written
-        self.launch(
-            kernel, self.by_value(kernel, self.kv_heads), scores=self.scores(), d_written=d_written
-        )
+        self.d_written(d_written, self.scores())
         query = self.decayed(self.query, entering=True)
         decayed = {**self.departing, "query": query, **strides("query", query)}
         d_states, d_start = delta_plan.scan_back(
