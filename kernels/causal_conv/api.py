@@ -14,6 +14,8 @@ a tensor in its own way. Channels are innermost, as in the input, so that a deco
 writes whole rows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def causal_conv(
     Returns:
         Output [B, T, D] and the final state [N, W - 1, D] or None, both in input.dtype.
     """
-    inputs = _inputs(input, weight, bias, activation, initial_state, cu_seqlens, backend)
+    inputs = _checked(input, weight, bias, activation, initial_state, cu_seqlens, backend)
     output, end = _run(inputs)
     return output, end if return_state else None
 
@@ -90,7 +92,7 @@ def causal_conv_step(
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, D] or [B, 1, D]")
     if state is None:
         raise ValueError("state (=None) must be [B, W - 1, D]; give zeros before the first token")
-    inputs = _inputs(token, weight, bias, activation, state, None, backend, "state")
+    inputs = _checked(token, weight, bias, activation, state, None, backend, state_name="state")
     if in_place:
         output, end = OPERATOR.run_by_token(inputs, "state", state, True, in_place)
     else:
@@ -105,17 +107,9 @@ def _run(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return OPERATOR.run(inputs, return_state=True)
 
 
-def _inputs(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-    state_name: str = "initial_state",
-) -> Inputs:
-    """The arguments, checked, with the state in the dtype of the input."""
+def _checked(*arguments: Any, state_name: str = "initial_state") -> Inputs:
+    """The arguments, with the state in the dtype of the input and the backend chosen."""
+    input, weight, bias, activation, state, cu_seqlens, backend = arguments
     if input.dim() != 3:
         raise ValueError(f"input (shape {checks.shape(input)}) must be [B, T, D]")
     checks.check_not_empty("input", input)

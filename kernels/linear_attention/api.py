@@ -14,7 +14,6 @@ token is the scalar-gated family, Mamba-2 among it (Dao & Gu 2024).
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from supra.kernels import checks
@@ -129,24 +128,11 @@ def _checked(*arguments: Any) -> Inputs:
     if normalize not in (None, "sum"):
         raise ValueError(checks.unknown("normalize", normalize, ("None", "sum")))
     count = checks.check_packing("query", query, cu_seqlens)
-    memory = normalizer = None
-    if state is not None:
-        heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
-        shape = (count, heads, key.shape[3], value.shape[3])
-        dtype = checks.state_dtype(query, key, value)
-        memory, normalizer = _check_state(state, shape, normalize, dtype, query)
-    backend = choose(OPERATION, backend, query, key, value)
-    return Inputs(
-        *tensors,
-        memory,
-        normalizer,
-        cu_seqlens,
-        normalize == "sum",
-        scale,
-        eps,
-        chunk_size,
-        backend,
-    )
+    heads = key.shape[2] if log_decay is None else log_decay.shape[-1]
+    shape = (count, heads, key.shape[3], value.shape[3])
+    state = _check_state(state, shape, normalize, query, key, value)
+    backend, normalized = choose(OPERATION, backend, query, key, value), normalize is not None
+    return Inputs(*tensors, *state, cu_seqlens, normalized, scale, eps, chunk_size, backend)
 
 
 def _check_log_decay(query: Tensor, key: Tensor, log_decay: Tensor) -> None:
@@ -162,22 +148,23 @@ def _check_log_decay(query: Tensor, key: Tensor, log_decay: Tensor) -> None:
 
 
 def _check_state(
-    state: LinearAttentionState,
+    state: LinearAttentionState | None,
     shape: tuple[int, ...],
     normalize: str | None,
-    dtype: torch.dtype,
-    query: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Memory and normalizer in the precision of the computation."""
-    memory, normalizer = state
-    memory = checks.check_state(
-        "initial_state.memory", memory, shape, "[N, H, K, V]", dtype, query=query
-    )
-    if (normalizer is None) != (normalize is None):
+    *tensors: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory and normalizer in the precision of the computation, which has these tensors."""
+    (memory, normalizer), dtype = state or (None, None), checks.state_dtype(*tensors)
+    if state is not None and (normalizer is None) != (normalize is None):
         given = "None" if normalizer is None else checks.shape(normalizer)
         raise ValueError(
             f"initial_state.normalizer (={given}) must be given exactly when normalize "
             f"(={normalize!r}) is 'sum'"
         )
-    name = "initial_state.normalizer"
-    return memory, checks.check_state(name, normalizer, shape[:3], "[N, H, K]", dtype, query=query)
+    return tuple(
+        checks.check_state(f"initial_state.{name}", x, wanted, axes, dtype, query=tensors[0])
+        for name, x, wanted, axes in (
+            ("memory", memory, shape, "[N, H, K, V]"),
+            ("normalizer", normalizer, shape[:3], "[N, H, K]"),
+        )
+    )

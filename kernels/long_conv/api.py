@@ -20,6 +20,7 @@ head with the same kernel.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -73,11 +74,8 @@ def chunk_ssm_conv(
     Returns:
         Output [B, T, H, V] in value.dtype, and the final state or None.
     """
-    checks.check_positive(chunk_size=chunk_size)
-    inputs = _inputs(
-        query, key, value, (log_decay, frequency, weight, skip), initial_state, cu_seqlens,
-        chunk_size, backend,
-    )  # fmt: skip
+    model = (log_decay, frequency, weight, skip)
+    inputs = _checked(query, key, value, *model, initial_state, cu_seqlens, chunk_size, backend)
     return OPERATOR.run(inputs, return_state)
 
 
@@ -97,7 +95,7 @@ def recurrent_ssm_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_ssm_conv` token by token; for in_place see `supra.kernels.checks`."""
     model = (log_decay, frequency, weight, skip)
-    inputs = _inputs(query, key, value, model, initial_state, None, CHUNK, backend)
+    inputs = _checked(query, key, value, *model, initial_state, None, CHUNK, backend)
     return OPERATOR.run_by_token(inputs, "initial_state", initial_state, return_state, in_place)
 
 
@@ -206,17 +204,13 @@ def fft_conv(
     return FFT_OPERATOR.run(inputs, return_state)
 
 
-def _inputs(
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    model: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    backend: str,
-) -> Inputs:
-    """The arguments, checked, with model and state in the precision of the computation."""
+def _checked(*arguments: Any) -> Inputs:
+    """The arguments, with model and state in the precision of the computation.
+
+    The backend is chosen, and the size of a chunk.
+    """
+    query, key, value, *model, state, cu_seqlens, chunk_size, backend = arguments
+    checks.check_positive(chunk_size=chunk_size)
     if value.dim() != 4:
         raise ValueError(f"value (shape {checks.shape(value)}) must be [B, T, H, V]")
     checks.check_not_empty("value", value)
