@@ -2,10 +2,9 @@
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, blocks, operands, strides
+from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, blocks, operands, pad_width, strides
 from supra.kernels.linear_attention import triton_backward, triton_backward_states, triton_forward
 from supra.kernels.linear_attention.inputs import Inputs
 from supra.kernels.plan import DecayedPlan, narrow, narrow_heads, recurrent_steps
@@ -130,10 +129,7 @@ class _Plan(DecayedPlan):
 
     def pad_normalizer(self, normalizer: Tensor | None) -> Tensor | None:
         """A normalizer as wide as the operands."""
-        if normalizer is None:
-            return None
-        more = self.key_width - normalizer.shape[2]
-        return F.pad(normalizer, (0, more)) if more else normalizer.contiguous()
+        return None if normalizer is None else pad_width(normalizer).contiguous()
 
     def unpad_normalizer(self, normalizer: Tensor | None) -> Tensor | None:
         return None if normalizer is None else normalizer[..., : self.given_widths[0]].contiguous()
