@@ -15,7 +15,9 @@ from supra.uptrain.data_settings import DataConfig, SourceConfig
 
 
 class BlockStream:
-    """The endless blocks of one process: its documents, packed, epoch after epoch.
+    """The endless blocks of one lane (see `Lanes`): its documents, packed, epoch after epoch.
+
+    A lane has every `world`-th document, from number `rank` on.
 
     With `segments`, a block has that many times sequence_length tokens, all from one document. A
     long document gives several blocks. Its last tokens are dropped if they do not fill a block, and

@@ -1,6 +1,6 @@
 """The states that rows begin with in the stage extend: see `ExtendConfig`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -28,13 +28,21 @@ NOISY = {"memory": 1, "conv_state": 2}
 
 
 class InitialState:
-    """The states before the rows of one process, by micro-batch."""
+    """The states before the rows of one process, by micro-batch.
 
-    def __init__(self, kind: str, model: PreTrainedModel, seed: int):
+    passes: the numbers of its micro-batches among those of all processes. Noise and what is saved
+        depend on these numbers, and not on the process.
+    """
+
+    def __init__(
+        self, kind: str, model: PreTrainedModel, seed: int, passes: Sequence[int] = range(1)
+    ):
         self.kind, self.mixers = kind, mixers_of(model)
         self.empty_cache = partial(empty_cache, model)
         self.positions, self.device = learned_positions(model) or MAX_POSITIONS, model.device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.passes = [] if kind == "zero" else list(passes)  # of which something is saved
+        generators = (torch.Generator(self.device).manual_seed(seed + n) for n in self.passes)
+        self.generators = list(generators)
         # for noise: one cache of one row, with the standard deviation of each number; for carried:
         # the states after the last step's rows, one cache per micro-batch
         self.kept: list[Cache] = []
@@ -42,7 +50,7 @@ class InitialState:
     def begin(self, index: int, rows: int, tokens: int) -> Cache:
         """The cache before the rows of a micro-batch; each row has `tokens` tokens."""
         if self.kind == "noise" and self.kept:
-            return self._noise(rows)
+            return self._noise(self.generators[index], rows)
         if self.kind == "carried" and index < len(self.kept):
             cache = self.kept[index]
             if cache_length(cache) + tokens <= self.positions:
@@ -81,53 +89,71 @@ class InitialState:
                 new.state = layer.state._replace(**sizes)
         self.kept = [kept]
 
-    def _noise(self, rows: int) -> Cache:
+    def _noise(self, generator: torch.Generator, rows: int) -> Cache:
         (sizes,), cache = self.kept, self.empty_cache()
         for layer, size in zip(cache.layers, sizes.layers, strict=True):
             if getattr(size, "state", None) is not None:
-                drawn = (x if x is None else self._normal(rows, x) for x in size.state)
+                drawn = (x if x is None else _normal(generator, rows, x) for x in size.state)
                 layer.state = type(size.state)(*drawn)
         return cache
 
     def _with_layers(self, cache: Cache) -> Iterator[tuple[Mixer | None, CacheLayerMixin]]:
         return ((self.mixers.get(index), layer) for index, layer in enumerate(cache.layers))
 
-    def _normal(self, rows: int, size: Tensor) -> Tensor:
-        """Gaussian numbers for `rows` rows; `size` [1, …] has their standard deviations."""
-        shape = rows, *size.shape[1:]
-        like = {"dtype": size.dtype, "device": size.device}
-        return size * torch.randn(shape, generator=self.generator, **like)
+    def state_dicts(self) -> dict[int, dict[str, Tensor]]:
+        """By the number of a micro-batch: everything that its next rows depend on."""
+        found = {}
+        for index, number in enumerate(self.passes):
+            caches = self.kept if self.kind == "noise" else self.kept[index : index + 1]
+            found[number] = {"generator": self.generators[index].get_state()}
+            for cache in caches:
+                found[number] |= _tensors(cache)
+        return found
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next rows depend on; tensors are named `micro-batch.layer.tensor`."""
-        tensors = {"generator": self.generator.get_state()}
-        for index, cache in enumerate(self.kept):
-            tensors[f"{index}.length"] = torch.tensor(cache_length(cache))
-            for number, layer in enumerate(cache.layers):
-                state = getattr(layer, "state", None)
-                state = {} if state is None else state._asdict()
-                tensors |= {
-                    f"{index}.{number}.{name}": x.clone(memory_format=torch.contiguous_format)
-                    for name, x in state.items()
-                    if x is not None
-                }
-        return tensors
+    def load_state_dicts(self, found: dict[int, dict[str, Tensor]]) -> None:
+        self.kept = []
+        for number, generator in zip(self.passes, self.generators, strict=True):
+            tensors = {current_name(name): x for name, x in found[number].items()}
+            generator.set_state(tensors.pop("generator"))
+            if tensors:
+                self.kept.append(self._cache(tensors))
+        if self.kind == "noise":
+            del self.kept[1:]  # the same for all
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        tensors = {current_name(name): x for name, x in tensors.items()}
-        self.generator.set_state(tensors["generator"])
-        lengths = [name for name in tensors if name.endswith(".length") and name.count(".") == 1]
-        self.kept = [self.empty_cache() for _ in lengths]
-        for index, cache in enumerate(self.kept):
-            for number, (mixer, layer) in enumerate(self._with_layers(cache)):
-                if mixer is None:
-                    continue
-                names = {name: f"{index}.{number}.{name}" for name in mixer.state_type._fields}
-                found = {name: tensors.get(key) for name, key in names.items()}
-                layer.length = int(tensors[f"{index}.length"])
-                if any(x is not None for x in found.values()):
-                    moved = {n: x if x is None else x.to(self.device) for n, x in found.items()}
-                    layer.state = mixer.state_type(**moved)
+    def _cache(self, tensors: dict[str, Tensor]) -> Cache:
+        """The cache whose tensors `_tensors` has named."""
+        cache = self.empty_cache()
+        for number, (mixer, layer) in enumerate(self._with_layers(cache)):
+            if mixer is None:
+                continue
+            names = {name: f"0.{number}.{name}" for name in mixer.state_type._fields}
+            found = {name: tensors.get(key) for name, key in names.items()}
+            layer.length = int(tensors["0.length"])
+            if any(x is not None for x in found.values()):
+                moved = {n: x if x is None else x.to(self.device) for n, x in found.items()}
+                layer.state = mixer.state_type(**moved)
+        return cache
+
+
+def _tensors(cache: Cache) -> dict[str, Tensor]:
+    """The tensors of a cache by name: `0.layer.tensor`. Earlier versions put the number of a
+    micro-batch in the place of the 0."""
+    tensors = {"0.length": torch.tensor(cache_length(cache))}
+    for number, layer in enumerate(cache.layers):
+        state = getattr(layer, "state", None)
+        state = {} if state is None else state._asdict()
+        tensors |= {
+            f"0.{number}.{name}": x.clone(memory_format=torch.contiguous_format)
+            for name, x in state.items()
+            if x is not None
+        }
+    return tensors
+
+
+def _normal(generator: torch.Generator, rows: int, size: Tensor) -> Tensor:
+    """Gaussian numbers for `rows` rows; `size` [1, …] has their standard deviations."""
+    like = {"dtype": size.dtype, "device": size.device}
+    return size * torch.randn(rows, *size.shape[1:], generator=generator, **like)
 
 
 def _size(x: Tensor, axis: int, mean: Callable[[Tensor], Tensor]) -> Tensor:

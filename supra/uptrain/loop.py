@@ -81,17 +81,18 @@ class Run:
     def _open(self) -> None:
         config, folder, accelerator = self.config, self.folder, self.accelerator
         accept = self.accept_changed
-        checkpoint, changed = on_main(accelerator, lambda: folder.find_checkpoint(config, accept))
+        self._plan_stages()
+        find = partial(folder.find_checkpoint, config, self.stages, accept)
+        checkpoint, changed = on_main(accelerator, find)
         set_seed(config.seed)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         keeps_casts = not spread.is_sharded(accelerator)
         self.autocast = partial(autocast, accelerator.device, config.precision, keeps_casts)
-        self._plan_stages()
         self.step = RunFolder.step_of(checkpoint) if checkpoint else 0
         # the last stage, if all steps are done and only the export is missing
         stage = next((x for x in self.stages if self.step < x.end), self.stages[-1])
-        self._open_data(stage)
+        self._open_data(stage, folder.lanes_of(checkpoint) if checkpoint else self.rows.readers)
         opened = [documents.dataset for documents in self.data.documents]
         now = on_main(accelerator, lambda: origin(config, opened))
         if checkpoint:
@@ -118,13 +119,13 @@ class Run:
             optim.check_warmup(stage.name, stage.steps, stage.config.schedule)
         self.steps = self.stages[-1].end
 
-    def _open_data(self, stage: Stage) -> None:
-        self.data = RunData(self.config, self.rows.reader, self.rows.readers)
+    def _open_data(self, stage: Stage, lanes: int) -> None:
+        self.data = RunData(self.config, self.rows.reader, self.rows.readers, lanes)
         for later in self.stages:
             # fail now, not after hours, if a document or the text is not long enough
             if later.config.segments or later.row != stage.row:
-                next(self.data.blocks(*later.row))
-        self.stream = self.data.blocks(*stage.row)
+                self.data.rows(*later.row).step(lanes)
+        self.stream = self.data.rows(*stage.row)
 
     def train(self, stop_requested: Callable[[], bool]) -> bool:
         """Run all remaining steps and export the result. False if the run was stopped before."""
@@ -163,9 +164,8 @@ class Run:
     def train_step(self) -> None:
         """One optimizer step on all micro-batches of all processes."""
         stage = self.stage
-        batches = [
-            collate(islice(self.stream, stage.batch_size)) for _ in range(stage.accumulation)
-        ]
+        rows = iter(self.stream.step(stage.rows))
+        batches = [collate(islice(rows, stage.batch_size)) for _ in range(stage.accumulation)]
         values = self.objective.add_gradients(batches)
         if math.isfinite(values["loss"] + values["grad_norm"]):
             number = self.step - stage.start
@@ -205,7 +205,8 @@ class Run:
         sources = self.config.data.sources
         if not sources:
             return {}
-        own = torch.tensor(self.stream.tokens, device=self.accelerator.device)
+        lanes = [lane.tokens for lane in self.stream.own.values()] or [[0] * len(sources)]
+        own = torch.tensor(lanes, device=self.accelerator.device).sum(0)
         counts = (self.accelerator.reduce(own, reduction="sum") // self.rows.size).tolist()
         return {"source_tokens": dict(zip((x.label for x in sources), counts, strict=True))}
 
@@ -226,7 +227,8 @@ class Run:
         """Write a checkpoint, with the held-out loss if it was measured at this step. Raises
         Diverged if weights or predictions are not finite."""
         self._check_finite()
-        facts = {"skipped": self.skipped}
+        passes = {stage.name: stage.passes for stage in self.stages}
+        facts = {"skipped": self.skipped, "passes": passes}
         if loss is not None:
             facts |= {"held_out_loss": loss, "held_out": self.held_out.digest}
         self.saved.write(self.step, self.stream, self.initial_state, facts)
@@ -398,8 +400,10 @@ class Run:
         config, accelerator = stage.config, self.accelerator
         if stage.name == "extend":
             student = language_model(accelerator.unwrap_model(self.model).model)
-            seed = self.config.seed + accelerator.process_index
-            self.initial_state = InitialState(config.initial_state, student, seed)
+            first = self.rows.reader * stage.accumulation
+            passes = range(first, first + stage.accumulation)
+            kind, seed = config.initial_state, self.config.seed
+            self.initial_state = InitialState(kind, student, seed, passes)
         self.objective = EndToEnd(
             accelerator,
             self.model,
@@ -411,8 +415,8 @@ class Run:
             self.rows,
         )
         if self.initial_state and config.initial_state == "noise" and self.step == stage.start:
-            rows = islice(self.data.blocks(*stage.row), stage.batch_size)
-            self.objective.fit_noise(collate(rows))
+            rows = self.data.rows(*stage.row).step(stage.rows)
+            self.objective.fit_noise(collate(rows[: stage.batch_size]))
 
 
 def _tracker_config(config: UptrainConfig) -> dict:

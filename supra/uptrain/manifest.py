@@ -1,6 +1,7 @@
 """A list of a checkpoint's files with sizes and checksums, by which damage is found."""
 
 import json
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -55,10 +56,13 @@ def damage(folder: Path) -> str | None:
 
 def _damage_unlisted(folder: Path) -> str | None:
     """The same for a checkpoint of an earlier version, as far as possible without a list."""
-    ranks = [path.stem.removeprefix("data-") for path in folder.glob("data-*.json")]
-    for name in (f"random_states_{rank}.pkl" for rank in ranks or ["0"]):
-        if not (folder / name).is_file():
-            return f"{name} is missing"
+    # every process wrote two files
+    numbered = re.compile(r"(?:data-|random_states_)(\d+)\.\w+")
+    numbers = (numbered.fullmatch(path.name) for path in folder.iterdir())
+    for rank in sorted({found[1] for found in numbers if found} or {"0"}):
+        for name in (f"random_states_{rank}.pkl", f"data-{rank}.json"):
+            if not (folder / name).is_file():
+                return f"{name} is missing"
     for path in (*folder.glob("*.pkl"), *folder.glob("*.bin")):
         try:  # torch's files are archives, with a checksum of each part
             with zipfile.ZipFile(path) as archive:

@@ -10,12 +10,12 @@ from supra.uptrain.data import BlockStream
 
 
 class Mixture:
-    """The endless blocks of one process; each has tokens of one source alone.
+    """The endless blocks of one lane (see `Lanes`); each has tokens of one source alone.
 
     The next block comes from the source that is furthest behind its share of the tokens, so that
-    the tokens of a source never differ from its share by more than about two blocks. Every process
-    starts elsewhere in this order, by the seed. Otherwise, all processes would read the same source
-    in the same step.
+    the tokens of a source never differ from its share by more than about two blocks. Every lane
+    starts elsewhere in this order, by the seed and its number `rank`. Otherwise, all lanes would
+    read the same source in the same step.
 
     The position says how many tokens each source has given, and where its own blocks go on.
     """

@@ -5,10 +5,9 @@ from pathlib import Path
 from torch import nn
 
 from supra.errors import UserError
-from supra.uptrain.data import BlockStream
+from supra.uptrain.lanes import Lanes
 from supra.uptrain.log import Log
 from supra.uptrain.manifest import listed_files
-from supra.uptrain.mixture import Mixture
 from supra.uptrain.saved_state import SavedState
 
 
@@ -16,7 +15,7 @@ def resume(
     saved: SavedState,
     checkpoint: Path,
     model: nn.Module,
-    stream: BlockStream | Mixture,
+    stream: Lanes,
     accept_changed: bool,
     log: Log,
 ) -> None:

@@ -1,5 +1,6 @@
 """What a run reads: its tokenizer, training text and held-out text."""
 
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -8,6 +9,7 @@ from supra.data.packing import Block, check_tokenizer, collate
 from supra.data.text import hub_name
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
+from supra.uptrain.lanes import Lanes, Stream
 from supra.uptrain.mixture import Mixture
 
 
@@ -15,11 +17,15 @@ class RunData:
     """Opened once per process. Raises UserError for text or a tokenizer that cannot be used.
 
     `held_out` has the held-out blocks, and `documents` those of each training text; `hub_texts` are
-    the hub names of the training texts, [] if one of them has none.
+    the hub names of the training texts, [] if one of them has none. `lanes`, `reader` and `readers`
+    are as in `Lanes`.
     """
 
-    def __init__(self, config: UptrainConfig, rank: int, world: int):
-        self.settings, self.rank, self.world = config.data, rank, world
+    def __init__(
+        self, config: UptrainConfig, reader: int = 0, readers: int = 1, lanes: int | None = None
+    ):
+        self.settings = config.data
+        self.readers = {"lanes": lanes or readers, "reader": reader, "readers": readers}
         self.tokenizer = find_checkpoint(config.student).tokenizer()
         check_tokenizer(self.tokenizer)
         self.held_out = held_out_blocks(config, self.tokenizer)
@@ -27,12 +33,10 @@ class RunData:
         names = [hub_name(text.path) for text in config.data.texts]
         self.hub_texts = list(dict.fromkeys(names)) if all(names) else []
 
-    def blocks(
-        self, sequence_length: int, segments: int | None, setting: str
-    ) -> BlockStream | Mixture:
-        """This process's blocks, from the start of its documents; see `BlockStream.cut`."""
+    def rows(self, sequence_length: int, segments: int | None, setting: str) -> Lanes:
+        """The run's rows, from the start of the text; see `BlockStream.cut`."""
         row = {"sequence_length": sequence_length, "segments": segments, "setting": setting}
-        return self._stream(self.rank, self.world, **row)
+        return Lanes(partial(self._stream, world=self.readers["lanes"], **row), **self.readers)
 
     def calibration_batch(self, tokens: int) -> Block:
         """About `tokens` tokens from the start of the text, the same in every process."""
@@ -40,7 +44,7 @@ class RunData:
         count = max(1, tokens // length)
         return collate(islice(self._stream(0, 1, sequence_length=length), count))
 
-    def _stream(self, rank: int, world: int, **row: Any) -> BlockStream | Mixture:
+    def _stream(self, rank: int, world: int, **row: Any) -> Stream:
         settings = self.settings
         names = [f"the source {x.label}" for x in settings.sources or ()] or ["the data"]
         streams = [

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from supra.uptrain import tree
 from supra.uptrain.config import CheckpointConfig, UptrainConfig
 from supra.uptrain.manifest import damage
 from supra.uptrain.origin import ORIGIN
+from supra.uptrain.stages import Stage
 
 # Settings that may change when a run continues, because they do not affect the training.
 FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache", "max_skipped_steps")
@@ -54,7 +56,7 @@ class RunFolder:
         return min(losses.items(), key=lambda item: item[1], default=(None, math.inf))
 
     def find_checkpoint(
-        self, config: UptrainConfig, accept_changed: bool
+        self, config: UptrainConfig, stages: Sequence[Stage], accept_changed: bool
     ) -> tuple[Path | None, list[str]]:
         """The last checkpoint or None, and the accepted differences between this config and that of
         the checkpoint. Raises UserError for a damaged checkpoint or differences that are not
@@ -63,14 +65,50 @@ class RunFolder:
         checkpoint = self.last_checkpoint()
         if checkpoint is None:
             return None, []
-        changed = self.changes(config)
+        changed = self.changes(config, passes_known="passes" in self.origin_of(checkpoint))
         if changed and not accept_changed:
             raise UserError(
                 f"{self._another_config(changed)}, go back to that config, or "
                 f"{_accept(checkpoint)} with this one"
             )
         self.check_whole(checkpoint)
-        return checkpoint, changed
+        return checkpoint, changed + self._other_passes(checkpoint, config, stages, accept_changed)
+
+    def _other_passes(
+        self,
+        checkpoint: Path,
+        config: UptrainConfig,
+        stages: Sequence[Stage],
+        accept_changed: bool,
+    ) -> list[str]:
+        """The stages whose steps have another number of forward passes than before, over all
+        processes. Raises UserError if there are some and changes are not accepted, or for steps
+        whose rows cannot be read."""
+        lanes, changed = self.lanes_of(checkpoint), []
+        before = self.origin_of(checkpoint).get("passes")
+        before = before or {stage.name: stage.accumulation * lanes for stage in stages}
+        for stage in stages:
+            passes, processes = before.get(stage.name), stage.passes // stage.accumulation
+            if passes in (None, stage.passes):
+                continue
+            setting, _ = config.of_stage(stage.name, "batch.accumulation")
+            way = f"set {setting}={passes // processes}"
+            if passes % processes:
+                way = f"start a number of processes that divides {passes}"
+            what = f"{stage.name}: {passes} forward passes per step there, {stage.passes} here"
+            if not accept_changed or stage.rows % lanes:
+                raise UserError(
+                    f"{checkpoint} has steps of another size ({what}, which is {setting} "
+                    f"(={stage.accumulation}) x processes): {way}"
+                    + ("" if stage.rows % lanes else f", or {_accept(checkpoint)} with this size")
+                )
+            changed.append(what)
+        return changed
+
+    @staticmethod
+    def lanes_of(checkpoint: Path) -> int:
+        """The number of lanes of the text; see `Lanes`."""
+        return len(list(checkpoint.glob("data-*.json")))
 
     def check(self, config: UptrainConfig) -> None:
         """Raise UserError for a run that is finished, that must not resume, or whose folder holds
@@ -144,8 +182,9 @@ class RunFolder:
             "choose another folder"
         )
 
-    def changes(self, config: UptrainConfig) -> list[str]:
-        """The differences from the run's own config that affect the weights."""
+    def changes(self, config: UptrainConfig, passes_known: bool = False) -> list[str]:
+        """The differences from the run's own config that affect the weights. If it is known how
+        many forward passes a step has, accumulation does not, see `_other_passes`."""
         try:
             old = tree.flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
@@ -154,7 +193,9 @@ class RunFolder:
         return [
             f"{key}: {old.get(key)} there, {new.get(key)} here"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not key.startswith(FREE)
+            if old.get(key) != new.get(key)
+            and not key.startswith(FREE)
+            and not (passes_known and key.endswith("batch.accumulation"))
         ]
 
     def write_config(self, config: UptrainConfig) -> None:

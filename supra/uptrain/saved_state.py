@@ -1,5 +1,5 @@
-"""The training state in a checkpoint: accelerate's state, each process's position in its data, and
-the states that its rows begin with."""
+"""The training state in a checkpoint: accelerate's state, the position in each lane of the text,
+and the states that rows begin with."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -16,10 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from supra.checkpoint.files import disk_errors, staged_folder
 from supra.errors import UserError
-from supra.uptrain.data import BlockStream
 from supra.uptrain.initial_state import InitialState
+from supra.uptrain.lanes import Lanes
 from supra.uptrain.manifest import write_manifest
-from supra.uptrain.mixture import Mixture
 from supra.uptrain.origin import ORIGIN
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.shards import expect_moments
@@ -40,9 +40,9 @@ class SavedState:
     def write(
         self,
         step: int,
-        stream: BlockStream | Mixture,
+        stream: Lanes,
         initial_state: InitialState | None,
-        facts: dict[str, float | str],
+        facts: dict[str, Any],
     ) -> None:
         """Write a checkpoint, completely or not at all. Raises UserError for a full disk.
 
@@ -55,10 +55,12 @@ class SavedState:
                 (staging,) = broadcast_object_list([staging])
                 self.accelerator.save_state(str(staging))
                 if self.rows.rank == 0:
-                    position = json.dumps(stream.state_dict())
-                    self._position_file(staging).write_text(position, encoding="utf-8")
-                if initial_state:
-                    save_file(initial_state.state_dict(), self._rows_file(staging))
+                    for lane, position in stream.state_dict().items():
+                        file = staging / f"data-{lane}.json"
+                        file.write_text(json.dumps(position), encoding="utf-8")
+                rows = initial_state.state_dicts() if initial_state else {}
+                for number, tensors in rows.items():
+                    save_file(tensors, _rows_file(staging, number))
                 self.accelerator.wait_for_everyone()
                 if main:
                     origin = json.dumps({"step": step, **facts, **self.origin}, indent=1)
@@ -71,22 +73,30 @@ class SavedState:
                 "before it"
             ) from error
 
-    def read(self, checkpoint: Path, model: nn.Module, stream: BlockStream | Mixture) -> bool:
+    def read(self, checkpoint: Path, model: nn.Module, stream: Lanes) -> bool:
         """Load a checkpoint of `model`, and move `stream` to its position. Returns whether the text
         of every process has that position. Raises UserError if the checkpoint does not load."""
-        readers = self.rows.readers
-        written_by = len(list(checkpoint.glob("data-*.json")))
-        if written_by != readers:
-            what = "processes" if self.rows.size == 1 else f"groups of {self.rows.size} processes"
-            raise UserError(
-                f"{checkpoint} was written by {written_by} {what}, and there are {readers} "
-                f"now: start {written_by} {what}, because each has its own position in the data"
-            )
+        self._check_format(checkpoint)
         with self._loading(checkpoint):
-            position = self._position_file(checkpoint).read_text(encoding="utf-8")
-            stream.load_state_dict(json.loads(position))
+            files = {lane: checkpoint / f"data-{lane}.json" for lane in stream.streams}
+            stream.load_state_dict(
+                {lane: json.loads(x.read_text(encoding="utf-8")) for lane, x in files.items()}
+            )
         self.read_models(checkpoint, model)
         return all(gather_object([stream.found]))
+
+    def _check_format(self, checkpoint: Path) -> None:
+        """Raise UserError for weights that FSDP has written and this run cannot read, or the other
+        way round."""
+        written, runs = any(checkpoint.glob("pytorch_model_fsdp*")), is_sharded(self.accelerator)
+        if written == runs or not (written or (checkpoint / "model.safetensors").exists()):
+            return
+        before, now = ("under FSDP" if sharded else "without FSDP" for sharded in (written, runs))
+        raise UserError(
+            f"{checkpoint} was written {before}, and this run is {now}, which has another format: "
+            f"start it with recipes/launch/{'fsdp' if written else 'ddp'}.yaml, on any number of "
+            "processes"
+        )
 
     def read_models(self, checkpoint: Path, model: nn.Module) -> None:
         """Load the weights of `model`, optimizer and random states, but no position in the text."""
@@ -98,7 +108,8 @@ class SavedState:
     def read_rows(self, checkpoint: Path, initial_state: InitialState) -> None:
         """Load the states that rows begin with, in the middle of the stage extend."""
         with self._loading(checkpoint):
-            initial_state.load_state_dict(load_file(self._rows_file(checkpoint)))
+            files = {number: _rows_file(checkpoint, number) for number in initial_state.passes}
+            initial_state.load_state_dicts({n: load_file(file) for n, file in files.items()})
 
     @contextmanager
     def _loading(self, checkpoint: Path) -> Iterator[None]:
@@ -117,8 +128,7 @@ class SavedState:
                 ) from error
             raise self.folder.damaged(checkpoint, f"it does not load ({reason})") from error
 
-    def _position_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"data-{self.rows.reader}.json"
 
-    def _rows_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"states-{self.accelerator.process_index}.safetensors"
+def _rows_file(checkpoint: Path, number: int) -> Path:
+    """The file of a micro-batch's states."""
+    return checkpoint / f"states-{number}.safetensors"

@@ -32,6 +32,16 @@ class Stage:
         return self.end - self.start
 
     @property
+    def rows(self) -> int:
+        """The rows of a step in all processes."""
+        return self.tokens_per_step // (self.sequence_length * (self.config.segments or 1))
+
+    @property
+    def passes(self) -> int:
+        """The forward passes of a step in all processes."""
+        return self.rows // self.batch_size
+
+    @property
     def row(self) -> tuple[int, int | None, str]:
         """What `BlockStream.cut` takes."""
         return self.sequence_length, self.config.segments, self.length_setting

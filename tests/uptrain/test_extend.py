@@ -67,7 +67,7 @@ def objective(model, initial_state="zero", segments=SEGMENTS):
     stage = ExtendConfig(state_passing=segments, optimizer=OptimizerConfig(clip=0.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.param_groups[0]["base_lr"] = 1.0
-    initial = InitialState(initial_state, model, seed=0)
+    initial = InitialState(initial_state, model, seed=0, passes=range(2))
     accelerator, scored = Accelerator(cpu=True), ScoredModel(model)
     return EndToEnd(accelerator, scored, optimizer, stage, None, nullcontext, initial)
 
@@ -250,8 +250,8 @@ def test_what_is_kept_is_saved(teacher):
         trained = objective(model, kind)
         trained.fit_noise(rows()) if kind == "noise" else trained.add_gradients([rows(), rows(1)])
         trained.initial_state.begin(0, 2, 1)
-        other = InitialState(kind, model, seed=9)
-        other.load_state_dict(trained.initial_state.state_dict())
+        other = InitialState(kind, model, seed=9, passes=range(2))
+        other.load_state_dicts(trained.initial_state.state_dicts())
         for index in range(1 if kind == "noise" else 2):
             left, right = (x.begin(index, 2, 1) for x in (trained.initial_state, other))
             assert left is not right and left.get_seq_length() == right.get_seq_length()

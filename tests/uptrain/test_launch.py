@@ -194,6 +194,27 @@ def test_layers_train_in_parts_as_in_one_process(files, tmp_path, name):
 
 
 @pytest.mark.long  # two launches
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])
+def test_one_process_goes_on_in_place_of_two(files, one_process, tmp_path, name):
+    """In the same format. The steps keep their rows, and the losses those of one process."""
+    run = tmp_path / "run"
+    arguments = [*share(files, run, 2), "checkpoint={every: 1, keep: 3}"]
+    assert run_ranks(arguments, launched(LAUNCH / name, "--num_processes=2")) == [0, 0]
+    shutil.rmtree(run / "final")
+    for step in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"step-0000000{step}")
+    alone = launched(LAUNCH / name, "--num_processes=1")
+    assert run_ranks(arguments, alone, ranks=1) == [2]  # its steps would be half as large
+    more = [
+        *share(files, run, 1),
+        "checkpoint={every: 1, keep: 3}",
+        "batch={size: 1, accumulation: 4}",
+    ]
+    assert run_ranks(more, alone, ranks=1) == [0]
+    check_same(run, one_process)
+
+
+@pytest.mark.long  # two launches
 def test_layers_in_parts_resume(files, tmp_path):
     """From the middle of align, to the same bits."""
     environment, run = launched(LAUNCH / "fsdp.yaml", "--num_processes=2"), tmp_path / "run"
