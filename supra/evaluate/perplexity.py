@@ -79,9 +79,10 @@ def _summary(nats: torch.Tensor, positions: torch.Tensor, edges: Sequence[int]) 
     for start, end in pairwise(edges):
         inside = nats[(positions >= start) & (positions < end)]
         if len(inside):
-            ranges.append((start, end, _exp(inside.mean().item())))
-    return Perplexity(loss, _exp(loss), len(nats), ranges)
+            ranges.append((start, end, perplexity_of(inside.mean().item())))
+    return Perplexity(loss, perplexity_of(loss), len(nats), ranges)
 
 
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 709 else math.inf  # the largest exponent of a float64
+def perplexity_of(loss: float) -> float:
+    """exp(loss), of a loss in nats per token; infinity if it is too large for a float64."""
+    return math.exp(loss) if loss < 709 else math.inf

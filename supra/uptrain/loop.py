@@ -304,7 +304,12 @@ class Run:
             )
         batch_size = self.config.batch.size
         self.held_out = HeldOut(
-            self.data.held_out, batch_size, self.folder, self.log, self.autocast
+            self.accelerator,
+            self.data.held_out,
+            batch_size,
+            self.folder,
+            self.log,
+            self.autocast,
         )
 
     def _load_models(self, fresh: bool) -> None:
@@ -362,7 +367,8 @@ class Run:
             check_calibrated(student)
             return
         student.to(self.accelerator.device)
-        self.held_out.report(self.step, "start", {"converted": student})
+        alone = spread.is_sharded(self.accelerator)
+        self.held_out.report(self.step, "start", {"converted": student}, alone)
         batch = self.data.calibration_batch(settings.tokens)
         self.log.say(f"calibrating on {batch['input_ids'].numel():,} tokens")
         inputs = (batch[x].to(self.accelerator.device) for x in ("input_ids", "position_ids"))

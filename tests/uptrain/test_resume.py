@@ -574,7 +574,7 @@ def test_losses_on_another_text_do_not_count(files, tmp_path):
     """After a change of eval.tokens, the lowest loss of before is not the lowest."""
     folder = RunFolder(tmp_path)
     first, second = (
-        HeldOut(held_out(files, tmp_path, tokens), 1, folder, None, None).digest
+        HeldOut(None, held_out(files, tmp_path, tokens), 1, folder, None, None).digest
         for tokens in (64, 80)
     )
     for step, loss, text in ((1, 1.0, first), (2, 1.5, second), (3, 1.8, second)):
