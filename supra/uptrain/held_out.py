@@ -12,7 +12,6 @@ from torch import nn
 from supra.data.packing import Block
 from supra.evaluate.perplexity import perplexity_of, token_nats
 from supra.uptrain.log import Log
-from supra.uptrain.run_folder import RunFolder
 
 
 class HeldOut:
@@ -23,12 +22,11 @@ class HeldOut:
         accelerator: Accelerator,
         blocks: Sequence[Block],
         batch_size: int,
-        folder: RunFolder,
         log: Log,
         autocast: Callable[[], AbstractContextManager],
     ):
         self.accelerator, self.blocks, self.batch_size = accelerator, blocks, batch_size
-        self.folder, self.log, self.autocast = folder, log, autocast
+        self.log, self.autocast = log, autocast
 
     @cached_property
     def digest(self) -> str:
@@ -73,13 +71,9 @@ class HeldOut:
 
     def say_gain(self, step: int, stage: str, before: float | None) -> None:
         """Print how a stage changed the student's perplexity from `before`."""
-        after = self.logged(step, "eval_perplexity")
+        after = self.log.last(step, "eval_perplexity")
         if before and after:
             self.log.say(
                 f"{stage}: held-out perplexity {before:,.2f} -> {after:,.2f}, "
                 f"divided by {before / after:.3g}"
             )
-
-    def logged(self, step: int, key: str) -> float | None:
-        """The last value in the log; None in other processes than the main one."""
-        return self.folder.logged(step, key) if self.log.main else None

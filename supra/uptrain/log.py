@@ -8,15 +8,16 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from supra.bench.timing import peak_memory
-from supra.uptrain.run_folder import RunFolder
+from supra.uptrain.run_log import RunLog
 
 
 class Log:
     """All processes call it, but only the main process writes."""
 
-    def __init__(self, accelerator: Accelerator, folder: RunFolder, tokens: int, tokens_done: int):
+    def __init__(self, accelerator: Accelerator, log: RunLog, tokens: int, tokens_done: int):
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        self.file = open(folder.log, "a", encoding="utf-8") if self.main else None  # noqa: SIM115 closed in close()
+        self.file = open(log.path, "a", encoding="utf-8") if self.main else None  # noqa: SIM115 closed in close()
+        self.written = log
         self.bar = tqdm(disable=True)
         self.total, self.tokens = tokens, tokens_done
         self.restart_clock()
@@ -60,6 +61,11 @@ class Log:
     def say(self, line: str) -> None:
         if self.main:
             tqdm.write(f"supra: {line}", file=sys.stderr)
+
+    def last(self, step: int, key: str) -> float | None:
+        """The last value that was logged under `key` at `step`; None in other processes than the
+        main one."""
+        return self.written.last(step, key) if self.main else None
 
     def close(self) -> None:
         self.bar.close()

@@ -132,7 +132,7 @@ class Run:
         config = self.config
         if self.step == 0:
             self.evaluate("calibrate" if config.calibrate.tokens else "start")
-            before = self.held_out.logged(0, "converted_perplexity")
+            before = self.log.last(0, "converted_perplexity")
             self.held_out.say_gain(0, "calibrate", before)
         self.log.begin()
         while self.step < self.steps:
@@ -142,7 +142,7 @@ class Run:
                 self._check_finite()
                 loss = self.evaluate(self.stage.name)
             if ended:
-                before = self.held_out.logged(self.stage.start, "eval_perplexity")
+                before = self.log.last(self.stage.start, "eval_perplexity")
                 self.held_out.say_gain(self.step, self.stage.name, before)
             if stop_requested():
                 self.accelerator.set_trigger()
@@ -252,7 +252,7 @@ class Run:
                 update_card(
                     staging,
                     tokens=tokens_read(self.stages, self.step),
-                    results=self.folder.perplexities(self.step),
+                    results=self.folder.log.perplexities(self.step),
                     datasets=self.data.hub_texts,
                 )
         self.log.say(f"done: {self.folder.final}")
@@ -290,27 +290,20 @@ class Run:
         self.accelerator.init_trackers("supra", _tracker_config(self.config))
         logged = self.step
         if self.accelerator.is_main_process:
-            logged = self.folder.truncate_log(self.step)
+            logged = self.folder.log.truncate(self.step)
         self.log = Log(
             self.accelerator,
-            self.folder,
+            self.folder.log,
             tokens=tokens_read(self.stages, self.steps),
             tokens_done=tokens_read(self.stages, self.step),
         )
         if logged < self.step:
             self.log.say(
-                f"{self.folder.log} has lost lines: it has {logged} of {self.step} steps; the run "
-                "continues, because training does not need them"
+                f"{self.folder.log.path} has lost lines: it has {logged} of {self.step} steps; the "
+                "run continues, because training does not need them"
             )
-        batch_size = self.config.batch.size
-        self.held_out = HeldOut(
-            self.accelerator,
-            self.data.held_out,
-            batch_size,
-            self.folder,
-            self.log,
-            self.autocast,
-        )
+        blocks, size = self.data.held_out, self.config.batch.size
+        self.held_out = HeldOut(self.accelerator, blocks, size, self.log, self.autocast)
 
     def _load_models(self, fresh: bool) -> None:
         config, accelerator = self.config, self.accelerator

@@ -11,13 +11,14 @@ from typing import Any
 
 import yaml
 
-from supra.checkpoint.files import fsync, locked
+from supra.checkpoint.files import locked
 from supra.errors import UserError
 from supra.settings.yaml_text import to_yaml
 from supra.uptrain import tree
 from supra.uptrain.config import CheckpointConfig, UptrainConfig
 from supra.uptrain.manifest import damage
 from supra.uptrain.origin import ORIGIN
+from supra.uptrain.run_log import RunLog, write_whole
 from supra.uptrain.stages import Stage
 
 # Settings that may change when a run continues, because they do not affect the training.
@@ -30,7 +31,7 @@ class RunFolder:
 
     def __init__(self, out: str | Path):
         self.path = Path(out).expanduser()
-        self.config, self.log = self.path / "config.yaml", self.path / "log.jsonl"
+        self.config, self.log = self.path / "config.yaml", RunLog(self.path / "log.jsonl")
         self.final, self.checkpoints = self.path / "final", self.path / "checkpoints"
 
     def locked(self) -> AbstractContextManager[None]:
@@ -200,38 +201,7 @@ class RunFolder:
 
     def write_config(self, config: UptrainConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.config, to_yaml(config.model_dump(mode="json")))
-
-    def truncate_log(self, step: int) -> int:
-        """Drop broken lines and what an interrupted run logged after the checkpoint of `step`.
-
-        At step 0 there is no checkpoint, and the log is emptied. Returns the number of steps that
-        are left in the log.
-        """
-        if not self.log.exists():
-            return 0
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if step > 0 and _step(line) <= step]
-        _write(self.log, "".join(f"{line}\n" for line in kept))
-        return len({_step(line) for line in kept if json.loads(line).keys() & {"loss", "skipped"}})
-
-    def perplexities(self, step: int) -> dict[str, dict[str, float]]:
-        """The last held-out perplexity of every model in the log up to `step`, for the model
-        card."""
-        names = {"teacher": "teacher", "converted": "converted", "eval": "uptrained"}
-        found = {}
-        for line in map(json.loads, self.log.read_text(encoding="utf-8").splitlines()):
-            for key, value in line.items() if line["step"] <= step else ():
-                name = names.get(key.removesuffix("_perplexity"))
-                if name and key.endswith("_perplexity"):
-                    found[name] = {"held-out perplexity": value}
-        return found
-
-    def logged(self, step: int, key: str) -> float | None:
-        """The last value that was logged under `key` at `step`."""
-        lines = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
-        values = [line[key] for line in lines if line["step"] == step and key in line]
-        return values[-1] if values else None
+        write_whole(self.config, to_yaml(config.model_dump(mode="json")))
 
     def prune(self, settings: CheckpointConfig, held_out: str) -> None:
         """Delete all but the last checkpoints and the best, as the settings say, and the remains of
@@ -256,19 +226,3 @@ class RunFolder:
 
 def _accept(checkpoint: Path) -> str:
     return f"give --accept-changed to continue from {checkpoint.name}"
-
-
-def _step(line: str) -> float:
-    """The step of a log line; infinity for a broken line, which a killed process may leave."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    fsync(partial)
-    partial.replace(path)

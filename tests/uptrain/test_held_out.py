@@ -46,7 +46,7 @@ def test_processes_share_the_blocks(count, processes):
     model = testing.untrained_model(testing.tiny_config(), "supra")
     passes, together, log = [], Processes(processes), Log()
     model.register_forward_pre_hook(lambda *_: passes.append(together.process_index))
-    held = HeldOut(together, blocks(count), 2, None, log, nullcontext)
+    held = HeldOut(together, blocks(count), 2, log, nullcontext)
     for together.process_index in range(processes):
         found = held.report(3, "tune", {"eval": model})
     expected = perplexity(model, blocks(count))
@@ -60,6 +60,6 @@ def test_processes_share_the_blocks(count, processes):
 def test_one_process_alone_evaluates_all_blocks():
     """Under FSDP, the first process calibrates the student while the others wait."""
     model, log = testing.untrained_model(testing.tiny_config(), "supra"), Log()
-    held = HeldOut(Processes(2), blocks(5), 2, None, log, nullcontext)
+    held = HeldOut(Processes(2), blocks(5), 2, log, nullcontext)
     found = held.report(0, "start", {"converted": model}, alone=True)
     assert found["converted_loss"] == pytest.approx(perplexity(model, blocks(5)).loss, rel=1e-6)

@@ -560,7 +560,7 @@ def test_the_best_checkpoint_is_kept(files, tmp_path, monkeypatch, capsys):
     shutil.rmtree(out / "final")
     loop.train(config(files, out, **changes, checkpoint=ways["export"]))
     check_exported(out, weights_at[name])
-    of_the_card = RunFolder(out).perplexities(best)["uptrained"]
+    of_the_card = RunFolder(out).log.perplexities(best)["uptrained"]
     assert of_the_card == {"held-out perplexity": log(out, "eval_perplexity")[best]}
 
 
@@ -574,7 +574,7 @@ def test_losses_on_another_text_do_not_count(files, tmp_path):
     """After a change of eval.tokens, the lowest loss of before is not the lowest."""
     folder = RunFolder(tmp_path)
     first, second = (
-        HeldOut(None, held_out(files, tmp_path, tokens), 1, folder, None, None).digest
+        HeldOut(None, held_out(files, tmp_path, tokens), 1, None, None).digest
         for tokens in (64, 80)
     )
     for step, loss, text in ((1, 1.0, first), (2, 1.5, second), (3, 1.8, second)):
