@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate import DistributedType
@@ -26,6 +25,7 @@ from supra.model.sequence_parallel import check_parts
 from supra.uptrain import models, optim, shards, spread, tree
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
+from supra.uptrain.best import BestCheckpoint
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.finite import diverged, first_not_finite
@@ -100,6 +100,7 @@ class Run:
             changed += on_main(accelerator, check)
         self.saved = SavedState(accelerator, folder, now, changed, self.rows)
         self._open_log()
+        self.best = BestCheckpoint(config.checkpoint, self.saved, self.held_out)
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
             resume(self.saved, checkpoint, self.model, self.stream, accept, self.log)
@@ -111,7 +112,7 @@ class Run:
         if self.initial_state and self.step > stage.start:
             self.saved.read_rows(checkpoint, self.initial_state)
         on_main(accelerator, lambda: folder.write_config(config))
-        self._prune()
+        self.best.prune()
 
     def _plan_stages(self) -> None:
         self.stages = plan(self.config, self.rows.readers)
@@ -148,7 +149,8 @@ class Run:
                 self.accelerator.set_trigger()
             last = self.step == self.steps
             stop = self.accelerator.check_trigger() and not last
-            if stop or last or _due(self.step, config.checkpoint.every) or self._is_best(loss):
+            due = _due(self.step, config.checkpoint.every) or self.best.is_beaten(loss)
+            if stop or last or due:
                 self.save(loss)  # also after the last step, because the export may fail
             if stop:
                 self.log.say(
@@ -214,36 +216,21 @@ class Run:
         """Log the held-out perplexity, and return the loss; None without held-out text."""
         return self.held_out.report(self.step, stage, {"eval": self.model}).get("eval_loss")
 
-    def _is_best(self, loss: float | None) -> bool:
-        """Whether the best checkpoint is kept, and this loss is below its loss."""
-        if loss is None or not self.config.checkpoint.best:
-            return False
-        return on_main(self.accelerator, lambda: loss < self._best_checkpoint()[1])
-
-    def _best_checkpoint(self) -> tuple[Path | None, float]:
-        return self.folder.best_checkpoint(self.held_out.digest)
-
     def save(self, loss: float | None) -> None:
         """Write a checkpoint, with the held-out loss if it was measured at this step. Raises
         Diverged if weights or predictions are not finite."""
         self._check_finite()
         passes = {stage.name: stage.passes for stage in self.stages}
-        facts = {"skipped": self.skipped, "passes": passes}
-        if loss is not None:
-            facts |= {"held_out_loss": loss, "held_out": self.held_out.digest}
+        facts = {"skipped": self.skipped, "passes": passes, **self.best.facts(loss)}
         self.saved.write(self.step, self.stream, self.initial_state, facts)
         self._clear_moments()
-        self._prune()
-
-    def _prune(self) -> None:
-        settings, text = self.config.checkpoint, self.held_out.digest
-        on_main(self.accelerator, lambda: self.folder.prune(settings, text))
+        self.best.prune()
 
     def export(self) -> None:
         """Write the result to out/final."""
         self._check_finite()
         if self.config.checkpoint.best:
-            self._take_best()
+            self.step = self.best.take(self.step, self.model, self.log)
         state = self.accelerator.get_state_dict(self.model)
         state = {name.removeprefix("model."): x for name, x in state.items()}
         if self.accelerator.is_main_process:
@@ -257,18 +244,6 @@ class Run:
                 )
         self.log.say(f"done: {self.folder.final}")
         self.accelerator.wait_for_everyone()
-
-    def _take_best(self) -> None:
-        """Say which checkpoint is the best, and go back to its weights if they are exported."""
-        folder = self.folder
-        best, loss = on_main(self.accelerator, self._best_checkpoint)
-        if best is None:
-            return
-        self.log.say(f"best: {best}, with a held-out loss of {loss:.4f}")
-        if self.config.checkpoint.best == "export" and folder.step_of(best) != self.step:
-            on_main(self.accelerator, lambda: folder.check_whole(best))
-            self.saved.read_models(best, self.model)
-            self.step = folder.step_of(best)
 
     def _check_finite(self) -> None:
         """Raises Diverged in every process if weights or outputs are not finite."""
