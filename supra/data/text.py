@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from reprlib import repr as shortened
@@ -24,6 +23,7 @@ from datasets.exceptions import DatasetsError
 
 from supra.data.chat import Content, is_chat
 from supra.data.recall import recall_text
+from supra.data.stream import Place, StreamedRows
 from supra.errors import UserError
 
 MESSAGES = "messages"  # the field of chats where there is no field of the text
@@ -37,18 +37,20 @@ UNREADABLE = (OSError, EOFError, ValueError, StopIteration, zlib.error, Datasets
 class Documents:
     """The texts of a data set, in an order that (seed, epoch) determines.
 
-    Every epoch reads the whole data set again. With `chats`, a record may also hold a chat, a list
-    of messages: in the field of the text, or in the field messages of records that have none. With
-    `recall`, texts are rewritten so that they ask for recall, see supra.data.recall.
+    Every epoch reads the whole data set again; `StreamedRows` says how streamed data is read. With
+    `chats`, a record may also hold a chat, a list of messages: in the field of the text, or in the
+    field messages of records that have none. With `recall`, texts are rewritten so that they ask
+    for recall, see supra.data.recall.
     """
 
     dataset: datasets.Dataset | datasets.IterableDataset
     text_field: str
     seed: int | None = None  # None: the data set's own order
-    buffer: int = 10_000  # size of the shuffle buffer of streamed data, in documents
+    buffer: int = 10_000  # documents of streamed data that are shuffled at a time
     source: str | None = None  # where the data set was opened from, for messages
     chats: bool = False
     recall: bool = False
+    parts: bool = True  # of streamed data may be read separately: no documents were left out
 
     def __post_init__(self):
         known = self.dataset.features or {}
@@ -59,24 +61,35 @@ class Documents:
             self._refuse(self._field(known), str(feature))
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[Content]:
-        """Every `world`-th text, starting at `rank`, without the first `skip` of them.
+        """The texts of one of `world` readers, without the first `skip` of them."""
+        yield from (content for content, _ in self.read(epoch, rank, world, skip))
 
-        Skipped texts of streamed data are still read, because only reading gives their order.
-        """
+    def read(
+        self, epoch: int, rank: int = 0, world: int = 1, skip: int = 0, place: Place | None = None
+    ) -> Iterator[tuple[Content, Place | None]]:
+        """The same, each with a place. If one of the last texts before had `place`, what streamed
+        data has before that place is not read again."""
         if isinstance(self.dataset, datasets.IterableDataset):
-            rows = self.dataset
-            if self.seed is not None:
-                rows = rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
-            rows = islice(rows, rank + skip * world, None, world)
+            stream = StreamedRows(
+                self.dataset,
+                seed=self.seed,
+                epoch=epoch,
+                window=self.buffer,
+                rank=rank,
+                world=world,
+                parts=self.parts,
+            )
+            rows = islice(stream.read(place), skip - (place["taken"] if place else 0), None)
         else:
             order = torch.arange(len(self.dataset))
             if self.seed is not None:
                 generator = torch.Generator().manual_seed(self.seed + epoch)
                 order = torch.randperm(len(self.dataset), generator=generator)
-            rows = (self.dataset[index] for index in order[rank::world][skip:].tolist())
+            rows = ((self.dataset[x], None) for x in order[rank::world][skip:].tolist())
         with _reading(f"{self.source or 'the data'} cannot be read", self._files()):
-            contents = map(self._content, rows)
-            yield from map(partial(self._rewritten, epoch), contents) if self.recall else contents
+            for row, at in rows:
+                content = self._content(row)
+                yield self._rewritten(epoch, content) if self.recall else content, at
 
     def _rewritten(self, epoch: int, content: Content) -> str:
         if not isinstance(content, str):

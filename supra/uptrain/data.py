@@ -1,6 +1,7 @@
 """Text as an endless stream of packed blocks, which can resume at any position."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from supra.data.blocks import blocks_from_text
 from supra.data.chat import read_document
 from supra.data.packing import NOTHING, Block, Row, check_room, start_tokens
+from supra.data.stream import Place
 from supra.data.text import Documents, open_dataset
 from supra.errors import UserError
 from supra.uptrain.config import UptrainConfig
@@ -25,7 +27,8 @@ class BlockStream:
 
     The position says exactly where the next token comes from: the epoch, the number of documents
     read in it, and the number of tokens of the last document that are in earlier blocks, without
-    start tokens. Loading a position tokenises that document again.
+    start tokens; for streamed data also a place to begin reading from. Loading a position tokenises
+    that document again.
     """
 
     def __init__(
@@ -49,15 +52,16 @@ class BlockStream:
         check_room(self.block_tokens, self.start)
         self.load_state_dict({"epoch": 0, "documents": 0, "offset": 0})
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "documents": self.documents, "offset": self.offset}
+    def state_dict(self) -> dict[str, Any]:
+        position = {"epoch": self.epoch, "documents": self.documents, "offset": self.offset}
+        return position if self.at is None else position | {"stream": self.at}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position. If the text changed and has no such position, go to the next document
         or epoch; `found` is then false."""
         segments, self.segments = self.segments, None  # offsets count tokens of whole documents
         self.epoch = state["epoch"]
-        self._open(skip=max(0, state["documents"] - 1))
+        self._open(max(0, state["documents"] - 1), state.get("stream"))
         if state["documents"]:
             self._next_document()
         there = self.epoch == state["epoch"] and self.documents == state["documents"]
@@ -108,19 +112,19 @@ class BlockStream:
             self.offset += row.add(self.document, self.offset)
         return row.block()
 
-    def _open(self, skip: int = 0) -> None:
-        self.contents = self.source.epoch(self.epoch, self.rank, self.world, skip)
+    def _open(self, skip: int = 0, at: Place | None = None) -> None:
+        self.contents = self.source.read(self.epoch, self.rank, self.world, skip, at)
+        self.at: Place | None = None  # of the document, in streamed data
         self.documents, self.document, self.offset = skip, NOTHING, 0
         self.tokens_read = 0 if skip == 0 else None  # in this epoch; unknown after a skip
         self.longest = 0  # tokens of the longest document in this epoch
 
     def _next_document(self) -> None:
-        content = next(self.contents, None)
-        while content is None:
+        while (found := next(self.contents, None)) is None:
             self._check_enough()
             self.epoch += 1
             self._open()
-            content = next(self.contents, None)
+        content, self.at = found
         self.documents += 1
         self.document, self.offset = read_document(self.tokenizer, content), 0
         count = len(self.document.tokens)
@@ -170,6 +174,7 @@ def training_documents(config: UptrainConfig) -> list[Documents]:
             source=text.path,
             chats=True,
             recall=text.recall,
+            parts=not data.eval_documents,
             **order,
         )
         for text in data.texts

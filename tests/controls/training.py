@@ -151,8 +151,8 @@ BUGS = [
         "processes_read_the_same_text",
         "every process trains on all documents",
         "supra/uptrain/data.py",
-        "self.source.epoch(self.epoch, self.rank, self.world, skip)",
-        "self.source.epoch(self.epoch, 0, 1, skip)",
+        "self.source.read(self.epoch, self.rank, self.world, skip, at)",
+        "self.source.read(self.epoch, 0, 1, skip, at)",
         (f"{DATA}::test_processes_share_the_documents",),
     ),
     Bug(

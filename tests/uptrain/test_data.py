@@ -128,8 +128,48 @@ def test_resume_is_exact_at_every_block(tokenizer, streaming, world):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_processes_share_the_documents(tokenizer, streaming):
     streams = [stream(tokenizer, texts(11), streaming=streaming, rank=x, world=3) for x in range(3)]
-    shares = [list(process.contents) for process in streams]
+    shares = [[text for text, _ in process.contents] for process in streams]
     assert sorted(text for share in shares for text in share) == sorted(texts(11))
+
+
+OPENED = []  # the names of parts, when their reading begins
+
+
+def parts_of_a_stream(names):
+    for name in names:
+        OPENED.append(name)
+        yield from ({"text": f"{name} {n} " + "word " * (n % 5)} for n in range(7))
+
+
+def streamed(tokenizer, parts, rank=0, world=1, seed=0):
+    """Blocks of a stream with parts of 7 documents, shuffled in windows of 3."""
+    names = {"names": [f"part{n}" for n in range(parts)]}
+    dataset = datasets.IterableDataset.from_generator(parts_of_a_stream, gen_kwargs=names)
+    documents = Documents(dataset, "text", seed, 3)
+    return BlockStream(documents, tokenizer, LENGTH, rank=rank, world=world)
+
+
+@pytest.mark.parametrize(("parts", "world"), [(6, 1), (6, 2), (6, 3), (5, 2)])
+def test_a_stream_goes_on_without_what_it_has_read(tokenizer, parts, world):
+    """Each process reads its own parts, if they can be shared out evenly."""
+    read = []
+    for rank in range(world):
+        OPENED.clear()
+        unbroken = streamed(tokenizer, parts, rank, world)
+        states, blocks = [], []
+        while unbroken.epoch == 0:
+            states.append((json.loads(json.dumps(unbroken.state_dict())), OPENED[-1:]))
+            blocks.append(next(unbroken))
+        own = OPENED[: parts if parts % world else parts // world]
+        read += [text for text, _ in unbroken.source.read(0, rank, world)]
+        for (state, last), block in list(zip(states, blocks, strict=True))[1::4]:
+            OPENED.clear()
+            resumed = streamed(tokenizer, parts, rank, world)
+            resumed.load_state_dict(state)
+            assert OPENED[0] in own[max(0, own.index(*last) - 1) :], "a window before, at most"
+            assert resumed.state_dict() == state
+            assert_same([next(resumed)], [block])
+    assert len(read) == len(set(read)) == 7 * parts
 
 
 @pytest.mark.parametrize(
