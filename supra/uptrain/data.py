@@ -1,19 +1,23 @@
 """Text as an endless stream of packed blocks, which can resume at any position."""
 
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from supra.data.ahead import ahead
 from supra.data.blocks import blocks_from_text
-from supra.data.chat import read_document
-from supra.data.packing import NOTHING, Block, Row, check_room, start_tokens
+from supra.data.chat import Content, read_document
+from supra.data.packing import NOTHING, Block, Document, Row, check_room, start_tokens
 from supra.data.stream import Place
 from supra.data.text import Documents, open_dataset
 from supra.errors import UserError
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data_settings import DataConfig, SourceConfig
+
+AHEAD = 256  # documents; more than the processes of a step read, so that a step need not wait
 
 
 class BlockStream:
@@ -43,8 +47,10 @@ class BlockStream:
         setting: str = "data.sequence_length",  # in messages, like name
         min_document_tokens: int = 0,
         name: str = "the data",
+        executor: Executor | None = None,  # tokenizes the next documents
     ):
         self.source, self.tokenizer, self.name = documents, tokenizer, name
+        self.executor = executor
         self.start = start_tokens(tokenizer)
         self.rank, self.world = rank, world
         self.sequence_length, self.segments, self.setting = sequence_length, segments, setting
@@ -113,20 +119,24 @@ class BlockStream:
         return row.block()
 
     def _open(self, skip: int = 0, at: Place | None = None) -> None:
-        self.contents = self.source.read(self.epoch, self.rank, self.world, skip, at)
+        contents = self.source.read(self.epoch, self.rank, self.world, skip, at)
+        self.contents = ahead(self._tokenized, contents, self.executor, AHEAD)
         self.at: Place | None = None  # of the document, in streamed data
         self.documents, self.document, self.offset = skip, NOTHING, 0
         self.tokens_read = 0 if skip == 0 else None  # in this epoch; unknown after a skip
         self.longest = 0  # tokens of the longest document in this epoch
+
+    def _tokenized(self, found: tuple[Content, Place | None]) -> tuple[Document, Place | None]:
+        content, at = found
+        return read_document(self.tokenizer, content), at
 
     def _next_document(self) -> None:
         while (found := next(self.contents, None)) is None:
             self._check_enough()
             self.epoch += 1
             self._open()
-        content, self.at = found
         self.documents += 1
-        self.document, self.offset = read_document(self.tokenizer, content), 0
+        self.offset, (self.document, self.at) = 0, found
         count = len(self.document.tokens)
         self.longest = max(self.longest, count)
         if count < self.min_document_tokens:

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from supra.settings.model import Settings
-from supra.uptrain.limits import PASS, SEED, TEXT
+from supra.uptrain.limits import BEAMS, PASS, SEED, TEXT
 
 
 class SourceConfig(Settings):
@@ -63,6 +63,12 @@ class DataConfig(Settings):
     sequence_length: int = Field(2048, ge=2, le=PASS, description="Tokens of a row.")
     shuffle_seed: int | None = Field(
         0, ge=0, le=SEED, description="Seed of the documents' order; null keeps the files' order."
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=BEAMS,
+        description="Threads of each process that tokenize the next documents while a step runs.",
     )
     shuffle_buffer: int = Field(
         10_000, ge=1, le=TEXT, description="Documents that are shuffled at a time when streaming."

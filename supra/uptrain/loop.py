@@ -257,6 +257,7 @@ class Run:
         return diverged(what, self.stage, self.folder.last_checkpoint())
 
     def close(self) -> None:
+        self.data.close()
         self.log.close()
         self.accelerator.end_training()
         self._held.close()

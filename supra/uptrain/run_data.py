@@ -1,5 +1,6 @@
 """What a run reads: its tokenizer, training text and held-out text."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,6 +26,8 @@ class RunData:
         self, config: UptrainConfig, reader: int = 0, readers: int = 1, lanes: int | None = None
     ):
         self.settings = config.data
+        workers = config.data.workers
+        self.executor = ThreadPoolExecutor(workers) if workers else None
         self.readers = {"lanes": lanes or readers, "reader": reader, "readers": readers}
         self.tokenizer = find_checkpoint(config.student).tokenizer()
         check_tokenizer(self.tokenizer)
@@ -44,6 +47,11 @@ class RunData:
         count = max(1, tokens // length)
         return collate(islice(self._stream(0, 1, sequence_length=length), count))
 
+    def close(self) -> None:
+        """End the work on documents that are not needed any more."""
+        if self.executor:
+            self.executor.shutdown(wait=False, cancel_futures=True)
+
     def _stream(self, rank: int, world: int, **row: Any) -> Stream:
         settings = self.settings
         names = [f"the source {x.label}" for x in settings.sources or ()] or ["the data"]
@@ -55,6 +63,7 @@ class RunData:
                 world=world,
                 min_document_tokens=settings.min_document_tokens,
                 name=name,
+                executor=self.executor,
                 **row,
             )
             for documents, name in zip(self.documents, names, strict=True)

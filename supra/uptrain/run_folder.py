@@ -22,7 +22,16 @@ from supra.uptrain.run_log import RunLog, write_whole
 from supra.uptrain.stages import Stage
 
 # Settings that may change when a run continues, because they do not affect the training.
-FREE = ("out", "resume", "trackers", "eval.", "checkpoint.", "distill.cache", "max_skipped_steps")
+FREE = (
+    "out",
+    "resume",
+    "trackers",
+    "eval.",
+    "checkpoint.",
+    "data.workers",
+    "distill.cache",
+    "max_skipped_steps",
+)
 CHECKPOINT = re.compile(r"step-\d{8,}")
 
 

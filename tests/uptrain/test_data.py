@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
@@ -126,9 +127,24 @@ def test_resume_is_exact_at_every_block(tokenizer, streaming, world):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_documents_are_tokenized_ahead(tokenizer, streaming):
+    """By threads; blocks and positions are the same, also from the middle on."""
+    alone = stream(tokenizer, texts(40), streaming=streaming)
+    with ThreadPoolExecutor(2) as pool:
+        for start in (0, 5):
+            found = stream(tokenizer, texts(40), streaming=streaming, executor=pool)
+            found.load_state_dict(alone.state_dict())
+            for _ in range(start, 40):
+                assert_same([next(found)], [next(alone)])
+                assert found.state_dict() == alone.state_dict()
+            alone = stream(tokenizer, texts(40), streaming=streaming)
+            take(alone, 5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_processes_share_the_documents(tokenizer, streaming):
     streams = [stream(tokenizer, texts(11), streaming=streaming, rank=x, world=3) for x in range(3)]
-    shares = [[text for text, _ in process.contents] for process in streams]
+    shares = [[x for x, _ in one.source.read(0, one.rank, one.world)] for one in streams]
     assert sorted(text for share in shares for text in share) == sorted(texts(11))
 
 

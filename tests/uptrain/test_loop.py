@@ -107,7 +107,7 @@ def assert_same_weights(left, right):
     ("student", "changes", "number"),
     [
         ("student", {"precision": "bf16"}, signal.SIGUSR1),
-        ("student", {"data": {"streaming": True}}, signal.SIGINT),
+        ("student", {"data": {"streaming": True, "workers": 2}}, signal.SIGINT),
         ("student", {"lora": {"rank": 2, "dropout": 0.5}}, signal.SIGTERM),
         (
             "hybrid",
