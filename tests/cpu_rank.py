@@ -1,6 +1,7 @@
 """One process of `accelerate launch`, on a CPU: `python -m tests.cpu_rank --config …`.
 
-accelerate ignores FSDP on CPUs; this module makes it use FSDP there.
+accelerate ignores FSDP on CPUs; this module makes it use FSDP there. Weights that FSDP offloads to
+the CPU are then in memory that is not pinned, because torch pins memory for a GPU only.
 """
 
 import functools
@@ -9,6 +10,7 @@ import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 def shard_on_cpus() -> None:
@@ -19,6 +21,8 @@ def shard_on_cpus() -> None:
     def wrapped(self, *args, fsdp_plugin=None, **kwargs):
         initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
+            if isinstance(fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+                fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
             self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
