@@ -156,6 +156,14 @@ BUGS = [
         (f"{DATA}::test_processes_share_the_documents",),
     ),
     Bug(
+        "steps_depend_on_the_processes",
+        "a step takes as many rows of a lane as a process has",
+        "supra/uptrain/lanes.py",
+        "each = rows // self.lanes",
+        "each = rows // self.readers",
+        ("tests/uptrain/test_lanes.py::test_other_numbers_of_processes_read_the_same_rows",),
+    ),
+    Bug(
         "a_mixture_forgets_what_it_gave",
         "a run that goes on begins the shares of its sources anew",
         "supra/uptrain/mixture.py",

@@ -143,6 +143,7 @@ CACHES = [
 CHANGED = [
     ("another seed", "seed=1", "seed"),
     ("another rate", "distill.optimizer.lr=0.1", "lr"),
+    ("steps of another size", "batch.accumulation=2", "batch.accumulation"),
     ("another teacher", "teacher={rnn}", "teacher"),
     ("another student", "student={hybrid}", "student"),
     ("no resume", "resume=false", "resume"),
