@@ -25,6 +25,7 @@ class BestCheckpoint:
         """Whether the best checkpoint is kept, and this loss is below its loss."""
         if loss is None or not self.settings.best:
             return False
+        self.saved.finish()
         return on_main(self.accelerator, lambda: loss < self._find()[1])
 
     def facts(self, loss: float | None) -> dict[str, float | str]:

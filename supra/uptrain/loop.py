@@ -152,6 +152,8 @@ class Run:
             due = _due(self.step, config.checkpoint.every) or self.best.is_beaten(loss)
             if stop or last or due:
                 self.save(loss)  # also after the last step, because the export may fail
+            if stop or last:
+                self._settle()
             if stop:
                 self.log.say(
                     f"stopped after step {self.step} of {self.steps}: the same command continues"
@@ -221,9 +223,14 @@ class Run:
         Diverged if weights or predictions are not finite."""
         self._check_finite()
         passes = {stage.name: stage.passes for stage in self.stages}
+        self._settle()
         facts = {"skipped": self.skipped, "passes": passes, **self.best.facts(loss)}
         self.saved.write(self.step, self.stream, self.initial_state, facts)
         self._clear_moments()
+
+    def _settle(self) -> None:
+        """Wait for the last checkpoint, and delete those that are not kept any more."""
+        self.saved.finish()
         self.best.prune()
 
     def export(self) -> None:
@@ -254,10 +261,12 @@ class Run:
             raise self._diverged(f"after step {self.step} {found} overflowed: nothing is saved")
 
     def _diverged(self, what: str) -> Diverged:
+        self.saved.finish()
         return diverged(what, self.stage, self.folder.last_checkpoint())
 
     def close(self) -> None:
         self.data.close()
+        self.saved.close()
         self.log.close()
         self.accelerator.end_training()
         self._held.close()

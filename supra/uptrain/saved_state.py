@@ -4,8 +4,9 @@ and the states that rows begin with."""
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from supra.uptrain.initial_state import InitialState
 from supra.uptrain.lanes import Lanes
 from supra.uptrain.manifest import write_manifest
 from supra.uptrain.origin import ORIGIN
+from supra.uptrain.processes import on_main
 from supra.uptrain.run_folder import RunFolder
 from supra.uptrain.shards import expect_moments
 from supra.uptrain.shared_rows import SharedRows
@@ -36,6 +38,8 @@ class SavedState:
     origin: dict[str, str]
     changed: list[str]  # accepted differences from the last checkpoint
     rows: SharedRows
+    completing: Future[None] | None = None  # the last checkpoint, in the main process
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def write(
         self,
@@ -46,26 +50,48 @@ class SavedState:
     ) -> None:
         """Write a checkpoint, completely or not at all. Raises UserError for a full disk.
 
-        `facts` of this step stand beside the fingerprints of the origin.
+        The files have their content when this returns. Checksums, and forcing them to the disk,
+        take as long again, and a thread does that while training goes on; see `finish`. `facts` of
+        this step stand beside the fingerprints of the origin.
         """
+        self.finish()
         main = self.accelerator.is_main_process
         target = self.folder.checkpoint(step)
+        with self._full_disk(step), ExitStack() as held:
+            staging = held.enter_context(staged_folder(target) if main else disk_errors())
+            (staging,) = broadcast_object_list([staging])
+            self.accelerator.save_state(str(staging))
+            if self.rows.rank == 0:
+                for lane, position in stream.state_dict().items():
+                    file = staging / f"data-{lane}.json"
+                    file.write_text(json.dumps(position), encoding="utf-8")
+            rows = initial_state.state_dicts() if initial_state else {}
+            for number, tensors in rows.items():
+                save_file(tensors, _rows_file(staging, number))
+            self.accelerator.wait_for_everyone()
+            if main:
+                origin = json.dumps({"step": step, **facts, **self.origin}, indent=1)
+                act = self._complete, step, held.pop_all(), staging, origin
+                self.completing = self.thread.submit(*act)
+
+    def _complete(self, step: int, held: ExitStack, staging: Path, origin: str) -> None:
+        with self._full_disk(step), held:
+            (staging / ORIGIN).write_text(origin, encoding="utf-8")
+            write_manifest(staging)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete. Raises UserError if it cannot be."""
+        on_main(self.accelerator, lambda: self.completing and self.completing.result())
+        self.completing = None
+
+    def close(self) -> None:
+        """The same, without the error."""
+        self.thread.shutdown()
+
+    @contextmanager
+    def _full_disk(self, step: int) -> Iterator[None]:
         try:
-            with staged_folder(target) if main else disk_errors() as staging:
-                (staging,) = broadcast_object_list([staging])
-                self.accelerator.save_state(str(staging))
-                if self.rows.rank == 0:
-                    for lane, position in stream.state_dict().items():
-                        file = staging / f"data-{lane}.json"
-                        file.write_text(json.dumps(position), encoding="utf-8")
-                rows = initial_state.state_dicts() if initial_state else {}
-                for number, tensors in rows.items():
-                    save_file(tensors, _rows_file(staging, number))
-                self.accelerator.wait_for_everyone()
-                if main:
-                    origin = json.dumps({"step": step, **facts, **self.origin}, indent=1)
-                    (staging / ORIGIN).write_text(origin, encoding="utf-8")
-                    write_manifest(staging)
+            yield
         except OSError as error:
             raise UserError(
                 f"the checkpoint of step {step} cannot be written: {error}. Make room on the disk "

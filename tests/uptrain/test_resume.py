@@ -1,10 +1,13 @@
 """A run continues only from its own undamaged checkpoints, and says so if anything has changed."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
+from itertools import count
+from threading import Event
 
 import datasets
 import pytest
@@ -14,7 +17,7 @@ from safetensors.torch import load_file
 
 from supra import cli, testing
 from supra.errors import Diverged, UserError
-from supra.uptrain import loop, tree
+from supra.uptrain import loop, saved_state, tree
 from supra.uptrain.config import CheckpointConfig
 from supra.uptrain.end_to_end import EndToEnd
 from supra.uptrain.held_out import HeldOut
@@ -633,6 +636,44 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, run, most):
     assert sorted(os.listdir(run / "checkpoints")) == [BEFORE, LAST]
     loop.train(config(files, run))
     assert_same_weights(run, files / "whole")
+
+
+def test_training_goes_on_while_a_checkpoint_is_completed(files, tmp_path, monkeypatch):
+    """The checksums of step 2 are written after step 3."""
+    third, write_manifest, train_step = Event(), saved_state.write_manifest, loop.Run.train_step
+
+    def late(folder):
+        assert third.wait(timeout=300)
+        write_manifest(folder)
+
+    def told(run):
+        train_step(run)
+        if run.step == 3:
+            third.set()
+
+    monkeypatch.setattr(saved_state, "write_manifest", late)
+    monkeypatch.setattr(loop.Run, "train_step", told)
+    loop.train(config(files, tmp_path / "run"))
+    assert_same_weights(tmp_path / "run", files / "whole")
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [LAST, "step-00000006"]
+
+
+def test_a_checkpoint_that_is_not_completed_is_left_out(files, tmp_path, monkeypatch):
+    """The error comes with the next checkpoint; the one before is the last."""
+    out, write_manifest, manifests = tmp_path / "run", saved_state.write_manifest, count(1)
+
+    def full(folder):
+        if next(manifests) == 2:
+            raise OSError(errno.ENOSPC, "no room")
+        write_manifest(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_state, "write_manifest", full)
+        with pytest.raises(UserError, match=r"checkpoint of step 4 cannot be written: .*no room"):
+            loop.train(config(files, out))
+    assert os.listdir(out / "checkpoints") == [BEFORE]
+    loop.train(config(files, out))
+    assert_same_weights(out, files / "whole")
 
 
 def test_what_kills_left_goes_when_a_run_goes_on(files, run, monkeypatch):
