@@ -28,7 +28,7 @@ class RunData:
         self.settings = config.data
         workers = config.data.workers
         self.executor = ThreadPoolExecutor(workers) if workers else None
-        self.readers = {"lanes": lanes or readers, "reader": reader, "readers": readers}
+        self.share = {"lanes": lanes or readers, "reader": reader, "readers": readers}
         self.tokenizer = find_checkpoint(config.student).tokenizer()
         check_tokenizer(self.tokenizer)
         self.held_out = held_out_blocks(config, self.tokenizer)
@@ -39,7 +39,7 @@ class RunData:
     def rows(self, sequence_length: int, segments: int | None, setting: str) -> Lanes:
         """The run's rows, from the start of the text; see `BlockStream.cut`."""
         row = {"sequence_length": sequence_length, "segments": segments, "setting": setting}
-        return Lanes(partial(self._stream, world=self.readers["lanes"], **row), **self.readers)
+        return Lanes(partial(self._stream, world=self.share["lanes"], **row), **self.share)
 
     def calibration_batch(self, tokens: int) -> Block:
         """About `tokens` tokens from the start of the text, the same in every process."""

@@ -98,21 +98,24 @@ class RunFolder:
         before = self.origin_of(checkpoint).get("passes")
         before = before or {stage.name: stage.accumulation * lanes for stage in stages}
         for stage in stages:
-            passes, processes = before.get(stage.name), stage.passes // stage.accumulation
-            if passes in (None, stage.passes):
+            passes, uneven = before.get(stage.name, stage.passes), stage.rows % lanes
+            if passes == stage.passes and not uneven:
                 continue
-            setting, _ = config.of_stage(stage.name, "batch.accumulation")
+            what = f"{stage.name}: {passes} forward passes per step there, {stage.passes} here"
+            if accept_changed and not uneven:
+                changed.append(what)
+                continue
+            setting, accumulation = config.of_stage(stage.name, "batch.accumulation")
+            processes = stage.passes // accumulation
             way = f"set {setting}={passes // processes}"
             if passes % processes:
                 way = f"start a number of processes that divides {passes}"
-            what = f"{stage.name}: {passes} forward passes per step there, {stage.passes} here"
-            if not accept_changed or stage.rows % lanes:
-                raise UserError(
-                    f"{checkpoint} has steps of another size ({what}, which is {setting} "
-                    f"(={stage.accumulation}) x processes): {way}"
-                    + ("" if stage.rows % lanes else f", or {_accept(checkpoint)} with this size")
-                )
-            changed.append(what)
+            if not uneven:
+                way += f", or {_accept(checkpoint)} with this size"
+            raise UserError(
+                f"{checkpoint} has steps of another size ({what}, which is {setting} "
+                f"(={accumulation}) x processes): {way}"
+            )
         return changed
 
     @staticmethod
