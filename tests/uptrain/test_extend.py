@@ -260,6 +260,25 @@ def test_what_is_kept_is_saved(teacher):
                 assert a.state is None or torch.equal(a.state.memory, b.state.memory)
 
 
+@pytest.mark.parametrize("kind", ["noise", "carried"])
+def test_micro_batches_keep_their_states_on_other_processes(teacher, kind):
+    """One process with two micro-batches goes on as two with one each, and the other way round."""
+    model = student("hybrid", teacher, torch.float32)
+    trained = objective(model, kind)
+    trained.fit_noise(rows()) if kind == "noise" else trained.add_gradients([rows(), rows(seed=1)])
+    both, kept = InitialState(kind, model, seed=0, passes=range(2)), {}
+    alone = [InitialState(kind, model, seed=0, passes=[number]) for number in range(2)]
+    for one in alone:
+        one.load_state_dicts(trained.initial_state.state_dicts())
+        kept |= one.state_dicts()
+    both.load_state_dicts(kept)
+    for number, one in enumerate(alone):
+        caches = one.begin(0, 2, 1), both.begin(number, 2, 1)
+        memories = [cache.layers[1].state.memory for cache in caches]
+        assert torch.equal(*memories) and memories[0].any()
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
 def test_states_of_a_skipped_step_are_not_carried(teacher):
     trained = objective(student("hybrid", teacher, torch.float32), "carried")
     trained.add_gradients([rows(), rows(1)])
