@@ -85,5 +85,11 @@ def uptrain(
     """Train a converted model back to quality, with or without its teacher."""
     from supra.uptrain import load_config, train
 
-    if not train(load_config(config, overrides or []), accept_changed):
+    if not train(load_config(config, overrides or []), accept_changed, _flops_per_token):
         raise typer.Exit(STOPPED)
+
+
+def _flops_per_token(config: Any) -> dict[str, int]:
+    from supra.planning.plan import flops_per_token
+
+    return flops_per_token(config)

@@ -9,6 +9,7 @@ from supra.planning.measure import DTYPES, Measured, Models, measure
 from supra.planning.memory import LIMIT, Pass
 from supra.planning.remedies import Situation, remedies
 from supra.planning.report import RunPlan, StagePlan
+from supra.planning.settings import find_models
 from supra.uptrain import stages
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.stage_settings import LAYERWISE
@@ -31,6 +32,20 @@ def plan(config: UptrainConfig, models: Models, hardware: Hardware, rate: Rate) 
         parameters=found[0][1].parameters,
         stages=[_stage(config, models, hardware, rate, *pair) for pair in found],
     )
+
+
+def flops_per_token(config: UptrainConfig) -> dict[str, int]:
+    """FLOPs per token of each stage of a run in one process. Raises UserError for a run that cannot
+    be planned."""
+    models = find_models(config, None)
+    return {
+        stage.name: _flops(
+            stage,
+            measure(models, config, stage.name, 1),
+            config.gradient_checkpointing and stage.name not in LAYERWISE,
+        )
+        for stage in stages.plan(config, 1)
+    }
 
 
 def _stage(

@@ -10,7 +10,7 @@ model end to end (end_to_end.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +42,23 @@ def schema() -> dict[str, Any]:
     return json_schema(UptrainConfig, "Settings of `supra uptrain`")
 
 
-def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
-    """Train as `config` says; the result is config.out/final. See `supra.uptrain.loop`."""
+def train(
+    config: UptrainConfig,
+    accept_changed: bool = False,
+    flops_per_token: Callable[[UptrainConfig], dict[str, int]] | None = None,
+) -> bool:
+    """Train as `config` says; the result is config.out/final. See `supra.uptrain.loop`.
+
+    flops_per_token: counts the FLOPs per token of each stage, for peak_tflops; the command takes
+        `supra.planning.plan.flops_per_token`.
+    """
     from supra.uptrain.rules import check
 
     check(config)  # of one that was made by hand, only single settings have been checked
     # a wrong config is reported before the seconds that torch and transformers take
     from supra.uptrain.loop import train
 
-    return train(config, accept_changed)
+    return train(config, accept_changed, flops_per_token)
 
 
 def __getattr__(name: str) -> Any:

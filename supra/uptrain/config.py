@@ -161,6 +161,13 @@ class UptrainConfig(Settings):
         description="Steps in a row that may be skipped because their loss or gradient is not "
         "finite; one more ends the run. 0: the first one ends it.",
     )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        le=COUNT,
+        description="Peak of one GPU in the run's precision, in 10^12 FLOPs a second; with it, the "
+        "log has mfu, the share of it that the run reaches.",
+    )
     trackers: Names = Field(
         (), description="Experiment trackers that Accelerate knows, such as tensorboard or wandb."
     )

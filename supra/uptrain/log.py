@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -14,10 +15,19 @@ from supra.uptrain.run_log import RunLog
 class Log:
     """All processes call it, but only the main process writes."""
 
-    def __init__(self, accelerator: Accelerator, log: RunLog, tokens: int, tokens_done: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        log: RunLog,
+        tokens: int,
+        tokens_done: int,
+        seconds: Mapping[str, float] | None = None,
+    ):
+        """tokens, tokens_done: of the run, in all and so far. seconds: by stage, what a token would
+        take at the peak of all processes; with them, the log has mfu."""
         self.accelerator, self.main = accelerator, accelerator.is_main_process
         self.file = open(log.path, "a", encoding="utf-8") if self.main else None  # noqa: SIM115 closed in close()
-        self.written = log
+        self.written, self.seconds = log, seconds or {}
         self.bar = tqdm(disable=True)
         self.total, self.tokens = tokens, tokens_done
         self.restart_clock()
@@ -44,6 +54,8 @@ class Log:
         self.bar.update(tokens - self.tokens)
         memory = peak_memory(self.accelerator.device.type) / 1e9
         costs = {"tokens_per_second": round(speed, 1), "memory_gb": round(memory, 3)}
+        if self.seconds:
+            costs["mfu"] = round(speed * self.seconds[stage], 4)
         self._write(step, {"stage": stage, "tokens": tokens, **values, **costs})
         self.tokens = tokens
         self.restart_clock()

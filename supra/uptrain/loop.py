@@ -45,19 +45,25 @@ from supra.uptrain.stages import Stage, plan, tokens_read, wrapped_stages
 from supra.uptrain.stop import ENDING, WARNING, noted
 from supra.uptrain.teacher import Teacher
 
+Flops = Callable[[UptrainConfig], dict[str, int]]
+"""Counts the FLOPs per token of each stage of a run."""
 
-def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
+
+def train(
+    config: UptrainConfig, accept_changed: bool = False, flops_per_token: Flops | None = None
+) -> bool:
     """Train as `config` says, and write the result to config.out/final.
 
     SIGTERM, SIGINT and SIGUSR1 end the run after the current step, with a checkpoint, and the
     result is False. While models are loading, SIGUSR1 ends it after the first step, and the others
     at once. The same command then continues, and ends with the same weights as a run without
     interruption. With `accept_changed`, a run continues even if its config, student, tokenizer,
-    teacher or text has changed. Raises UserError (or its subclass Diverged) for problems that the
-    user can solve, and keeps the last checkpoint.
+    teacher or text has changed. With `flops_per_token` and peak_tflops, the log has mfu. Raises
+    UserError (or its subclass Diverged) for problems that the user can solve, and keeps the last
+    checkpoint.
     """
     with noted(WARNING) as warnings:  # one may come while models are loading
-        run = Run(config, accept_changed)
+        run = Run(config, accept_changed, flops_per_token)
         try:
             with noted(ENDING, once=True) as endings:
                 return run.train(lambda: bool(warnings or endings))
@@ -68,8 +74,14 @@ def train(config: UptrainConfig, accept_changed: bool = False) -> bool:
 class Run:
     """The state of a run: models, optimizer, data, and the number of steps done."""
 
-    def __init__(self, config: UptrainConfig, accept_changed: bool = False):
+    def __init__(
+        self,
+        config: UptrainConfig,
+        accept_changed: bool = False,
+        flops_per_token: Flops | None = None,
+    ):
         self.config, self.accept_changed = config, accept_changed
+        self.flops_per_token = flops_per_token
         self.folder = RunFolder(config.out)
         self.accelerator = open_accelerator(config, self.folder.path)
         self.rows = SharedRows(self.accelerator)
@@ -281,6 +293,7 @@ class Run:
             self.folder.log,
             tokens=tokens_read(self.stages, self.steps),
             tokens_done=tokens_read(self.stages, self.step),
+            seconds=self._seconds_per_token(),
         )
         if logged < self.step:
             self.log.say(
@@ -289,6 +302,15 @@ class Run:
             )
         blocks, size = self.data.held_out, self.config.batch.size
         self.held_out = HeldOut(self.accelerator, blocks, size, self.log, self.autocast)
+
+    def _seconds_per_token(self) -> dict[str, float]:
+        """What a token of each stage takes at the peak of all processes, if it is known."""
+        peak, count = self.config.peak_tflops, self.flops_per_token
+        if peak is None or count is None:
+            return {}
+        rate = peak * 1e12 * self.accelerator.num_processes
+        found = on_main(self.accelerator, lambda: count(self.config))
+        return {name: flops / rate for name, flops in found.items()}
 
     def _load_models(self, fresh: bool) -> None:
         config, accelerator = self.config, self.accelerator

@@ -31,6 +31,7 @@ FREE = (
     "data.workers",
     "distill.cache",
     "max_skipped_steps",
+    "peak_tflops",
 )
 CHECKPOINT = re.compile(r"step-\d{8,}")
 

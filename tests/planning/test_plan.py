@@ -7,6 +7,8 @@ import pytest
 
 from supra.cli import main
 from supra.planning.hardware import LAUNCHES
+from supra.planning.plan import flops_per_token
+from supra.planning.settings import read_settings
 from supra.testing import tiny_config
 
 RUN = ["plan", "--config", "supra", "--mixer", "mamba2", "--gpus", "2x80GB"]
@@ -38,6 +40,13 @@ def test_a_config_alone_is_planned(teacher, capsys):
     assert distill["memory"]["parts"]["optimizer"] == 8 * parameters
     assert distill["hours"] == pytest.approx(distill["flops"] / (2 * 0.5e12 * 3600))
     assert found["cost"] == pytest.approx(2 * 2 * found["hours"])
+
+
+def test_mfu_counts_the_flops_of_the_plan(teacher, capsys):
+    main(["plan", "--config", "smoke", "--gpus", "1x80GB", f"student={teacher}", "--json"])
+    (tune,) = json.loads(capsys.readouterr().out)["stages"]
+    found = flops_per_token(read_settings("smoke", [f"student={teacher}"], None))
+    assert found == {"tune": tune["flops"] // tune["tokens"]}
 
 
 def test_what_to_change(teacher, capsys):
