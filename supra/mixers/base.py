@@ -55,6 +55,7 @@ class Mixer(nn.Module, ABC):
     recurrent: ClassVar[bool] = True  # whether the state has the same size for every context
     drops_qk_norm: ClassVar[bool] = False  # of the teacher's QK-norm, only the weight acts
     refuses: ClassVar[dict[str, str]] = {}  # fields of StatePolicy that cannot act here, and why
+    from_scratch: ClassVar[dict[str, Any]] = {}  # options that `supra init` sets: as published
     policy: LayerPolicy | None = None
     watch: Watch | None = None  # called with the log decays of every call
     needs_whole_rows: str | None = None  # why rows cannot lie on several ranks; None: they can

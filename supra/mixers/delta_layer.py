@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -55,6 +55,7 @@ class DeltaLayerOptions:
     sign_pairs: bool | None = None
     beta_range: float = Field(1.0, ge=1.0, le=2.0)
     rotary: bool = False
+    init: Literal["teacher", "published"] = "teacher"
 
 
 class DeltaLayer(Mixer):
@@ -65,6 +66,7 @@ class DeltaLayer(Mixer):
     """
 
     operation: ClassVar[Operation]
+    from_scratch: ClassVar = {"init": "published", "sign_pairs": False}
     drops_qk_norm = True  # queries and keys get a length of 1 here
     refuses: ClassVar = {
         "window": "what the delta rule writes depends on what was stored before, so no token can "
@@ -117,6 +119,10 @@ class DeltaLayer(Mixer):
     def _set_half_life(self, tokens: Tensor) -> None:
         """Start every head [Hq] with this half-life in tokens."""
 
+    @abstractmethod
+    def _reset_decay_as_published(self) -> None:
+        """Start the decay as the published layer does."""
+
     def reset_parameters(self) -> None:
         """Without a text, any w is as good as another; `calibrate` fits it."""
         super().reset_parameters()
@@ -127,6 +133,11 @@ class DeltaLayer(Mixer):
         for bias in (self.query_bias, self.key_bias, self.value_bias):
             bias.data.zero_()
         self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+        if self.options.init == "published":
+            self.conv.reset_as_published()
+            self.output_gate.reset_as_published()
+            self._reset_decay_as_published()
+            self.strength.reset_as_published()
 
     def mix(
         self, inputs: MixerInputs, state: Any = None, return_state: bool = False

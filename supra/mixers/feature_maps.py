@@ -4,7 +4,6 @@ A map with `after_rotary` reads rotated queries and keys, so that its features s
 The features of the other maps are rotated themselves.
 """
 
-import math
 from abc import ABC, abstractmethod
 from functools import partial
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from supra.errors import UserError
 from supra.mixers.base import Mixer
+from supra.mixers.gates import linear_start
 from supra.mixers.inputs import AttentionShape, MixerInputs
 
 QUERY_SHARPNESSES = (0.05, 0.1, 0.25, 0.5, 1.0)  # candidates in calibration
@@ -141,8 +141,7 @@ class MixedReLU(nn.Module):
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
-            fan_in = parameter.shape[-1]  # as nn.Linear starts: uniform within 1/√fan_in
-            parameter.data.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            linear_start(parameter)
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         key_weight, key_bias = (

@@ -24,6 +24,8 @@ from supra.mixers.read_out import SiLUGate
 from supra.mixers.recurrence import GATED_DELTA_RULE
 from supra.settings.model import STRICT
 
+LARGEST_A = 16  # exp(A) at the start, as published; they are drawn from 0 on
+
 
 @dataclass(frozen=True, config=STRICT)
 class GatedDeltaNetOptions(DeltaLayerOptions):
@@ -34,6 +36,9 @@ class GatedDeltaNetOptions(DeltaLayerOptions):
         Only 1 can be exported.
     rotary: whether queries and keys are rotated to their positions, as in the teacher. Only without
         it the layer can be exported.
+    init: "teacher": a start near an average of values; or "published", random, for models that are
+        trained from the start: steps of the decay from 1e-3 to 0.1, exp(A) up to 16, convolutions
+        and gates as those of `nn.Conv1d` and `nn.Linear`.
     """
 
 
@@ -65,6 +70,10 @@ class GatedDeltaNet(DeltaLayer):
         for small steps."""
         self.dt.set(torch.full_like(tokens, math.log(math.expm1(1))))
         self.A_log.data.copy_(slope_of_half_life(tokens))
+
+    def _reset_decay_as_published(self) -> None:
+        self.dt.reset_as_published()
+        self.A_log.data.copy_((LARGEST_A * (1 - torch.rand(self.A_log.shape))).log())
 
     def _set_constant(self, direction: Tensor) -> None:
         super()._set_constant(direction)

@@ -21,6 +21,12 @@ def bounded_exp(x: Tensor) -> Tensor:
     return torch.where(x > MAX_EXPONENT, at_bound, x).exp()
 
 
+def linear_start(weight: Tensor) -> None:
+    """Random values as those of `nn.Linear`: uniform within 1/√fan_in."""
+    bound = weight.shape[-1] ** -0.5
+    weight.data.uniform_(-bound, bound)
+
+
 class HeadLogits(nn.Module):
     """Wx + b, W = 0 at the start. In float32 even under autocast: bf16 rounds decays near 1."""
 
@@ -34,6 +40,13 @@ class HeadLogits(nn.Module):
         if self.bias is not None:
             self.bias.data.zero_()
 
+    def reset_as_published(self) -> None:
+        """Random weights. The biases give steps Δ = softplus(b) from 1e-3 to 0.1, drawn evenly by
+        their logarithms, as in Mamba and Mamba-2 (Gu & Dao 2023, section 3.6)."""
+        linear_start(self.weight)
+        if self.bias is not None:
+            self.set(inverse_softplus(published_log_steps(self.bias.shape).exp()))
+
     def set(self, bias: Tensor) -> None:
         """Start every head [Hq] at this value for all tokens."""
         self.bias.data.copy_(bias)
@@ -43,6 +56,19 @@ class HeadLogits(nn.Module):
         with without_autocast(hidden_states.device):
             hidden_states = hidden_states.to(self.weight.dtype)
             return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+
+PUBLISHED_STEPS = 1e-3, 1e-1  # smallest and largest Δ at the start
+
+
+def published_log_steps(shape: torch.Size) -> Tensor:
+    """Logarithms of random steps Δ, of this shape."""
+    return torch.empty(shape).uniform_(*map(math.log, PUBLISHED_STEPS))
+
+
+def inverse_softplus(step: Tensor) -> Tensor:
+    """x with softplus(x) = step, exact for small steps."""
+    return step + (-torch.expm1(-step)).log()
 
 
 MIN_DECAY = 0.1  # per token

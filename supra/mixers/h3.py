@@ -12,7 +12,7 @@ each with a model of its own.
 import functools
 import math
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.mixers.base import Mixer
 from supra.mixers.bounded import Row, Tensors, padding_last, run_documents
-from supra.mixers.gates import bounded_exp
+from supra.mixers.gates import bounded_exp, published_log_steps
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import rows_and_padding
 from supra.mixers.read_out import OutputGate
@@ -38,7 +38,6 @@ CONTENT = (0.0, 0.25, 0.5, 1.0)  # factors of the query in its gate, in units of
 KEY_CONTENT = 0.25  # factor of the key in its gate
 MAX_STATE = 4096  # numbers per channel; published models have 64
 OTHER_MODES = 1e-4  # C of all modes but the first at the start; at 0 their A would not learn
-MIN_DT, MAX_DT = 1e-3, 1e-1  # dt, as published
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -105,8 +104,7 @@ class DiagonalModel(nn.Module):
         self.D.data.zero_()
 
     def reset_as_published(self) -> None:
-        low, high = math.log(MIN_DT), math.log(MAX_DT)
-        self.log_dt.data.uniform_(low, high)
+        self.log_dt.data.copy_(published_log_steps(self.log_dt.shape))
         self.C.data.normal_(std=math.sqrt(0.5))
         self.D.data.normal_()
 
@@ -137,6 +135,7 @@ class H3(Mixer):
     name = "h3"
     Options = H3Options
     State = H3State
+    from_scratch: ClassVar = {"init": "published", "scale": False, "output_gate": False}
 
     def __init__(self, shape: AttentionShape, options: H3Options):
         super().__init__(

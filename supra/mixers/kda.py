@@ -19,7 +19,13 @@ from torch.nn import functional as F
 
 from supra.kernels.backends import without_autocast
 from supra.mixers.delta_layer import DeltaLayer, DeltaLayerOptions
-from supra.mixers.gates import bounded_exp, slope_of_half_life
+from supra.mixers.gates import (
+    bounded_exp,
+    inverse_softplus,
+    linear_start,
+    published_log_steps,
+    slope_of_half_life,
+)
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.read_out import GATE_RIDGE, missing_factor
 from supra.mixers.recurrence import KDA
@@ -29,6 +35,7 @@ from supra.settings.model import STRICT
 # Of the half-lives of a head's channels; candidates in calibration. Among layers 2, 9, 16 and 23 of
 # SmolLM2-135M, the error falls from 0.298 to 0.286, and from 0.372 to 0.363 on other text.
 FACTORS = (1.0, 1.2, 1.6, 2.7, 7.4)
+LARGEST_A = 16  # exp(A) at the start, as published; 1 is the smallest
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -38,6 +45,9 @@ class KdaOptions(DeltaLayerOptions):
         numbers; null: if such a head has at most 256 channels.
     beta_range: the largest β, at most 2. Over 1 the state can change the sign of what it holds.
     rotary: whether queries and keys are rotated to their positions, as in the teacher.
+    init: "teacher": a start near an average of values; or "published", random, for models that are
+        trained from the start: steps of the decay from 1e-3 to 0.1, exp(A) up to 16, convolutions
+        and gates as those of `nn.Conv1d` and `nn.Linear`.
     """
 
 
@@ -62,6 +72,12 @@ class LowRank(nn.Module):
         random = torch.randn(self.down.shape, generator=fixed)
         self.down.data.copy_(random / math.sqrt(self.down.shape[1]))
         self.up.data.zero_()
+        self.bias.data.zero_()
+
+    def reset_as_published(self) -> None:
+        """Random weights, and no bias."""
+        for weight in (self.down, self.up):
+            linear_start(weight)
         self.bias.data.zero_()
 
     def set_weight(self, weight: Tensor) -> None:
@@ -109,6 +125,12 @@ class ChannelDecay(nn.Module):
         self.dt.reset_parameters()
         self.A_log.data.zero_()
 
+    def reset_as_published(self) -> None:
+        self.dt.reset_as_published()
+        steps = published_log_steps(self.dt.bias.shape).exp()
+        self.dt.bias.data.copy_(inverse_softplus(steps))
+        self.A_log.data.uniform_(1, LARGEST_A).log_()
+
     def set_half_lives(self, tokens: Tensor) -> None:
         """Start every channel [Hq, K] with this half-life in tokens. The fastest channel of a head
         has a softplus of 1, and all channels learn at rates that are alike."""
@@ -147,6 +169,9 @@ class Kda(DeltaLayer):
 
     def _set_half_life(self, tokens: Tensor) -> None:
         self.decay.set_half_lives(tokens[:, None].expand_as(self.decay.dt.bias))
+
+    def _reset_decay_as_published(self) -> None:
+        self.decay.reset_as_published()
 
     def _choose_decay(self, inputs: MixerInputs, target: Tensor) -> None:
         """Choose the half-life of every head. Then choose by which factor it is longer in some of

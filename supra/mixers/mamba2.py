@@ -31,7 +31,7 @@ from supra.errors import UserError
 from supra.kernels.causal_conv.api import MAX_TAPS
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
-from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads
+from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads, inverse_softplus
 from supra.mixers.inputs import NORM_EPS, AttentionShape, MixerInputs
 from supra.mixers.options import Form
 from supra.mixers.read_out import SiLUGate, rms_norm
@@ -76,6 +76,7 @@ VALUE_SIZE = 0.3
 MIN_STEP = 1 / 64
 # Tokens on which Granite's form judges candidates. Its heads take three times mamba2's time.
 JUDGED_TOKENS = 1024
+LARGEST_A = 16  # −A at the start, as published; 1 is the smallest
 KEY_SHIFTS = (-0.3, 0.0, 0.2, 0.4, 0.7, 1.0)  # shares of the token before, in calibration
 
 
@@ -91,6 +92,9 @@ class Mamba2Options:
     scale: whether the output is multiplied by s, one factor per head and channel.
     output_gate: whether the output is multiplied by SiLU(z), z = Wu + b of the hidden states u.
     rotary: whether queries and keys are rotated to their positions, as in the teacher.
+    init: "teacher": the start described above; or "published", random, for models that are trained
+        from the start: steps Δ from 1e-3 to 0.1, A from −16 to −1, D = 1, convolutions and gate as
+        those of `nn.Conv1d` and `nn.Linear`.
     sign_pairs: in the form "granite", whether heads are twice as wide: v, k and q become [v, −v],
         [k, −k] and [q, −q], and the output is the difference of its halves. What SiLU removes from
         one half is in the other. True in this form unless set otherwise.
@@ -105,6 +109,7 @@ class Mamba2Options:
     scale: bool = True
     output_gate: bool = True
     rotary: bool = True
+    init: Literal["teacher", "published"] = "teacher"
     sign_pairs: bool = False
 
     def __post_init__(self):
@@ -132,6 +137,9 @@ class Mamba2(Mixer):
     name = "mamba2"
     Options = Mamba2Options
     State = Mamba2State
+    from_scratch: ClassVar = {
+        "init": "published", "activation": "silu", "normalize": "rms", "rotary": False,
+    }  # fmt: skip
 
     def __init__(self, shape: AttentionShape, options: Mamba2Options):
         granite, signs = options.form == "granite", SIGN_PAIR if options.sign_pairs else ONE_SIGN
@@ -156,10 +164,20 @@ class Mamba2(Mixer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        if self.options.init == "published":
+            self._reset_as_published()
+            return
         heads = self.shape.query_heads
         self.A_log.data.zero_()
         self.D.data.zero_()
         self._set_half_life(4 * 512 ** (torch.arange(heads) / max(1, heads - 1)))
+
+    def _reset_as_published(self) -> None:
+        for module in (self.conv, self.dt, self.output_gate):
+            if module is not None:
+                module.reset_as_published()
+        self.A_log.data.uniform_(1, LARGEST_A).log_()
+        self.D.data.fill_(1)
 
     def mix(
         self, inputs: MixerInputs, state: Mamba2State | None = None, return_state: bool = False
@@ -296,4 +314,4 @@ class Mamba2(Mixer):
         if self.options.form == "granite":
             step = step.clamp(min=MIN_STEP)
             self.A_log.data.copy_((math.log(2) / tokens / step).log())
-        self.dt.set(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+        self.dt.set(inverse_softplus(step))

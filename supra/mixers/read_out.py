@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from supra.mixers.gates import linear_start
 from supra.mixers.inputs import MIN_POWER, NORM_EPS, AttentionShape
 from supra.mixers.ridge import ridge_regression
 
@@ -37,6 +38,12 @@ class OutputGate(nn.Module):
 
     def reset_parameters(self) -> None:
         self.weight.data.zero_()
+        if self.bias is not None:
+            self.bias.data.zero_()
+
+    def reset_as_published(self) -> None:
+        """Random weights, and no bias."""
+        linear_start(self.weight)
         if self.bias is not None:
             self.bias.data.zero_()
 

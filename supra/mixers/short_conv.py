@@ -32,6 +32,13 @@ class ShortConv(nn.Module):
         if self.gain is not None:
             self.gain.fill_(1)
 
+    def reset_as_published(self) -> None:
+        """Random taps and biases, as those of `nn.Conv1d`: uniform within 1/√W."""
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                bound = self.weight.shape[1] ** -0.5
+                tensor.data.uniform_(-bound, bound)
+
     def taps(self) -> tuple[Tensor, Tensor | None]:
         """The weight [C, W] and the bias [C] with the gain in them."""
         if self.gain is None:
