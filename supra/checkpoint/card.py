@@ -84,15 +84,28 @@ def write_card(
 
 {_state(*state)}
 
-## Use
+{_use(report)}"""
+    _card(data, text).save(folder / CARD)
 
-{LOADING}
-## How it was made
 
-```
-{report.command}
-```
-"""
+def write_untrained_card(folder: Path, report: ConversionReport, state: tuple[int, int]) -> None:
+    """Write the card of a model that starts from random weights; `state` as in `write_card`."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *report.options],
+    )
+    text = f"""
+# A `{report.family}` from scratch
+
+A language model of the family `{report.family}`, made with supra: {describe_layers(report.layers)}.
+It starts from random weights and has no teacher.
+
+{_options(report.options)}Parameters: {report.values("new"):,}.
+
+{_state(*state)}
+
+{_use(report)}"""
     _card(data, text).save(folder / CARD)
 
 
@@ -258,6 +271,19 @@ def _one_line(error: Exception) -> str:
 
 def _card(data: ModelCardData, text: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _use(report: ConversionReport) -> str:
+    """How to load the model, and the command that made it."""
+    return f"""## Use
+
+{LOADING}
+## How it was made
+
+```
+{report.command}
+```
+"""
 
 
 def _options(options: Mapping[str, Mapping]) -> str:

@@ -31,7 +31,10 @@ class TensorFate:
 
 @dataclass
 class ConversionReport:
-    """Everything that a conversion did, and the command that repeats it."""
+    """Everything that a conversion did, and the command that repeats it.
+
+    `teacher` is empty for an untrained model, whose tensors are all new.
+    """
 
     teacher: str
     family: str
@@ -53,7 +56,7 @@ class ConversionReport:
 
     def lines(self) -> list[str]:
         """The report for a terminal."""
-        lines = [f"{self.teacher} ({self.family}): {describe_layers(self.layers)}"]
+        lines = [f"{self.teacher or 'untrained'} ({self.family}): {describe_layers(self.layers)}"]
         for name, options in self.options.items():
             if options:
                 lines.append(f"{name}: " + ", ".join(f"{k}={v}" for k, v in options.items()))

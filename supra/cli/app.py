@@ -18,6 +18,7 @@ from supra.cli import (
     evaluate,
     export,
     generate,
+    init,
     inspect,
     plan,
     sample,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 for room in (
     convert,
+    init,
     plan,
     uptrain,
     inspect,

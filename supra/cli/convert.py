@@ -113,7 +113,7 @@ def convert(
     print(f"wrote {out}; next: supra uptrain --config FILE student={out}")
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
+def parse_options(pairs: list[str], option: str = "--mixer-option") -> dict[str, Any]:
     """`["decay=fixed", "scale=false"]` as a dict; values are read as YAML."""
     from supra.settings.yaml_text import parse_yaml
 
@@ -121,10 +121,10 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--mixer-option {shown(pair)} must be NAME=VALUE")
+            raise UserError(f"{option} {shown(pair)} must be NAME=VALUE")
         if name in options:
-            raise UserError(f"--mixer-option {name} is given twice: keep one")
-        options[name] = parse_yaml(value, f"--mixer-option {shown(pair)}")
+            raise UserError(f"{option} {name} is given twice: keep one")
+        options[name] = parse_yaml(value, f"{option} {shown(pair)}")
     return options
 
 

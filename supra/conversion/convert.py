@@ -45,6 +45,8 @@ from supra.mixers import DEFAULT_MIXER, MixerInputs, resolve_mixer
 from supra.model.attention import attention_modules
 from supra.model.remote_code import write_shim
 
+SHARD_BYTES = 4e9
+
 
 def convert(
     model: str | Path,
@@ -59,7 +61,7 @@ def convert(
     text_field: str = "text",
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    shard_bytes: float = 4e9,
+    shard_bytes: float = SHARD_BYTES,
     revision: str | None = None,
     progress: bool = False,
 ) -> ConversionReport:
@@ -97,8 +99,7 @@ def convert(
     check_vacant(out)
     if not shard_bytes > 0:
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed (={seed}) must be from 0 to 2**63 - 1")
+    check_seed(seed)
     share, ranked = read_share(keep_attention, text)
     checkpoint = find_checkpoint(str(model), revision)
     base = _base_config(checkpoint)
@@ -135,14 +136,18 @@ def convert(
         tensors=plan.fates,
     )
     with staged_folder(out) as staging:
-        copy_tokenizer(checkpoint, base, staging)  # first, so that a broken one is found at once
-        writer = ShardWriter(staging, plan.written, shard_bytes)
-        for name, tensor in converted_tensors(plan, seed, "convert" if progress else None):
-            report.checksums[name] = checksum(tensor)
-            writer.add(name, tensor)
-        writer.finish()
+        # the tokenizer first, so that a broken one is found at once
+        copied = (*TOKENIZER_FILES, "generation_config.json", *LICENSE_FILES)
+        copy_tokenizer(checkpoint, base, staging, copied)
+        write_tensors(staging, plan, report, seed, "convert" if progress else None, shard_bytes)
         write_small_files(staging, checkpoint, plan, report)
     return report
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that torch does not take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed (={seed}) must be from 0 to 2**63 - 1")
 
 
 def _base_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -168,16 +173,41 @@ def command_line(
     words = ["supra", "convert", "--model", checkpoint.public_name]
     if checkpoint.revision is not None:
         words += ["--revision", checkpoint.revision]
-    words += ["--out", f"./{out.name}", "--mixer", mixer]
-    for name, value in options[mixer].items():
-        words += ["--mixer-option", f"{name}={str(value).lower()}"]
-    if kept := [str(n) for n, name in enumerate(layers) if name != mixer]:
-        words += ["--keep-attention", ",".join(kept)]
-        if "softmax" in options:
-            words += ["--attention-positions", "none"]
+    kept = [layer for layer, name in enumerate(layers) if name != mixer]
+    words += ["--out", f"./{out.name}", *mixer_words(mixer, options[mixer], kept)]
+    if kept and "softmax" in options:
+        words += ["--attention-positions", "none"]
     if dtype is not None:
         words += ["--dtype", short_name(dtype)]
     return shlex.join([*words, "--seed", str(seed)])
+
+
+def mixer_words(mixer: str, options: dict[str, Any], kept: list[int]) -> list[str]:
+    """The part of a command line that names the mixer, its options, and the layers that keep
+    attention."""
+    words = ["--mixer", mixer]
+    for name, value in options.items():
+        words += ["--mixer-option", f"{name}={str(value).lower()}"]
+    return [*words, "--keep-attention", ",".join(map(str, kept))] if kept else words
+
+
+def write_tensors(
+    folder: Path,
+    plan: Plan,
+    report: ConversionReport,
+    seed: int,
+    bar: str | None,
+    shard_bytes: float = SHARD_BYTES,
+) -> None:
+    """Write the tensors of the plan, and their checksums into the report.
+
+    bar: the label of the progress bar; None shows no bar.
+    """
+    writer = ShardWriter(folder, plan.written, shard_bytes)
+    for name, tensor in converted_tensors(plan, seed, bar):
+        report.checksums[name] = checksum(tensor)
+        writer.add(name, tensor)
+    writer.finish()
 
 
 def carried_bytes(student: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int]:
@@ -224,16 +254,18 @@ def write_small_files(
     plan.config.save_pretrained(folder)  # last, because a folder without it does not load
 
 
-def copy_tokenizer(checkpoint: Checkpoint, base: PreTrainedConfig, folder: Path) -> None:
-    """Copy the tokenizer, chat templates, generation config and licence, but no code."""
+def copy_tokenizer(
+    checkpoint: Checkpoint, base: PreTrainedConfig, folder: Path, files: Iterable[str]
+) -> None:
+    """Copy the tokenizer and the files of these patterns, but no code. A GGUF file has a tokenizer
+    only. `base` is the config of the model that it is for."""
     if checkpoint.gguf_file is not None:
         checkpoint.tokenizer().save_pretrained(folder)
         drop_code(folder)
         return
-    copied = (*TOKENIZER_FILES, "generation_config.json", *LICENSE_FILES)
-    for line in copy_data(checkpoint.folder, folder, copied):
+    for line in copy_data(checkpoint.folder, folder, files):
         tqdm.write(line)
     if any(folder.glob("tokenizer*")):
         Checkpoint(checkpoint.name, folder).tokenizer(config=base)  # raises if it does not load
     else:
-        tqdm.write(f"{checkpoint.name} has no tokenizer: the converted model has none either")
+        tqdm.write(f"{checkpoint.name} has no tokenizer: the new model has none either")

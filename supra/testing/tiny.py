@@ -11,9 +11,9 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from supra.checkpoint.weights import ModuleReader
-from supra.conversion.plan import plan_conversion, plan_layers
+from supra.conversion.plan import plan_layers
 from supra.conversion.tensors import load_converted
+from supra.conversion.untrained import untrained_plan
 from supra.mixers import AttentionShape, MixerInputs, resolve_mixer
 
 VOCABULARY = 300
@@ -150,10 +150,7 @@ def untrained_model(
     converted like any checkpoint. Raises UserError where conversion does."""
     mixer, options = resolve_mixer(mixer, options)
     layers = plan_layers(config.num_hidden_layers, mixer, ())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_config(config)
-    plan = plan_conversion(ModuleReader(base), config, layers, {mixer: options}, None)
+    plan = untrained_plan(config, layers, {mixer: options}, None, seed)
     return load_converted(plan, seed, progress=False)
 
 

@@ -10,6 +10,7 @@ TASK = "eval task --model {rnn} --task"
 PASSKEY = "eval passkey --model {rnn}"
 SUITE = "eval suite --model {rnn} --data {here}"
 DIAGNOSE = "diagnose {rnn} --text {text} --to 64 --trained-length 16"
+INIT = "init --like {base} --out {out}"
 GGUF = "export {ready} --to gguf --idle-attention --out {out}"
 EXPORT = "export {ready} --to qwen3_5 --idle-attention --out {out}"
 GENERATE = "generate --model {rnn} --max-new-tokens 2"
@@ -206,6 +207,49 @@ REFUSED = {
         ("--shards 4", "did you mean --shard-size?"),
         ("-x", "no option -x"),
         ("more", "unexpected argument 'more'"),
+    ],
+    "init": [
+        ("", "--like"),
+        ("--like {base}", "--out"),
+        ("--like {here}/none --out {out}", "no such folder"),
+        ("--like {here}/none.yaml --out {out}", "none.yaml"),
+        ("--like {here} --out {out}", "config.json"),
+        ("--like {text} --out {out}", "text.txt"),
+        ("--like {rnn} --out {out}", "was converted from"),
+        ("--like {yaml} --out {out}", "model_type"),
+        ("--like {base}/config.json --out {out}", "give tokenizer"),
+        ("--like {base}/config.json --tokenizer {here}/none --out {out}", "no such folder"),
+        ("--like {base}/config.json --tokenizer {here} --out {out}", "tokenizer"),
+        ("--like {base}/config.json --tokenizer {base} --revision main --out {out}", "revision"),
+        ("--like {base} --out {base}", "is not empty"),
+        ("--like {base} --out /dev/null/new", "/dev/null"),
+        ("--model {base} --out {out}", "no option --model"),
+    ],
+    INIT: [
+        ("--mixer supar", "did you mean 'supra'"),
+        ("--mixer h3 --mixer-option init=publishd", "init"),
+        ("--mixer h3 --mixer-option head_size=3", "must divide"),
+        ("--keep-attention 2", "layers 0 to 1"),
+        ("--keep-attention 1.5", "between 0 and 1"),
+        ("--keep-attention auto:0.5", "nothing is converted"),
+        ("--set num_hidden_layers", "--set 'num_hidden_layers' must be NAME=VALUE"),
+        ("--set num_layers=2", "unknown field of a llama config 'num_layers'"),
+        ("--set num_hidden_layers=0", "num_hidden_layers"),
+        ("--set num_hidden_layers=two", "num_hidden_layers"),
+        ("--set num_hidden_layers=100000", "num_hidden_layers"),
+        ("--set hidden_size=-8", "hidden_size"),
+        ("--set hidden_size=[8]", "hidden_size"),
+        ("--set num_attention_heads=5", "multiple of"),
+        ("--set vocab_size=3", "vocab_size"),
+        ("--set model_type=gpt2", "model_type"),
+        ("--set hidden_act=rellu", "hidden_act"),
+        ("--set hidden_size=8 --set hidden_size=16", "hidden_size is given twice"),
+        ("--tokenizer {here}/none", "no such folder"),
+        ("--tokenizer {text}", "text.txt"),
+        ("--dtype int8", "int8"),
+        ("--revision main", "revision"),
+        ("--seed -1", "--seed (=-1)"),
+        ("--text {text}", "no option --text"),
     ],
     "inspect": [
         ("", "model"),

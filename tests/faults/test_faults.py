@@ -18,6 +18,7 @@ from tests.faults.table import CASES
 
 MODULES = (
     "supra.cli.app", "supra.conversion.convert", "supra.conversion.inspection",
+    "supra.conversion.untrained",
     "supra.planning.plan", "supra.planning.settings",
     "supra.export.export", "supra.export.gguf.export",
     "supra.serving.generation", "supra.serving.http", "supra.serving.sampling",
