@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from supra.conversion.plan import plan_layers
 from supra.conversion.tensors import load_converted
 from supra.conversion.untrained import untrained_plan
+from supra.data.vocabulary import END, learn_tokenizer
 from supra.mixers import AttentionShape, MixerInputs, resolve_mixer
 
 VOCABULARY = 300
@@ -33,27 +34,10 @@ def tiny_tokenizer(folder: str | Path, template: str = "$A") -> PreTrainedTokeni
     template: the special tokens around a text, such as "<bos> $A"; they are added to the
         vocabulary. "<|endoftext|>" is always in it, as bos, eos and pad token.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    added = [x for x in template.split() if x not in ("$A", "<|endoftext|>")]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", *added],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_TEXT, trainer)
-    if template != "$A":
-        names = [(x, tokenizer.token_to_id(x)) for x in template.split() if x != "$A"]
-        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=names)
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
-    special["additional_special_tokens"] = added
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    wrapped.save_pretrained(folder)
-    return wrapped
+    added = [x for x in template.split() if x not in ("$A", END)]
+    tokenizer = learn_tokenizer(_TEXT, VOCABULARY, template, added)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 # Under the names of all families; a config takes the fields that it knows.
