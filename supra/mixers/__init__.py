@@ -66,6 +66,11 @@ PRESETS: dict[str, Preset] = by_name(
             {"feature_map": "relu", "decay": "none", "normalize": "sum", "scale": False},
         ),
         Preset(
+            "t2r_paper",
+            "supra",
+            {"feature_map": "shared_relu", "decay": "none", "normalize": "sum", "scale": False},
+        ),
+        Preset(
             "hedgehog",
             "supra",
             {"feature_map": "hedgehog", "decay": "none", "normalize": "sum", "scale": False},

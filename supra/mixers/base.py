@@ -56,6 +56,7 @@ class Mixer(nn.Module, ABC):
     drops_qk_norm: ClassVar[bool] = False  # of the teacher's QK-norm, only the weight acts
     refuses: ClassVar[dict[str, str]] = {}  # fields of StatePolicy that cannot act here, and why
     from_scratch: ClassVar[dict[str, Any]] = {}  # options that `supra init` sets: as published
+    averages: bool = False  # whether `mix` gives values weights of 0 or more that sum to one
     policy: LayerPolicy | None = None
     watch: Watch | None = None  # called with the log decays of every call
     needs_whole_rows: str | None = None  # why rows cannot lie on several ranks; None: they can

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from supra.errors import UserError
 from supra.mixers.base import Mixer
 from supra.mixers.gates import linear_start
-from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.inputs import NORM_EPS, AttentionShape, MixerInputs
 
 QUERY_SHARPNESSES = (0.05, 0.1, 0.25, 0.5, 1.0)  # candidates in calibration
 
@@ -22,6 +22,7 @@ class Identity(nn.Module):
     """φ(x) = x: the teacher's own queries and keys."""
 
     after_rotary = False
+    widening = 1
 
     def __init__(self, shape: AttentionShape):
         super().__init__()
@@ -39,6 +40,8 @@ class _PerHead(nn.Module, ABC):
     expansion: how many times as wide as x is y = Wx + b. The further blocks of W start as random
     rotations, the same for queries and keys.
     """
+
+    widening = 1  # how many times as wide as y the features are
 
     def __init__(self, shape: AttentionShape, expansion: int = 1):
         super().__init__()
@@ -85,6 +88,7 @@ class SignPair(_PerHead):
     """
 
     after_rotary = False
+    widening = 2
 
     def activate(self, mapped: Tensor) -> Tensor:
         return torch.cat([mapped.relu(), (-mapped).relu()], dim=-1)
@@ -97,6 +101,36 @@ class ReLU(_PerHead):
 
     def activate(self, mapped: Tensor) -> Tensor:
         return mapped.relu()
+
+
+class SharedReLU(nn.Module):
+    """relu(Wx + b), one W of k rows for the queries and the keys of a head: T2R as published. Query
+    heads that share a key share its map. [B, T, H, K] to [B, T, H, k].
+
+    size: k; the paper takes 32, fewer than the head's channels. At most all of them are taken. W
+    starts at the identity, or at the first k rows of a random rotation.
+    """
+
+    after_rotary = True
+
+    def __init__(self, shape: AttentionShape, size: int):
+        super().__init__()
+        size = min(size, shape.head_size)
+        self.groups = shape.query_heads // shape.key_heads
+        self.weight = nn.Parameter(torch.empty(shape.key_heads, size, shape.head_size))
+        self.bias = nn.Parameter(torch.empty(shape.key_heads, size))
+
+    def reset_parameters(self) -> None:
+        size, head_size = self.weight.shape[1:]
+        rotation = torch.eye(head_size)
+        if size < head_size:
+            nn.init.orthogonal_(rotation)
+        self.weight.data.copy_(rotation[:size])
+        self.bias.data.zero_()
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = (x.repeat_interleave(self.groups, 0) for x in (self.weight, self.bias))
+        return _dense(query, weight, bias).relu(), _dense(key, self.weight, self.bias).relu()
 
 
 class Hedgehog(_PerHead):
@@ -117,6 +151,35 @@ class Hedgehog(_PerHead):
         weight.data.copy_(nn.functional.normalize(weight.data, dim=-1) * by[:, None, None])
 
 
+class NormedFeatures(nn.Module):
+    """LayerNorm over the features of all heads of a token together, with a gain and without a bias:
+    the QK-norm of SUPRA's published code for 1B (`apply_qk_norm`), between φ and RoPE."""
+
+    after_rotary = False
+
+    def __init__(self, shape: AttentionShape, features: nn.Module, size: int):
+        """size: of the features of a head."""
+        super().__init__()
+        self.features = features
+        self.query_gain = nn.Parameter(torch.empty(shape.query_heads, size))
+        self.key_gain = nn.Parameter(torch.empty(shape.key_heads, size))
+
+    def reset_parameters(self) -> None:
+        self.features.reset_parameters()
+        self.query_gain.data.fill_(1)
+        self.key_gain.data.fill_(1)
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = self.features(query, key)
+        return _all_heads_norm(query, self.query_gain), _all_heads_norm(key, self.key_gain)
+
+
+def _all_heads_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """[B, T, H, K] with mean 0 and variance 1 over H and K, times the gain [H, K]."""
+    normed = nn.functional.layer_norm(x.to(gain.dtype), gain.shape, gain, eps=NORM_EPS)
+    return normed.to(x.dtype)
+
+
 class MixedReLU(nn.Module):
     """φ(x) = relu(Wx + b) over all heads at once, W random: the kernel of the SUPRA paper, 3.1.
 
@@ -127,6 +190,7 @@ class MixedReLU(nn.Module):
     """
 
     after_rotary = False
+    widening = 1
 
     def __init__(self, shape: AttentionShape):
         super().__init__()
@@ -164,11 +228,13 @@ FEATURE_MAPS = {
     "identity": Identity,
     "sign_pair": SignPair,
     "relu": ReLU,
+    "shared_relu": SharedReLU,
     "hedgehog": Hedgehog,
     "mixed_relu": MixedReLU,
 }
 
 
+FEATURE_SIZE = 32  # of T2R
 MAX_EXPANSION = 256  # the state is then as large as the keys and values of 16,000 tokens
 
 
@@ -181,10 +247,31 @@ def check_expansion(expansion: int, feature_map: str) -> None:
         )
 
 
-def build_feature_map(name: str, shape: AttentionShape, expansion: int) -> nn.Module:
-    """The feature map of that name, with uninitialised parameters."""
+def check_qk_norm(feature_map: str) -> None:
+    """Raise UserError for a feature map whose features QK-norm would make negative."""
+    if FEATURE_MAPS[feature_map].after_rotary:
+        raise UserError(
+            f"qk_norm (=True) makes features negative, and feature_map (={feature_map!r}) is for "
+            "features that are not: take mixed_relu, identity or sign_pair, or leave qk_norm out"
+        )
+
+
+def build_feature_map(
+    name: str,
+    shape: AttentionShape,
+    expansion: int,
+    *,
+    feature_size: int = FEATURE_SIZE,
+    qk_norm: bool = False,
+) -> nn.Module:
+    """The feature map of that name, with uninitialised parameters, and QK-norm after it."""
+    if name == "shared_relu":
+        return SharedReLU(shape, feature_size)
     wide = {"expansion": expansion} if expansion > 1 else {}
-    return FEATURE_MAPS[name](shape, **wide)
+    features = FEATURE_MAPS[name](shape, **wide)
+    if not qk_norm:
+        return features
+    return NormedFeatures(shape, features, features.widening * expansion * shape.head_size)
 
 
 def choose_sharpness(mixer: Mixer, inputs: MixerInputs, target: Tensor, key: float) -> None:

@@ -37,6 +37,7 @@ class Softmax(Mixer):
     Options = SoftmaxOptions
     State = SoftmaxState
     recurrent = False
+    averages = True
 
     def __init__(self, shape: AttentionShape, options: SoftmaxOptions):
         super().__init__(shape, options, rotary=options.rotary)

@@ -19,9 +19,11 @@ from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.feature_maps import (
     FEATURE_MAPS,
+    FEATURE_SIZE,
     MAX_EXPANSION,
     build_feature_map,
     check_expansion,
+    check_qk_norm,
     choose_sharpness,
     map_features,
 )
@@ -41,8 +43,11 @@ KEY_SHARPNESS = 0.5
 class SupraOptions:
     """The defaults keep the teacher's function at the start.
 
-    feature_map: "sign_pair", "identity", "relu", "hedgehog" or "mixed_relu"
+    feature_map: "sign_pair", "identity", "relu", "shared_relu", "hedgehog" or "mixed_relu"
         (supra/mixers/feature_maps.py).
+    feature_size: features of a head with "shared_relu", at most as many as it has channels.
+    qk_norm: whether the features of all heads together pass through a LayerNorm before they are
+        rotated; for feature maps whose features are rotated.
     expansion: how many times as wide the features and the state are; for feature maps with weights
         per head.
     decay: "learnable" or "fixed", one per head, both from Lightning Attention's slopes; "gated",
@@ -56,6 +61,8 @@ class SupraOptions:
     """
 
     feature_map: Literal[*FEATURE_MAPS] = "sign_pair"
+    feature_size: int = Field(FEATURE_SIZE, ge=1, le=MAX_EXPANSION)
+    qk_norm: bool = False
     expansion: int = Field(1, ge=1, le=MAX_EXPANSION)
     decay: Literal["learnable", "fixed", "gated", "none"] = "learnable"
     normalize: Literal["group", "sum", "none"] = "group"
@@ -65,6 +72,8 @@ class SupraOptions:
 
     def __post_init__(self):
         check_expansion(self.expansion, self.feature_map)
+        if self.qk_norm:
+            check_qk_norm(self.feature_map)
         if self.normalize == "sum" and not FEATURE_MAPS[self.feature_map].after_rotary:
             raise UserError(
                 f"normalize (='sum') needs features that stay nonnegative, and those of "
@@ -94,7 +103,13 @@ class Supra(Mixer):
             output_gate=OutputGate(shape) if options.output_gate else None,
             rotary=options.rotary,
         )
-        self.feature_map = build_feature_map(options.feature_map, shape, options.expansion)
+        self.feature_map = build_feature_map(
+            options.feature_map,
+            shape,
+            options.expansion,
+            feature_size=options.feature_size,
+            qk_norm=options.qk_norm,
+        )
         if options.decay == "gated":
             self.decay_gate = DecayGate(shape)
         elif options.decay != "none":
@@ -104,6 +119,10 @@ class Supra(Mixer):
                 self.log_slope = nn.Parameter(log_slope)
             else:  # a buffer, since loading makes every parameter trainable
                 self.register_buffer("log_slope", log_slope)
+
+    @property
+    def averages(self) -> bool:
+        return self.options.normalize == "sum"
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

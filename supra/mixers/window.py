@@ -84,6 +84,7 @@ class Window(Mixer):
     Options = WindowOptions
     State = WindowState
     branches = ("linear", "window")
+    averages = True
 
     def __init__(self, shape: AttentionShape, options: WindowOptions):
         gate = OutputGate(shape) if options.output_gate else None

@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from supra.data.packing import Block
+from supra.errors import UserError
 from supra.mixers import Mixer, MixerInputs
 from supra.uptrain.shards import whole
 from supra.uptrain.stage_settings import AlignConfig, OrientConfig
 
+MIN_WEIGHT = 1e-9  # whose logarithm is taken in the place of log 0, which some features give
+
 
 class LayerByLayer:
     """Each layer's error is |student - teacher|² / |teacher|². It is 0 for a perfect layer, and 1
-    for an output of zeros.
+    for an output of zeros. With a cross entropy, it is `row_divergence`.
 
     Without the division, errors of different layers differ by a factor of up to 200 (LoLCATs,
     arXiv 2410.10254). Gradients still differ that much, so each layer's gradient is clipped
@@ -41,6 +44,8 @@ class LayerByLayer:
         stage: AlignConfig | OrientConfig,
         autocast: Callable[[], AbstractContextManager],
     ):
+        if isinstance(stage, OrientConfig) and stage.loss == "cross_entropy":
+            check_averages([student.mixer for student, _ in pairs])
         self.accelerator, self.teacher, self.pairs = accelerator, teacher, pairs
         self.stage, self.autocast = stage, autocast
         # of the current layer: the mixers' calls, and the output of the teacher's module
@@ -124,7 +129,8 @@ class LayerByLayer:
         ours, theirs = self.seen["student"], self.seen["teacher"]
         if isinstance(self.stage, OrientConfig):
             matrices = (x.mixer.mixing_matrix(x.inputs) for x in (ours, theirs))
-            return matrix_error(*matrices)
+            squared = self.stage.loss == "squared"
+            return (matrix_error if squared else row_divergence)(*matrices)
         if self.stage.target == "output":
             return relative_error(ours.output, theirs.output)
         return relative_error(output[0], self.target)
@@ -142,6 +148,26 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """|output - target|² / |target|² over all elements, in float32."""
     output, target = output.float(), target.float()
     return (output - target).square().sum() / target.square().sum()
+
+
+def check_averages(mixers: Sequence[Mixer]) -> None:
+    """Raise UserError for a mixer whose weights have no cross entropy."""
+    for mixer in mixers:
+        if not mixer.averages:
+            raise UserError(
+                "orient.loss (=cross_entropy) compares weights that sum to one, and those of "
+                f"{mixer.name} need not: convert with hedgehog, t2r or window, or set orient.loss "
+                "to squared"
+            )
+
+
+def row_divergence(matrix: Tensor, target: Tensor) -> Tensor:
+    """−Σⱼ aᵢⱼ log bᵢⱼ + Σⱼ aᵢⱼ log aᵢⱼ of the rows of b and of the target a, [B, Hq, T, T], as a
+    mean over rows: Hedgehog's cross entropy (Zhang et al. 2024, equation 6) without what no student
+    can change, the entropy of the target. 0 for a perfect layer."""
+    matrix, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (matrix, target))
+    log_ratio = target.clamp(min=MIN_WEIGHT).log() - matrix.clamp(min=MIN_WEIGHT).log()
+    return (target * log_ratio).sum(-1).mean()
 
 
 def matrix_error(matrix: Tensor, target: Tensor) -> Tensor:

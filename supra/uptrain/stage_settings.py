@@ -107,6 +107,12 @@ class OrientConfig(StageConfig):
     Every layer reads what the teacher's layer reads, and only attention modules are trained.
     """
 
+    loss: Literal["squared", "cross_entropy"] = Field(
+        "squared",
+        description="Error of a matrix: squared, relative to the teacher's; or the cross entropy "
+        "of its rows (Hedgehog, arXiv 2402.04347), for mixers whose weights sum to one.",
+    )
+
 
 class AlignConfig(StageConfig):
     """Each layer learns what its teacher's attention makes of the teacher's own hidden states.

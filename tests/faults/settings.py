@@ -204,6 +204,8 @@ VALUES = [
     ("extend.tokens=32 extend.state_passing=100000", "state_passing"),
     ("extend.tokens=32 extend.initial_state=random", "initial_state"),
     ("orient=1", "orient"),
+    ("orient.loss=entropy orient.tokens=32", "orient.loss"),
+    ("orient.loss=cross_entropy orient.tokens=32", "orient.loss"),
     ("calibrate.tokens=-1", "calibrate.tokens"),
     ("calibrate.tokens=10000000000", "calibrate.tokens"),
     ("calibrate.projections=true", "calibrate.tokens"),

@@ -21,6 +21,8 @@ ROTATED = [name for name in MIXERS if "rotary" in resolve(name)[1] and name != "
 VARIANTS = [(name, {}) for name in NAMES] + [
     ("supra", {"feature_map": "identity"}),
     ("supra", {"expansion": 2}),
+    ("supra", {"qk_norm": True}),
+    ("t2r_paper", {"feature_size": 7}),  # fewer features than channels; of 3, often all are 0
     ("gated", {"expansion": 3}),
     ("window", {"expansion": 2}),
     ("window", {"size": 5, "sinks": 3}),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from supra.errors import UserError
-from supra.mixers import AttentionShape, Rotary, build_mixer
+from supra.mixers import MIXERS, PRESETS, AttentionShape, Rotary, build_mixer
 from supra.mixers.supra import lightning_slopes
 from supra.testing import mixer_inputs
 
@@ -125,6 +125,68 @@ def test_normalised_presets_are_weighted_means(name):
     torch.testing.assert_close(mixer(inputs)[0], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("heads", "keys"), [(5, 5), (4, 2)])
+def test_t2r_is_the_papers_equation(heads, keys):
+    """Kasai et al. 2021, equations 2 and 5: one W of k rows, fewer than the channels, for queries
+    and keys of a head."""
+    shape = AttentionShape(heads, keys, 8, 6, 32)
+    mixer = build_mixer("t2r_paper", shape, {"feature_size": 3}).double()
+    mixer.reset_parameters()
+    weight, bias = mixer.feature_map.weight, mixer.feature_map.bias.data.normal_()
+    assert [tuple(x.shape) for x in mixer.parameters()] == [(keys, 3, 8), (keys, 3)]
+    rows = torch.eye(3).double().expand(keys, 3, 3)
+    torch.testing.assert_close(weight @ weight.mT, rows, atol=1e-6, rtol=0)
+    inputs = inputs_of(shape)
+    value = inputs.value.repeat_interleave(heads // keys, dim=2)
+    weights = torch.zeros(2, heads, 45, 45, dtype=torch.float64)
+    for head in range(heads):
+        own = head * keys // heads
+        query, key = (
+            (x[:, :, n] @ weight[own].T + bias[own]).relu()
+            for x, n in ((inputs.query, head), (inputs.key, own))
+        )
+        weights[:, head] = query @ key.mT
+    # 1e-6 is added to the sum of the weights, which counts where features are dead
+    expected = weighted_mean(weights + 1e-300, value)
+    alive = weights.tril().sum(-1).transpose(1, 2) > 1e-2
+    torch.testing.assert_close(mixer(inputs)[0][alive], expected[alive], atol=1e-3, rtol=1e-3)
+    state = mixer(inputs, return_state=True)[1]
+    assert state.memory.shape == (2, keys, 3, 6), "the economy: a state of k rows"
+
+
+def test_the_published_width_is_32_where_heads_are_wider():
+    for size, features in ((64, 32), (8, 8)):
+        mixer = build_mixer("t2r_paper", AttentionShape(2, 2, size, size, 128), {})
+        assert mixer.feature_map.weight.shape == (2, features, size)
+
+
+def test_qk_norm_is_that_of_the_published_code():
+    """LayerNorm over all heads at once, between φ and the sums, with a gain: equation 10 with
+    normalised features."""
+    shape = AttentionShape(5, 5, 8, 6, 40)
+    mixer = build_mixer("supra_paper", shape, {"qk_norm": True}).double()
+    mixer.reset_parameters()
+    assert torch.equal(mixer.feature_map.query_gain, torch.ones(5, 8).double())
+    gains = [x.data.normal_() for x in (mixer.feature_map.query_gain, mixer.feature_map.key_gain)]
+    inputs = inputs_of(shape)
+    maps, features = mixer.feature_map.features, []
+    for x, gain in zip((inputs.query, inputs.key), gains, strict=True):
+        flat = (x.flatten(2) @ maps.query_weight.T + maps.query_bias).relu()
+        centred = flat - flat.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        features.append(normed.view(2, 45, 5, 8) * gain)
+    expected = quadratic(*features, inputs.value, lightning_slopes(5))
+    torch.testing.assert_close(mixer(inputs)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_qk_norm_comes_before_the_rotation():
+    """A norm of all heads together sees rotated and unrotated features alike, a gain does not."""
+    shape = AttentionShape(4, 2, 8, 8, 32)
+    mixer = build_mixer("supra", shape, {"qk_norm": True})
+    assert mixer.feature_map.query_gain.shape == (4, 16), "both halves of the sign pair"
+    assert not mixer.feature_map.after_rotary
+
+
 def test_gated_starts_with_half_lives_that_the_gate_can_change():
     shape = AttentionShape(3, 3, 8, 8, 24)
     mixer = build_mixer("gated", shape, {}).double()
@@ -149,6 +211,21 @@ def test_mixing_matrix_is_what_multiplies_the_values():
         torch.testing.assert_close(mixer.mix(inputs)[0], mixed, atol=1e-6, rtol=1e-6)
 
 
+def test_mixers_that_average_have_weights_that_sum_to_one():
+    """A stage learns their rows as distributions. Only a query without a live feature has none."""
+    shape, averaging = AttentionShape(4, 2, 8, 6, 32), []
+    for name in (*MIXERS, *PRESETS):
+        mixer = build_mixer(name, shape, {}).double()
+        mixer.reset_parameters()
+        if mixer.averages:
+            averaging.append(name)
+            matrix = mixer.mixing_matrix(inputs_of(shape))
+            assert matrix.min() >= 0, name
+            torch.testing.assert_close(matrix.sum(-1).median().item(), 1.0, atol=1e-4, rtol=0)
+    expected = {"softmax", "window", "t2r", "t2r_paper", "hedgehog", "lolcats", "gated"}
+    assert set(averaging) == expected
+
+
 def test_weights_that_may_be_negative_cannot_be_normalised_by_their_sum():
     with pytest.raises(UserError, match="stay nonnegative"):
         build_mixer("supra", AttentionShape(2, 2, 8, 8, 16), {"normalize": "sum"})
@@ -163,9 +240,15 @@ WIDE = AttentionShape(query_heads=4, key_heads=2, head_size=8, value_size=8, hid
         ({"expansion": 0}, r"expansion \(=0\) must be a whole number from 1 to 256"),
         ({"expansion": 257}, r"expansion \(=257\) must be a whole number from 1 to 256"),
         ({"expansion": 2, "feature_map": "identity"}, "needs a feature map with weights"),
+        ({"expansion": 2, "feature_map": "shared_relu"}, "needs a feature map with weights"),
+        ({"feature_size": 0, "feature_map": "shared_relu"}, r"feature_size \(=0\)"),
+        (
+            {"qk_norm": True, "feature_map": "hedgehog"},
+            r"qk_norm \(=True\) makes features",
+        ),
     ],
 )
-def test_mistakes_in_expansion(options, message):
+def test_mistakes_in_options_of_features(options, message):
     with pytest.raises(UserError, match=message):
         build_mixer("supra", WIDE, options)
 

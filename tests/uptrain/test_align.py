@@ -121,11 +121,17 @@ def test_the_gradient_is_that_of_the_formula(target):
 
 @pytest.mark.parametrize(
     ("stage", "left"),
-    [(AlignConfig(), 0.8), (AlignConfig(target="output"), 0.8), (OrientConfig(), 0.95)],
-    ids=["hidden", "output", "orient"],
+    [
+        (AlignConfig(), 0.8),
+        (AlignConfig(target="output"), 0.8),
+        (OrientConfig(), 0.95),
+        (OrientConfig(loss="cross_entropy"), 0.95),
+    ],
+    ids=["hidden", "output", "orient", "cross_entropy"],
 )
 def test_every_layer_learns(stage, left):
-    _, student = converted("supra", keep=KEEP)
+    entropy = getattr(stage, "loss", None) == "cross_entropy"
+    _, student = converted("hedgehog" if entropy else "supra", keep=KEEP)
     layers = objective(student, stage)
     parameters = [x for own, _ in layers.pairs for x in own.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
@@ -155,6 +161,34 @@ def test_the_teachers_matrix_is_its_attention(monkeypatch):
     with torch.no_grad():
         seen = teacher(**one, use_cache=False, output_attentions=True).attentions
     torch.testing.assert_close(matrices[0], seen[0], atol=1e-6, rtol=1e-5)
+
+
+def test_the_cross_entropy_is_hedgehogs():
+    """−Σⱼ aᵢⱼ log bᵢⱼ (equation 6 of the paper) has this gradient, and this value up to the
+    target's entropy."""
+    logits = torch.randn(2, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+    later = torch.ones(7, 7).triu(1).bool()
+    target = torch.randn(2, 3, 7, 7).double().masked_fill(later, -torch.inf).softmax(-1)
+    weights = logits.exp().masked_fill(later, 0)
+    matrix = weights / weights.sum(-1, keepdim=True)
+    expected = entropy = 0
+    for row in range(7):
+        seen = slice(0, row + 1)
+        own, teachers = matrix[..., row, seen], target[..., row, seen]
+        expected = expected - (teachers * own.log()).sum(-1).mean() / 7
+        entropy = entropy - (teachers * teachers.log()).sum(-1).mean() / 7
+    found = align.row_divergence(matrix, target)
+    torch.testing.assert_close(found, expected - entropy, atol=1e-12, rtol=1e-12)
+    gradients = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, expected))
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-10)
+    assert abs(align.row_divergence(target, target).item()) < 1e-12
+    assert align.row_divergence(torch.zeros_like(target), target).isfinite()
+
+
+def test_a_cross_entropy_needs_weights_that_sum_to_one():
+    _, student = converted("supra", layers=1)
+    with pytest.raises(UserError, match="those of supra need not: convert with hedgehog"):
+        objective(student, OrientConfig(loss="cross_entropy"))
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
