@@ -64,7 +64,8 @@ class ConversionReport:
             lines.append(" layer nats per token")
             for layer, (cost, name) in enumerate(zip(self.layer_costs, self.layers, strict=True)):
                 lines.append(f"{layer:6d} {cost:14.6f}  {'kept' if name == 'softmax' else name}")
-        for fate in ("copied", "transformed", "new", "dropped"):
+        fates = ("copied", "transformed", "new", "dropped") if self.teacher else ("new",)
+        for fate in fates:
             some = [x for x in self.tensors if x.fate == fate]
             note = f"  ({some[0].note})" if some and some[0].note else ""
             lines.append(

@@ -4,10 +4,27 @@ from tests.controls.bug import Bug
 
 TENSORS = "supra/conversion/tensors.py"
 CONVERT, CALIBRATE = "tests/conversion/test_convert.py", "tests/conversion/test_calibrate.py"
+UNTRAINED = "tests/conversion/test_untrained.py"
 LAYERS = "tests/conversion/test_layer_choice.py"
 LOADED = "_finite(fate, plan.reader.load(fate.name))"
 
 BUGS = [
+    Bug(
+        "untrained_mixers_start_near_a_teacher",
+        "an untrained model gets the options of a converted one",
+        "supra/conversion/untrained.py",
+        "{**MIXERS[name].from_scratch, **(options or {})}",
+        "dict(options or {})",
+        (f"{UNTRAINED}::test_options_are_the_users_then_the_published_ones",),
+    ),
+    Bug(
+        "untrained_weights_from_the_clock",
+        "the seed does not decide the weights of an untrained model",
+        "supra/conversion/untrained.py",
+        "torch.manual_seed(seed)",
+        "torch.seed()",
+        (f"{UNTRAINED}::test_seeds_and_dtypes",),
+    ),
     Bug(
         "square_tensors_transposed",
         "inherited square matrices are transposed",

@@ -10,6 +10,22 @@ PADDING = "tests/mixers/test_contract.py::test_padding_reaches_neither_outputs_n
 
 BUGS = [
     Bug(
+        "t2r_keys_without_their_bias",
+        "T2R's map of the keys leaves out the bias that the queries have",
+        "supra/mixers/feature_maps.py",
+        "_dense(key, self.weight, self.bias).relu()",
+        "_dense(key, self.weight, 0 * self.bias).relu()",
+        ("tests/mixers/test_supra.py::test_t2r_is_the_papers_equation[5-5]",),
+    ),
+    Bug(
+        "qk_norm_by_head",
+        "SUPRA's QK-norm normalises each head alone instead of all together",
+        "supra/mixers/feature_maps.py",
+        "layer_norm(x.to(gain.dtype), gain.shape, gain, eps=NORM_EPS)",
+        "layer_norm(x.to(gain.dtype), gain.shape[-1:], eps=NORM_EPS) * gain",
+        ("tests/mixers/test_supra.py::test_qk_norm_is_that_of_the_published_code",),
+    ),
+    Bug(
         "queries_and_keys_swapped",
         "a mixer gets the keys as queries and the queries as keys",
         "supra/model/attention.py",
