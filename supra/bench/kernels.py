@@ -131,10 +131,15 @@ def machine(device: str) -> dict[str, str]:
 
 
 def race(
-    operation: str, direction: str, backend: str, setting: Setting, repeats: int
+    operation: str,
+    direction: str,
+    backend: str,
+    setting: Setting,
+    repeats: int,
+    rivals: Sequence[str] | None = None,
 ) -> list[Race]:
-    """supra against every rival that is installed; they take turns."""
-    rivals = _rivals(operation, direction, setting)
+    """supra against `rivals`, or against every one that is installed; they take turns."""
+    rivals = _rivals(operation, direction, setting) if rivals is None else rivals
     jobs = [Job(operation, direction, backend, name, setting) for name in (None, *rivals)]
     times = timing.interleaved([prepare(job) for job in jobs], repeats, setting.device)
     ours, dtype = times[0], str(setting.dtype).removeprefix("torch.")
@@ -199,11 +204,12 @@ def prepare(job: Job) -> Callable[[], Any]:
 
 
 def _rivals(operation: str, direction: str, setting: Setting) -> list[str]:
-    def does(contender: Contender) -> bool:
-        return (contender.step if direction == DECODING else contender.whole) is not None
-
     rivals = OPERATIONS[operation].rivals.items()
-    return [name for name, x in rivals if does(x) and x.runs(setting.device)]
+    return [name for name, x in rivals if does(x, direction) and x.runs(setting.device)]
+
+
+def does(contender: Contender, direction: str) -> bool:
+    return (contender.step if direction == DECODING else contender.whole) is not None
 
 
 def _milliseconds(times: Sequence[float]) -> float:

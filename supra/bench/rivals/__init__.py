@@ -11,6 +11,7 @@ from supra.bench.rivals.kda import KDA
 from supra.bench.rivals.linear_attention import LINEAR_ATTENTION
 from supra.bench.rivals.long_conv import LONG_CONV
 from supra.bench.rivals.mamba2 import MAMBA2
+from supra.bench.rivals.nonlinear_gated import NONLINEAR_GATED
 
 __all__ = ["OPERATIONS", "Contender", "Operation", "Setting"]
 
@@ -22,4 +23,5 @@ OPERATIONS: dict[str, Operation] = {
     "kda": KDA,
     "causal_conv": CAUSAL_CONV,
     "long_conv": LONG_CONV,
+    "nonlinear_gated": NONLINEAR_GATED,
 }

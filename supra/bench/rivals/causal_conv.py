@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra.bench.rivals.contender import Contender, Inputs, Operation, Setting, fla
+from supra.bench.rivals.contender import Contender, Inputs, Operation, Setting, fla, on_gpu
 from supra.kernels.causal_conv import causal_conv, causal_conv_step
 
 TAPS = 4
@@ -53,9 +53,33 @@ def conv1d_step(setting: Setting) -> Callable[[], Any]:
 
 
 def fla_convolution(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from fla.modules.convolution import causal_conv1d
+    from fla.modules.causal_conv1d import causal_conv1d
 
     return causal_conv1d(input, weight, bias, activation="silu")[0]
+
+
+def fla_convolution_step(setting: Setting) -> Callable[[], Any]:
+    from fla.modules.causal_conv1d import causal_conv1d_update
+
+    inputs = causal_conv_inputs(setting.token())
+    token, weight, bias = inputs["input"], inputs["weight"], inputs["bias"]
+    state = token.new_zeros(*token.mT.shape[:2], TAPS)
+    return lambda: causal_conv1d_update(token, state, weight=weight, bias=bias, activation="silu")
+
+
+def dao_convolution(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(input.mT, weight, bias, activation="silu").mT
+
+
+def dao_convolution_step(setting: Setting) -> Callable[[], Any]:
+    from causal_conv1d import causal_conv1d_update
+
+    inputs = causal_conv_inputs(setting.token())
+    state = _convolution_state(setting).mT.contiguous()
+    token, weight, bias = inputs["input"][:, 0], inputs["weight"], inputs["bias"]
+    return lambda: causal_conv1d_update(token, state, weight, bias, activation="silu")
 
 
 def _convolution_state(setting: Setting) -> Tensor:
@@ -69,6 +93,7 @@ CAUSAL_CONV = Operation(
     {
         "torch conv1d": Contender(conv1d),
         "transformers": Contender(None, conv1d_step, "transformers"),
-        "fla": fla(fla_convolution),
+        "fla": fla(fla_convolution, fla_convolution_step),
+        "causal-conv1d": on_gpu("causal_conv1d", dao_convolution, dao_convolution_step),
     },
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -55,8 +56,16 @@ class Contender:
     package: str = "torch"
     gpu_only: bool = False
 
+    def hindrance(self, device: str) -> str | None:
+        """Why it cannot run on that device."""
+        if find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.gpu_only and device != "cuda":
+            return f"{self.package} needs a GPU"
+        return None
+
     def runs(self, device: str) -> bool:
-        return find_spec(self.package) is not None and (device == "cuda" or not self.gpu_only)
+        return self.hindrance(device) is None
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,13 @@ class Operation:
     rivals: dict[str, Contender] = field(default_factory=dict)
 
 
-def fla(whole: Callable[..., Tensor]) -> Contender:
-    """A function of flash-linear-attention, whose kernels need a GPU."""
-    return Contender(whole, package="fla", gpu_only=True)
+def on_gpu(
+    package: str,
+    whole: Callable[..., Tensor],
+    step: Callable[[Setting], Callable[[], Any]] | None = None,
+) -> Contender:
+    """Functions of a package whose kernels need a GPU."""
+    return Contender(whole, step, package, gpu_only=True)
+
+
+fla = partial(on_gpu, "fla")  # flash-linear-attention

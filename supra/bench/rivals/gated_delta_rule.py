@@ -60,6 +60,16 @@ def fla_gated_delta_rule(
     return theirs(query, key, value, g=log_decay, beta=beta)[0]
 
 
+def fla_gated_delta_rule_step(setting: Setting) -> Callable[[], Any]:
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as theirs
+
+    query, key, value, beta, log_decay = gated_delta_rule_inputs(setting.token()).values()
+    state = setting.state()
+    return lambda: theirs(
+        query, key, value, g=log_decay, beta=beta, initial_state=state, output_final_state=True
+    )
+
+
 GATED_DELTA_RULE = Operation(
     gated_delta_rule_inputs,
     gated_delta_rule,
@@ -68,6 +78,6 @@ GATED_DELTA_RULE = Operation(
         "transformers": Contender(
             transformers_gated_delta_rule, transformers_gated_delta_rule_step, "transformers"
         ),
-        "fla": fla(fla_gated_delta_rule),
+        "fla": fla(fla_gated_delta_rule, fla_gated_delta_rule_step),
     },
 )

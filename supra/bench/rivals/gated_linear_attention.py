@@ -1,5 +1,8 @@
 """Linear attention with a decay per key channel."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,8 +41,21 @@ def fla_gated_linear_attention(
     return chunk_gla(query, key, value, log_decay, scale=1.0)[0]
 
 
+def fla_gated_linear_attention_step(setting: Setting) -> Callable[[], Any]:
+    from fla.ops.gla import fused_recurrent_gla
+
+    inputs = gated_linear_attention_inputs(setting.token()).values()
+    state = setting.state()
+    return lambda: fused_recurrent_gla(
+        *inputs, scale=1.0, initial_state=state, output_final_state=True
+    )
+
+
 GATED_LINEAR_ATTENTION = Operation(
     gated_linear_attention_inputs,
     gated_linear_attention,
-    {"torch softmax attention": SOFTMAX, "fla": fla(fla_gated_linear_attention)},
+    {
+        "torch softmax attention": SOFTMAX,
+        "fla": fla(fla_gated_linear_attention, fla_gated_linear_attention_step),
+    },
 )

@@ -56,12 +56,22 @@ def fla_kda(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: 
     return theirs(query, key, value, g=log_decay, beta=beta)[0]
 
 
+def fla_kda_step(setting: Setting) -> Callable[[], Any]:
+    from fla.ops.kda import fused_recurrent_kda as theirs
+
+    query, key, value, beta, log_decay = kda_inputs(setting.token()).values()
+    state = setting.state()
+    return lambda: theirs(
+        query, key, value, g=log_decay, beta=beta, initial_state=state, output_final_state=True
+    )
+
+
 KDA = Operation(
     kda_inputs,
     kda,
     {
         "torch softmax attention": SOFTMAX,
         "transformers": Contender(transformers_kda, transformers_kda_step, "transformers"),
-        "fla": fla(fla_kda),
+        "fla": fla(fla_kda, fla_kda_step),
     },
 )

@@ -1,5 +1,8 @@
 """Linear attention with a normalizer."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from supra.bench.rivals.contender import Contender, Inputs, Operation, Setting, fla
@@ -38,8 +41,22 @@ def fla_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return chunk_linear_attn(query, key, value, normalize=True)[0]
 
 
+def fla_linear_attention_step(setting: Setting) -> Callable[[], Any]:
+    from fla.ops.linear_attn import fused_recurrent_linear_attn
+
+    inputs = linear_attention_inputs(setting.token()).values()
+    state = setting.state()
+    states = state, state[:, None, :, :, 0].contiguous()
+    return lambda: fused_recurrent_linear_attn(
+        *inputs, initial_state=states, output_final_state=True, normalize=True
+    )
+
+
 LINEAR_ATTENTION = Operation(
     linear_attention_inputs,
     linear_attention,
-    {"torch softmax attention": SOFTMAX, "fla": fla(fla_linear_attention)},
+    {
+        "torch softmax attention": SOFTMAX,
+        "fla": fla(fla_linear_attention, fla_linear_attention_step),
+    },
 )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supra.bench.rivals.contender import Contender, Inputs, Operation, Setting, fla
+from supra.bench.rivals.contender import Contender, Inputs, Operation, Setting, fla, on_gpu
 from supra.kernels.linear_attention import (
     LinearAttentionState,
     chunk_linear_attention,
@@ -55,12 +55,8 @@ def transformers_mamba2(**inputs: Tensor) -> Tensor:
 def transformers_mamba2_step(setting: Setting) -> Callable[[], Any]:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
-    x, dt, A, B, C = (
-        x[:, 0] if x.dim() > 1 else x for x in mamba2_inputs(setting.token()).values()
-    )
-    state, size = setting.state(), setting.head_size
-    dt, A = dt[..., None].expand(-1, -1, size), A[:, None, None].expand(-1, size, size)
-    return lambda: mamba2_selective_state_update(state, x, dt, A, B, C, None)
+    arguments = _one_token(setting)
+    return lambda: mamba2_selective_state_update(*arguments, None)
 
 
 def fla_mamba2(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -70,11 +66,45 @@ def fla_mamba2(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
     return chunk_simple_gla(C, B, value, g=dt * A, scale=1.0)[0]
 
 
+def fla_mamba2_step(setting: Setting) -> Callable[[], Any]:
+    from fla.ops.simple_gla import fused_recurrent_simple_gla
+
+    x, dt, A, B, C = mamba2_inputs(setting.token()).values()
+    value, log_decay, state = x * dt[..., None].to(x.dtype), dt * A, setting.state()
+    return lambda: fused_recurrent_simple_gla(
+        C, B, value, g=log_decay, scale=1.0, initial_state=state, output_final_state=True
+    )
+
+
+def mamba_ssm(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size=MAMBA2_CHUNK)
+
+
+def mamba_ssm_step(setting: Setting) -> Callable[[], Any]:
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    arguments = _one_token(setting)
+    return lambda: selective_state_update(*arguments)
+
+
+def _one_token(setting: Setting) -> tuple[Tensor, ...]:
+    """State, input, dt, A, B and C of one token, without its axis, and expanded to all channels."""
+    x, dt, A, B, C = (
+        x[:, 0] if x.dim() > 1 else x for x in mamba2_inputs(setting.token()).values()
+    )
+    size = setting.head_size
+    dt, A = dt[..., None].expand(-1, -1, size), A[:, None, None].expand(-1, size, size)
+    return setting.state(), x, dt, A, B, C
+
+
 MAMBA2 = Operation(
     mamba2_inputs,
     mamba2,
     {
         "transformers": Contender(transformers_mamba2, transformers_mamba2_step, "transformers"),
-        "fla": fla(fla_mamba2),
+        "fla": fla(fla_mamba2, fla_mamba2_step),
+        "mamba-ssm": on_gpu("mamba_ssm", mamba_ssm, mamba_ssm_step),
     },
 )
