@@ -7,6 +7,8 @@
 # make test-kill   200 kills of convert and uptrain: ten minutes
 # make test-long   fuzz, and every kernel compiled: an hour
 # make test-wheel  the wheel alone, without the checkout: a minute
+# make bench-gpu  kernels, training and decoding on a GPU, into docs/gpu.md: half an hour;
+#                 RIVALS=folder with wheels, MINUTES=9.5 for a part, REHEARSE=1 without a GPU
 # make wheel  the files of a release, in dist/
 # make docs   the documentation as a site in site/: half a minute
 # make format write the code the way the linter wants it; make lint only says so
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 KILLS ?= 100
 SEED ?= 0
 
-.PHONY: demo demo-gemma test test-faults test-engines controls test-kill test-long test-wheel wheel docs lint format clean
+.PHONY: demo demo-gemma test test-faults test-engines controls test-kill test-long test-wheel bench-gpu wheel docs lint format clean
 
 demo demo-gemma: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 demo demo-gemma: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
@@ -50,6 +52,10 @@ test-kill: $(VENV)/dev
 
 test-wheel: $(VENV)/dev
 	$(BIN)/python -m pytest -m long tests/test_packaging.py
+
+bench-gpu: $(VENV)/base
+	$(BIN)/supra bench gpu $(if $(REHEARSE),--rehearse,--out docs/gpu.md) \
+	    $(if $(RIVALS),--rivals $(RIVALS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # setuptools would put whatever lies in build/ into the wheel, also what the source no longer has
 wheel: $(VENV)/dev

@@ -15,6 +15,7 @@ LEVELS = [
     ["recipes"],
     ["supra.__main__", "supra.uptrain.__main__"],
     ["supra.cli"],
+    ["supra.bench.gpu"],
     ["supra.planning"],
     ["supra.uptrain", "supra.bench", "supra.testing"],
     ["supra.long_context"],
@@ -30,6 +31,13 @@ LEVELS = [
     ["supra.settings"],
     ["supra.errors"],
 ]
+# rooms in a room, on another line than the room around them
+NESTED = {
+    "supra.evaluate.ablate",
+    "supra.evaluate.suite",
+    "supra.evaluate.tasks",
+    "supra.bench.gpu",
+}
 # other people's packages, for each room or file; the longest path that fits counts
 PACKAGES = {
     "recipes": {"torch"},
@@ -47,6 +55,7 @@ PACKAGES = {
     "supra/model/rows.py": {"torch"},
     "supra/bench": {"torch", "triton"},
     "supra/bench/decode.py": {"torch", "transformers"},
+    "supra/bench/gpu": {"torch", "transformers"},
     "supra/bench/rivals": {"torch", "transformers"},
     "supra/cli": {"torch"},
     "supra/uptrain": {"torch", "transformers", "safetensors", "accelerate", "peft", "datasets"},
@@ -118,8 +127,7 @@ def room(module):
     if module.endswith(".__main__"):  # starts a command, so it stands above its folder
         return module
     parts = module.split(".")
-    nested = parts[:2] == ["supra", "evaluate"] and parts[2:3] in (["ablate"], ["suite"], ["tasks"])
-    return ".".join(parts[: 3 if nested else 2])
+    return ".".join(parts[: 3 if ".".join(parts[:3]) in NESTED else 2])
 
 
 def test_the_guard_sees_what_it_should():

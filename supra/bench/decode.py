@@ -45,7 +45,8 @@ COLUMNS += ("student state MB", "teacher peak MB", "student peak MB")
 
 
 class Job(NamedTuple):
-    """One measurement: a model's folder, or its GGUF file for llama.cpp."""
+    """One measurement: a model's folder, or its GGUF file for llama.cpp. Only transformers decodes
+    several rows at once, or on another device."""
 
     engine: str
     role: str
@@ -54,12 +55,14 @@ class Job(NamedTuple):
     length: int
     tokens: int
     threads: int
+    batch: int = 1
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """seconds: for one token, the median. state: bytes of the cache after the context. peak: of the
-    process, in bytes."""
+    """seconds: for one token of every row, the median. state: bytes of the cache after the context.
+    peak: of the process on the device, in bytes."""
 
     engine: str
     role: str
@@ -167,11 +170,11 @@ def _alone(job: Job) -> Speed:
 def measure(job: Job) -> Speed:
     """Fill the context and decode. Raises UserError for a model that does not load."""
     torch.set_num_threads(job.threads)
-    forget_peak_memory("cpu")
+    forget_peak_memory(job.device)
     measured = _in_llama_cpp if job.engine == LLAMA_CPP else _in_transformers
     times, state = measured(job)
     seconds = statistics.median(times[WARM_UP:])
-    return Speed(job.engine, job.role, job.length, seconds, state, peak_memory("cpu"))
+    return Speed(job.engine, job.role, job.length, seconds, state, peak_memory(job.device))
 
 
 def _in_llama_cpp(job: Job) -> tuple[list[float], int]:
@@ -190,19 +193,20 @@ def _in_llama_cpp(job: Job) -> tuple[list[float], int]:
 
 @torch.no_grad()
 def _in_transformers(job: Job) -> tuple[list[float], int]:
-    model = find_checkpoint(job.source).model(parse_dtype(job.dtype)).eval()
-    cache = _filled(model, _random_tokens(model.config.vocab_size, job.length)[None])
+    model = find_checkpoint(job.source).model(parse_dtype(job.dtype)).eval().to(job.device)
+    tokens = _random_tokens(model.config.vocab_size, job.length)
+    cache = _filled(model, tokens.to(job.device).expand(job.batch, -1))
     state = _state_bytes(cache)
 
     def step(token: int) -> int:
-        given = torch.tensor([[token]])
+        given = torch.full((job.batch, 1), token, device=job.device)
         return int(model(given, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
 
     return _times(step, job.tokens), state
 
 
 def _filled(model: PreTrainedModel, tokens: torch.Tensor) -> Cache:
-    """A model's cache after tokens [1, T]. A teacher's keys and values are copies of a part's."""
+    """A model's cache after tokens [B, T]. A teacher's keys and values are copies of a part's."""
     length = tokens.shape[1]
     if model.config.model_type == "supra":
         cache = None

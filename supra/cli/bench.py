@@ -1,4 +1,4 @@
-"""`supra bench kernels | compile | parallel | decode`."""
+"""`supra bench kernels | compile | parallel | decode | gpu`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,10 @@ from supra.cli.options import (
     choice,
     file,
     flag,
+    folder,
     integers,
     names,
+    number,
     string,
     whole,
 )
@@ -188,4 +190,48 @@ def decode(
         type=type,
         dtype=dtype,
         as_json=json,
+    )
+
+
+@app.command(cls=Command, epilog="supra bench gpu --rivals ./wheels --minutes 9.5")
+def gpu(
+    groups: Annotated[
+        Sequence[str],
+        names("--groups", "Rows: checks,operations,steps,training,decoding. Default: all."),
+    ] = (),
+    only: Annotated[
+        str, string("--only", "Only rows whose name contains this, e.g. 'kda, forward'.")
+    ] = "",
+    rivals: Annotated[
+        Path | None, folder("--rivals", "Folder with wheels of packages to compare with.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        folder("--folder", "Results, models and logs. Default: runs/gpu, or runs/gpu-rehearsal."),
+    ] = None,
+    out: Annotated[Path | None, file("--out", "The page. Default: gpu.md in the folder.")] = None,
+    minutes: Annotated[
+        float | None, number("--minutes", "Stop before so many minutes; the next call continues.")
+    ] = None,
+    limit: Annotated[float, number("--limit", "Seconds for one row.")] = 150.0,
+    retry: Annotated[
+        bool, flag("--retry", "Measure rows again that failed, or had no rival.")
+    ] = False,
+    rehearse: Annotated[
+        bool, flag("--rehearse", "Run every row on the CPU, in Triton's interpreter.")
+    ] = False,
+) -> None:
+    """Check and measure kernels, training and decoding on a GPU, and write a page."""
+    from supra.bench.gpu.report import report
+
+    report(
+        groups=groups,
+        only=only,
+        rivals=rivals,
+        folder=run,
+        out=out,
+        minutes=minutes,
+        limit=limit,
+        retry=retry,
+        rehearse=rehearse,
     )

@@ -518,6 +518,15 @@ REFUSED = {
         ("--model {rnn} --teacher {base} --type q5", "unknown --type"),
         ("--model {rnn} --teacher {base} --dtype int8", "unknown --dtype"),
     ],
+    "bench gpu": [
+        ("--rehearse --groups chekcs", "did you mean 'checks'"),
+        ("--rehearse --minutes 0", "--minutes (=0.0)"),
+        ("--rehearse --minutes soon", "--minutes"),
+        ("--rehearse --limit -1", "--limit (=-1.0)"),
+        ("--rehearse --limit inf", "--limit (=inf)"),
+        ("--rehearse --folder {text}", "text.txt"),
+        ("--rehearse --folder {here}/gpu --rivals {here}/none", "--rivals"),
+    ],
     "bench kernels": [
         ("--ops sum", "sum"),
         ("--ops linear_attention,sum", "sum"),
