@@ -7,10 +7,11 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from supra.bench import ir, sass
-from supra.bench.operations import OPERATIONS, run_calls
+from supra.bench.operations import OPERATIONS, Case, run_calls
 from supra.kernels import launch
 
 # Except the width, no size is a multiple of 16, so that no stride is aligned by chance.
@@ -28,6 +29,11 @@ class Processor(NamedTuple):
     blocks: int
     registers: int = 65536
     tensor_memory: int = 512  # columns
+
+    @property
+    def block_shared(self) -> int:
+        """Bytes of shared memory that one block can have: 1 KiB is for the system."""
+        return self.shared - 1024
 
 
 PROCESSORS = {
@@ -87,7 +93,10 @@ class Compiled:
 
 def compile_job(job: Job) -> list[Compiled]:
     """Compile all kernels that one case launches. Triton must be installed and not interpreting."""
-    case = OPERATIONS[job.operation][job.case]
+    return compile_case(job, OPERATIONS[job.operation][job.case])
+
+
+def compile_case(job: Job, case: Case) -> list[Compiled]:
     found = []
 
     def run(call):
@@ -105,7 +114,7 @@ def compile_launch(job: Job, part: str, launched: launch.Launch) -> Compiled:
     from triton.runtime.driver import driver
 
     name = launched.kernel.__name__
-    driver.set_active(_Absent(PROCESSORS[job.target].architecture))
+    driver.set_active(AbsentGpu(PROCESSORS[job.target]))
     try:
         compiled = launched.kernel.warmup(
             **launched.arguments,
@@ -120,11 +129,14 @@ def compile_launch(job: Job, part: str, launched: launch.Launch) -> Compiled:
     return examine(job, part, compiled)
 
 
-class _Absent:
+class AbsentGpu:
     """A device that Triton's JIT compiles for, as if it were to launch; it cannot run anything."""
 
-    def __init__(self, architecture: int):
-        self.architecture = architecture
+    def __init__(self, processor: Processor, multiprocessors: int = 1):
+        self.architecture = processor.architecture
+        shared, count = processor.block_shared, multiprocessors
+        properties = {"max_shared_mem": shared, "multiprocessor_count": count}
+        self.utils = SimpleNamespace(get_device_properties=lambda _: properties)
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget

@@ -21,6 +21,7 @@ from supra.cli.options import (
     string,
     whole,
 )
+from supra.errors import UserError
 from supra.uptrain import limits
 
 SOLVER_DTYPES = ("float32", "float64")
@@ -95,10 +96,33 @@ def compile(
     out: Annotated[
         Path | None, file("--out", "Write into this file and not to the terminal.")
     ] = None,
+    against: Annotated[
+        str | None,
+        choice("--against", "Beside the kernels of another package: fla.", ("fla",), "PACKAGE"),
+    ] = None,
+    configurations: Annotated[
+        int, whole("--configurations", "With --against, of each of its kernels.", limits.BEAMS)
+    ] = 3,
 ) -> None:
     """Show registers, spills and memory traffic of the compiled kernels. It needs no GPU."""
+    from supra.bench import against as beside
     from supra.bench.compile import report
 
+    if against:
+        if case:
+            raise UserError("--case does not go with --against: leave one of them out")
+        beside.report(
+            against,
+            operations=ops,
+            targets=archs,
+            widths=head_sizes,
+            configurations=configurations,
+            processes=jobs,
+            as_json=json,
+            check=check,
+            out=out,
+        )
+        return
     report(
         operations=ops,
         cases=case,

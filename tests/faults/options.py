@@ -552,6 +552,11 @@ REFUSED = {
         ("--head-sizes x", "head-sizes"),
         ("--jobs 0", "jobs"),
         ("--jobs x", "--jobs"),
+        ("--against numpy", "unknown --against 'numpy'"),
+        ("--against fla --case plain", "--case"),
+        ("--against fla --ops long_conv", "long_conv"),
+        ("--against fla --archs small", "small"),
+        ("--against fla --configurations 0", "--configurations"),
     ],
     "bench parallel": [
         ("--cells cell", "cell"),
