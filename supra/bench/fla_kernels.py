@@ -8,7 +8,7 @@ spilled bytes, and then the fewest registers.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ GPUS = {
     "sm_90": ("NVIDIA H100", 132),
     "sm_100": ("NVIDIA B200", 148),
 }
+ALL = 10**6  # configurations
 
 
 class Work(NamedTuple):
@@ -68,17 +69,35 @@ def compile_theirs(work: Work) -> list[Theirs]:
     flash-linear-attention looks at the GPU when it is imported."""
     setting = Setting(BATCH, TOKENS, HEADS, work.width, torch.bfloat16, "meta")
     job = Job(work.operation, "fla", work.width, work.target)
-    entry = OPERATIONS[work.operation]
-    inputs = {name: x.requires_grad_() for name, x in entry.inputs(setting).items()}
     with seen_as(work.target), recording(work.configurations) as (launches, compile):
-        output = entry.rivals["fla"].whole(**inputs)
-        forward = list(launches)
-        launches.clear()
-        torch.autograd.grad(
-            output, list(inputs.values()), torch.ones_like(output), allow_unused=True
-        )
-        parts = [("forward", x) for x in forward] + [("backward", x) for x in launches]
-        return [best(job, part, group, compile) for part, group in parts]
+        forward = _both_passes(work.operation, setting, launches)
+        parts = ["forward"] * forward + ["backward"] * (len(launches) - forward)
+        pairs = zip(parts, launches, strict=True)
+        return [best(job, part, group, compile) for part, group in pairs]
+
+
+def _both_passes(operation: str, setting: Setting, launches: list) -> int:
+    """Run both on tensors without memory; the number of launches of the forward pass."""
+    entry = OPERATIONS[operation]
+    inputs = {name: x.requires_grad_() for name, x in entry.inputs(setting).items()}
+    output = entry.rivals["fla"].whole(**inputs)
+    forward = len(launches)
+    torch.autograd.grad(output, list(inputs.values()), torch.ones_like(output), allow_unused=True)
+    return forward
+
+
+def fill_cache(operation: str, setting: Setting, target: str, part: int, parts: int) -> int:
+    """Compile every `parts`-th configuration of all kernels into Triton's cache, so that the
+    autotuner only has to time them. The number of those that compiled."""
+    done = 0
+    with seen_as(target), recording(ALL) as (launches, compile):
+        _both_passes(operation, setting._replace(device="meta"), launches)
+        entries = [entry for group in launches for entry in group]
+        for entry in entries[part::parts]:
+            with suppress(Exception):  # one that does not compile is left out by the autotuner too
+                compile(entry)
+                done += 1
+    return done
 
 
 Recorded = tuple[list[list[_Launch]], Callable[[_Launch], Any]]

@@ -1,5 +1,6 @@
 """Calls functions in another process, which is killed when a call takes too long."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -68,7 +69,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         with environment(self.changes):
-            self._process = context.Process(target=_serve, args=(theirs, self.log), daemon=True)
+            self._process = context.Process(target=_serve, args=(theirs, self.log))
             self._process.start()
         theirs.close()
 
@@ -89,6 +90,7 @@ def _serve(connection: Connection, log: Path) -> None:
             traceback.print_exc()
             answer = False, _one_line(error)
         connection.send(answer)
+        gc.collect()  # what a call held must not count for the next
         if not answer[0]:
             return
 

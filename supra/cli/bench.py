@@ -221,7 +221,7 @@ def decode(
 def gpu(
     groups: Annotated[
         Sequence[str],
-        names("--groups", "Rows: checks,operations,steps,training,decoding. Default: all."),
+        names("--groups", "Rows: checks,compile,operations,steps,training,decoding. Default: all."),
     ] = (),
     only: Annotated[
         str, string("--only", "Only rows whose name contains this, e.g. 'kda, forward'.")

@@ -10,21 +10,17 @@ from supra.bench.rivals import OPERATIONS, Setting
 # largest relative errors (root mean square), as in the tests of the kernels
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 SUMMED = 3  # times as much for the gradient of a weight: it is a sum over all tokens, which cancel
-ODD = (2, 77, 3, 20)  # batch, tokens, heads, head size: no multiple of any tile
 LOOP_NUMBERS = 10**5  # of a check against the loop over tokens on the CPU; larger ones take chunks
 STEPS = 3
 
 
-def settings(device: str, large: tuple[int, ...]) -> dict[str, Setting]:
+def settings(device: str, odd: tuple[int, ...], large: tuple[int, ...]) -> dict[str, Setting]:
+    """odd, large: batch, tokens, heads and head size."""
     return {
-        "odd, float32": Setting(*ODD, torch.float32, device),
-        "odd, bfloat16": Setting(*ODD, torch.bfloat16, device),
+        "odd, float32": Setting(*odd, torch.float32, device),
+        "odd, bfloat16": Setting(*odd, torch.bfloat16, device),
         "large, bfloat16": Setting(*large, torch.bfloat16, device),
     }
-
-
-def step_setting(device: str) -> Setting:
-    return Setting(*ODD, torch.float32, device)
 
 
 def rival_setting(device: str) -> Setting:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from supra.bench import decode
 from supra.bench.gpu.models import TEACHER, Sizes, model
 
@@ -14,7 +16,7 @@ def measure(
     role = decode.TEACHER if name == TEACHER else decode.STUDENT
     job = decode.Job(
         decode.TRANSFORMERS, role, str(model(folder, name, sizes)), "bfloat16", length,
-        sizes.decoded, threads=1, batch=batch, device=device,
+        sizes.decoded, torch.get_num_threads(), batch=batch, device=device,
     )  # fmt: skip
     found = decode.measure(job)
     return {

@@ -5,7 +5,7 @@ from typing import Any
 
 from supra.bench.compile import table
 from supra.bench.gpu.results import FAILED, SECONDS
-from supra.bench.gpu.rows import CHECKS, DECODE, GROUPS, OPERATION, STEP, TRAIN, Row
+from supra.bench.gpu.rows import CHECKS, COMPILE, DECODE, GROUPS, OPERATION, STEP, TRAIN, Row
 
 Values = dict[str, Any]
 Rows = dict[tuple[str, ...], Values]
@@ -14,6 +14,7 @@ OURS = "supra"
 NONE = "—"
 TITLES = {
     CHECKS: "Are the kernels right?",
+    COMPILE: "Compilation of flash-linear-attention",
     OPERATION: "Operations",
     STEP: "Decoding steps of operations",
     TRAIN: "Training",
@@ -21,6 +22,7 @@ TITLES = {
 }
 TEXTS = {
     CHECKS: "The largest relative error (root mean square) among the output and all gradients.",
+    COMPILE: "All configurations that its autotuner will time, compiled on all cores.",
     OPERATION: "Median milliseconds in bfloat16. A rival's cell has its time, and how many times "
     "as long as supra it took in the same run.",
     STEP: "One token of every row, after as many tokens as the table says.",
@@ -66,6 +68,8 @@ def _described(group: str, x: Values) -> str:
     if group == CHECKS:
         verdict = "right" if x["right"] else "WRONG"
         return f"{verdict}, {x['worst']} is off by {_number(x['error'])} of {x['allowed']:.1e}"
+    if group == COMPILE:
+        return f"{x['configurations']} configurations in {x['processes']} processes"
     if group == TRAIN:
         return f"{x['tokens_per_second']:,.0f} tokens/s, MFU {_share(x['mfu'])}"
     if group == DECODE:
@@ -84,6 +88,17 @@ def _check_cells(x: Values) -> list[str]:
         return [NONE] * 4 + ["failed" if FAILED in x else x["missing"]]
     verdict = "right" if x["right"] else "**wrong**"
     return [x["against"], _number(x["error"]), f"{x['allowed']:.1e}", x["worst"], verdict]
+
+
+def _compiling(done: Rows) -> list[str]:
+    header = ("operation", "head size", "configurations", "processes", "seconds")
+    return table(header, [[*key[1:], *_compiling_cells(x)] for key, x in done.items()])
+
+
+def _compiling_cells(x: Values) -> list[str]:
+    if FAILED in x or "missing" in x:
+        return [NONE] * 3
+    return [str(x["configurations"]), str(x["processes"]), f"{x[SECONDS]:.0f}"]
 
 
 def _races(done: Rows) -> list[str]:
@@ -134,8 +149,13 @@ def _decoding_cells(x: Values) -> list[str]:
 
 
 _TABLES: dict[str, Callable[[Rows], list[str]]] = {
-    CHECKS: _checks, OPERATION: _races, STEP: _races, TRAIN: _training, DECODE: _decoding,
-}  # fmt: skip
+    CHECKS: _checks,
+    COMPILE: _compiling,
+    OPERATION: _races,
+    STEP: _races,
+    TRAIN: _training,
+    DECODE: _decoding,
+}
 
 
 def _reasons(done: Rows) -> list[str]:

@@ -6,13 +6,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from supra.bench.gpu import checks, decoding, races, training
+import torch
+
+from supra.bench.gpu import checks, compiling, decoding, races, training
 from supra.bench.gpu.models import SMALL, STUDENTS, TEACHER, WHOLE, Sizes
 from supra.bench.kernels import DECODING, FORWARD, TRAINING, does
-from supra.bench.rivals import OPERATIONS
+from supra.bench.rivals import OPERATIONS, Setting
 
-CHECKS, OPERATION, STEP, TRAIN, DECODE = GROUPS = (
-    "checks", "operations", "steps", "training", "decoding",
+CHECKS, COMPILE, OPERATION, STEP, TRAIN, DECODE = GROUPS = (
+    "checks", "compile", "operations", "steps", "training", "decoding",
 )  # fmt: skip
 LEFT_OUT = "transformers"  # its torch code is no rival on a GPU
 
@@ -39,13 +41,16 @@ class Plan:
     heads: int
     head_sizes: tuple[int, ...]  # the first at all lengths, the others at the second length
     repeats: int
-    large: tuple[int, ...]  # batch, tokens, heads and head size of a large check
+    odd: tuple[int, ...]  # batch, tokens, heads and head size of checks: no multiple of any tile
+    large: tuple[int, ...]  # the same of a large check
     models: Sizes
     contexts: tuple[tuple[int, int], ...]  # of decoding: batch and tokens of context
 
     def rows(self, folder: Path) -> Iterator[Row]:
         """folder: for models and texts."""
         yield from self._checks()
+        yield from self._compiling()
+        yield from self._rival_checks()
         yield from self._races(OPERATION, (FORWARD, TRAINING))
         yield from self._races(STEP, (DECODING,))
         for mixer, stage in product(STUDENTS, training.STAGES):
@@ -57,10 +62,19 @@ class Plan:
 
     def _checks(self) -> Iterator[Row]:
         for operation in OPERATIONS:
-            for name, setting in checks.settings(self.device, self.large).items():
+            for name, setting in checks.settings(self.device, self.odd, self.large).items():
                 yield Row((CHECKS, operation, name), checks.compare, (operation, setting))
-            arguments = operation, checks.step_setting(self.device)
+            arguments = operation, Setting(*self.odd, torch.float32, self.device)
             yield Row((CHECKS, operation, "decoding steps"), checks.compare_steps, arguments)
+
+    def _compiling(self) -> Iterator[Row]:
+        for size, (operation, rival) in product(self.head_sizes, rivals()):
+            if rival == "fla":
+                setting = races.setting(self.device, self.tokens, self.lengths[0], self.heads, size)
+                row = (COMPILE, operation, str(size))
+                yield Row(row, compiling.compile_all, (operation, setting))
+
+    def _rival_checks(self) -> Iterator[Row]:
         for operation, rival in rivals():
             if rival in races.SAME:
                 arguments = operation, rival, checks.rival_setting(self.device)
@@ -93,6 +107,7 @@ ON_A_GPU = Plan(
     heads=16,
     head_sizes=(64, 128),
     repeats=10,
+    odd=(2, 77, 3, 20),
     large=(2, 4096, 4, 64),
     models=WHOLE,
     contexts=((1, 2048), (1, 8192), (1, 32768), (16, 2048)),
@@ -104,6 +119,7 @@ REHEARSAL = Plan(  # one row with one head: the interpreter takes a tenth of a s
     heads=1,
     head_sizes=(16, 32),
     repeats=1,
+    odd=(1, 37, 2, 20),
     large=(1, 70, 2, 16),
     models=SMALL,
     contexts=((1, 20), (2, 20)),
