@@ -17,6 +17,7 @@ from supra.uptrain.initial_state import InitialState
 from supra.uptrain.optim import drop_gradients
 from supra.uptrain.shards import whole
 from supra.uptrain.shared_rows import SharedRows
+from supra.uptrain.spread import is_sharded
 from supra.uptrain.stage_settings import DistillConfig, ExtendConfig, TuneConfig
 from supra.uptrain.teacher import Teacher
 
@@ -55,8 +56,7 @@ class EndToEnd:
         count = len(batches) * (self.stage.segments or 1)
         with self.rows.shared_by(self.model) as shared:
             for number, (batch, cache) in enumerate(self._parts(batches), start=1):
-                last = number == count
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self._exchange(last=number == count):
                     losses = self._losses(batch, valid, cache)
                     self.accelerator.backward(losses.total)
                 sums += torch.stack([losses.next_token, losses.kl])
@@ -71,6 +71,14 @@ class EndToEnd:
             ranks = shared.ranks
             values |= {"exchanged_mb": ranks.bytes / 1e6, "exchange_seconds": ranks.seconds}
         return values
+
+    def _exchange(self, last: bool) -> AbstractContextManager:
+        """The context of a pass. Processes add their gradients up after a step's last pass. Under
+        FSDP they do after every pass, because until then each would hold a gradient of the whole
+        student: 29 GB for a 7B."""
+        if last or is_sharded(self.accelerator):
+            return nullcontext()
+        return self.accelerator.no_sync(self.model)
 
     @torch.no_grad()
     def fit_noise(self, batch: Block) -> None:
