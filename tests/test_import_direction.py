@@ -58,6 +58,7 @@ PACKAGES = {
     "supra/bench/gpu": {"torch", "transformers"},
     "supra/bench/rivals": {"torch", "transformers"},
     "supra/cli": {"torch"},
+    "supra/planning/fake_rank.py": {"torch", "accelerate"},
     "supra/uptrain": {"torch", "transformers", "safetensors", "accelerate", "peft", "datasets"},
 }
 

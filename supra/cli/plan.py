@@ -6,7 +6,7 @@ import typer
 
 from supra.cli.convert import parse_layers, parse_options
 from supra.cli.help import MODELS, Command
-from supra.cli.options import Json, choice, number, option, string, whole
+from supra.cli.options import Json, choice, flag, number, option, string, whole
 from supra.cli.output import print_result
 from supra.cli.uptrain import Overrides, Recipe
 from supra.errors import UserError
@@ -57,6 +57,17 @@ def plan(
             "NAME",
         ),
     ] = None,
+    cp_size: Annotated[
+        int, whole("--cp-size", "GPUs that have a part of each row.", limits.BEAMS)
+    ] = 1,
+    filled_cache: Annotated[
+        bool,
+        flag("--filled-cache", "distill.cache has all rows, so that no teacher is loaded."),
+    ] = False,
+    simulate: Annotated[
+        bool,
+        flag("--simulate", "Also run a step without memory, and track what it would take."),
+    ] = False,
     tflops: Annotated[
         float, number("--tflops", "Peak of one GPU in bf16, in 10^12 FLOPs a second.")
     ] = Rate.tflops,
@@ -70,7 +81,7 @@ def plan(
     from supra.planning.settings import Conversion, find_models, read_settings
 
     launch = launch or ("ddp" if gpus.count * nodes > 1 else "one_gpu")
-    hardware, rate = Hardware(gpus, nodes, launch), Rate(tflops, mfu, price)
+    hardware, rate = Hardware(gpus, nodes, launch, cp_size), Rate(tflops, mfu, price)
     conversion = None
     if model is not None:
         options = parse_options(mixer_option or [])
@@ -83,4 +94,5 @@ def plan(
             "transformer to convert"
         )
     settings = read_settings(config, overrides or [], conversion)
-    print_result(plan(settings, find_models(settings, conversion), hardware, rate), json)
+    models = find_models(settings, conversion, filled_cache)
+    print_result(plan(settings, models, hardware, rate, simulate), json)

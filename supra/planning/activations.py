@@ -88,19 +88,21 @@ def count_layerwise(model: nn.Module, length: int, dtype: torch.dtype, matrices:
 
 @contextmanager
 def _faked(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has fake tensors of a CPU, because the meta device has no autocast.
+    """Inside, the model has fake tensors of a CPU, because the meta device has no autocast."""
+    check_countable(model)
+    model.eval()  # dropout of windows asks for numbers, which fake tensors do not have
+    with foreign_errors("activations cannot be counted"), FakeTensorMode():
+        model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
+        yield
 
-    Raises UserError for a mixture of experts: a router decides what the experts compute.
-    """
+
+def check_countable(model: nn.Module) -> None:
+    """Raise UserError for a mixture of experts: a router decides what the experts compute."""
     if any(type(module).__name__.endswith("Experts") for module in model.modules()):
         raise UserError(
             "a mixture of experts cannot be planned: how many tokens an expert gets is only known "
             "when the model runs"
         )
-    model.eval()  # dropout of windows asks for numbers, which fake tensors do not have
-    with foreign_errors("activations cannot be counted"), FakeTensorMode():
-        model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
-        yield
 
 
 def _whole_pass(student: PreTrainedModel, rows: int, length: int, dtype: torch.dtype) -> Counter:

@@ -23,11 +23,12 @@ class Gpus:
 @dataclass(frozen=True)
 class Hardware:
     """`nodes` machines with the same GPUs; `launch` is the name of the file for
-    `accelerate launch`."""
+    `accelerate launch`, and `cp_size` processes have a part of each row."""
 
     gpus: Gpus
     nodes: int = 1
     launch: str = "ddp"
+    cp_size: int = 1
 
     def __post_init__(self):
         if self.launch == "one_gpu" and self.processes > 1:
@@ -40,11 +41,21 @@ class Hardware:
                 "--launch (=hsdp) splits the student over the GPUs of a machine, and a machine has "
                 "one: take ddp or fsdp, or machines with more GPUs"
             )
+        if self.processes % self.cp_size:
+            raise UserError(
+                f"--cp-size (={self.cp_size}) GPUs share each row, so it must divide the number of "
+                f"GPUs (={self.processes})"
+            )
 
     @property
     def processes(self) -> int:
         """One for each GPU."""
         return self.gpus.count * self.nodes
+
+    @property
+    def readers(self) -> int:
+        """Groups of processes that read different rows."""
+        return self.processes // self.cp_size
 
     @property
     def shards(self) -> int:

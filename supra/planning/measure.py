@@ -1,5 +1,6 @@
 """Counts for one stage: what its memory and its work depend on."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from supra.model.families import no_mixer
 from supra.model.state_size import state_bytes
 from supra.planning.activations import count_end_to_end, count_layerwise
 from supra.planning.compute import Work
+from supra.planning.hardware import Hardware
 from supra.planning.memory import Sizes
 from supra.planning.parameters import (
     converted,
@@ -63,8 +65,8 @@ class Moved(NamedTuple):
     bucketed: Collection[nn.Parameter]
 
 
-def measure(models: Models, config: UptrainConfig, stage: str, processes: int) -> Measured:
-    """Counts for a stage of a run in so many processes.
+def measure(models: Models, config: UptrainConfig, stage: str, hardware: Hardware) -> Measured:
+    """Counts for a stage of a run on these machines. Without a teacher, its predictions are cached.
 
     Raises UserError for a mixture of experts, and for orient or align of a student without a
     recurrent layer.
@@ -76,7 +78,7 @@ def measure(models: Models, config: UptrainConfig, stage: str, processes: int) -
         raise UserError(no_mixer(models.student.model_type))
     stepped = dict(trainable(model, {stage: config.stages[stage]}))
     bucketed = dict(trainable(model, wrapped_stages(config)))
-    moved = Moved(stepped, stepped if processes == 1 or layerwise else bucketed, bucketed)
+    moved = Moved(stepped, stepped if hardware.processes == 1 or layerwise else bucketed, bucketed)
     for parameter in kinds:
         parameter.requires_grad_(parameter in moved.trained)
     return Measured(
@@ -84,7 +86,7 @@ def measure(models: Models, config: UptrainConfig, stage: str, processes: int) -
         trained=count(stepped, kinds),
         work=_work(models, model, kinds, stage, moved.trained),
         # last, because the model that was counted with has no weights any more
-        sizes=_sizes(models, model, kinds, config, stage, moved),
+        sizes=_sizes(models, model, kinds, config, stage, moved, hardware.cp_size),
     )
 
 
@@ -95,14 +97,17 @@ def _sizes(
     config: UptrainConfig,
     stage: str,
     moved: Moved,
+    cp_size: int,
 ) -> Sizes:
     student = language_model(model)
     blocks = [list(layer.parameters()) for layer in blocks_of(student)]
     head = student.get_output_embeddings().weight
     inner = models.student.get_text_config()
     layerwise, trained = stage in LAYERWISE, moved.trained
-    teacher = meta_model(models.teacher) if stage == "distill" else nn.ModuleList()
-    theirs = [total(x.parameters()) for x in blocks_of(teacher)] if stage == "distill" else [0]
+    taught = stage == "distill" and models.teacher is not None
+    teacher = meta_model(models.teacher) if taught else nn.ModuleList()
+    theirs = sum(total(x.parameters()) for x in blocks_of(teacher)) if taught else 0
+    softmax = attention_layers(models.student)[1]
     used = (x for block in blocks for x in block if kinds[x] != "frozen copies")
     sizes = {
         "all": total(model.parameters()),
@@ -118,11 +123,13 @@ def _sizes(
         "vocabulary": inner.vocab_size,
         "heads": inner.num_attention_heads,
         "copied": total(x for y in converted(model) for x in inherited(y)) if layerwise else 0,
+        "softmax_layers": softmax,
+        "key_values": softmax * key_value_channels(models.student),
         "teacher": total(teacher.parameters()),
-        "teacher_blocks": sum(theirs),
-        "teacher_block": max(theirs),
+        "teacher_blocks": theirs,
     }
     _, length = config.of_stage(stage, "sequence_length")
+    length = math.ceil(length / cp_size)
     dtype = DTYPES[config.precision]
     if layerwise:
         return Sizes(**sizes, kept=count_layerwise(model, length, dtype, stage == "orient"))
@@ -163,7 +170,7 @@ def _teacher_work(
         new = products((x for x in kinds if kinds[x] == "mixers"), model, kinds)
         layers, _ = attention_layers(models.student)
         return _block_products(model, kinds) - new, layers * channels(models.student)
-    if stage != "distill":
+    if stage != "distill" or models.teacher is None:
         return 0, 0
     teacher = meta_model(models.teacher)
     inside = kinds_of(teacher)
@@ -192,6 +199,15 @@ def attention_layers(config: PreTrainedConfig) -> tuple[int, int]:
 def channels(config: PreTrainedConfig) -> int:
     """Channels of a layer's queries and values, over all heads."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * heads * size
+    return 2 * config.num_attention_heads * _head_size(config)
+
+
+def key_value_channels(config: PreTrainedConfig) -> int:
+    """Channels of a layer's keys and values, over their own heads."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * heads * _head_size(config)
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -7,7 +7,7 @@ says why. The dtype of `precision` is that of products, of the teacher, and of c
 import math
 from dataclasses import dataclass
 
-from supra.losses.chunked import CHUNK_ELEMENTS
+from supra.losses import chunked, token_losses
 from supra.planning.activations import Kept
 from supra.planning.hardware import SHARDED, Hardware
 
@@ -24,10 +24,11 @@ class Sizes:
     the stage changes. trained: those with a gradient; in several processes also what other stages
     change. frozen_products: of the blocks' matrices without a gradient. bucketed: those with a
     gradient in a stage that runs through the wrapper of several processes. head: of the matrix that
-    makes logits. teacher, teacher_blocks, teacher_block: of the model that distill learns from, of
-    its blocks, and of the largest one. copied: of the attention modules that orient and align copy,
-    so that they stay the teacher's. vocabulary: tokens. heads: of a block's queries. kept: bytes
-    that a row keeps.
+    makes logits. teacher, teacher_blocks: of the model that distill learns from and of its blocks;
+    0 where its predictions are cached. copied: of the attention modules that orient and align copy,
+    so that they stay the teacher's. vocabulary: tokens. heads: of a block's queries.
+    softmax_layers: those that keep softmax attention. key_values: channels of their keys and
+    values. kept: bytes that a row keeps.
     """
 
     all: int
@@ -43,18 +44,21 @@ class Sizes:
     vocabulary: int
     heads: int
     kept: Kept
+    softmax_layers: int = 0
+    key_values: int = 0
     teacher: int = 0
     teacher_blocks: int = 0
-    teacher_block: int = 0
     copied: int = 0
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass of one process: `rows` of `length` tokens, with numbers of `width` bytes.
+    """A forward pass of one process: `length` tokens of each of `rows`, with numbers of `width`
+    bytes. A whole row has `row` tokens: more than `length`, if several processes share it.
 
     accumulates: whether a step has several passes, so that gradients are there in the next one.
-    learns_from: "text", "teacher", "outputs" or "matrices".
+    learns_from: "text", "teacher", "top_k", "outputs" or "matrices". device: "cuda" or "cpu", which
+    have other chunks of logits.
     """
 
     rows: int
@@ -64,6 +68,8 @@ class Pass:
     accumulates: bool
     checkpointing: bool
     learns_from: str
+    row: int | None = None
+    device: str = "cuda"
 
 
 @dataclass(frozen=True)
@@ -75,27 +81,35 @@ class Memory:
 
 
 def end_to_end(x: Sizes, run: Pass) -> Memory:
-    """Of a stage that trains the whole model."""
-    shards, launch = run.hardware.shards, run.hardware.launch
+    """Of a stage that trains the whole model. Its peak is at one of three moments: while the losses
+    are computed, in the backward pass of a block, or at its end, when all gradients are there."""
+    shards, split = run.hardware.shards, run.hardware.launch in SHARDED
     standing = {
         "weights": weights(x.all, shards),
         "optimizer": optimizer(x.stepped, shards),
         "teacher": run.width * teacher(x, shards),
-        "buckets of DDP": FLOAT32 * x.bucketed if launch == "ddp" else 0,
-        "gathered by FSDP": gathered(x) if launch in SHARDED else 0,
+        "buckets of DDP": FLOAT32 * x.bucketed if run.hardware.launch == "ddp" else 0,
     }
     gradients = weights(x.trained, shards)
-    busy = {
+    kept = {
         "copies of weights": weight_copies(x, run),
-        "activations": activations(x.kept, run.rows, run.checkpointing),
-        "backward of a block": run.rows * x.kept.largest_layer,
-        "logits": logits(run.rows * run.length, x.vocabulary, run.width, run.learns_from),
+        "activations": activations(x.kept, run.rows, run.checkpointing) + of_other_parts(x, run),
+    }
+    block = run.rows * x.kept.largest_layer
+    moments = {
+        "gathered by FSDP": gathered(x, run) if split else 0,
+        "gradients": gradients,
+        "backward of a block": block,
+        "logits": logits(run, x.vocabulary),
         "gradients of the head": head_gradients(x.trained_head, run.width),
     }
-    # without accumulation, gradients come as activations go: the peak is at either end
-    last = gradients + busy["backward of a block"]
-    moving = max(sum(busy.values()) + gradients * run.accumulates, last)
-    return Memory(standing | {"gradients": gradients} | busy, sum(standing.values()) + moving)
+    outside, theirs = outside_of_blocks(x) if split else (0, 0)
+    losses = sum(kept.values()) + outside + scoring(x, run) - block * run.checkpointing
+    new = FLOAT32 * x.trained_head if split or not run.accumulates else 0
+    backward = sum(kept.values()) + moments["gathered by FSDP"] + new + block
+    end = gradients * (not run.accumulates) + (outside + 2 * theirs if split else block)
+    peak = gradients * run.accumulates + max(losses, backward, end)
+    return Memory(standing | moments | kept, sum(standing.values()) + peak)
 
 
 def layer_by_layer(x: Sizes, run: Pass) -> Memory:
@@ -127,23 +141,31 @@ def optimizer(trained: int, shards: int) -> int:
 
 
 def teacher(x: Sizes, shards: int) -> int:
-    """Parameters in one process: FSDP splits the blocks, and makes the one that runs whole."""
-    if shards == 1:
-        return x.teacher
-    return x.teacher - x.teacher_blocks + math.ceil(x.teacher_blocks / shards) + x.teacher_block
+    """Parameters in one process. FSDP splits the blocks, and when the student runs none of them is
+    whole any more."""
+    return x.teacher - x.teacher_blocks + math.ceil(x.teacher_blocks / shards)
 
 
-def gathered(x: Sizes) -> int:
-    """What FSDP makes whole: the parameters outside the blocks, the block that runs and the next
-    one, which is fetched ahead; and as many gradients before they are scattered."""
+def gathered(x: Sizes, run: Pass) -> int:
+    """What FSDP makes whole in the backward pass of a block: the parameters outside the blocks, the
+    block and the next one, which is fetched ahead; and the block's gradients. With checkpointing
+    the peak is in every block, also while gradients of the block before are still scattered."""
+    outside, _ = outside_of_blocks(x)
+    return outside + FLOAT32 * (2 * x.block + (1 + run.checkpointing) * x.trained_block)
+
+
+def outside_of_blocks(x: Sizes) -> tuple[int, int]:
+    """Bytes of the embeddings, the last norm and the head, and of their gradients. FSDP leaves them
+    whole until the backward pass ends."""
     outside = x.all - x.blocks
-    return FLOAT32 * (outside + 2 * x.block + min(outside, x.trained) + 2 * x.trained_block)
+    return FLOAT32 * outside, FLOAT32 * min(outside, x.trained)
 
 
 def gathered_for_layer(x: Sizes) -> int:
-    """What FSDP makes whole of the teacher, as in `gathered`; and of the student one attention
-    module with its gradients. The block that it is in counts in its place."""
-    return FLOAT32 * (x.all - x.blocks + 3 * x.block + x.trained_block)
+    """What FSDP makes whole of the teacher: the parameters outside the blocks, the block that runs,
+    and the buffer in which its parts arrive. Of the student one attention module, with its
+    gradients."""
+    return FLOAT32 * (x.all - x.blocks + 2 * (x.block + x.trained_block))
 
 
 def weight_copies(x: Sizes, run: Pass) -> int:
@@ -176,13 +198,41 @@ def activations(kept: Kept, rows: int, checkpointing: bool) -> int:
     return rows * (kept.all_layers + kept.outside)
 
 
-def logits(tokens: int, vocabulary: int, width: int, learns_from: str) -> int:
+def of_other_parts(x: Sizes, run: Pass) -> int:
+    """What a softmax layer keeps of a row that several processes share, in the last of them: the
+    keys and values of the tokens before, and a mask of a byte for each query and key. Recurrent
+    layers keep nothing of the other parts that grows with them."""
+    if run.row is None or run.row == run.length:
+        return 0
+    keys_and_values = run.width * x.key_values * (run.row - run.length)
+    return run.rows * (keys_and_values + x.softmax_layers * run.length * run.row)
+
+
+def scoring(x: Sizes, run: Pass) -> int:
+    """The most of one chunk of tokens: while it is scored, or when the gradient of the head is made
+    of the gradient of its logits. The head's gradient of the chunks before it is there, too."""
+    chunk = chunk_of(run, x.vocabulary)
+    before = FLOAT32 * x.trained_head * (chunk < run.rows * run.length * x.vocabulary)
+    narrow = 2 + (run.learns_from == "teacher")
+    after = chunk * narrow * run.width + head_gradients(x.trained_head, run.width)
+    return max(logits(run, x.vocabulary) + before, after)
+
+
+def logits(run: Pass, vocabulary: int) -> int:
     """Of one chunk of tokens (supra/losses/chunked.py): in the dtype of the computation the logits
     and their gradient, and the teacher's logits; in float32 four tensors (logits, log
     probabilities, gradient, masked gradient), and two more for the teacher's."""
-    chunk = min(tokens, max(1, CHUNK_ELEMENTS["cuda"] // vocabulary)) * vocabulary
-    teacher = learns_from == "teacher"
-    return chunk * ((2 + teacher) * width + (4 + 2 * teacher) * FLOAT32)
+    chunk = chunk_of(run, vocabulary)
+    narrow = 2 + (run.learns_from == "teacher")
+    wide = 6 if run.learns_from in ("teacher", "top_k") else 4
+    at_once = min(chunk, token_losses.CHUNK_ELEMENTS[run.device])
+    return chunk * narrow * run.width + at_once * wide * FLOAT32
+
+
+def chunk_of(run: Pass, vocabulary: int) -> int:
+    """The logits of a chunk."""
+    most = chunked.CHUNK_ELEMENTS[run.device]
+    return min(run.rows * run.length, max(1, most // vocabulary)) * vocabulary
 
 
 def head_gradients(trained_head: int, width: int) -> int:

@@ -1,4 +1,4 @@
-"""What to change where a stage does not fit, in the order of what it costs."""
+"""What to change where a stage does not fit, and what it saves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ TOP_K = 64  # of the teacher's tokens, where the config gives no number
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change to the run, with the bytes that a process takes at the peak after this change and
-    those before it in the list."""
+    """A change to the run: the bytes that it saves at the peak of a process, and the peak then."""
 
     change: str
+    saves: int
     peak: int
 
 
@@ -41,21 +41,35 @@ Change = Callable[[Situation], tuple[str, Situation] | None]
 """A situation -> what to change and the situation after it; None where it cannot be changed."""
 
 
-def remedies(now: Situation, limit: int) -> list[Remedy]:
-    """Changes to make one on top of the other, until the peak is at most `limit` bytes.
+def remedies(now: Situation, limit: int) -> tuple[list[Remedy], Remedy | None]:
+    """Changes that bring the peak down, if it is above `limit` bytes.
 
-    All of them together may not be enough; then the last one's peak is above the limit. Changes
-    that would not help are left out.
+    First each by itself, and what saves most comes first. Then, if none of them is enough, those
+    that save most on top of each other, until it is enough; all of them may not be.
     """
-    found: list[Remedy] = []
-    for change in CHANGES:
-        if now.memory.peak <= limit:
-            break
+    found = _that_help(now) if now.memory.peak > limit else []
+    alone = [remedy for remedy, _ in found]
+    if not alone or min(remedy.peak for remedy in alone) <= limit:
+        return alone, None
+    before, made = now.memory.peak, []
+    for _, change in found:
         changed = change(now)
-        if changed is not None and changed[1].memory.peak < now.memory.peak:
-            what, now = changed
-            found.append(Remedy(what, now.memory.peak))
-    return found
+        if now.memory.peak <= limit or changed is None:
+            continue
+        what, then = changed
+        if then.memory.peak < now.memory.peak:
+            made.append(what)
+            now = then
+    return alone, Remedy(" + ".join(made), before - now.memory.peak, now.memory.peak)
+
+
+def _that_help(now: Situation) -> list[tuple[Remedy, Change]]:
+    before, found = now.memory.peak, []
+    for change in CHANGES:
+        changed = change(now)
+        if changed is not None and (peak := changed[1].memory.peak) < before:
+            found.append((Remedy(changed[0], before - peak, peak), change))
+    return sorted(found, key=lambda x: -x[0].saves)
 
 
 def _checkpoint(now: Situation) -> tuple[str, Situation] | None:
@@ -97,11 +111,13 @@ def _cache(now: Situation) -> tuple[str, Situation] | None:
         return None
     top_k = f"distill.top_k={TOP_K} " if now.config.distill.top_k is None else ""
     change = f"{top_k}distill.cache=FOLDER, filled by an earlier run, in place of the teacher"
-    return change, replace(now, sizes=_without_teacher(now.sizes))
+    run = replace(now.run, learns_from="top_k")
+    return change, replace(now, sizes=without_teacher(now.sizes), run=run)
 
 
-def _without_teacher(sizes: Sizes) -> Sizes:
-    return replace(sizes, teacher=0, teacher_blocks=0, teacher_block=0)
+def without_teacher(sizes: Sizes) -> Sizes:
+    """The same, where the teacher's predictions are in a cache."""
+    return replace(sizes, teacher=0, teacher_blocks=0)
 
 
 def _adapt(now: Situation) -> tuple[str, Situation] | None:
@@ -109,8 +125,8 @@ def _adapt(now: Situation) -> tuple[str, Situation] | None:
         return None
     lora = LoraConfig()
     config = now.config.model_copy(update={"lora": lora})
-    sizes = measure(now.models, config, now.stage, now.run.hardware.processes).sizes
-    sizes = sizes if now.sizes.teacher else _without_teacher(sizes)
+    sizes = measure(now.models, config, now.stage, now.run.hardware).sizes
+    sizes = sizes if now.sizes.teacher else without_teacher(sizes)
     return f"lora.rank={lora.rank}", replace(now, config=config, sizes=sizes)
 
 

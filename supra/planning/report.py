@@ -7,14 +7,17 @@ from supra.checkpoint.conversion_report import describe_layers
 from supra.planning.hardware import GB, Hardware, Rate
 from supra.planning.memory import LIMIT, Memory
 from supra.planning.remedies import Remedy
+from supra.planning.simulate import Simulated
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """One stage. Bytes are those of one process.
 
-    tokens: of its steps, which round up. trained: parameters by kind. kept_per_token: bytes of the
-    activations of the largest block, by part. remedies: empty where the stage fits.
+    tokens: of its steps, which round up. trained: parameters by kind. simulated: the memory by
+    torch's tracker, if it was asked for. kept_per_token: bytes of the activations of the largest
+    block, by part. remedies: empty where the stage fits. together: several of them, where none is
+    enough by itself.
     """
 
     name: str
@@ -24,7 +27,9 @@ class StagePlan:
     trained: dict[str, int]
     memory: Memory
     fits: bool
+    simulated: Simulated | None
     remedies: list[Remedy]
+    together: Remedy | None
     kept_per_token: dict[str, float]
     flops: float
     hours: float
@@ -81,7 +86,8 @@ class RunPlan:
     def _hardware(self) -> str:
         nodes = f"{self.hardware.nodes} x " if self.hardware.nodes > 1 else ""
         gpus = f"{nodes}{self.hardware.gpus.count} x {self.hardware.gpus.gigabytes} GB"
-        return f"{gpus}, recipes/launch/{self.hardware.launch}.yaml"
+        shared = f", {self.hardware.cp_size} for each row" if self.hardware.cp_size > 1 else ""
+        return f"{gpus}{shared}, recipes/launch/{self.hardware.launch}.yaml"
 
     def _kinds(self) -> list[list[str]]:
         columns = [self.parameters, *(stage.trained for stage in self.stages)]
@@ -98,7 +104,9 @@ class RunPlan:
         peaks = [_gigabytes(stage.memory.peak) for stage in self.stages]
         limit = f"fits in {LIMIT:.0%} of {self.hardware.gpus.gigabytes} GB"
         fits = ["yes" if stage.fits else "no" for stage in self.stages]
-        return [*rows, ["at the peak", *peaks], [limit, *fits]]
+        tracked = [_gigabytes(stage.simulated.peak) for stage in self.stages if stage.simulated]
+        simulated = [["at the peak, simulated", *tracked]] if tracked else []
+        return [*rows, ["at the peak", *peaks], *simulated, [limit, *fits]]
 
     def _block(self) -> list[list[str]]:
         parts = dict.fromkeys(part for stage in self.stages for part in stage.kept_per_token)
@@ -123,14 +131,22 @@ class RunPlan:
         return [rows[0], per_step, *rows[1:]]
 
     def _changes(self, stage: StagePlan) -> list[str]:
-        limit = LIMIT * self.hardware.memory
-        lines = ["", f"{stage.name} does not fit. Each change is on top of those before it:"]
+        lines = ["", f"{stage.name} does not fit. Each change by itself:"]
         for number, remedy in enumerate(stage.remedies, start=1):
-            fits = ", fits" if remedy.peak <= limit else ""
-            lines.append(f"{number}. {remedy.change}: {_gigabytes(remedy.peak)} GB{fits}")
-        if not stage.remedies or stage.remedies[-1].peak > limit:
+            lines.append(f"{number}. {self._saving(remedy)}")
+        if stage.together is not None:
+            lines.append(f"Together: {self._saving(stage.together)}")
+        if not any(self._is_enough(x) for x in (*stage.remedies, stage.together) if x is not None):
             lines.append("That is not enough: take GPUs with more memory, or a smaller model.")
         return lines
+
+    def _saving(self, remedy: Remedy) -> str:
+        fits = ", fits" if self._is_enough(remedy) else ""
+        saves, peak = _gigabytes(remedy.saves), _gigabytes(remedy.peak)
+        return f"{remedy.change}: saves {saves} GB, leaves {peak} GB{fits}"
+
+    def _is_enough(self, remedy: Remedy) -> bool:
+        return remedy.peak <= LIMIT * self.hardware.memory
 
 
 def _gigabytes(size: int) -> str:

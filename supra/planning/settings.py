@@ -59,16 +59,24 @@ def read_settings(
     return tree.build(values)
 
 
-def find_models(config: UptrainConfig, conversion: Conversion | None) -> Models:
+def find_models(
+    config: UptrainConfig, conversion: Conversion | None, filled_cache: bool = False
+) -> Models:
     """The configs of student and teacher; of a hub id, config.json alone is downloaded.
 
+    filled_cache: distill.cache has the teacher's predictions for all rows, so that there is none.
     Raises UserError for a model that does not exist or does not convert, and for a teacher with
     another vocabulary.
     """
     student = read_config(config.student)
     if conversion is not None:
         student = convert_config(student, conversion)
-    if config.distill is None:
+    if filled_cache and (config.distill is None or config.distill.cache is None):
+        raise UserError(
+            "--filled-cache is about distill.cache, which is not set: set distill.cache=FOLDER and "
+            "distill.top_k, or leave --filled-cache out"
+        )
+    if config.distill is None or filled_cache:
         return Models(student, None)
     teacher = read_config(config.teacher)
     own, other = (x.get_text_config().vocab_size for x in (student, teacher))

@@ -58,7 +58,7 @@ class LayerByLayer:
         Returns the mean error of the layers, the error of the worst layer, and the norm of all
         gradients before clipping.
         """
-        errors = sum(self._errors(batch, 1 / len(batches)) for batch in batches) / len(batches)
+        errors = sum(self.errors(batch, 1 / len(batches)) for batch in batches) / len(batches)
         errors = self.accelerator.reduce(errors, reduction="mean")
         norms, clip = [], self.stage.optimizer.clip or math.inf
         for student, _ in self.pairs:
@@ -73,10 +73,14 @@ class LayerByLayer:
         values["grad_norm"] = torch.stack(norms).norm()
         return {name: value.item() for name, value in values.items()}
 
-    def _errors(self, batch: Block, weight: float) -> Tensor:
-        """The error of every layer on a micro-batch. Adds the gradient, multiplied by `weight`."""
+    def errors(self, batch: Block, weight: float) -> Tensor:
+        """The error of every layer on a micro-batch. Adds the gradient, multiplied by `weight`.
+
+        Without position_ids, each row is one document.
+        """
         errors: list[Tensor] = []
-        inputs = {x: batch[x].to(self.accelerator.device) for x in ("input_ids", "position_ids")}
+        names = [x for x in ("input_ids", "position_ids") if x in batch]
+        inputs = {x: batch[x].to(self.accelerator.device) for x in names}
         with ExitStack() as hooks:
             for student, teacher in self.pairs:
                 learn = partial(self._learn, student, weight, errors)

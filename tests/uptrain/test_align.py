@@ -135,12 +135,12 @@ def test_every_layer_learns(stage, left):
     layers = objective(student, stage)
     parameters = [x for own, _ in layers.pairs for x in own.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
-    before = layers._errors(batch(), 0.0)
+    before = layers.errors(batch(), 0.0)
     for _ in range(20):
         optimizer.zero_grad()
         layers.add_gradients([batch()])
         optimizer.step()
-    assert (layers._errors(batch(), 0.0) < left * before).all()
+    assert (layers.errors(batch(), 0.0) < left * before).all()
 
 
 def test_the_teachers_matrix_is_its_attention(monkeypatch):
@@ -156,7 +156,7 @@ def test_the_teachers_matrix_is_its_attention(monkeypatch):
     monkeypatch.setattr(align, "matrix_error", spy)
     one = batch(rows=1, tokens=12)
     one["position_ids"] = torch.arange(12)[None]
-    layers._errors(one, 0.0)
+    layers.errors(one, 0.0)
     teacher.set_attn_implementation("eager")
     with torch.no_grad():
         seen = teacher(**one, use_cache=False, output_attentions=True).attentions
