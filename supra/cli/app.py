@@ -37,7 +37,8 @@ app = typer.Typer(
     cls=Group,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="supra COMMAND --help shows the options of a command and an example.",
+    epilog="supra COMMAND --help shows the options of a command and an example. A model stands "
+    "first, as in supra inspect ./rnn, or behind --model.",
 )
 for room in (
     convert,

@@ -23,6 +23,7 @@ class Command(TyperCommand):
         """Raises UserError for an option in place of a value, and for arguments too many."""
         if ctx.resilient_parsing:  # a shell asks what could come next
             return super().parse_args(ctx, args)
+        args = _spell_model(self, ctx, args)
         _check_values(self, ctx, args)
         strict, ctx.allow_extra_args = not ctx.allow_extra_args, True
         rest = super().parse_args(ctx, args)
@@ -114,6 +115,22 @@ def _write_sections(formatter: Any, sections: dict[str, list[tuple[str, str]]]) 
         if records:
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def _spell_model(command: Any, ctx: Any, args: list[str]) -> list[str]:
+    """The arguments with the model as the command declares it. A user may always give it first or
+    as --model."""
+    model = next((x for x in command.get_params(ctx) if x.name == "model"), None)
+    if model is None:
+        return args
+    given = next((n for n, x in enumerate(args) if x.partition("=")[0] == "--model"), None)
+    if model.param_type_name == "argument" and given is not None:
+        _, equals, value = args[given].partition("=")
+        before, after = args[:given], args[given + 1 :]
+        return [value, *before, *after] if equals else [*after[:1], *before, *after[1:]]
+    if model.param_type_name == "option" and given is None and args and args[0][:1] != "-":
+        return ["--model", *args]
+    return args
 
 
 def _check_values(command: Any, ctx: Any, args: list[str]) -> None:

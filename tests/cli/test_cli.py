@@ -166,6 +166,22 @@ def test_inspect(folders, capsys):
     assert student["parameters"] - teacher["parameters"] == student["new_parameters"] > 0
 
 
+@pytest.mark.parametrize("spelling", ["{}", "--model {}", "--model={}"])
+def test_the_model_comes_first_or_as_an_option(folders, capsys, spelling):
+    words = spelling.format(folders / "rnn").split()
+    main(["inspect", *words, "--json"])
+    assert json.loads(capsys.readouterr().out)["layers"]
+    main(["generate", *words, "--prompt", "the", "--max-new-tokens", "2"])
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate --prompt the"])
+def test_two_models_are_refused(folders, capsys, command):
+    model = folders / "rnn"
+    line = fails(capsys, *command.split()[:1], model, "--model", model, *command.split()[1:])
+    assert f"unexpected argument '{model}'" in line
+
+
 def test_inspect_refuses_what_does_not_convert(folders, tmp_path, capsys):
     from transformers import AutoConfig
 
