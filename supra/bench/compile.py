@@ -75,7 +75,7 @@ def report(
     given = {"--ops": operations, "--case": cases, "--archs": targets, "--head-sizes": widths}
     options = "".join(f" {name} {','.join(map(str, x))}" for name, x in given.items() if x)
     operations, targets = operations or list(OPERATIONS), targets or TARGETS
-    _check(operations, cases or (), targets, widths or (), processes)
+    check_names(operations, cases or (), targets, widths or (), processes)
     chosen = [
         (operation, case, width)
         for operation in operations
@@ -102,7 +102,7 @@ def report(
         sys.exit(1)
 
 
-def _check(
+def check_names(
     operations: Sequence[str],
     cases: Sequence[str],
     targets: Sequence[str],

@@ -37,7 +37,7 @@ class Traffic:
     """Bytes per token and head of one call; the tilings are the same on all `targets`.
 
     minimum, requested, distinct: those at the top of this file. torch: of its operators around the
-    kernels.
+    kernels. products: FLOPs of products of tiles, not bytes.
     """
 
     operation: str
@@ -48,11 +48,16 @@ class Traffic:
     torch: float = 0.0
     requested: float = 0.0
     distinct: float = 0.0
+    products: float = 0.0
     targets: list[str] = field(default_factory=list)
 
     @property
+    def moved(self) -> float:
+        return self.distinct + self.torch
+
+    @property
     def ratio(self) -> float:
-        return (self.distinct + self.torch) / self.minimum
+        return self.moved / self.minimum
 
 
 def measure(job: Job) -> list[Traffic]:
@@ -73,6 +78,7 @@ def measure(job: Job) -> list[Traffic]:
                     launch.launch(kernel, grid, arguments, cut, **constants)
                 traffic.requested += counted.requested / rows
                 traffic.distinct += counted.distinct() / rows
+                traffic.products += counted.products / rows
             found[key] = traffic
         found[key].targets.append(target)
         return result
@@ -86,10 +92,10 @@ def measure(job: Job) -> list[Traffic]:
 
 
 class Counted:
-    """The loads and stores of one kernel."""
+    """The loads and stores of one kernel, and the FLOPs of its products of tiles."""
 
     def __init__(self):
-        self.requested = 0
+        self.requested = self.products = 0
         self.loaded: list[np.ndarray] = []
         self.stored: list[np.ndarray] = []
 
@@ -106,12 +112,13 @@ class Counted:
 
 @contextmanager
 def counting() -> Iterator[Counted]:
-    """Inside, count what the interpreter loads and stores."""
+    """Inside, count what the interpreter loads, stores and multiplies."""
     from triton.runtime.interpreter import ScanOps
     from triton.runtime.interpreter import interpreter_builder as builder
 
     counted = Counted()
     load, store = builder.create_masked_load, builder.create_masked_store
+    dot = builder.create_dot
 
     def counted_load(pointers, mask, *rest):
         counted.add(pointers, mask, counted.loaded)
@@ -121,8 +128,13 @@ def counting() -> Iterator[Counted]:
         counted.add(pointers, mask, counted.stored)
         return store(pointers, value, mask, *rest)
 
+    def counted_dot(x, y, *rest):
+        counted.products += 2 * x.data.size * y.data.shape[-1]
+        return dot(x, y, *rest)
+
     with (
         np.errstate(all="ignore"),
+        mock.patch.object(builder, "create_dot", counted_dot),
         mock.patch.object(builder, "create_masked_load", counted_load),
         mock.patch.object(builder, "create_masked_store", counted_store),
         mock.patch.object(ScanOps, "generic_scan", lambda _, input: list(input)),  # slow

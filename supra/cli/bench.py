@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -96,6 +96,9 @@ def compile(
     out: Annotated[
         Path | None, file("--out", "Write into this file and not to the terminal.")
     ] = None,
+    roofline: Annotated[
+        bool, flag("--roofline", "Show what an H100 allows, from bytes and products.")
+    ] = False,
     against: Annotated[
         str | None,
         choice("--against", "Beside the kernels of another package: fla.", ("fla",), "PACKAGE"),
@@ -106,33 +109,31 @@ def compile(
 ) -> None:
     """Show registers, spills and memory traffic of the compiled kernels. It needs no GPU."""
     from supra.bench import against as beside
+    from supra.bench import roofline as roof
     from supra.bench.compile import report
 
-    if against:
-        if case:
-            raise UserError("--case does not go with --against: leave one of them out")
-        beside.report(
-            against,
-            operations=ops,
-            targets=archs,
-            widths=head_sizes,
-            configurations=configurations,
-            processes=jobs,
-            as_json=json,
-            check=check,
-            out=out,
-        )
-        return
-    report(
-        operations=ops,
-        cases=case,
-        targets=archs,
-        widths=head_sizes,
-        processes=jobs,
-        as_json=json,
-        check=check,
-        out=out,
-    )
+    shared = {
+        "operations": ops,
+        "widths": head_sizes,
+        "processes": jobs,
+        "as_json": json,
+        "out": out,
+    }
+    if roofline:
+        _alone("--roofline", {"--against": against, "--archs": archs, "--check": check})
+        roof.report(cases=case, **shared)
+    elif against:
+        _alone("--against", {"--case": case})
+        beside.report(against, targets=archs, configurations=configurations, check=check, **shared)
+    else:
+        report(cases=case, targets=archs, check=check, **shared)
+
+
+def _alone(option: str, others: dict[str, Any]) -> None:
+    """Raise UserError for another option that has a value and does not go with it."""
+    for name, value in others.items():
+        if value:
+            raise UserError(f"{name} does not go with {option}: leave one of them out")
 
 
 @app.command(cls=Command, epilog="supra bench parallel --lengths 256,2048,8192 --repeats 2")

@@ -96,3 +96,12 @@ def test_bytes_of_linear_attention(short):
     assert minimum["forward"] == 4 * 32 * 2 + state / 128  # query, key, value, output, final state
     assert minimum["backward"] == (5 + 3) * 32 * 2  # and gradients
     assert minimum["recurrent"] == 4 * 32 * 2 + 2 * state
+
+
+def test_products_of_linear_attention(short):
+    """Three pairs of the two tiles of 64 tokens look at each other: scores, and their product with
+    the values. Each token also updates the state, and reads it."""
+    rows = traffic.measure(traffic.Job("linear_attention", "plain", 32, ("sm_90",)))
+    (forward,) = (row for row in rows if row.part == "forward")
+    pairs, states = 3 * 64 * 64 * (32 + 32), 2 * 128 * 32 * 32
+    assert forward.products == 2 * (pairs + states) / 128
