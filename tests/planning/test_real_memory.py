@@ -87,7 +87,7 @@ def planned(folder: Path, launch: str, stage: str) -> float:
 
 
 def train_and_measure(arguments: list[str], environment: dict[str, str]) -> None:
-    """One process: train, and write the most bytes that it took more than before."""
+    """One process: train, and write the most bytes that it took more than before it loaded."""
     rank = str(dist.get_rank())
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS)}
     # the group is there already, and accelerate only wants to see an address
@@ -99,9 +99,9 @@ def train_and_measure(arguments: list[str], environment: dict[str, str]) -> None
     # every tensor is mapped by itself and unmapped when it is freed: no holes between them count
     loop.keep_freed_memory = lambda: ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     config = load_config(ROOT / "recipes/configs/smoke.yaml", arguments)
     run = loop.Run(config)
+    Path("/proc/self/clear_refs").write_text("5")  # the first process had the whole student
     for _ in range(STEPS):
         run.train_step()
     peak = resident("VmHWM") - before
