@@ -238,7 +238,9 @@ def gpu(
     minutes: Annotated[
         float | None, number("--minutes", "Stop before so many minutes; the next call continues.")
     ] = None,
-    limit: Annotated[float, number("--limit", "Seconds for one row.")] = 150.0,
+    limit: Annotated[
+        float | None, number("--limit", "Seconds for one row. Default: 150, to rehearse 900.")
+    ] = None,
     retry: Annotated[
         bool, flag("--retry", "Measure rows again that failed, or had no rival.")
     ] = False,

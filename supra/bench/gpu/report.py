@@ -17,6 +17,7 @@ from supra.bench.limited import Failed, OutOfTime, Worker
 from supra.errors import UserError, check_choice
 
 MEASURED, REHEARSED = Path("runs/gpu"), Path("runs/gpu-rehearsal")
+LIMIT, REHEARSAL_LIMIT = 150.0, 900.0  # seconds for a row; the interpreter takes long
 START = 300.0  # seconds for a process to start and to name the machine
 
 
@@ -28,7 +29,7 @@ def report(
     only: str = "",
     rivals: Path | None = None,
     minutes: float | None = None,
-    limit: float = 150.0,
+    limit: float | None = None,
     retry: bool = False,
     rehearse: bool = False,
 ) -> None:
@@ -40,7 +41,7 @@ def report(
         only: a text that the name of a row must contain.
         rivals: a folder with wheels of rivals.
         minutes: stop before so much time has passed; None for no end.
-        limit: seconds for a row.
+        limit: seconds for a row; None for LIMIT, or REHEARSAL_LIMIT.
         retry: also measure the rows again that failed, or whose rival was missing.
         rehearse: tiny shapes in Triton's interpreter on the CPU.
 
@@ -48,6 +49,8 @@ def report(
     """
     deadline = time.monotonic() + (math.inf if minutes is None else 60 * minutes)
     _check(groups, minutes, limit)
+    if limit is None:
+        limit = REHEARSAL_LIMIT if rehearse else LIMIT
     folder = folder or (REHEARSED if rehearse else MEASURED)
     out = out or folder / "gpu.md"
     if not rehearse and not torch.cuda.is_available():
@@ -70,7 +73,7 @@ def report(
     print(_summary(results, chosen, out), flush=True)
 
 
-def _check(groups: Sequence[str], minutes: float | None, limit: float) -> None:
+def _check(groups: Sequence[str], minutes: float | None, limit: float | None) -> None:
     """Raise UserError for an unknown name or a number out of range."""
     for group in groups:
         check_choice("groups", group, GROUPS)
