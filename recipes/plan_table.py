@@ -93,7 +93,7 @@ def lines_of(row: Row, folder: Path) -> Iterator[str]:
     first.append(f"{hardware.processes} × {hardware.gpus.gigabytes} GB")
     for stage in stages.plan(config, hardware.readers):
         counts = measured(row.shape, row.mixer, row.recipe, stage.name, folder)
-        if row.filled_cache:
+        if row.filled_cache and stage.name == "distill":
             counts = replace(
                 counts,
                 sizes=without_teacher(counts.sizes),

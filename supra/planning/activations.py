@@ -48,6 +48,10 @@ class Kept:
     def largest_layer(self) -> int:
         return max(sum(parts.values()) for parts in self.layers)
 
+    @property
+    def largest_part(self) -> int:
+        return max(max(parts.values()) for parts in self.layers)
+
 
 def count_end_to_end(model: nn.Module, length: int, dtype: torch.dtype) -> Kept:
     """What a pass of the whole student keeps of rows of `length` tokens.

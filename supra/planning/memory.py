@@ -95,7 +95,8 @@ def end_to_end(x: Sizes, run: Pass) -> Memory:
         "copies of weights": weight_copies(x, run),
         "activations": activations(x.kept, run.rows, run.checkpointing) + of_other_parts(x, run),
     }
-    block = run.rows * x.kept.largest_layer
+    # gradients of what a part has kept; what the parts behind it have kept is gone by then
+    block = run.rows * x.kept.largest_part
     moments = {
         "gathered by FSDP": gathered(x, run) if split else 0,
         "gradients": gradients,
@@ -104,7 +105,8 @@ def end_to_end(x: Sizes, run: Pass) -> Memory:
         "gradients of the head": head_gradients(x.trained_head, run.width),
     }
     outside, theirs = outside_of_blocks(x) if split else (0, 0)
-    losses = sum(kept.values()) + outside + scoring(x, run) - block * run.checkpointing
+    again = run.rows * x.kept.largest_layer if run.checkpointing else 0  # not there yet
+    losses = sum(kept.values()) - again + outside + scoring(x, run)
     new = FLOAT32 * x.trained_head if split or not run.accumulates else 0
     backward = sum(kept.values()) + moments["gathered by FSDP"] + new + block
     end = gradients * (not run.accumulates) + (outside + 2 * theirs if split else block)

@@ -125,10 +125,10 @@ def test_the_peak_may_be_in_a_block():
         replace(SIZES, vocabulary=1, trained_head=20),
         replace(RUN, length=1, accumulates=True),
     )
-    assert memory.end_to_end(few, short).peak == STANDING + 4 * 801 + 800 + 4 * 185 + 4 * 100
+    assert memory.end_to_end(few, short).peak == STANDING + 4 * 801 + 800 + 4 * 185 + 4 * 70
     fsdp = replace(short, hardware=Hardware(Gpus(8, 80), 1, "fsdp"))
     standing = 4 * (126 + 101) + 8 * 88 + 2 * (199 + 101)
-    block = 4 * (401 + 600) + 4 * (20 + 250) + 4 * 100
+    block = 4 * (401 + 600) + 4 * (20 + 250) + 4 * 70
     assert memory.end_to_end(few, fsdp).peak == standing + 800 + 4 * 185 + block
 
 
@@ -137,7 +137,7 @@ def test_gradients_can_be_the_peak():
     sizes = replace(SIZES, stepped=9_000, trained=10_000, trained_head=0, bucketed=0)
     found = memory.end_to_end(sizes, small)
     standing = 4 * 1001 + 8 * 9_000 + 2 * 1000
-    assert found.peak == standing + 4 * 10_000 + 100  # the last block's backward pass
+    assert found.peak == standing + 4 * 10_000 + 70  # the last block's backward pass
 
 
 def test_checkpointing_computes_a_block_again_in_the_backward_pass():

@@ -17,6 +17,7 @@ SIZES = {  # blocks and vocabulary as large as those of a 1B
     "vocab_size": 32000,
     "max_position_embeddings": 2048,
 }
+TUNE = ("align=null", "distill=null", "tune.share=1.0")
 STAGES = ["align.share=0.1", "tune.share=0.2", "distill.share=0.7", "batch.size=4"]
 
 
@@ -32,7 +33,10 @@ def simulated(folder, hardware, *overrides, layers=3):
     ("hardware", "overrides"),
     [
         (Hardware(Gpus(2, 80), 1, "ddp"), ()),
-        (Hardware(Gpus(4, 80), 2, "hsdp"), ("gradient_checkpointing=true", "batch.accumulation=3")),
+        (
+            Hardware(Gpus(4, 80), 2, "hsdp"),
+            ("gradient_checkpointing=true", "batch.accumulation=3", *TUNE),
+        ),
     ],
     ids=["ddp", "hsdp"],
 )
