@@ -62,7 +62,7 @@ def plan(
     ] = 1,
     filled_cache: Annotated[
         bool,
-        flag("--filled-cache", "distill.cache has all rows, so that no teacher is loaded."),
+        flag("--filled-cache", "All rows are in distill.cache, so that no teacher is loaded."),
     ] = False,
     simulate: Annotated[
         bool,
