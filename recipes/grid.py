@@ -91,6 +91,7 @@ NEAR = OURS | {
     "distill.optimizer.lr": 1e-4, "distill.optimizer.new_lr": 1e-3,
 }  # fmt: skip
 SLOWER = {"distill.optimizer.lr": 2e-4, "distill.optimizer.new_lr": 7e-4}
+ALIGN_ALONE = {"align.share": 1.0, "distill": None}
 NONLINEAR = (10, 20)  # layers
 ROWS = {
     "teacher_tuned": Row("softmax", "supra_paper", overrides=PAPER | {"tune.optimizer.lr": 5e-5}),
@@ -135,6 +136,17 @@ ROWS = {
     ),
     "hybrid_even": Row("window", "supra", keep_attention=0.25, overrides=NEAR),
     "hybrid_auto": Row("window", "supra", keep_attention="auto:0.25", overrides=NEAR),
+    # for recipes/lost.py: one change each
+    "gated_deltanet_align": Row("gated_deltanet", "supra", overrides=OURS | ALIGN_ALONE),
+    "gated_deltanet_small": Row(
+        "gated_deltanet", "supra", {"sign_pairs": False}, overrides=OURS | SLOWER
+    ),
+    "gated_deltanet_keep_1": Row("gated_deltanet", "supra", {}, "auto:0.034", OURS | SLOWER),
+    "gated_deltanet_keep_2": Row("gated_deltanet", "supra", {}, "auto:0.067", OURS | SLOWER),
+    "gated_deltanet_keep_4": Row("gated_deltanet", "supra", {}, "auto:0.134", OURS | SLOWER),
+    "gated_deltanet_keep_8": Row("gated_deltanet", "supra", {}, "auto:0.25", OURS | SLOWER),
+    "window_256": Row("window", "supra", {"size": 256}, overrides=NEAR),
+    "window_1024": Row("window", "supra", {"size": 1024}, overrides=NEAR),
 }
 
 
@@ -149,13 +161,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"), help="for checkpoints")
     parser.add_argument("--suite", help="folder of evaluation sets: measure abilities, too")
+    parser.add_argument(
+        "--tasks",
+        type=lambda names: names.split(","),
+        default=SUITE_PARTS,
+        help=f"parts of the suite; default {','.join(SUITE_PARTS)}",
+    )
     arguments = parser.parse_args()
     check_choice("row", arguments.row, ROWS)
     for name in ("teacher", "train", "held_out"):
         if getattr(arguments, name) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing: a row needs it")
     if arguments.suite:  # fail now, not after the training
-        prepare_parts(SUITE_PARTS, check_folder(arguments.suite), SUITE)
+        prepare_parts(arguments.tasks, check_folder(arguments.suite), SUITE)
     result = make(ROWS[arguments.row], arguments)
     RESULTS.mkdir(exist_ok=True)
     name = f"{arguments.row}-{arguments.tokens}-{arguments.seed}.json"
@@ -229,7 +247,8 @@ def config_of(row: Row, arguments: argparse.Namespace, student: Path, out: Path)
         "seed": arguments.seed,
         "data.shuffle_seed": arguments.seed,
     }  # fmt: skip
-    if "distill" in yaml.safe_load(file.read_text(encoding="utf-8")):
+    stages = yaml.safe_load(file.read_text(encoding="utf-8")) | row.overrides
+    if stages.get("distill"):
         settings["teacher"] = arguments.teacher
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
     return load_config(file, overrides)
@@ -311,7 +330,7 @@ def abilities(arguments: argparse.Namespace, final: Path) -> dict[str, dict[str,
         find_checkpoint(str(final)),
         arguments.suite,
         teacher=find_checkpoint(arguments.teacher),
-        tasks=SUITE_PARTS,
+        tasks=arguments.tasks,
         settings=SUITE,
         dtype=torch.bfloat16,
         out=arguments.runs / "suite",

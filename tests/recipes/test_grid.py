@@ -68,7 +68,7 @@ def test_every_rows_settings_are_a_config(grid, budget):
             "student": "s", "out": "o", "data.path": "d", "data.eval_path": "e",
             "budget.share": None, "budget.tokens": budget,
         }  # fmt: skip
-        if "distill" in yaml.safe_load(file.read_text()):
+        if (yaml.safe_load(file.read_text()) | row.overrides).get("distill"):
             settings["teacher"] = "t"
         config = load_config(file, [f"{key}={json.dumps(x)}" for key, x in settings.items()])
         assert sum(config.stage_tokens.values()) == budget, name
@@ -103,7 +103,11 @@ def test_a_row_is_made_and_shown(run, tables, tmp_path, monkeypatch, capsys):
     assert row["training_seconds"] >= 0
     floors = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["floors"]
     assert [x["name"] for x in floors] == ["intact", "linear only", "window only", "no mixing"]
-    run("window", *words, "--suite", write_sets(tmp_path / "sets"))  # trained already
+    sets = write_sets(tmp_path / "sets")
+    run("window", *words, "--suite", sets, "--tasks", "in_context")  # trained already
+    suite = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["suite"]
+    assert all(title.startswith("in_context") for title in suite)
+    run("window", *words, "--suite", sets)
     suite = json.loads((tmp_path / "results" / "window-512-0.json").read_text())["suite"]
     wikitext = suite["wikitext perplexity"]
     assert wikitext["kept"] == pytest.approx(wikitext["teacher"] / wikitext["model"])
