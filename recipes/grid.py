@@ -12,7 +12,7 @@ gives a row, too.
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     keep_attention: float | str | tuple[int, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, float] = field(default_factory=dict)  # of TEXTS; by default --train alone
+    student: str | None = None  # the row with the same student, if it was converted there
+
+    def but(self, overrides: dict[str, Any] | None = None, **changes: Any) -> "Row":
+        """This row with `changes`, and with `overrides` besides its own."""
+        return replace(self, overrides=self.overrides | (overrides or {}), **changes)
 
 
 # The published recipes have learning rates for 7B models and a thousand times as many steps. Rows
@@ -93,6 +99,14 @@ NEAR = OURS | {
 SLOWER = {"distill.optimizer.lr": 2e-4, "distill.optimizer.new_lr": 7e-4}
 ALIGN_ALONE = {"align.share": 1.0, "distill": None}
 NONLINEAR = (10, 20)  # layers
+# what a row may train on: the option that gives the text, and whether it is rewritten as practice
+# in recall
+TEXTS = {
+    "train": ("train", False),
+    "train recall": ("train", True),
+    "written": ("written", False),
+    "written recall": ("written", True),
+}
 ROWS = {
     "teacher_tuned": Row("softmax", "supra_paper", overrides=PAPER | {"tune.optimizer.lr": 5e-5}),
     "supra_paper": Row("supra_paper", "supra_paper", overrides=PAPER),
@@ -141,12 +155,28 @@ ROWS = {
     "gated_deltanet_small": Row(
         "gated_deltanet", "supra", {"sign_pairs": False}, overrides=OURS | SLOWER
     ),
-    "gated_deltanet_keep_1": Row("gated_deltanet", "supra", {}, "auto:0.034", OURS | SLOWER),
-    "gated_deltanet_keep_2": Row("gated_deltanet", "supra", {}, "auto:0.067", OURS | SLOWER),
-    "gated_deltanet_keep_4": Row("gated_deltanet", "supra", {}, "auto:0.134", OURS | SLOWER),
-    "gated_deltanet_keep_8": Row("gated_deltanet", "supra", {}, "auto:0.25", OURS | SLOWER),
+    "hybrid_auto_1": Row("window", "supra", {}, "auto:0.034", NEAR),
+    "hybrid_auto_2": Row("window", "supra", {}, "auto:0.067", NEAR),
+    "hybrid_auto_4": Row("window", "supra", {}, "auto:0.134", NEAR),
     "window_256": Row("window", "supra", {"size": 256}, overrides=NEAR),
     "window_1024": Row("window", "supra", {"size": 1024}, overrides=NEAR),
+}
+# the search for a recipe: each change by itself
+KL_ALONE = {"distill.kl": 1.0, "distill.next_token": 0.0}
+CHANGES = {
+    "kl": {"overrides": KL_ALONE},
+    "recall": {"texts": {"train": 0.5, "train recall": 0.5}},
+    "written": {"texts": {"written": 1.0}},
+    "written_kl": {"texts": {"written": 1.0}, "overrides": KL_ALONE},
+    "written_recall_kl": {
+        "texts": {"written": 0.5, "written recall": 0.5},
+        "overrides": KL_ALONE,
+    },
+}
+ROWS |= {
+    f"{base}_{name}": ROWS[base].but(student=base, **change)
+    for base in ("gated_deltanet", "window", "window_256", "hybrid_auto")
+    for name, change in CHANGES.items()
 }
 
 
@@ -156,6 +186,7 @@ def main() -> None:
     parser.add_argument("row", nargs="?", help=", ".join(ROWS))
     parser.add_argument("--teacher", help="hub id, folder or GGUF file")
     parser.add_argument("--train", help="text to train on")
+    parser.add_argument("--written", help="text that the teacher wrote (`supra sample`)")
     parser.add_argument("--held-out", help="text to measure on")
     parser.add_argument("--tokens", type=int, default=300_000, help="to train on; default 300_000")
     parser.add_argument("--seed", type=int, default=0)
@@ -169,12 +200,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     check_choice("row", arguments.row, ROWS)
-    for name in ("teacher", "train", "held_out"):
+    row = ROWS[arguments.row]
+    texts = sorted({TEXTS[name][0] for name in row.texts or ("train",)})
+    for name in ("teacher", "held_out", *texts):
         if getattr(arguments, name) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing: a row needs it")
     if arguments.suite:  # fail now, not after the training
         prepare_parts(arguments.tasks, check_folder(arguments.suite), SUITE)
-    result = make(ROWS[arguments.row], arguments)
+    result = make(row, arguments)
     RESULTS.mkdir(exist_ok=True)
     name = f"{arguments.row}-{arguments.tokens}-{arguments.seed}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
@@ -184,7 +217,7 @@ def main() -> None:
 
 def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make one row; an interrupted one continues where it stopped."""
-    student = arguments.runs / f"{arguments.row}-{arguments.seed}"
+    student = arguments.runs / f"{row.student or arguments.row}-{arguments.seed}"
     convert_teacher(row, arguments, student)
     out = arguments.runs / f"{arguments.row}-{arguments.tokens}-{arguments.seed}"
     config, run = config_of(row, arguments, student, out), RunFolder(out)
@@ -195,6 +228,7 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
         "options": row.options,
         "softmax_layers": kept_layers(student),
         "overrides": row.overrides,
+        "texts": row.texts,
         "tokens": arguments.tokens,
         "seed": arguments.seed,
         "machine": processor("cuda" if torch.cuda.is_available() else "cpu"),
@@ -228,7 +262,7 @@ def convert_teacher(row: Row, arguments: argparse.Namespace, student: Path) -> N
             mixer=row.mixer,
             options=row.options,
             keep_attention=row.keep_attention,
-            text=arguments.train if auto else None,
+            text=(arguments.train or arguments.written) if auto else None,
             seed=arguments.seed,
             progress=True,
         )
@@ -237,10 +271,9 @@ def convert_teacher(row: Row, arguments: argparse.Namespace, student: Path) -> N
 def config_of(row: Row, arguments: argparse.Namespace, student: Path, out: Path) -> UptrainConfig:
     """The row's recipe with its changes."""
     file = HERE / "configs" / f"{row.recipe}.yaml"
-    settings = SMALL | row.overrides | {
+    settings = SMALL | row.overrides | sources_of(row, arguments) | {
         "student": student,
         "out": out,
-        "data.path": arguments.train,
         "data.eval_path": arguments.held_out,
         "budget.share": None,
         "budget.tokens": arguments.tokens,
@@ -252,6 +285,17 @@ def config_of(row: Row, arguments: argparse.Namespace, student: Path, out: Path)
         settings["teacher"] = arguments.teacher
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
     return load_config(file, overrides)
+
+
+def sources_of(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the row's training text."""
+    if not row.texts:
+        return {"data.path": arguments.train}
+    sources = []
+    for name, weight in row.texts.items():
+        option, recall = TEXTS[name]
+        sources.append({"path": getattr(arguments, option), "weight": weight, "recall": recall})
+    return {"data.sources": sources}
 
 
 def keep_to(file: Path, facts: dict[str, Any]) -> None:

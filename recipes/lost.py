@@ -26,12 +26,12 @@ AXES = {
         "layer by layer": ("gated_deltanet_align",),
         "both stages": ("gated_deltanet",),
     },
-    "layers kept (gated_deltanet)": {
-        "0": ("gated_deltanet",),
-        "1": ("gated_deltanet_keep_1",),
-        "2": ("gated_deltanet_keep_2",),
-        "4": ("gated_deltanet_keep_4",),
-        "8": ("gated_deltanet_keep_8",),
+    "layers kept (window)": {
+        "0": ("window",),
+        "1": ("hybrid_auto_1",),
+        "2": ("hybrid_auto_2",),
+        "4": ("hybrid_auto_4",),
+        "8": ("hybrid_auto",),
     },
     "tokens of the window (window)": {
         "64": ("window",),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -64,8 +65,9 @@ def test_every_rows_settings_are_a_config(grid, budget):
     for name, row in grid.ROWS.items():
         resolve_mixer(row.mixer, row.options)
         file = RECIPES / "configs" / f"{row.recipe}.yaml"
-        settings = grid.SMALL | row.overrides | {
-            "student": "s", "out": "o", "data.path": "d", "data.eval_path": "e",
+        text = grid.sources_of(row, SimpleNamespace(train="d", written="w"))
+        settings = grid.SMALL | row.overrides | text | {
+            "student": "s", "out": "o", "data.eval_path": "e",
             "budget.share": None, "budget.tokens": budget,
         }  # fmt: skip
         if (yaml.safe_load(file.read_text()) | row.overrides).get("distill"):
