@@ -198,6 +198,7 @@ def main() -> None:
         default=SUITE_PARTS,
         help=f"parts of the suite; default {','.join(SUITE_PARTS)}",
     )
+    parser.add_argument("--limit", type=int, help="items of each part of the suite; default all")
     arguments = parser.parse_args()
     check_choice("row", arguments.row, ROWS)
     row = ROWS[arguments.row]
@@ -206,7 +207,8 @@ def main() -> None:
         if getattr(arguments, name) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing: a row needs it")
     if arguments.suite:  # fail now, not after the training
-        prepare_parts(arguments.tasks, check_folder(arguments.suite), SUITE)
+        settings = replace(SUITE, limit=arguments.limit or SUITE.limit)
+        prepare_parts(arguments.tasks, check_folder(arguments.suite), settings)
     result = make(row, arguments)
     RESULTS.mkdir(exist_ok=True)
     name = f"{arguments.row}-{arguments.tokens}-{arguments.seed}.json"
@@ -242,7 +244,9 @@ def make(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     except Diverged as error:
         return result | {"failed": str(error)}
     result |= log_of(out) | measured(arguments, run.final)
-    return result | {"suite": abilities(arguments, run.final)} if arguments.suite else result
+    if arguments.suite:
+        result |= {"suite": abilities(arguments, run.final), "suite_limit": arguments.limit}
+    return result
 
 
 def convert_teacher(row: Row, arguments: argparse.Namespace, student: Path) -> None:
@@ -375,7 +379,7 @@ def abilities(arguments: argparse.Namespace, final: Path) -> dict[str, dict[str,
         arguments.suite,
         teacher=find_checkpoint(arguments.teacher),
         tasks=arguments.tasks,
-        settings=SUITE,
+        settings=replace(SUITE, limit=arguments.limit or SUITE.limit),
         dtype=torch.bfloat16,
         out=arguments.runs / "suite",
         progress=True,
