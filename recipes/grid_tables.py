@@ -69,8 +69,8 @@ def abilities(rows: list[dict[str, Any]]) -> list[str]:
     """The table of what is kept outside the training text, of the rows that were made with
     --suite."""
     return [
-        f"| row | tokens | {' | '.join(KEPT)} | seed |",
-        f"| --- | ---: | {' | '.join(['---:'] * len(KEPT))} | ---: |",
+        f"| row | tokens | {' | '.join(KEPT)} | items | seed |",
+        f"| --- | ---: | {' | '.join(['---:'] * len(KEPT))} | ---: | ---: |",
         *(ability_line(row) for row in rows if "suite" in row),
     ]
 
@@ -86,6 +86,7 @@ def ability_line(row: dict[str, Any]) -> str:
             cells.append(f"{1 / measure['kept']:.2f}")
         else:
             cells.append(f"{measure['kept']:.0%}")
+    cells.append(str(row.get("suite_limit") or "all"))
     return f"| {' | '.join([*cells, str(row['seed'])])} |"
 
 

@@ -120,7 +120,7 @@ def test_a_row_is_made_and_shown(run, tables, tmp_path, monkeypatch, capsys):
     assert table.endswith("below\n")
     assert "old" not in table
     assert f"| gated | supra | gated | 0 | 512 | {row['ratio']:.3f} |" in table
-    assert f"| window | 512 | — | {1 / wikitext['kept']:.2f} | — | 0 |" in table
+    assert f"| window | 512 | — | {1 / wikitext['kept']:.2f} | — | all | 0 |" in table
 
 
 def test_a_row_without_its_text_is_refused(run, capsys):
