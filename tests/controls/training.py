@@ -135,7 +135,7 @@ BUGS = [
         "segments_restart_positions",
         "every segment of a document counts its positions from 0",
         "supra/uptrain/end_to_end.py",
-        'batch["position_ids"] + cache.get_seq_length()',
+        'batch["position_ids"] + cache_length(cache)',
         'batch["position_ids"] % (batch["position_ids"].shape[1] // self.stage.segments)',
         ("tests/uptrain/test_extend.py::test_carried_rows_go_on",),
     ),

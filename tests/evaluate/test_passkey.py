@@ -170,6 +170,9 @@ class Reader:
     def eval(self):
         return self
 
+    def modules(self):
+        return ()
+
     def named_modules(self):
         return ()
 

@@ -192,6 +192,7 @@ def test_the_form_sets_its_options():
     assert options == {
         "form": "granite", "conv_size": 4, "activation": "silu", "normalize": "rms", "scale": True,
         "output_gate": True, "rotary": False, "sign_pairs": False,
+        "init": "teacher",
     }  # fmt: skip
     assert resolve_mixer("mamba2", options) == ("mamba2", options)
     for options, match in (

@@ -66,7 +66,7 @@ def test_states_before_rows(family):
     for layer in kept.layers:
         assert isinstance(layer, MixerLayer) or layer.get_seq_length() == 0
     other = InitialState("carried", model, seed=9)
-    other.load_state_dict(carried.initial_state.state_dict())
+    other.load_state_dicts(carried.initial_state.state_dicts())
     again = other.begin(0, 2, SEGMENTS * LENGTH)
     assert torch.equal(again.layers[0].state.memory, first)
     second = carried.add_gradients([rows(seed=1)])["loss"]
