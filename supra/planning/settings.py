@@ -64,7 +64,7 @@ def find_models(
 ) -> Models:
     """The configs of student and teacher; of a hub id, config.json alone is downloaded.
 
-    filled_cache: distill.cache has the teacher's predictions for all rows, so that there is none.
+    filled_cache: distill.cache has the predictions for all rows, so no teacher is loaded.
     Raises UserError for a model that does not exist or does not convert, and for a teacher with
     another vocabulary.
     """

@@ -40,7 +40,7 @@ class InitialState:
         self.kind, self.mixers = kind, mixers_of(model)
         self.empty_cache = partial(empty_cache, model)
         self.positions, self.device = learned_positions(model) or MAX_POSITIONS, model.device
-        self.passes = [] if kind == "zero" else list(passes)  # of which something is saved
+        self.passes = [] if kind == "zero" else list(passes)  # those with saved states
         generators = (torch.Generator(self.device).manual_seed(seed + n) for n in self.passes)
         self.generators = list(generators)
         # for noise: one cache of one row, with the standard deviation of each number; for carried:

@@ -10,7 +10,7 @@ Stream = BlockStream | Mixture
 
 
 class Lanes:
-    """The endless rows of a run, of which one of `readers` processes gets its part.
+    """The endless rows of a run. Each of `readers` processes gets an equal part.
 
     A run deals its documents to as many lanes as there are processes when it begins, and each lane
     packs its own documents. Every step takes equally many rows of each lane. In the order of lanes,
