@@ -102,9 +102,10 @@ def check_all(models):
     check_training(model, batch(), "with checkpointing")
 
 
-def test_two_ranks_are_one(tmp_path):
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_ranks_are_one(tmp_path, ranks):
     models = {name: model_of(name, name) for name in SHARED}
-    on_ranks(check_all, 2, tmp_path, models | {"hybrid": model_of(*HYBRID)})
+    on_ranks(check_all, ranks, tmp_path, models | {"hybrid": model_of(*HYBRID)})
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import json
 import random
+import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from supra.checkpoint.weights import ModuleReader
@@ -83,6 +85,21 @@ def test_two_processes_of_a_row_train_as_one(files, one_process, tmp_path, name)
     result, wanted = (load_file(x / "final" / "model.safetensors") for x in (run, one_process))
     for weight, value in result.items():
         assert (value - wanted[weight]).abs().max() < 1e-4, weight
+
+
+@pytest.mark.long  # two launches
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_it_resumes_to_the_same_bits(files, tmp_path, name):
+    run = tmp_path / "run"
+    given = [*arguments(files, run), "checkpoint={every: 1, keep: 3}"]
+    assert run_ranks(given, variables(tmp_path, name)) == [0, 0]
+    whole = load_file(run / "final" / "model.safetensors")
+    shutil.rmtree(run / "final")
+    for step in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"step-0000000{step}")
+    assert run_ranks(given, variables(tmp_path, name)) == [0, 0]
+    now = load_file(run / "final" / "model.safetensors")
+    assert all(torch.equal(now[key], value) for key, value in whole.items())
 
 
 @pytest.mark.parametrize(
