@@ -1,4 +1,4 @@
-"""Rows on two ranks against one: losses, gradients, and states to continue from."""
+"""Rows on two and four ranks against one: losses, gradients, and states to continue from."""
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from supra.testing import tiny_config, untrained_model
 from tests.ranks import on_ranks
 
 TOKENS = 21
+# Norms and the loss are float32 in a float64 model. More ranks round it in more places.
+LARGEST_ERROR = {2: 1e-6, 4: 1e-5}
 SHARED = [name for name in MIXERS if name not in ("softmax", "nonlinear_gated")]
 HYBRID = ("gated_deltanet", "softmax", "window")
 
@@ -56,7 +58,7 @@ def packed():
 
 def check(actual, expected, what):
     error = (actual - expected).abs().max() / max(1e-3, expected.abs().max())
-    assert error < 1e-6, (what, error)
+    assert error < LARGEST_ERROR[dist.get_world_size()], (what, error)
 
 
 def check_training(model, rows, what):
