@@ -39,17 +39,18 @@ class Operator:
         name: str,
         inputs: type,
         torch_backend: ModuleType,
-        reference: ModuleType | None = None,
+        reference: ModuleType,
         *,
+        package: str,
         state: type[tuple] | None = None,
         results: tuple[str, ...] = ("output", "end"),
         saved: tuple[str, ...] = (),
-        package: str | None = None,
     ):
-        """state: NamedTuple of the states among the fields of inputs; None for one called `state`.
+        """package: where triton.py is, which is imported when it runs.
 
-        The results after the output are the final state. saved: the results that the backward pass
-        needs. package: where triton.py is; None for an operation that has the torch backend alone.
+        state: NamedTuple of the states among the fields of inputs; None for one called `state`. The
+        results after the output are the final state. saved: the results that the backward pass
+        needs.
         """
         self.inputs, self.package = inputs, package
         self.torch_backend, self.reference = torch_backend, reference
@@ -70,9 +71,8 @@ class Operator:
         self.forward.register_autograd(self._gradients, setup_context=self._setup_context)
         self.backward = _custom_op(f"{name}_backward", self._backward, backward, self.tensors - 1)
         self.backward.register_fake(self._empty_gradients)
-        if package is not None:
-            self.step = _custom_op(f"{name}_step", self._step, fields, 1, mutates=self.fields)
-            self.step.register_fake(lambda *x: inputs(*x).empty_results()[0])
+        self.step = _custom_op(f"{name}_step", self._step, fields, 1, mutates=self.fields)
+        self.step.register_fake(lambda *x: inputs(*x).empty_results()[0])
 
     def run(self, inputs: Any, return_state: bool) -> tuple[Tensor, Any]:
         """Output and final state, or None, of whole sequences, by inputs.backend."""
@@ -89,7 +89,7 @@ class Operator:
         return output, self.state(*end) if return_state else None
 
     def _whole(self, inputs: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        if self.reference is not None and inputs.backend == "reference":
+        if inputs.backend == "reference":
             with without_autocast(_first(inputs).device):
                 found = self.reference.recurrence(inputs)
             pairs = zip(found, inputs.empty_results(), strict=False)
@@ -117,7 +117,7 @@ class Operator:
         return self.step(*given), state
 
     def _backend(self, inputs: Any) -> ModuleType:
-        if self.package is None or inputs.backend == "torch":
+        if inputs.backend == "torch":
             return self.torch_backend
         return import_module(f"{self.package}.triton")  # not everybody has triton
 

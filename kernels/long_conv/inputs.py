@@ -1,4 +1,4 @@
-"""What every backend of the long convolutions takes."""
+"""What every backend of the long convolution takes."""
 
 from typing import NamedTuple
 
@@ -40,19 +40,3 @@ class Inputs(NamedTuple):
         value, count = self.value, sequences(self.value, self.cu_seqlens)
         shape = (count, *self.log_decay.shape, 2, self.key_width, value.shape[3])
         return value.new_empty(value.shape), self.log_decay.new_empty(shape)
-
-
-class FftInputs(NamedTuple):
-    """The arguments of fft_conv, checked; kernel and state are of one dtype."""
-
-    input: Tensor
-    kernel: Tensor
-    state: Tensor | None
-    cu_seqlens: Tensor | None
-    block_size: int | None
-
-    def empty_results(self) -> tuple[Tensor, Tensor]:
-        """Output [B, T, H, D] and final state [N, L - 1, H, D]."""
-        input, count = self.input, sequences(self.input, self.cu_seqlens)
-        end = self.kernel.new_empty(count, self.kernel.shape[1] - 1, *input.shape[2:])
-        return input.new_empty(input.shape), end

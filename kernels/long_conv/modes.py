@@ -50,11 +50,6 @@ def matrices(model: Model, size: int) -> Matrices:
     return Matrices(taps, torch.view_as_real(read[:, :size]), torch.view_as_real(write))
 
 
-def kernel(model: Model, length: int) -> Tensor:
-    """The first `length` taps [H, length]."""
-    return _Tables.of(model, length).taps(model)[:, :length]
-
-
 def d_model(model: Model, found: Matrices, whole: Iterable[tuple[int | Tensor, Tensor]]) -> Model:
     """Gradients of the model from those of its matrices and of transition(model, n), with n."""
     size = found.taps.shape[1]

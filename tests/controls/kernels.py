@@ -321,22 +321,6 @@ LONG_CONV = [
         "states + chunks * MODES",
         (TESTS.format("long_conv_triton", "packed_sequences[widths0]"),),
     ),
-    Bug(
-        "fft_conv_blocks_apart",
-        "a block of the FFT does not add what the block before it hands on",
-        "kernels/long_conv/fft.py",
-        "found[..., :rest] += tail",
-        "found[..., :rest] += 0 * tail",
-        (TESTS.format("fft_conv", "two_segments_with_carried_state_are_one_run"),),
-    ),
-    Bug(
-        "fft_conv_kernel_gradient",
-        "the gradient of a kernel given tap by tap is a convolution, not a correlation",
-        "kernels/long_conv/fft.py",
-        "torch.fft.rfft(columns, length).conj_physical() * given",
-        "torch.fft.rfft(columns, length) * given",
-        (TESTS.format("fft_conv", "it_is_the_sum_with_its_gradients"),),
-    ),
 ]
 
 BUGS = [

@@ -7,14 +7,8 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from supra.kernels.long_conv import (
-    chunk_ssm_conv,
-    fft_conv,
-    recurrent_ssm_conv,
-    ssm_kernel,
-    stream_ssm_conv,
-)
-from supra.kernels.long_conv.api import FFT_OPERATOR, OPERATOR
+from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
+from supra.kernels.long_conv.api import OPERATOR
 
 FORMS = (chunk_ssm_conv, recurrent_ssm_conv)
 BY_TOKEN = ("query", "key", "value")
@@ -74,16 +68,6 @@ def quadratic(query, key, value, log_decay, frequency, weight, skip=None):
     return torch.einsum("bhij,bjhv->bihv", scores, value)
 
 
-def by_fft(query, key, value, *model):
-    """Every product of channels through the Fourier transform, with a kernel of all T taps."""
-    taps = ssm_kernel(*model, length=value.shape[1])
-    if query is None:
-        return fft_conv(value, taps)[0]
-    products = (key[..., :, None] * value[..., None, :]).flatten(3)
-    found, _ = fft_conv(products, taps)
-    return torch.einsum("bthk,bthkv->bthv", query, found.unflatten(3, (key.shape[3], -1)))
-
-
 def run_with_gradients(function, inputs, state=None, **options):
     """Output, final state and the gradients of a fixed mixture of them wrt all inputs."""
     results = function(**inputs, initial_state=state, return_state=True, **options)
@@ -132,9 +116,8 @@ def test_all_forms_agree_with_the_reference(length, widths):
         chunk_ssm_conv(**inputs, chunk_size=20)[0],
         recurrent_ssm_conv(**inputs)[0],
         quadratic(**inputs),
-        by_fft(*(inputs[name] for name in (*BY_TOKEN, *MODEL))),
     ]
-    assert_close(found, [expected] * 5, 1e-13)
+    assert_close(found, [expected] * 4, 1e-13)
 
 
 def test_by_hand():
@@ -222,31 +205,31 @@ def test_two_segments_with_carried_state_are_one_run(widths):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_stream_of_segments_is_one_run_with_its_gradients(dtype):
     inputs = make_inputs(2, 300, 3, (1, 1), 8, dtype)
-    state = make_state(inputs)
     bounds = [0, 1, 64, 200, 300]
 
-    def streamed(initial_state, return_state, query, key, value, **model):
-        parts = ((x[:, a:b] for x in (query, key, value)) for a, b in pairwise(bounds))
-        found = list(stream_ssm_conv(parts, **model, initial_state=initial_state))
-        return torch.cat([x for x, _ in found], 1), found[-1][1]
+    def streamed(initial_state, return_state, **inputs):
+        outputs, state = [], initial_state
+        for begin, stop in pairwise(bounds):
+            given = part(inputs, begin, stop)
+            output, state = chunk_ssm_conv(**given, initial_state=state, return_state=True)
+            outputs.append(output)
+        return torch.cat(outputs, 1), state
 
-    expected = run_with_gradients(chunk_ssm_conv, inputs, state)
-    found = run_with_gradients(streamed, inputs, state)
+    expected = run_with_gradients(chunk_ssm_conv, inputs, make_state(inputs))
+    found = run_with_gradients(streamed, inputs, make_state(inputs))
     assert_close(found, expected, 1e-13 if dtype == torch.float64 else 1e-6)
 
 
-def test_a_stream_asks_for_one_segment_at_a_time():
-    inputs = make_inputs(1, 4, 2, (None, 1), 3)
-    asked = []
-
-    def segments():
-        for t in range(4):
-            asked.append(t)
-            yield None, None, inputs["value"][:, t : t + 1]
-
-    model = {name: inputs[name] for name in MODEL}
-    for t, _ in enumerate(stream_ssm_conv(segments(), **model)):
-        assert asked == list(range(t + 1))
+def test_the_response_to_an_impulse_is_the_kernel():
+    inputs = make_inputs(1, 50, 3, (None, 1), 8)
+    impulse = torch.zeros_like(inputs["value"])
+    impulse[:, 0] = 1
+    found, _ = chunk_ssm_conv(**inputs | {"value": impulse})
+    modes = torch.polar(inputs["log_decay"].exp(), inputs["frequency"])[..., None]
+    weight = torch.view_as_complex(inputs["weight"])[..., None]
+    taps = 2 * (weight * modes ** torch.arange(50)).real.sum(1)
+    taps[:, 0] += inputs["skip"]
+    assert_close([found[0, ..., 0].mT], [taps], 1e-13)
 
 
 @pytest.mark.parametrize("widths", [(None, 2), (1, 1), (3, 2)])
@@ -296,13 +279,9 @@ def test_autocast_changes_nothing():
     inputs = make_inputs(1, 20, 3, (2, 5), 4, torch.float32)
     expected = run_with_gradients(chunk_ssm_conv, inputs)
     step, _ = recurrent_ssm_conv(**inputs)
-    taps = ssm_kernel(*(inputs[name] for name in MODEL), length=20)
-    convolved, _ = fft_conv(inputs["value"], taps)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run_with_gradients(chunk_ssm_conv, inputs)
         assert torch.equal(recurrent_ssm_conv(**inputs)[0], step)
-        assert torch.equal(ssm_kernel(*(inputs[name] for name in MODEL), length=20), taps)
-        assert torch.equal(fft_conv(inputs["value"], taps)[0], convolved)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -379,16 +358,6 @@ def test_the_operators_keep_torchs_rules(widths):
     torch.library.opcheck(OPERATOR.forward, given)
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     torch.library.opcheck(OPERATOR.backward, (*OPERATOR.forward(*given), *given))
-
-
-def test_the_operators_of_the_fft_keep_torchs_rules():
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 9, 2, 3), (2, 5), (2, 4, 2, 3))
-    given = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-    given = (*given, torch.tensor([0, 4, 9]), 2)
-    torch.library.opcheck(FFT_OPERATOR.forward, given)
-    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
-    torch.library.opcheck(FFT_OPERATOR.backward, (*FFT_OPERATOR.forward(*given), *given))
 
 
 def test_without_triton_it_imports_and_runs():

@@ -14,7 +14,7 @@ from supra.kernels.gated_linear_attention import (
 )
 from supra.kernels.kda import chunk_kda, recurrent_kda
 from supra.kernels.linear_attention import chunk_linear_attention, recurrent_linear_attention
-from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv, ssm_kernel
+from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 from supra.kernels.nonlinear_gated import chunk_nonlinear_gated, recurrent_nonlinear_gated
 
 zeros = torch.zeros
@@ -250,7 +250,7 @@ LONG_CONV = Operation(
         "key (shape [2, 7, 4, 6]) must be [2, 7, 4, 5] to fit value": {"key": zeros(2, 7, 4, 6)},
         "key (=None) is ones of width 1 and the other has 5; give both": {"key": None},
         "query (=None) is ones of width 1 and the other has 5; give both": {"query": None},
-        "log_decay (shape [4]) must be [H, M]": {"log_decay": zeros(4)},
+        "log_decay (shape [4]) must be [4, M] to fit value": {"log_decay": zeros(4)},
         "log_decay (shape [3, 2]) must be [4, M] to fit value": {
             "log_decay": zeros(3, 2), "frequency": zeros(3, 2), "weight": zeros(3, 2, 2),
             "skip": None,
@@ -386,9 +386,3 @@ def test_mistakes_in_packing_are_named(operation, message):
     inputs = {name: x[:1] if x.shape[:2] == (2, 7) else x for name, x in make(operation).items()}
     cu_seqlens = torch.tensor(PACKING[message])
     assert_names(message, operation.whole, inputs | {"cu_seqlens": cu_seqlens})
-
-
-def test_a_kernel_has_taps():
-    model = {name: zeros(LONG_CONV.shapes[name]) for name in ("log_decay", "frequency", "weight")}
-    with pytest.raises(ValueError, match=r"length \(=0\) must be >= 1"):
-        ssm_kernel(**model, length=0)

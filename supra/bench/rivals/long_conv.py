@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from supra.bench.rivals.contender import Contender, Inputs, Operation, Setting
-from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv, ssm_kernel
+from supra.kernels.long_conv import chunk_ssm_conv, recurrent_ssm_conv
 
 MODES = 32  # per channel in H3
 
@@ -20,7 +20,10 @@ def long_conv_inputs(setting: Setting) -> Inputs:
         "weight": torch.randn(channels, MODES, 2, device=setting.device) * step[..., None],
         "skip": torch.randn(channels, device=setting.device),
     }
-    kernel = ssm_kernel(**model, length=setting.length)
+    impulse = torch.zeros(1, setting.length, channels, 1, device=setting.device)
+    impulse[:, 0] = 1
+    kernel, _ = chunk_ssm_conv(None, None, impulse, **model, backend="torch")
+    kernel = kernel[0, ..., 0].mT.contiguous()
     return {"query": query, "key": key, "value": value, **model, "kernel": kernel}
 
 
