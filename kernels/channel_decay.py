@@ -21,66 +21,64 @@ LOWEST = tl.constexpr(LOWEST_LOG_DECAY)
 
 @triton.jit
 def decay_sums(
-    log_decay, sums, whole, cu_seqlens, chunk_offsets,
-    decay_batch, decay_time, decay_head, sequences, length, heads,
-    KEY_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+    log_decay, sums, whole, seqs, heads,
+    KEY_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums of log_decay since the chunk began, [B, T, Hkv, K], and whole decays [chunks, Hkv, K].
 
     grid: (chunks * blocks of K, Hkv).
     """
     chunk, _, head, _, row, token, left, rows, columns = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
+        seqs, KEY_WIDTH, BLOCK_K, TILE
     )
     if left <= 0:
         return
-    log_decay += locate.offset(row, decay_batch, token, decay_time, head, decay_head)
-    x = tiles.load(log_decay, decay_time, rows, left, columns, KEY_WIDTH).to(tl.float32)
+    log_decay = locate.at(log_decay, row, token, head)
+    x = tiles.load_rows(log_decay, rows, left, columns, KEY_WIDTH).to(tl.float32)
     exact = (tl.maximum(x, LOWEST) * 2.0**40).to(tl.int64)
     base = whole + locate.slot_offset(chunk, head, heads, KEY_WIDTH)
     tiles.store_vector(base, columns, KEY_WIDTH, tl.exp(tl.sum(exact, 0).to(tl.float32) * 2.0**-40))
     inexact = ((tl.cumsum(exact, 0) + (1 << 21)) >> 22).to(tl.int32)
     # as tiles.store() at the offset of the head, this takes up to 28 more registers
-    base = sums + locate.dense_offset(row, token, length, 0, heads, KEY_WIDTH) + head * KEY_WIDTH
+    base = (
+        sums + locate.dense_offset(row, token, seqs.length, 0, heads, KEY_WIDTH) + head * KEY_WIDTH
+    )
     mask = (rows < left)[:, None] & (columns < KEY_WIDTH)[None, :]
     tl.store(base + rows[:, None] * heads * KEY_WIDTH + columns[None, :], inexact, mask=mask)
 
 
 @triton.jit
-def load_sums(sums, step, rows, left, columns, WIDTH: tl.constexpr):
+def load_sums(sums, rows, left, columns, WIDTH: tl.constexpr):
     """Sums up to and with each row; none before the first, constant after the last."""
     mask = (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
-    place = tl.minimum(rows, left - 1)[:, None] * step + columns[None, :]
-    return tl.load(sums + place, mask=mask, other=0)
+    place = tl.minimum(rows, left - 1)[:, None] * sums.time + columns[None, :]
+    return tl.load(sums.data + place, mask=mask, other=0)
 
 
 @triton.jit
-def entering_decay(sums, step, rows, left, columns, WIDTH: tl.constexpr, HAS_BONUS: tl.constexpr):
+def entering_decay(sums, rows, left, columns, WIDTH: tl.constexpr, HAS_BONUS: tl.constexpr):
     """Decay from the begin of the chunk to where each row reads the state."""
-    read = load_sums(sums, step, rows - HAS_BONUS, left, columns, WIDTH)
+    read = load_sums(sums, rows - HAS_BONUS, left, columns, WIDTH)
     return tl.exp(read.to(tl.float32) * UNIT)
 
 
 @triton.jit
-def leaving_decay(sums, step, rows, left, columns, WIDTH: tl.constexpr):
+def leaving_decay(sums, rows, left, columns, WIDTH: tl.constexpr):
     """Decay from each row to the end of the chunk, whose sum is the least of all."""
-    own = load_sums(sums, step, rows, left, columns, WIDTH)
+    own = load_sums(sums, rows, left, columns, WIDTH)
     return tl.exp((tl.min(own, 0)[None, :] - own).to(tl.float32) * UNIT)
 
 
 @triton.jit
-def boundary_decay(
-    sums, step, rows, left, columns,
-    size, WIDTH: tl.constexpr, HAS_BONUS: tl.constexpr,
-):  # fmt: skip
+def boundary_decay(sums, rows, left, columns, size, WIDTH: tl.constexpr, HAS_BONUS: tl.constexpr):
     """Decay between each row and the boundary inside its pair of blocks.
 
     For a row of the later block it is what its query meets, for one of the earlier its key.
     """
     later = (rows & size) != 0
-    own = load_sums(sums, step, tl.where(later, rows - HAS_BONUS, rows), left, columns, WIDTH)
+    own = load_sums(sums, tl.where(later, rows - HAS_BONUS, rows), left, columns, WIDTH)
     boundary = (rows & (-2 * size)) + (size - 1)
-    middle = load_sums(sums, step, boundary, left, columns, WIDTH)
+    middle = load_sums(sums, boundary, left, columns, WIDTH)
     logs = tl.where(later[:, None], own - middle, middle - own)
     return tl.exp(logs.to(tl.float32) * UNIT)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from supra.kernels import channel_decay, channel_gradients, channel_scores
-from supra.kernels.launch import Table, Tiling, pad_width, strides
+from supra.kernels.launch import Rows, Table, Tiling, pad_width
 from supra.kernels.plan import HeadsPlan
 
 # A chunk is one tile and a state is kept for each: with 128 tokens a chunk the forward pass would
@@ -42,7 +42,7 @@ class ChannelPlan(HeadsPlan):
         sums = log_decay.new_empty(log_decay.shape, dtype=torch.int32)
         self.whole = self.new_sums(self.chunks, self.kv_heads, self.key_width)
         self.given |= {
-            "log_decay": log_decay, **strides("decay", log_decay), "sums": sums,
+            "log_decay": Rows.of(log_decay), "sums": sums,
             "whole": self.whole,
             "bonus": None if bonus is None else pad_width(bonus.float()).contiguous(),
             "HAS_BONUS": bonus is not None, "TILE": TILE, "LEVELS": LEVELS,

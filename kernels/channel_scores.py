@@ -10,18 +10,13 @@ import triton
 import triton.language as tl
 
 from supra.kernels import locate, tiles
-from supra.kernels.channel_decay import (
-    boundary_decay,
-    crosses,
-    entering_decay,
-)
+from supra.kernels.channel_decay import boundary_decay, crosses, entering_decay
 
 
 @triton.jit
 def pair_scores(
-    query, query_time, key, key_time, sums, step, bonus, head, rows, left,
-    KEY_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, LEVELS: tl.constexpr, HAS_BONUS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, sums, bonus, head, rows, left, KEY_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_BONUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of every row with the rows before it [rows, rows], and with itself [rows].
 
@@ -31,15 +26,15 @@ def pair_scores(
     own = tl.zeros([rows.shape[0]], tl.float32)
     for k0 in range(0, KEY_WIDTH, BLOCK_K):
         columns = k0 + tl.arange(0, BLOCK_K)
-        q = tiles.load(query, query_time, rows, left, columns, KEY_WIDTH)
-        k = tiles.load(key, key_time, rows, left, columns, KEY_WIDTH)
+        q = tiles.load_rows(query, rows, left, columns, KEY_WIDTH)
+        k = tiles.load_rows(key, rows, left, columns, KEY_WIDTH)
         both = q.to(tl.float32) * k.to(tl.float32)
         if HAS_BONUS:
             both *= tiles.load_vector(bonus + head * KEY_WIDTH, 1, columns, KEY_WIDTH)[None, :]
         own += tl.sum(both, 1)
         for level in range(0, LEVELS):
             size = 1 << level
-            decay = boundary_decay(sums, step, rows, left, columns, size, KEY_WIDTH, HAS_BONUS)
+            decay = boundary_decay(sums, rows, left, columns, size, KEY_WIDTH, HAS_BONUS)
             found = tiles.dot(q * decay, tl.trans(k * decay), tl.zeros_like(acc), PRECISION)
             acc += tl.where(crosses(rows[:, None], rows[None, :], size), found, 0.0)
     return acc, own
@@ -47,68 +42,57 @@ def pair_scores(
 
 @triton.jit
 def chunk_scores(
-    query, key, sums, bonus, scores, cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    sequences, length, heads,
+    query, key, sums, bonus, scores, seqs, heads,
     KEY_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, QUERIES: tl.constexpr,
-    LEVELS: tl.constexpr, HAS_BONUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_BONUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of the pairs of tokens in a chunk, zero in the future; heads = Hq.
 
     grid: (chunks, Hq).
     """
-    _, _, head, _, row, token, left, _, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, 1, 1, TILE, PACKED
-    )
+    _, _, head, _, row, token, left, _, _ = locate.chunk(seqs, 1, 1, TILE)
     if left <= 0:
         return
     rows = tl.arange(0, TILE)
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
-    query += locate.offset(row, query_batch, token, query_time, head, query_head)
-    key += locate.offset(row, key_batch, token, key_time, kv_head, key_head)
-    sums += locate.dense_offset(row, token, length, kv_head, kv_heads, KEY_WIDTH)
-    step = kv_heads * KEY_WIDTH
+    query = locate.at(query, row, token, head)
+    key = locate.at(key, row, token, kv_head)
+    sums = locate.dense(sums, row, token, kv_head, kv_heads, seqs, KEY_WIDTH)
     acc, own = pair_scores(
-        query, query_time, key, key_time, sums, step, bonus, head, rows, left,
-        KEY_WIDTH, BLOCK_K, LEVELS, HAS_BONUS, PRECISION,
-    )  # fmt: skip
+        query, key, sums, bonus, head, rows, left, KEY_WIDTH, BLOCK_K, LEVELS, HAS_BONUS, PRECISION
+    )
     acc += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
-    base = scores + locate.dense_offset(row, token, length, head, heads, TILE)
+    base = scores + locate.dense_offset(row, token, seqs.length, head, heads, TILE)
     tiles.store(base, heads * TILE, rows, left, rows, TILE, tiles.narrow(acc, PRECISION))
 
 
 @triton.jit
 def chunk_output(
-    query, value, sums, scores, states, output, cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, value_batch, value_time, value_head,
-    sequences, length, heads, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_BONUS: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    query, value, sums, scores, states, output, seqs, heads, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_BONUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output tiles [TILE, BLOCK_V]; heads = Hq. grid: (chunks * blocks of V, Hq)."""
-    chunk, block, head, n, row, token, left, _, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, TILE, PACKED
-    )
+    chunk, block, head, n, row, token, left, _, _ = locate.chunk(seqs, VALUE_WIDTH, BLOCK_V, TILE)
     if left <= 0:
         return
     rows, columns_v = tl.arange(0, TILE), block * BLOCK_V + tl.arange(0, BLOCK_V)
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
-    query += locate.offset(row, query_batch, token, query_time, head, query_head)
-    value += locate.offset(row, value_batch, token, value_time, kv_head, value_head)
-    sums += locate.dense_offset(row, token, length, kv_head, kv_heads, KEY_WIDTH)
+    query = locate.at(query, row, token, head)
+    value = locate.at(value, row, token, kv_head)
+    sums = locate.dense(sums, row, token, kv_head, kv_heads, seqs, KEY_WIDTH)
     states += locate.slot_offset(chunk + n, kv_head, kv_heads, KEY_WIDTH * VALUE_WIDTH)
 
     acc = tl.zeros([TILE, BLOCK_V], tl.float32)
     for k0 in range(0, KEY_WIDTH, BLOCK_K):
         columns = k0 + tl.arange(0, BLOCK_K)
-        q = tiles.load(query, query_time, rows, left, columns, KEY_WIDTH)
-        q *= entering_decay(sums, kv_heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH, HAS_BONUS)
+        q = tiles.load_rows(query, rows, left, columns, KEY_WIDTH)
+        q *= entering_decay(sums, rows, left, columns, KEY_WIDTH, HAS_BONUS)
         s = tiles.load_state(states, columns, columns_v, KEY_WIDTH, VALUE_WIDTH)
         acc = tiles.dot(q, s, acc, PRECISION)
-    scores += locate.dense_offset(row, token, length, head, heads, TILE)
+    scores += locate.dense_offset(row, token, seqs.length, head, heads, TILE)
     a = tiles.load(scores, heads * TILE, rows, left, rows, TILE)
-    v = tiles.load(value, value_time, rows, left, columns_v, VALUE_WIDTH)
+    v = tiles.load_rows(value, rows, left, columns_v, VALUE_WIDTH)
     acc = tiles.dot(a, v, acc, PRECISION) * scale
-    output += locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
+    output += locate.dense_offset(row, token, seqs.length, head, heads, VALUE_WIDTH)
     tiles.store(output, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, acc)

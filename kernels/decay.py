@@ -7,36 +7,34 @@ from torch import Tensor
 
 from supra.kernels import locate, tiles
 from supra.kernels.checks import LOWEST_LOG_DECAY
-from supra.kernels.launch import Tiling, launch, strides
+from supra.kernels.launch import Rows, Sequences, Tiling, launch
 
 SMALL = Tiling(1, 1, 4, 1)
 
 
 def sums_in_chunks(
-    log_decay: Tensor | None, chunk: int, chunks: int, sequences: dict[str, object]
-) -> dict[str, object]:
-    """Arguments of kernels: `sums`, in pairs of a number and its remainder, and their strides.
+    log_decay: Tensor | None, chunk: int, chunks: int, seqs: Sequences
+) -> Rows | None:
+    """Sums of the logs since the chunk began, in pairs of a number and its remainder.
 
     log_decay: [H], whose sums are the same in every chunk, or [B, T, H]; None for no sums. chunks:
-    how many there are, or an upper bound. sequences: what launch.sequences() gives is among them.
+    how many there are, or an upper bound.
     """
-    names = ("sums", "sums_batch", "sums_time", "sums_head")
     if log_decay is None:
-        return dict(zip(names, (None, 0, 0, 0), strict=True))
+        return None
     heads = log_decay.shape[-1]
     if log_decay.dim() == 1:
         steps = torch.arange(1, chunk + 1, dtype=torch.float64, device=log_decay.device)
         exact = log_decay.double().clamp(min=LOWEST_LOG_DECAY)[:, None] * steps
         high = exact.float()
-        sums = torch.stack((high, (exact - high).float()), -1)
-        return dict(zip(names, (sums, 0, 0, 2 * chunk), strict=True))
+        return Rows(torch.stack((high, (exact - high).float()), -1), 0, 0, 2 * chunk)
     length, total = log_decay.shape[1], log_decay.shape[:2].numel()
     sums = log_decay.new_empty(heads, total, 2, dtype=torch.float32)
     launch(
-        decay_sums, (chunks, heads), sequences, SMALL, log_decay=log_decay, sums=sums,
-        **strides("decay", log_decay), total=total, lowest=LOWEST_LOG_DECAY, CHUNK=chunk,
+        decay_sums, (chunks, heads), {}, SMALL, log_decay=Rows.of(log_decay), sums=sums, seqs=seqs,
+        total=total, lowest=LOWEST_LOG_DECAY, CHUNK=chunk,
     )  # fmt: skip
-    return dict(zip(names, (sums, 2 * length, 2, 2 * total), strict=True))
+    return Rows(sums, 2 * length, 2, 2 * total)
 
 
 def d_log_decay(
@@ -46,9 +44,8 @@ def d_log_decay(
 
     given: arguments of kernels that launches share. sums: key_products and carried.
     """
-    batch, length = query_products.shape[-1] // given["length"], given["length"]
-    heads = log_decay.shape[-1]
-    found = query_products.new_empty(batch, length, heads)
+    length, heads = given["seqs"].length, log_decay.shape[-1]
+    found = query_products.new_empty(query_products.shape[-1] // length, length, heads)
     launch(
         chunk_d_log_decay, (given["chunks"], heads), given, SMALL,
         query_products=query_products, **sums, d_log_decay=found, heads=heads,
@@ -75,7 +72,7 @@ def split_sum(x):
 @triton.jit
 def last_pair(sums, left, CHUNK: tl.constexpr):
     """The pair of sums at the last token of a chunk; left: tokens of its sequence from it on."""
-    last = sums + tl.minimum(left, CHUNK) * 2 - 2
+    last = sums.data + tl.minimum(left, CHUNK) * 2 - 2
     return tl.load(last), tl.load(last + 1)
 
 
@@ -108,43 +105,34 @@ def decay_between(own):
 
 
 @triton.jit
-def decay_sums(
-    log_decay, sums, cu_seqlens, chunk_offsets,
-    decay_batch, decay_time, decay_head, sequences, length, total, lowest,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+def decay_sums(log_decay, sums, seqs, total, lowest, CHUNK: tl.constexpr):
     """Sums of log_decay since the chunk began, [Hs, B * T, 2], for a decay per token.
 
     grid: (chunks, Hs). The second number is the remainder that float32 would lose, see split_sum.
     """
-    _, _, head, _, row, token, left, rows, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
-    )
+    _, _, head, _, row, token, left, rows, _ = locate.chunk(seqs, 1, 1, CHUNK)
     if left <= 0:
         return
-    base = log_decay + locate.offset(row, decay_batch, token, decay_time, head, decay_head)
-    x = tiles.load_vector(base, decay_time, rows, left).to(tl.float64)
+    log_decay = locate.at(log_decay, row, token, head)
+    x = tiles.load_numbers(log_decay, rows, left).to(tl.float64)
     high, low = split_sum(tl.cumsum(tl.maximum(x, lowest), 0))
-    base = sums + locate.offset(row, length, token, 1, head, total) * 2
+    base = sums + locate.lane_offset(head, total, row, token, seqs.length) * 2
     tiles.store_pairs(base, rows, left, high, low)
 
 
 @triton.jit
 def chunk_d_log_decay(
-    query_products, key_products, carried, d_log_decay, cu_seqlens, chunk_offsets,
-    sequences, length, heads, total, chunks, query_blocks, key_blocks, state_blocks,
-    CHUNK: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr,
+    query_products, key_products, carried, d_log_decay, seqs, heads, total, chunks, query_blocks,
+    key_blocks, state_blocks, CHUNK: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the log of every token's decay [B * T, Hs]; heads = Hs. grid: (chunks, Hs).
 
     A chunk at a time: sums over a whole sequence would cancel digits that a long text has not got.
     """
-    chunk, _, head, _, row, token, left, rows, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
-    )
+    chunk, _, head, _, row, token, left, rows, _ = locate.chunk(seqs, 1, 1, CHUNK)
     if left <= 0:
         return
-    place = row * tl.cast(length, tl.int64) + token
+    place = row * tl.cast(seqs.length, tl.int64) + token
     d_sums = tl.zeros([CHUNK], tl.float32)
     for block in range(0, query_blocks):
         for r in range(0, QUERIES):

@@ -13,6 +13,7 @@ import triton.language as tl
 from supra.kernels import delta_state, locate, tiles
 from supra.kernels.channel_scores import pair_scores
 from supra.kernels.decay import decay_between, entering_decay, last_pair, leaving_decay
+from supra.kernels.launch import Rows
 
 
 @triton.jit
@@ -46,80 +47,65 @@ def invert(below, rows, SOLVE: tl.constexpr):
 
 @triton.jit
 def chunk_inverse(
-    key, beta, sums, inverse, cu_seqlens, chunk_offsets,
-    key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
-    sums_batch, sums_time, sums_head, sequences, length, heads,
-    KEY_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    LEVELS: tl.constexpr, HAS_DECAY: tl.constexpr, CHANNELS: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    key, beta, sums, inverse, seqs, heads,
+    KEY_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, LEVELS: tl.constexpr,
+    HAS_DECAY: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """T of every chunk; grid: (chunks, Hkv). With CHANNELS, decay is per key channel."""
-    _, _, head, _, row, token, left, _, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, 1, 1, CHUNK, PACKED
-    )
+    _, _, head, _, row, token, left, _, _ = locate.chunk(seqs, 1, 1, CHUNK)
     if left <= 0:
         return
     rows = tl.arange(0, CHUNK)
-    key += locate.offset(row, key_batch, token, key_time, head, key_head)
+    key = locate.at(key, row, token, head)
     if CHANNELS:
-        sums += locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
+        sums = locate.dense(sums, row, token, head, heads, seqs, KEY_WIDTH)
         below, _ = pair_scores(
-            key, key_time, key, key_time, sums, heads * KEY_WIDTH, None, head, rows, left,
-            KEY_WIDTH, BLOCK_K, LEVELS, False, PRECISION,
-        )  # fmt: skip
+            key, key, sums, None, head, rows, left, KEY_WIDTH, BLOCK_K, LEVELS, False, PRECISION
+        )
     else:
         i, j = rows[:, None], rows[None, :]
-        below = tiles.products(
-            key, key_time, left, key, key_time, left, rows, KEY_WIDTH, BLOCK_K, PRECISION
-        )
-    beta += locate.offset(row, beta_batch, token, beta_time, head, beta_head)
-    b = tiles.load_vector(beta, beta_time, rows, left)
+        below = tiles.products(key, left, key, left, rows, KEY_WIDTH, BLOCK_K, PRECISION)
+    beta = locate.at(beta, row, token, head)
+    b = tiles.load_numbers(beta, rows, left)
     if HAS_DECAY:
-        sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
-        below *= decay_between(tiles.load_pairs(sums, rows, left))
+        sums = locate.at(sums, row, token, head)
+        below *= decay_between(tiles.load_pairs(sums.data, rows, left))
     if CHANNELS:  # their scores are below the diagonal alone
         below *= not_zero(b)[None, :]
     else:
         below = tl.where(i > j, below * not_zero(b)[None, :], 0.0)
     found = invert(below, rows, SOLVE)
-    base = inverse + locate.dense_offset(row, token, length, head, heads, CHUNK)
+    base = inverse + locate.dense_offset(row, token, seqs.length, head, heads, CHUNK)
     tiles.store(base, heads * CHUNK, rows, left, rows, CHUNK, tiles.narrow(found, PRECISION))
 
 
 @triton.jit
 def chunk_solve(
-    inverse, x, sums, found, cu_seqlens, chunk_offsets, x_batch, x_time, x_head,
-    sums_batch, sums_time, sums_head, sequences, length, heads,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, DECAYED: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    inverse, x, sums, found, seqs, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, DECAYED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T x, or T (exp(G) x) where DECAYED; grid: (chunks * blocks, Hkv)."""
-    _, _, head, _, row, token, left, rows, columns = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, WIDTH, BLOCK, CHUNK, PACKED
-    )
+    _, _, head, _, row, token, left, rows, columns = locate.chunk(seqs, WIDTH, BLOCK, CHUNK)
     if left <= 0:
         return
-    x += locate.offset(row, x_batch, token, x_time, head, x_head)
-    tile = tiles.load(x, x_time, rows, left, columns, WIDTH)
+    x = locate.at(x, row, token, head)
+    tile = tiles.load_rows(x, rows, left, columns, WIDTH)
     if DECAYED:
-        sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
-        tile = tile * entering_decay(tiles.load_pairs(sums, rows, left))[:, None]
-    inverse += locate.dense_offset(row, token, length, head, heads, CHUNK)
+        sums = locate.at(sums, row, token, head)
+        tile = tile * entering_decay(tiles.load_pairs(sums.data, rows, left))[:, None]
+    inverse += locate.dense_offset(row, token, seqs.length, head, heads, CHUNK)
     t = tiles.load(inverse, heads * CHUNK, rows, left, rows, CHUNK)
     acc = tiles.dot(t, tile, tl.zeros([CHUNK, BLOCK], tl.float32), PRECISION)
-    found += locate.dense_offset(row, token, length, head, heads, WIDTH)
+    found += locate.dense_offset(row, token, seqs.length, head, heads, WIDTH)
     tiles.store(found, heads * WIDTH, rows, left, columns, WIDTH, tiles.narrow(acc, PRECISION))
 
 
 @triton.jit
 def chunk_states(
-    key, beta, sums, whole, reading, errors, initial, states, end, cu_seqlens, chunk_offsets,
-    key_batch, key_time, key_head, beta_batch, beta_time, beta_head,
-    sums_batch, sums_time, sums_head, length, heads,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr,
-    CHANNELS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    key, beta, sums, whole, reading, errors, initial, states, end, seqs, heads,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr, CHANNELS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States before every chunk and after the last, and the errors e = T v - W S in place of T v.
 
@@ -130,13 +116,13 @@ def chunk_states(
         heads, BLOCK_K, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
     rows = tl.arange(0, CHUNK)
-    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    key += locate.offset(row, key_batch, begin, key_time, head, key_head)
-    beta += locate.offset(row, beta_batch, begin, beta_time, head, beta_head)
+    row, begin, tokens, first = locate.sequence(n, seqs, CHUNK)
+    key = locate.at(key, row, begin, head)
+    beta = locate.at(beta, row, begin, head)
     if HAS_DECAY:
-        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
-    reading += locate.dense_offset(row, begin, length, head, heads, KEY_WIDTH)
-    errors += locate.dense_offset(row, begin, length, head, heads, VALUE_WIDTH)
+        sums = locate.at(sums, row, begin, head)
+    reading += locate.dense_offset(row, begin, seqs.length, head, heads, KEY_WIDTH)
+    errors += locate.dense_offset(row, begin, seqs.length, head, heads, VALUE_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     states += locate.slot_offset(first + n, head, heads, state_size)
     step = tl.cast(heads, tl.int64)
@@ -147,80 +133,29 @@ def chunk_states(
 
     for at in range(0, tokens, CHUNK):
         left = tokens - at
-        w_at, place = reading + at * step * KEY_WIDTH, errors + at * step * VALUE_WIDTH
+        w_at = Rows(reading + at * step * KEY_WIDTH, 0, heads * KEY_WIDTH, 0)
+        place = errors + at * step * VALUE_WIDTH
         e = tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
         e -= delta_state.store_and_read(
-            states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s,
-            w_at, heads * KEY_WIDTH, left, rows, PRECISION,
-        )  # fmt: skip
+            states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, w_at, left, rows, PRECISION
+        )
         states += step * state_size
         kept = tiles.narrow(e, PRECISION)
         tiles.store(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
-        b = tiles.load_vector(beta + at * tl.cast(beta_time, tl.int64), beta_time, rows, left)
+        b = tiles.load_numbers(locate.skip(beta, at), rows, left)
         if HAS_DECAY:
-            sums_at = sums + at * sums_time
-            own, last = tiles.load_pairs(sums_at, rows, left), last_pair(sums_at, left, CHUNK)
+            sums_at = locate.skip(sums, at)
+            own, last = tiles.load_pairs(sums_at.data, rows, left), last_pair(sums_at, left, CHUNK)
             b *= leaving_decay(own, last)
             s = delta_state.scale(s, entering_decay(last), columns_k, KEY_WIDTH)
         if CHANNELS:
             whole_at = whole + locate.slot_offset(first + at // CHUNK, head, heads, KEY_WIDTH)
             s = delta_state.scale_channels(s, whole_at, columns_k, KEY_WIDTH)
-        k_at = key + at * tl.cast(key_time, tl.int64)
+        k_at = locate.skip(key, at)
         e *= b[:, None]
-        s = delta_state.write(s, k_at, key_time, left, rows, columns_k, e, KEY_WIDTH, PRECISION)
+        s = delta_state.write(s, k_at, left, rows, columns_k, e, KEY_WIDTH, PRECISION)
 
     delta_state.store(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, PRECISION)
     if HAS_END:
         base = end + lane * state_size
         delta_state.store(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, "float32")
-
-
-@triton.jit
-def recurrent_steps(
-    query, key, value, beta, log_decay, state, output,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    value_batch, value_time, value_head, beta_batch, beta_time, beta_head,
-    decay_batch, decay_time, decay_head, length, heads, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The recurrence token by token with the state in registers, from where it is written back.
-
-    grid: (N * Hkv * blocks of V,); heads = Hkv. CHANNELS: decay is per key channel.
-    """
-    lane, n, head, _, block, columns_k, _ = locate.block_of_state(
-        heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
-    )
-    columns_v = block * BLOCK_V + tl.arange(0, BLOCK_V)  # made by locate, 8 more registers
-    query += locate.offset(n, query_batch, 0, query_time, head * QUERIES, query_head) + columns_k
-    key += locate.offset(n, key_batch, 0, key_time, head, key_head) + columns_k
-    value += locate.offset(n, value_batch, 0, value_time, head, value_head) + columns_v
-    output += (
-        locate.dense_offset(n, 0, length, head * QUERIES, heads * QUERIES, VALUE_WIDTH) + columns_v
-    )
-    state += lane * (KEY_WIDTH * VALUE_WIDTH)
-    s = tiles.load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
-    for t in range(0, length):
-        k = tiles.load_token(key, key_time, t, columns_k, KEY_WIDTH)
-        v_at = value + t * tl.cast(value_time, tl.int64)
-        v = tl.load(v_at, mask=columns_v < VALUE_WIDTH, other=0.0)  # made float32 only where used
-        b = tl.load(beta + locate.offset(n, beta_batch, t, beta_time, head, beta_head))
-        if HAS_DECAY:
-            g = tl.load(log_decay + locate.offset(n, decay_batch, t, decay_time, head, decay_head))
-            s *= tl.exp(g.to(tl.float32))
-        if CHANNELS:
-            g = (
-                log_decay
-                + locate.offset(n, decay_batch, 0, decay_time, head, decay_head)
-                + columns_k
-            )
-            s *= tl.exp(tiles.load_token(g, decay_time, t, columns_k, KEY_WIDTH))[:, None]
-        written = b.to(tl.float32) * (v.to(tl.float32) - tl.sum(k[:, None] * s, 0))
-        s += k[:, None] * written[None, :]
-        for r in range(0, QUERIES):
-            at = query + r * tl.cast(query_head, tl.int64)
-            q = tiles.load_token(at, query_time, t, columns_k, KEY_WIDTH)
-            base = output + locate.dense_offset(0, t, length, r, heads * QUERIES, VALUE_WIDTH)
-            tl.store(base, scale * tl.sum(q[:, None] * s, 0), mask=columns_v < VALUE_WIDTH)
-    tiles.store_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s)

@@ -1,7 +1,7 @@
 """Launches that operations with the delta rule share, on the host.
 
-A plan is a HeadsPlan with chunks of CHUNK tokens. It is given what strengths() returns, and
-PER_HEAD or PER_CHANNEL.
+A plan is a HeadsPlan with chunks of CHUNK tokens. It is given beta in float32, and PER_HEAD or
+PER_CHANNEL.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from supra.kernels import delta_backward, delta_forward
-from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, strides
-from supra.kernels.plan import HeadsPlan, contiguous_rows, recurrent_steps
+from supra.kernels.launch import Rows, Table, Tiling
+from supra.kernels.plan import HeadsPlan
 
 # T is as wide as its chunk: with 128 tokens a token would cost 5 times the work to invert it, in
 # tiles that no longer fit the registers, to halve the bytes of the states, which up to heads of 128
@@ -39,21 +39,12 @@ DELTA: Table = {
     "chunk_states": SCANS | {"sm_100": SCANS_100},
     "chunk_d_states": SCANS | {"sm_100": D_SCANS_100},
     "chunk_d_value": {"any": ((256, SQUARE),), "any float32": FLOAT32},
-    "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }
 
 
 # arguments of kernels: those of the other kind of decay are absent
 PER_HEAD = {"whole": None, "LEVELS": 0, "CHANNELS": False}
-PER_CHANNEL = {"CHANNELS": True, "HAS_DECAY": False} | dict.fromkeys(
-    ("sums_batch", "sums_time", "sums_head"), 0
-)
-
-
-def strengths(beta: Tensor) -> dict[str, Any]:
-    """Arguments of kernels, for beta [B, T, Hkv]."""
-    beta = beta.float()
-    return {"beta": beta, **strides("beta", beta)}
+PER_CHANNEL = {"CHANNELS": True, "HAS_DECAY": False}
 
 
 def new_rows(plan: HeadsPlan, width: int) -> Tensor:
@@ -77,7 +68,7 @@ def _solve(plan: HeadsPlan, inverse: Tensor, x: Tensor, decayed: bool = False) -
     keys, found = x is not plan.value, new_rows(plan, width)
     grid, cut = plan.by_key if keys else plan.by_value, plan.tiling(kernel)
     plan.launch(
-        kernel, grid(kernel, plan.kv_heads), inverse=inverse, x=x, **strides("x", x), found=found,
+        kernel, grid(kernel, plan.kv_heads), inverse=inverse, x=Rows.of(x), found=found,
         WIDTH=width, BLOCK=cut.key if keys else cut.value, DECAYED=decayed,
     )  # fmt: skip
     return found
@@ -138,17 +129,6 @@ def d_values(
         inverse=inverse, errors=errors, d_written=d_written, d_value=d_value, d_beta=d_beta,
     )  # fmt: skip
     return d_value, d_beta.sum(0).T.reshape(plan.key.shape[:3])
-
-
-def decode(table: Table, x: Any) -> Tensor:
-    """Output of the recurrence token by token; the state is updated in place."""
-    channels = x.log_decay is not None and x.log_decay.dim() == 4
-    log_decay = contiguous_rows(x.log_decay) if channels else x.log_decay
-    return recurrent_steps(
-        delta_forward.recurrent_steps, table, x, x.key.shape[2],
-        beta=x.beta, **strides("beta", x.beta), log_decay=log_decay, **strides("decay", log_decay),
-        state=x.state, HAS_DECAY=log_decay is not None and not channels, CHANNELS=channels,
-    )  # fmt: skip
 
 
 def _by_sequence(plan: HeadsPlan, kernel: Any) -> tuple[int]:

@@ -56,8 +56,8 @@ def scale_channels(state, factors, columns_k, KEY_WIDTH: tl.constexpr):
 
 @triton.jit
 def store_and_read(
-    base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, state,
-    x, stride, end, rows, PRECISION: tl.constexpr,
+    base, columns_k, columns_v, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, state, x, end,
+    rows, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the state; products of the rows of x [rows, KEY_WIDTH] with it, [rows, columns_v].
 
@@ -67,19 +67,17 @@ def store_and_read(
     for half in tl.static_range(tl.cdiv(KEY_WIDTH, columns_k.shape[0])):
         kept, columns = tiles.narrow(state[half], PRECISION), columns_k + half * columns_k.shape[0]
         tiles.store_state(base, columns, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
-        tile = tiles.load(x, stride, rows, end, columns, KEY_WIDTH)
+        tile = tiles.load_rows(x, rows, end, columns, KEY_WIDTH)
         found = tiles.dot(tile, kept, found, PRECISION)
     return found
 
 
 @triton.jit
-def write(
-    state, x, stride, end, rows, columns_k, y, KEY_WIDTH: tl.constexpr, PRECISION: tl.constexpr
-):
+def write(state, x, end, rows, columns_k, y, KEY_WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """The state with the products of x [rows, KEY_WIDTH] and y [rows, columns_v] added."""
-    tile = tiles.load(x, stride, rows, end, columns_k, KEY_WIDTH)
+    tile = tiles.load_rows(x, rows, end, columns_k, KEY_WIDTH)
     first, second = tiles.dot(tl.trans(tile), y, state[0], PRECISION), state[1]
     if columns_k.shape[0] < KEY_WIDTH:
-        tile = tiles.load(x, stride, rows, end, columns_k + columns_k.shape[0], KEY_WIDTH)
+        tile = tiles.load_rows(x, rows, end, columns_k + columns_k.shape[0], KEY_WIDTH)
         second = tiles.dot(tl.trans(tile), y, second, PRECISION)
     return first, second

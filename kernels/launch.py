@@ -35,6 +35,35 @@ class Tiling(NamedTuple):
 Table = Mapping[str, Mapping[str, tuple[tuple[int, Tiling], ...]]]
 
 
+class Rows(NamedTuple):
+    """A tensor [B, T, H, ...] as kernels take it: where it begins, and its strides."""
+
+    data: Tensor
+    batch: int
+    time: int
+    head: int
+
+    @staticmethod
+    def of(x: Tensor | None) -> "Rows | None":
+        """For x [B, T, H, ...], or [H], the same for all tokens."""
+        if x is None:
+            return None
+        return Rows(x, 0, 0, x.stride(0)) if x.dim() == 1 else Rows(x, *x.stride()[:3])
+
+
+class Sequences(NamedTuple):
+    """The sequences of a launch: `count` rows of `length` tokens, or packed in one such row.
+
+    cu_seqlens and chunk_offsets: first token and first chunk of each, and the ends; int32, None
+    where rows are not packed.
+    """
+
+    cu_seqlens: Tensor | None
+    chunk_offsets: Tensor | None
+    count: int
+    length: int
+
+
 class Launch(NamedTuple):
     """What one launch would run: the tensors and numbers, and the compile-time constants."""
 
@@ -113,20 +142,10 @@ def _run(kernel: Any, grid: tuple[int, ...], given: Mapping[str, Any], tiling: T
         kernel[grid](**given, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
-def strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Strides of x [B, T, H, ...] by the names of kernels' parameters; zeros for None.
-
-    x may also be [H], the same for all tokens.
-    """
-    given = () if x is None else x.stride()
-    given = (0,) * (3 - len(given)) + tuple(given)
-    return dict(zip((f"{name}_batch", f"{name}_time", f"{name}_head"), given, strict=False))
-
-
 def sequences(
     x: Tensor, cu_seqlens: Tensor | None, chunk: int, rows_before: int = 0
-) -> tuple[dict[str, Any], int]:
-    """What kernels need to know of the sequences in x [B, T, ...], and how many chunks they have.
+) -> tuple[Sequences, int]:
+    """The sequences in x [B, T, ...], and how many chunks they have.
 
     Of packed rows that number is an upper bound, which the host knows without asking the device.
     rows_before: what every sequence has in front of its tokens.
@@ -140,10 +159,7 @@ def sequences(
         chunks = (cu_seqlens.diff() + rows_before + chunk - 1) // chunk
         offsets = F.pad(chunks, (1, 0)).cumsum(0)
         offsets = offsets.to(torch.int32)
-    found = {
-        "cu_seqlens": cu_seqlens, "chunk_offsets": offsets, "length": length,
-        "sequences": checks.sequences(x, cu_seqlens), "PACKED": cu_seqlens is not None,
-    }  # fmt: skip
+    found = Sequences(cu_seqlens, offsets, checks.sequences(x, cu_seqlens), length)
     return found, count_chunks(x, cu_seqlens, chunk, rows_before)
 
 

@@ -8,11 +8,13 @@ places are int64 scalars, offsets inside a tile int32.
 import triton
 import triton.language as tl
 
+from supra.kernels.launch import Rows
+
 
 @triton.jit
 def block_of_state(
-    heads, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    heads, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Where a program works in a grid (sequences * heads * blocks,).
 
@@ -31,26 +33,20 @@ def block_of_state(
 
 
 @triton.jit
-def chunk(
-    cu_seqlens, chunk_offsets, sequences, length,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+def chunk(seqs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Where a program works in a grid (chunks * blocks of WIDTH columns, heads).
 
     (chunk, block, head, sequence, row of the batch, first token of the chunk, tokens from there on,
     rows, columns of the block). No tokens are left for a chunk past the end of all sequences.
     """
     c, _, _, block, head, n, row, token, left, rows, columns = tile(
-        cu_seqlens, chunk_offsets, sequences, length, WIDTH, BLOCK, CHUNK, CHUNK, PACKED
+        seqs, WIDTH, BLOCK, CHUNK, CHUNK
     )
     return c, block, head, n, row, token, left, rows, columns
 
 
 @triton.jit
-def tile(
-    cu_seqlens, chunk_offsets, sequences, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+def tile(seqs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """The same in a grid (chunks * tiles of a chunk * blocks, heads).
 
     The tile comes second and its first row third. Token and tokens left are those of the chunk.
@@ -59,45 +55,70 @@ def tile(
     tiles: tl.constexpr = CHUNK // TILE
     place, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     c, part = place // tiles, place % tiles
-    n = sequence_of(c, chunk_offsets, sequences, length, CHUNK, PACKED)
-    row, begin, tokens, first = sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    n = sequence_of(c, seqs, CHUNK)
+    row, begin, tokens, first = sequence(n, seqs, CHUNK)
     token, left, at = begin + (c - first) * CHUNK, tokens - (c - first) * CHUNK, part * TILE
     rows, columns = tl.arange(0, TILE), block * BLOCK + tl.arange(0, BLOCK)
     return c, part, at, block, head, n, row, token, left, rows, columns
 
 
 @triton.jit
-def sequence(n, cu_seqlens, chunk_offsets, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+def sequence(n, seqs, CHUNK: tl.constexpr):
     """(row of the batch, first token in that row, tokens, first chunk) of sequence n."""
-    if PACKED:
-        begin = tl.load(cu_seqlens + n).to(tl.int64)
-        tokens = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32)
-        return n * 0, begin, tokens, tl.load(chunk_offsets + n).to(tl.int32)
+    if seqs.cu_seqlens is None:
+        return n, tl.cast(0, tl.int64), seqs.length, n * tl.cdiv(seqs.length, CHUNK)
     else:
-        return n, tl.cast(0, tl.int64), length, n * tl.cdiv(length, CHUNK)
+        begin = tl.load(seqs.cu_seqlens + n).to(tl.int64)
+        tokens = (tl.load(seqs.cu_seqlens + n + 1) - begin).to(tl.int32)
+        return n * 0, begin, tokens, tl.load(seqs.chunk_offsets + n).to(tl.int32)
 
 
 @triton.jit
-def sequence_of(chunk, chunk_offsets, sequences, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+def sequence_of(chunk, seqs, CHUNK: tl.constexpr):
     """The sequence that a chunk lies in; the last one for a chunk past the end of them all."""
-    if PACKED:
+    if seqs.cu_seqlens is None:
+        return chunk // tl.cdiv(seqs.length, CHUNK)
+    else:
         low = chunk * 0
-        high = low + sequences
+        high = low + seqs.count
         while high - low > 1:
             middle = (low + high) // 2
-            before = tl.load(chunk_offsets + middle) <= chunk
+            before = tl.load(seqs.chunk_offsets + middle) <= chunk
             low = tl.where(before, middle, low)
             high = tl.where(before, high, middle)
         return low
-    else:
-        return chunk // tl.cdiv(length, CHUNK)
 
 
 @triton.jit
-def offset(row, batch_stride, token, time_stride, head, head_stride):
-    """Place of a token of a head in a tensor [B, T, H, D] with any strides, int64."""
-    place = row * tl.cast(batch_stride, tl.int64) + token * tl.cast(time_stride, tl.int64)
-    return place + head * tl.cast(head_stride, tl.int64)
+def at(x, row, token, head, columns=0):
+    """x (launch.Rows) from a token of a head on, or those columns of it."""
+    place = row * tl.cast(x.batch, tl.int64) + token * tl.cast(x.time, tl.int64)
+    place += head * tl.cast(x.head, tl.int64)
+    return Rows(x.data + place + columns, x.batch, x.time, x.head)
+
+
+@triton.jit
+def skip(x, tokens):
+    """x (launch.Rows) from some tokens later on."""
+    return Rows(x.data + tokens * tl.cast(x.time, tl.int64), x.batch, x.time, x.head)
+
+
+@triton.jit
+def skip_heads(x, heads):
+    return Rows(x.data + heads * tl.cast(x.head, tl.int64), x.batch, x.time, x.head)
+
+
+@triton.jit
+def dense(base, row, token, head, heads, seqs, WIDTH: tl.constexpr):
+    """A contiguous tensor [B, T, heads, WIDTH] as launch.Rows, from a token of a head on."""
+    at = base + dense_offset(row, token, seqs.length, head, heads, WIDTH)
+    return Rows(at, 0, heads * WIDTH, WIDTH)
+
+
+@triton.jit
+def lane_offset(lane, total, row, token, length):
+    """Place of a token in a contiguous tensor [lanes, total], total = B * length; int64."""
+    return row * tl.cast(length, tl.int64) + token + lane * tl.cast(total, tl.int64)
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from supra.kernels.decay import d_log_decay, sums_in_chunks
 from supra.kernels.launch import (
+    ALL_CHANNELS,
+    Rows,
     Table,
     Tiling,
     blocks,
@@ -21,9 +23,10 @@ from supra.kernels.launch import (
     precision,
     sequences,
     storage_dtype,
-    strides,
     tiling,
 )
+
+RECURRENT: Table = {"recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)}}
 
 
 class Plan:
@@ -82,24 +85,24 @@ class HeadsPlan(Plan):
     def __init__(self, table: Table, x: Any, chunk: int, *, state_heads: int, tiles: int = 1):
         """x: Inputs of an operation. tiles: how many make a chunk."""
         query, key, value = operands(x.query, x.key, x.value)
-        found, self.chunks = sequences(query, x.cu_seqlens, chunk)
+        self.seqs, self.chunks = sequences(query, x.cu_seqlens, chunk)
         batch, length, self.heads, _ = query.shape
         self.query, self.key, self.value = query, key, value
         self.given_widths = x.key.shape[3], x.value.shape[3]
         self.kv_heads, self.state_heads = value.shape[2], state_heads
-        self.count, self.total, self.tiles = found["sequences"], batch * length, tiles
+        self.count, self.total, self.tiles = self.seqs.count, batch * length, tiles
         widths = key.shape[3], value.shape[3]
         super().__init__(
             table, widths, query.device, precision(x.query, x.key, x.value),
-            query=query, key=key, value=value, **strides("query", query), **strides("key", key),
-            **strides("value", value), **found, heads=state_heads, total=self.total,
-            chunks=self.chunks, scale=x.scale, KEY_WIDTH=widths[0], VALUE_WIDTH=widths[1],
-            CHUNK=chunk, QUERIES=self.heads // state_heads,
+            query=Rows.of(query), key=Rows.of(key), value=Rows.of(value), seqs=self.seqs,
+            heads=state_heads, total=self.total, chunks=self.chunks, scale=x.scale,
+            KEY_WIDTH=widths[0], VALUE_WIDTH=widths[1], CHUNK=chunk,
+            QUERIES=self.heads // state_heads,
         )  # fmt: skip
 
     def add_d_output(self, d_output: Tensor) -> None:
         (d_output,) = operands(d_output.to(self.query.dtype))
-        self.given |= {"d_output": d_output, **strides("d", d_output)}
+        self.given["d_output"] = Rows.of(d_output)
 
     def by_key(self, kernel: Any, heads: int) -> tuple[int, int]:
         return self.chunks * self.tiles * self.blocks(kernel)[0], heads
@@ -139,7 +142,7 @@ class DecayedPlan(HeadsPlan):
     def __init__(self, table: Table, x: Any, chunk: int, *, state_heads: int, tiles: int = 1):
         super().__init__(table, x, chunk, state_heads=state_heads, tiles=tiles)
         self.log_decay, self.decayed = x.log_decay, x.log_decay is not None
-        self.given |= sums_in_chunks(x.log_decay, chunk, self.chunks, self.given)
+        self.given["sums"] = sums_in_chunks(x.log_decay, chunk, self.chunks, self.seqs)
         self.given["HAS_DECAY"] = self.decayed
 
     def new_products(self, kernel: Any, heads: int) -> Tensor | None:
@@ -170,7 +173,7 @@ def narrow_heads(x: Any, *found: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(narrow, found, (x.query, x.key, x.value)))
 
 
-def recurrent_steps(kernel: Any, table: Table, x: Any, state_heads: int, **own: Any) -> Tensor:
+def recurrent_steps(kernel: Any, x: Any, state_heads: int, **own: Any) -> Tensor:
     """Output [B, T, Hq, V] of the recurrence token by token; the kernel overwrites the state.
 
     x: Inputs of an operation. own: the state, and what the kernel takes beside queries, keys and
@@ -182,9 +185,9 @@ def recurrent_steps(kernel: Any, table: Table, x: Any, state_heads: int, **own: 
     query, key, value = (contiguous_rows(y.to(dtype)) for y in (x.query, x.key, x.value))
     output = query.new_empty(batch, length, heads, value_width)
     plan = Plan(
-        table, (key_width, value_width), query.device,
-        query=query, key=key, value=value, **strides("query", query), **strides("key", key),
-        **strides("value", value), output=output, length=length, heads=state_heads, scale=x.scale,
+        RECURRENT, (key_width, value_width), query.device,
+        query=Rows.of(query), key=Rows.of(key), value=Rows.of(value), output=output,
+        length=length, heads=state_heads, scale=x.scale,
         KEY_WIDTH=key_width, VALUE_WIDTH=value_width, QUERIES=heads // state_heads,
     )  # fmt: skip
     plan.launch(kernel, (batch * state_heads * plan.blocks(kernel)[1],), **own)

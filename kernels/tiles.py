@@ -40,6 +40,12 @@ def load(base, row_stride, rows, row_end, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_rows(x, rows, row_end, columns, WIDTH: tl.constexpr):
+    """The same from x, launch.Rows with its first row at rows = 0."""
+    return load(x.data, x.time, rows, row_end, columns, WIDTH)
+
+
+@triton.jit
 def store(base, row_stride, rows, row_end, columns, WIDTH: tl.constexpr, x):
     mask = (rows < row_end)[:, None] & (columns < WIDTH)[None, :]
     tl.store(base + rows[:, None] * row_stride + columns[None, :], x, mask=mask)
@@ -63,10 +69,16 @@ def load_vector(base, stride, places, end):
 
 
 @triton.jit
-def load_token(first, time_stride, t, columns, WIDTH: tl.constexpr):
-    """Columns of token t of one head, in float32; zero past the end. first: those of token 0."""
-    x = tl.load(first + t * tl.cast(time_stride, tl.int64), mask=columns < WIDTH, other=0.0)
-    return x.to(tl.float32)
+def load_numbers(x, rows, row_end):
+    """One number of each row of x, launch.Rows; zero from `row_end` on."""
+    return load_vector(x.data, x.time, rows, row_end)
+
+
+@triton.jit
+def load_token(x, t, columns, WIDTH: tl.constexpr):
+    """Token t of x, launch.Rows of some columns of a head, in float32; zero past the end."""
+    place = x.data + t * tl.cast(x.time, tl.int64)
+    return tl.load(place, mask=columns < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -76,30 +88,29 @@ def store_vector(base, places, end, x):
 
 @triton.jit
 def products(
-    left, left_stride, left_end, right, right_stride, right_end, rows,
+    left, left_end, right, right_end, rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of the rows of two matrices of WIDTH columns, [left rows, right rows]."""
+    """Products of rows of left and right, launch.Rows of WIDTH columns, [left rows, right rows]."""
     found = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
     for at in range(0, WIDTH, BLOCK):
         columns = at + tl.arange(0, BLOCK)
-        x = load(left, left_stride, rows, left_end, columns, WIDTH)
-        y = load(right, right_stride, rows, right_end, columns, WIDTH)
+        x = load_rows(left, rows, left_end, columns, WIDTH)
+        y = load_rows(right, rows, right_end, columns, WIDTH)
         found = dot(x, tl.trans(y), found, PRECISION)
     return found
 
 
 @triton.jit
 def state_products(
-    x, stride, end, state, rows, columns_k,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, end, state, rows, columns_k, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of rows of x [rows, VALUE_WIDTH] with rows of a state, [rows, columns_k]."""
     found = tl.zeros([rows.shape[0], columns_k.shape[0]], tl.float32)
     for v0 in range(0, VALUE_WIDTH, BLOCK_V):
         columns_v = v0 + tl.arange(0, BLOCK_V)
-        tile = load(x, stride, rows, end, columns_v, VALUE_WIDTH)
+        tile = load_rows(x, rows, end, columns_v, VALUE_WIDTH)
         s = load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
         found = dot(tile, tl.trans(s), found, PRECISION)
     return found

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from supra.kernels.causal_conv import triton_kernels as kernels
 from supra.kernels.causal_conv.inputs import Inputs
-from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, precision, sequences, storage_dtype
+from supra.kernels.launch import (
+    ALL_CHANNELS,
+    Rows,
+    Table,
+    Tiling,
+    precision,
+    sequences,
+    storage_dtype,
+)
 from supra.kernels.plan import Plan, contiguous_rows
 
 TILE = 32  # tokens
@@ -68,9 +76,8 @@ class _Channels(Plan):
         input, (width, taps) = contiguous_rows(x.input), x.weight.shape
         super().__init__(
             TILINGS, (width, width), input.device, precision(input),
-            input=input, weight=x.weight.T.contiguous(),
+            input=Rows.of(input), weight=x.weight.T.contiguous(),
             bias=None if x.bias is None else x.bias.contiguous(),
-            batch_stride=input.stride(0), token_stride=input.stride(1),
             WIDTH=width, TAPS=taps, SILU=x.silu,
         )  # fmt: skip
         self.dtype = storage_dtype(input.dtype)
@@ -88,9 +95,9 @@ class _Rows(_Channels):
 
     def __init__(self, x: Inputs):
         super().__init__(x)
-        found, self.chunks = sequences(x.input, x.cu_seqlens, TILE, x.weight.shape[1] - 1)
+        seqs, self.chunks = sequences(x.input, x.cu_seqlens, TILE, x.weight.shape[1] - 1)
         state = None if x.state is None else x.state.contiguous()
-        self.given |= {"state": state, **found, "TILE": TILE}
+        self.given |= {"state": state, "seqs": seqs, "TILE": TILE}
 
     def grid(self, kernel: Any) -> tuple[int, int]:
         return self.chunks, self.blocks(kernel)[1]

@@ -10,35 +10,32 @@ import triton
 import triton.language as tl
 
 from supra.kernels import locate, tiles
+from supra.kernels.launch import Sequences
 
 
 @triton.jit
 def place(
-    input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
+    input, state, seqs,
     WIDTH: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Where a program works in a grid (chunks, blocks of channels).
 
-    (first row, rows, tokens of the sequence, columns; the sequence in input, which has these
-    strides, and in state; its places in a contiguous tensor and in the states)
+    (first row, rows, tokens of the sequence, columns; the sequence in input and in state; its
+    places in a contiguous tensor and in the states)
     """
-    chunk = tl.program_id(0)
-    extended = length + TAPS - 1
-    n = locate.sequence_of(chunk, chunk_offsets, sequences, extended, TILE, PACKED)
-    batch, begin, tokens, first = locate.sequence(
-        n, cu_seqlens, chunk_offsets, extended, TILE, PACKED
-    )
-    if not PACKED:
+    chunk, length = tl.program_id(0), seqs.length
+    extended = Sequences(seqs.cu_seqlens, seqs.chunk_offsets, seqs.count, length + TAPS - 1)
+    n = locate.sequence_of(chunk, extended, TILE)
+    batch, begin, tokens, first = locate.sequence(n, extended, TILE)
+    if seqs.cu_seqlens is None:
         tokens = length
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = batch.to(tl.int64)
-    at = batch * batch_stride + begin * token_stride
     dense = (batch * length + begin) * WIDTH
     state_at = n.to(tl.int64) * (TAPS - 1) * WIDTH
     start = (chunk - first) * TILE
     rows = start + tl.arange(0, TILE)
-    input += at
+    input = locate.at(input, batch, begin, 0)
     if state is not None:
         state += state_at
     return start, rows, tokens, columns, input, state, dense, state_at
@@ -59,13 +56,10 @@ def store_rows(base, rows, count, columns, WIDTH: tl.constexpr, x):
 
 
 @triton.jit
-def load_window(
-    tokens_base, stride, state_base, rows, tokens, columns,
-    TAPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    x = load_rows(tokens_base, stride, rows - (TAPS - 1), tokens, columns, WIDTH)
-    if state_base is not None:
-        before = load_rows(state_base, WIDTH, rows, TAPS - 1, columns, WIDTH)
+def load_window(input, state, rows, tokens, columns, TAPS: tl.constexpr, WIDTH: tl.constexpr):
+    x = load_rows(input.data, input.time, rows - (TAPS - 1), tokens, columns, WIDTH)
+    if state is not None:
+        before = load_rows(state, WIDTH, rows, TAPS - 1, columns, WIDTH)
         x = tl.where((rows < TAPS - 1)[:, None], before, x)
     return x
 
@@ -79,34 +73,28 @@ def load_column(weight, j, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def convolve(
-    tokens_base, stride, state_base, weight, bias, rows, tokens, columns,
-    TAPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    input, state, weight, bias, rows, tokens, columns, TAPS: tl.constexpr, WIDTH: tl.constexpr
+):
     """Sums of the tokens whose windows begin at these rows, and the first rows of the windows."""
-    first = load_window(tokens_base, stride, state_base, rows, tokens, columns, TAPS, WIDTH)
+    first = load_window(input, state, rows, tokens, columns, TAPS, WIDTH)
     total = first * load_column(weight, 0, columns, WIDTH)
     if bias is not None:
         total += load_column(bias, 0, columns, WIDTH)
     for j in range(1, TAPS):
-        x = load_window(tokens_base, stride, state_base, rows + j, tokens, columns, TAPS, WIDTH)
+        x = load_window(input, state, rows + j, tokens, columns, TAPS, WIDTH)
         total += x * load_column(weight, j, columns, WIDTH)
     return total, first
 
 
 @triton.jit
 def forward(
-    input, weight, bias, state, cu_seqlens, chunk_offsets, sequences, length,
-    batch_stride, token_stride, output, end,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    input, weight, bias, state, seqs, output, end, WIDTH: tl.constexpr, TAPS: tl.constexpr,
+    SILU: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start, rows, tokens, columns, input, state, dense, state_at = place(
-        input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
-        WIDTH, TAPS, TILE, BLOCK, PACKED,
-    )  # fmt: skip
-    total, first = convolve(
-        input, token_stride, state, weight, bias, rows, tokens, columns, TAPS, WIDTH
+        input, state, seqs, WIDTH, TAPS, TILE, BLOCK
     )
+    total, first = convolve(input, state, weight, bias, rows, tokens, columns, TAPS, WIDTH)
     if SILU:
         total *= tl.sigmoid(total)
     store_rows(output + dense, rows, tokens, columns, WIDTH, total)
@@ -116,43 +104,36 @@ def forward(
 
 @triton.jit
 def backward_sums(
-    input, weight, bias, state, cu_seqlens, chunk_offsets, sequences, length,
-    batch_stride, token_stride, d_output, d_sum, partial,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    input, weight, bias, state, seqs, d_output, d_sum, partial,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sums before silu; what this chunk adds to those of the columns and bias."""
     _, rows, tokens, columns, input, state, dense, _ = place(
-        input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
-        WIDTH, TAPS, TILE, BLOCK, PACKED,
-    )  # fmt: skip
+        input, state, seqs, WIDTH, TAPS, TILE, BLOCK
+    )
     d = load_rows(d_output + dense, WIDTH, rows, tokens, columns, WIDTH)
     if SILU:
-        total, _ = convolve(
-            input, token_stride, state, weight, bias, rows, tokens, columns, TAPS, WIDTH
-        )
+        total, _ = convolve(input, state, weight, bias, rows, tokens, columns, TAPS, WIDTH)
         gate = tl.sigmoid(total)
         d *= gate * (1 + total * (1 - gate))
         store_rows(d_sum + dense, rows, tokens, columns, WIDTH, tiles.narrow(d, PRECISION))
     partial += tl.program_id(0).to(tl.int64) * (TAPS + 1) * WIDTH + columns
     for j in range(TAPS):
-        x = load_window(input, token_stride, state, rows + j, tokens, columns, TAPS, WIDTH)
+        x = load_window(input, state, rows + j, tokens, columns, TAPS, WIDTH)
         tl.store(partial + j * WIDTH, tl.sum(d * x, 0), mask=columns < WIDTH)
     tl.store(partial + TAPS * WIDTH, tl.sum(d, 0), mask=columns < WIDTH)
 
 
 @triton.jit
 def backward_window(
-    input, weight, bias, state, cu_seqlens, chunk_offsets, sequences, length,
-    batch_stride, token_stride, d_sum, d_input, d_state, d_end,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    input, weight, bias, state, seqs, d_sum, d_input, d_state, d_end, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows: every sum that has the row in its window, and the final state."""
     _, rows, tokens, columns, _, _, dense, state_at = place(
-        input, state, cu_seqlens, chunk_offsets, sequences, length, batch_stride, token_stride,
-        WIDTH, TAPS, TILE, BLOCK, PACKED,
-    )  # fmt: skip
+        input, state, seqs, WIDTH, TAPS, TILE, BLOCK
+    )
     d = load_rows(d_sum + dense, WIDTH, rows, tokens, columns, WIDTH)
     total = d * load_column(weight, 0, columns, WIDTH)
     for j in range(1, TAPS):
@@ -167,7 +148,7 @@ def backward_window(
 
 @triton.jit
 def step(
-    input, weight, bias, state, output, batch_stride,
+    input, weight, bias, state, output,
     WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token of a sequence. A channel belongs to one thread, which reads before it writes."""
@@ -175,7 +156,7 @@ def step(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
     state += n * (TAPS - 1) * WIDTH + columns
-    input += n * batch_stride + columns
+    input = input.data + n * input.batch + columns
     x = tl.load(state if TAPS > 1 else input, mask=mask, other=0.0)
     total = x.to(tl.float32) * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:

@@ -6,8 +6,9 @@ from supra.kernels import delta_plan
 from supra.kernels.delta import Inputs
 from supra.kernels.delta_plan import CHUNK, DELTA, FLOAT32, SQUARE
 from supra.kernels.gated_delta_rule import triton_backward, triton_backward_keys, triton_forward
-from supra.kernels.launch import Table, Tiling
+from supra.kernels.launch import Rows, Table, Tiling
 from supra.kernels.plan import DecayedPlan, narrow, narrow_heads
+from supra.kernels.recurrent import decode
 
 # 64 x 64 wherever that does not spill; one stage where operands of 32 bits fill the shared memory.
 LOW, FLAT, TALL = Tiling(32, 64, 4, 2), Tiling(32, 32, 4, 2), Tiling(64, 32, 4, 2)
@@ -78,7 +79,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
 
 def recurrent(x: Inputs) -> Tensor:
     """Output of the recurrence token by token; the state is updated in place."""
-    return delta_plan.decode(TILINGS, x)
+    return decode(x, x.key.shape[2], x.state, beta=Rows.of(x.beta))
 
 
 class _Plan(DecayedPlan):
@@ -86,7 +87,7 @@ class _Plan(DecayedPlan):
 
     def __init__(self, x: Inputs):
         super().__init__(TILINGS, x, CHUNK, state_heads=x.key.shape[2])
-        self.given |= {**delta_plan.strengths(x.beta), **delta_plan.PER_HEAD}
+        self.given |= {"beta": Rows.of(x.beta.float()), **delta_plan.PER_HEAD}
 
 
 def _d_states(

@@ -9,46 +9,42 @@ from supra.kernels.decay import decay_between, entering_decay
 
 @triton.jit
 def chunk_output(
-    query, key, beta, sums, errors, states, output, cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    beta_batch, beta_time, beta_head, sums_batch, sums_time, sums_head,
-    sequences, length, heads, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, beta, sums, errors, states, output, seqs, heads, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs; heads = Hkv. grid: (chunks * blocks of V, Hq)."""
     chunk, block, query_at, n, row, token, left, _, _ = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, VALUE_WIDTH, BLOCK_V, CHUNK, PACKED
+        seqs, VALUE_WIDTH, BLOCK_V, CHUNK
     )
     head = query_at // QUERIES
     if left <= 0:
         return
     rows, columns_v = tl.arange(0, CHUNK), block * BLOCK_V + tl.arange(0, BLOCK_V)
-    query += locate.offset(row, query_batch, token, query_time, query_at, query_head)
-    key += locate.offset(row, key_batch, token, key_time, head, key_head)
+    query = locate.at(query, row, token, query_at)
+    key = locate.at(key, row, token, head)
     states += locate.slot_offset(chunk + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
     acc = tl.zeros([CHUNK, BLOCK_V], tl.float32)
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     for k0 in range(0, KEY_WIDTH, BLOCK_K):
         columns_k = k0 + tl.arange(0, BLOCK_K)
-        q = tiles.load(query, query_time, rows, left, columns_k, KEY_WIDTH)
-        k = tiles.load(key, key_time, rows, left, columns_k, KEY_WIDTH)
+        q = tiles.load_rows(query, rows, left, columns_k, KEY_WIDTH)
+        k = tiles.load_rows(key, rows, left, columns_k, KEY_WIDTH)
         s = tiles.load_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
         acc = tiles.dot(q, s, acc, PRECISION)
         scores = tiles.dot(q, tl.trans(k), scores, PRECISION)
-    beta += locate.offset(row, beta_batch, token, beta_time, head, beta_head)
-    b = tiles.load_vector(beta, beta_time, rows, left)
+    beta = locate.at(beta, row, token, head)
+    b = tiles.load_numbers(beta, rows, left)
     if HAS_DECAY:
-        sums += locate.offset(row, sums_batch, token, sums_time, head, sums_head)
-        own = tiles.load_pairs(sums, rows, left)
+        sums = locate.at(sums, row, token, head)
+        own = tiles.load_pairs(sums.data, rows, left)
         acc *= entering_decay(own)[:, None]
         scores *= decay_between(own)
     scores = tl.where(rows[:, None] >= rows[None, :], scores * b[None, :], 0.0)
-    errors += locate.dense_offset(row, token, length, head, heads, VALUE_WIDTH)
+    errors += locate.dense_offset(row, token, seqs.length, head, heads, VALUE_WIDTH)
     e = tiles.load(errors, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
     acc = tiles.dot(scores, e, acc, PRECISION)
-    output += locate.dense_offset(row, token, length, query_at, heads * QUERIES, VALUE_WIDTH)
+    output += locate.dense_offset(row, token, seqs.length, query_at, heads * QUERIES, VALUE_WIDTH)
     tiles.store(
         output, heads * QUERIES * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, acc * scale
     )

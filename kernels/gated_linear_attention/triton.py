@@ -6,8 +6,9 @@ from supra.kernels.channel_plan import CHANNELS, FLOAT32, ChannelPlan
 from supra.kernels.channel_scores import chunk_output
 from supra.kernels.gated_linear_attention import triton_backward, triton_forward
 from supra.kernels.gated_linear_attention.inputs import Inputs
-from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, strides
-from supra.kernels.plan import contiguous_rows, narrow, narrow_heads, recurrent_steps
+from supra.kernels.launch import Table, Tiling
+from supra.kernels.plan import narrow, narrow_heads
+from supra.kernels.recurrent import decode
 
 SQUARE = Tiling(64, 64, 4, 2)
 
@@ -21,7 +22,6 @@ TILINGS: Table = CHANNELS | {
         "any": ((256, SQUARE),), "sm_100": ((32, Tiling(32, 32, 4, 3)), (256, SQUARE)), **FLOAT32,
     },
     "chunk_d_written": {"any": ((256, Tiling(32, 64, 4, 2)),), **FLOAT32},
-    "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }  # fmt: skip
 
 
@@ -61,12 +61,8 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
 
 def recurrent(x: Inputs) -> Tensor:
     """Output of the recurrence token by token; the state is updated in place."""
-    log_decay = contiguous_rows(x.log_decay)
-    return recurrent_steps(
-        triton_forward.recurrent_steps, TILINGS, x, x.key.shape[2],
-        log_decay=log_decay, **strides("decay", log_decay), state=x.state,
-        bonus=None if x.bonus is None else x.bonus.contiguous(), HAS_BONUS=x.bonus is not None,
-    )  # fmt: skip
+    bonus = None if x.bonus is None else x.bonus.contiguous()
+    return decode(x, x.key.shape[2], x.state, bonus=bonus)
 
 
 def _states(plan: ChannelPlan, start: Tensor | None, end: Tensor | None = None) -> Tensor:

@@ -12,13 +12,10 @@ from supra.kernels.channel_decay import entering_decay
 
 @triton.jit
 def chunk_d_states(
-    query, d_output, sums, whole, states, d_end, d_states, d_whole, d_state,
-    cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, d_batch, d_time, d_head, length, heads, chunks, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
+    query, d_output, sums, whole, states, d_end, d_states, d_whole, d_state, seqs, heads, chunks,
+    scale, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_BONUS: tl.constexpr,
-    HAS_END: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_END: tl.constexpr, HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after every chunk, from the last chunk to the first; heads = Hkv.
 
@@ -29,11 +26,10 @@ def chunk_d_states(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
     rows = tl.arange(0, TILE)
-    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, TILE, PACKED)
-    query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
-    d_output += locate.offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
-    query_step, d_step = tl.cast(query_time, tl.int64), tl.cast(d_time, tl.int64)
-    sums += locate.dense_offset(row, begin, length, head, heads, KEY_WIDTH)
+    row, begin, tokens, first = locate.sequence(n, seqs, TILE)
+    query = locate.at(query, row, begin, head * QUERIES)
+    d_output = locate.at(d_output, row, begin, head * QUERIES)
+    sums = locate.dense(sums, row, begin, head, heads, seqs, KEY_WIDTH)
     sums_step = tl.cast(heads, tl.int64) * KEY_WIDTH
     whole += locate.slot_offset(first, head, heads, KEY_WIDTH)
     slot = block_v * tl.cast(chunks, tl.int64) + first
@@ -57,15 +53,13 @@ def chunk_d_states(
         along = tl.sum(s.to(tl.float32) * acc, 1)
         tiles.store_vector(d_whole + c * sums_step, columns_k, KEY_WIDTH, along)
         left = tokens - c * TILE
-        sums_at = sums + c * TILE * sums_step
-        decay = scale * entering_decay(
-            sums_at, heads * KEY_WIDTH, rows, left, columns_k, KEY_WIDTH, HAS_BONUS
-        )
+        sums_at = locate.skip(sums, c * TILE)
+        decay = scale * entering_decay(sums_at, rows, left, columns_k, KEY_WIDTH, HAS_BONUS)
         for r in range(0, QUERIES):
-            q_at = query + c * TILE * query_step + r * tl.cast(query_head, tl.int64)
-            d_at = d_output + c * TILE * d_step + r * tl.cast(d_head, tl.int64)
-            q = tiles.load(q_at, query_time, rows, left, columns_k, KEY_WIDTH) * decay
-            do = tiles.load(d_at, d_time, rows, left, columns_v, VALUE_WIDTH)
+            q_at = locate.skip_heads(locate.skip(query, c * TILE), r)
+            d_at = locate.skip_heads(locate.skip(d_output, c * TILE), r)
+            q = tiles.load_rows(q_at, rows, left, columns_k, KEY_WIDTH) * decay
+            do = tiles.load_rows(d_at, rows, left, columns_v, VALUE_WIDTH)
             acc = tiles.dot(tl.trans(q), do, acc, PRECISION)
 
     if HAS_INITIAL:

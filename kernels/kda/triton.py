@@ -4,8 +4,6 @@ The keys read what was written before them as queries do, so the kernels of quer
 with keys in their place too.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,8 +13,9 @@ from supra.kernels.channel_scores import chunk_output
 from supra.kernels.delta import Inputs
 from supra.kernels.delta_plan import DELTA
 from supra.kernels.kda import triton_kernels
-from supra.kernels.launch import Table, Tiling, strides
+from supra.kernels.launch import Rows, Table, Tiling
 from supra.kernels.plan import narrow, narrow_heads
+from supra.kernels.recurrent import decode
 
 SQUARE, ONE_STAGE = Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 1)
 NARROW, UP_TO_128 = (32, Tiling(32, 32, 4, 1)), (128, Tiling(128, 32, 4, 1))
@@ -50,7 +49,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     end, output = plan.new_state(), plan.new_output()
     _, _, errors, states = plan.states(x.state, end)
     plan.launch(
-        kernel, plan.by_value(kernel, plan.heads), heads=plan.heads, **plan.written(errors),
+        kernel, plan.by_value(kernel, plan.heads), heads=plan.heads, value=plan.written(errors),
         states=states, scores=plan.scores(), output=output,
     )  # fmt: skip
     return narrow(output, x.value), plan.unpad(end)
@@ -66,19 +65,19 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     del inverse, reading, d_written
 
     written = plan.written(errors)
-    d_scores = plan.d_scores(plan.heads, **written)
+    d_scores = plan.d_scores(plan.heads, value=written)
     d_query = plan.query.new_empty(plan.query.shape)
     d_logs = plan.d_query(plan.heads, states, d_scores, d_query)
     # the keys in the place of queries, with the gradient -dv of what they read
-    as_query = {"query": plan.key, **strides("query", plan.key), "QUERIES": 1}
-    as_query |= {"d_output": d_value, **strides("d", d_value), "scale": -1.0}
-    d_overlap = plan.d_scores(plan.kv_heads, **written, **as_query, STRICT=True)
+    as_query = {"query": Rows.of(plan.key), "d_output": Rows.of(d_value)}
+    as_query |= {"scale": -1.0, "QUERIES": 1}
+    d_overlap = plan.d_scores(plan.kv_heads, value=written, **as_query, STRICT=True)
     d_reading = plan.new_sums(*plan.key.shape)
     d_reading_logs = plan.d_query(
         plan.kv_heads, states, d_overlap, d_reading, **as_query, OF_KEYS=True
     )
     d_key, d_log_decay = plan.d_key(
-        d_states, d_scores, plan.d_whole(states, d_states), d_logs, **written,
+        d_states, d_scores, plan.d_whole(states, d_states), d_logs, value=written,
         d_reading=d_reading, d_reading_logs=d_reading_logs, KEYS_READ=True,
     )  # fmt: skip
     return (
@@ -91,7 +90,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
 
 def recurrent(x: Inputs) -> Tensor:
     """Output of the recurrence token by token; the state is updated in place."""
-    return delta_plan.decode(TILINGS, x)
+    return decode(x, x.key.shape[2], x.state, beta=Rows.of(x.beta))
 
 
 class _Plan(ChannelPlan):
@@ -99,9 +98,8 @@ class _Plan(ChannelPlan):
 
     def __init__(self, x: Inputs):
         super().__init__(TILINGS, x)
-        self.given |= {**delta_plan.strengths(x.beta), **delta_plan.PER_CHANNEL}
-        departing = self.decayed(self.key, entering=False)
-        self.departing = {"key": departing, **strides("key", departing)}
+        self.given |= {"beta": Rows.of(x.beta.float()), **delta_plan.PER_CHANNEL}
+        self.departing = Rows.of(self.decayed(self.key, entering=False))
 
     def decayed(self, x: Tensor, *, entering: bool) -> Tensor:
         """Queries or keys with the decay since their chunk began, or until it ends."""
@@ -109,7 +107,7 @@ class _Plan(ChannelPlan):
         kernel = triton_kernels.chunk_decayed
         self.launch(
             kernel, self.by_key(kernel, heads), heads=heads, QUERIES=heads // self.kv_heads,
-            x=x, **strides("x", x), found=found, ENTERING=entering,
+            x=Rows.of(x), found=found, ENTERING=entering,
         )  # fmt: skip
         return found
 
@@ -118,7 +116,7 @@ class _Plan(ChannelPlan):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """T, W, the errors, and the states before every chunk and after the last."""
         key = self.decayed(self.key, entering=True)
-        return delta_plan.states(self, key, state, end, **self.departing)
+        return delta_plan.states(self, key, state, end, key=self.departing)
 
     def d_states(
         self, reading: Tensor, d_end: Tensor | None, has_initial: bool
@@ -127,10 +125,9 @@ class _Plan(ChannelPlan):
         state."""
         d_written = delta_plan.new_rows(self, self.value_width)
         self.d_written(d_written, self.scores())
-        query = self.decayed(self.query, entering=True)
-        decayed = {**self.departing, "query": query, **strides("query", query)}
+        query = Rows.of(self.decayed(self.query, entering=True))
         d_states, d_start = delta_plan.scan_back(
-            self, reading, d_written, d_end, has_initial, **decayed
+            self, reading, d_written, d_end, has_initial, query=query, key=self.departing
         )
         return d_states, d_written, d_start
 
@@ -143,8 +140,7 @@ class _Plan(ChannelPlan):
         )  # fmt: skip
         return found
 
-    def written(self, errors: Tensor) -> dict[str, Any]:
+    def written(self, errors: Tensor) -> Rows:
         """What the tokens write, in the place of the values."""
-        written = torch.empty_like(errors)
-        torch.mul(errors, self.given["beta"][..., None], out=written)
-        return {"value": written, **strides("value", written)}
+        beta = self.given["beta"].data[..., None]
+        return Rows.of(torch.mul(errors, beta, out=torch.empty_like(errors)))

@@ -12,43 +12,36 @@ from supra.kernels.channel_decay import entering_decay, leaving_decay
 
 @triton.jit
 def chunk_decayed(
-    x, sums, found, cu_seqlens, chunk_offsets, x_batch, x_time, x_head, sequences, length, heads,
-    KEY_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, QUERIES: tl.constexpr,
-    ENTERING: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    x, sums, found, seqs, heads, KEY_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    QUERIES: tl.constexpr, ENTERING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of x [B, T, heads, K] with the decay since their chunk began, or else until it ends.
 
     grid: (chunks * blocks of K, heads).
     """
-    _, _, head, _, row, token, left, rows, columns = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
-    )
+    _, _, head, _, row, token, left, rows, columns = locate.chunk(seqs, KEY_WIDTH, BLOCK_K, TILE)
     if left <= 0:
         return
     kv_heads, kv_head = heads // QUERIES, head // QUERIES
-    x += locate.offset(row, x_batch, token, x_time, head, x_head)
-    tile = tiles.load(x, x_time, rows, left, columns, KEY_WIDTH)
-    sums += locate.dense_offset(row, token, length, kv_head, kv_heads, KEY_WIDTH)
-    step = kv_heads * KEY_WIDTH
+    x = locate.at(x, row, token, head)
+    tile = tiles.load_rows(x, rows, left, columns, KEY_WIDTH)
+    sums = locate.dense(sums, row, token, kv_head, kv_heads, seqs, KEY_WIDTH)
     if ENTERING:
-        decay = entering_decay(sums, step, rows, left, columns, KEY_WIDTH, False)
+        decay = entering_decay(sums, rows, left, columns, KEY_WIDTH, False)
     else:
-        decay = leaving_decay(sums, step, rows, left, columns, KEY_WIDTH)
-    found += locate.dense_offset(row, token, length, head, heads, KEY_WIDTH)
+        decay = leaving_decay(sums, rows, left, columns, KEY_WIDTH)
+    found += locate.dense_offset(row, token, seqs.length, head, heads, KEY_WIDTH)
     kept = tiles.narrow(tile * decay, PRECISION)
     tiles.store(found, heads * KEY_WIDTH, rows, left, columns, KEY_WIDTH, kept)
 
 
 @triton.jit
 def chunk_d_whole(
-    whole, states, d_states, d_whole, cu_seqlens, chunk_offsets, sequences, length, heads,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
+    whole, states, d_states, d_whole, seqs, heads, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logs of the chunks' whole decays; grid: (chunks * blocks of K, Hkv)."""
-    chunk, _, head, n, _, _, left, _, columns = locate.chunk(
-        cu_seqlens, chunk_offsets, sequences, length, KEY_WIDTH, BLOCK_K, TILE, PACKED
-    )
+    chunk, _, head, n, _, _, left, _, columns = locate.chunk(seqs, KEY_WIDTH, BLOCK_K, TILE)
     if left <= 0:
         return
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH

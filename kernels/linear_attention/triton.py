@@ -4,10 +4,11 @@ import math
 
 from torch import Tensor
 
-from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, blocks, operands, pad_width, strides
+from supra.kernels.launch import Table, Tiling, blocks, operands, pad_width
 from supra.kernels.linear_attention import triton_backward, triton_backward_states, triton_forward
 from supra.kernels.linear_attention.inputs import Inputs
-from supra.kernels.plan import DecayedPlan, narrow, narrow_heads, recurrent_steps
+from supra.kernels.plan import DecayedPlan, narrow, narrow_heads
+from supra.kernels.recurrent import decode
 
 # A state is kept every CHUNK tokens, in tiles of TILE: halving CHUNK would add a quarter to the
 # bytes of the forward pass, doubling it gains 15 % on an H100 and nothing on an A100.
@@ -36,7 +37,6 @@ TILINGS: Table = {
     "chunk_d_key": {"any": ((256, SQUARE),), **BY_KEY},
     "chunk_d_value": {"any": ((256, SQUARE),), **BY_VALUE},
     "output_factors": {"any": ((256, Tiling(16, 64, 4, 2)),)},
-    "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }  # fmt: skip
 
 
@@ -101,13 +101,8 @@ def backward(
 def recurrent(x: Inputs) -> Tensor:
     """Output of the recurrence token by token; memory and normalizer are updated in place."""
     end = None if x.normalizer is None else x.normalizer.new_empty(x.normalizer.shape)
-    output = recurrent_steps(
-        triton_forward.recurrent_steps, TILINGS, x, x.state_heads,
-        log_decay=x.log_decay, **strides("decay", x.log_decay), memory=x.memory,
-        normalizer=x.normalizer, end_normalizer=end, eps=x.eps,
-        STATES=x.state_heads // x.key.shape[2], HAS_DECAY=x.log_decay is not None,
-        NORMALIZED=x.normalizer is not None,
-    )  # fmt: skip
+    own = {"normalizer": x.normalizer, "end_normalizer": end, "eps": x.eps}
+    output = decode(x, x.state_heads, x.memory, **own)
     if x.normalizer is not None:
         x.normalizer.copy_(end)
     return output

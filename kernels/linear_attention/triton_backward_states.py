@@ -16,7 +16,7 @@ from supra.kernels.linear_attention.triton_forward import store_both
 
 @triton.jit
 def output_factors(
-    output, d_output, weights, factors, d_batch, d_time, d_head, length, heads, total, eps,
+    output, d_output, weights, factors, seqs, heads, total, eps,
     VALUE_WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """1 / (weights + eps) and -sum(d_output * output) of every row, [Hq, B * T, 2].
@@ -28,12 +28,13 @@ def output_factors(
     valid = token < total
     delta = tl.zeros([TILE], tl.float32)
     place = token * heads + head
-    d_place = token // length * d_batch + token % length * d_time + head * tl.cast(d_head, tl.int64)
+    d_place = token // seqs.length * d_output.batch + token % seqs.length * d_output.time
+    d_place += head * tl.cast(d_output.head, tl.int64)
     for v0 in range(0, VALUE_WIDTH, BLOCK_V):
         columns = v0 + tl.arange(0, BLOCK_V)
         mask = valid[:, None] & (columns < VALUE_WIDTH)[None, :]
         o = tl.load(output + (place * VALUE_WIDTH)[:, None] + columns[None, :], mask=mask, other=0)
-        do = tl.load(d_output + d_place[:, None] + columns[None, :], mask=mask, other=0)
+        do = tl.load(d_output.data + d_place[:, None] + columns[None, :], mask=mask, other=0)
         delta -= tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     inverse = 1 / (tl.load(weights + place, mask=valid, other=1.0) + eps)
     base = factors + head * tl.cast(total, tl.int64) * 2
@@ -42,14 +43,12 @@ def output_factors(
 
 @triton.jit
 def chunk_d_states(
-    query, d_output, sums, factors, states, normalizers, d_end_memory, d_end_normalizer,
-    d_states, d_normalizers, carried, d_memory, d_normalizer, cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, d_batch, d_time, d_head,
-    sums_batch, sums_time, sums_head, length, heads, total, chunks, scale,
+    query, d_output, sums, factors, states, normalizers, d_end_memory, d_end_normalizer, d_states,
+    d_normalizers, carried, d_memory, d_normalizer, seqs, heads, total, chunks, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
     NORMALIZED: tl.constexpr, HAS_END: tl.constexpr, HAS_END_NORMALIZER: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after every chunk, from the last chunk to the first; heads = Hs.
 
@@ -60,20 +59,19 @@ def chunk_d_states(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
     rows = tl.arange(0, TILE)
-    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
-    query += locate.offset(row, query_batch, begin, query_time, head * QUERIES, query_head)
-    d_output += locate.offset(row, d_batch, begin, d_time, head * QUERIES, d_head)
-    query_step, d_step = tl.cast(query_time, tl.int64), tl.cast(d_time, tl.int64)
+    row, begin, tokens, first = locate.sequence(n, seqs, CHUNK)
+    query = locate.at(query, row, begin, head * QUERIES)
+    d_output = locate.at(d_output, row, begin, head * QUERIES)
     d_states += locate.slot_offset(first, head, heads, KEY_WIDTH * VALUE_WIDTH)
     states += locate.slot_offset(first + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
     if NORMALIZED:
-        factors += locate.offset(row, length, begin, 1, head * QUERIES, total) * 2
+        factors += locate.lane_offset(head * QUERIES, total, row, begin, seqs.length) * 2
         d_normalizers += locate.slot_offset(first, head, heads, KEY_WIDTH)
         normalizers += locate.slot_offset(first + n, head, heads, KEY_WIDTH)
     if HAS_DECAY:
-        sums += locate.offset(row, sums_batch, begin, sums_time, head, sums_head)
+        sums = locate.at(sums, row, begin, head)
         block = block_k * ((VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V) + block_v
-        carried += locate.offset(0, 0, first, 1, block * heads + head, chunks)
+        carried += (block * heads + head) * tl.cast(chunks, tl.int64) + first
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     d_z = tl.zeros([BLOCK_K], tl.float32)
     if HAS_END:
@@ -95,7 +93,7 @@ def chunk_d_states(
                 KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
             )  # fmt: skip
             tl.store(carried + c, along)
-            sums_c = sums + c * CHUNK * tl.cast(sums_time, tl.int64)
+            sums_c = locate.skip(sums, c * CHUNK)
             whole = tl.exp(last_pair(sums_c, tokens - c * CHUNK, CHUNK)[0])
             acc *= whole
             if NORMALIZED:
@@ -104,14 +102,13 @@ def chunk_d_states(
             at, entering, factors_at = c * CHUNK + t, 1.0, factors
             if HAS_DECAY:
                 # half of a pair suffices; load_vector() from sums_c + t * 2 takes 60 more registers
-                high = tl.load(sums_c + (t + rows) * 2, mask=rows < tokens - at, other=0.0)
+                high = tl.load(sums_c.data + (t + rows) * 2, mask=rows < tokens - at, other=0.0)
                 entering = tl.exp(high)
             if NORMALIZED:
                 factors_at += at * 2
             acc, d_z = _add_queries(
-                acc, d_z, query + at * query_step, query_time, query_head,
-                d_output + at * d_step, d_time, d_head, entering, factors_at, total, scale,
-                rows, tokens - at, columns_k, columns_v,
+                acc, d_z, locate.skip(query, at), locate.skip(d_output, at), entering, factors_at,
+                total, scale, rows, tokens - at, columns_k, columns_v,
                 KEY_WIDTH, VALUE_WIDTH, QUERIES, HAS_DECAY, NORMALIZED, PRECISION,
             )  # fmt: skip
 
@@ -140,17 +137,16 @@ def _along(
 
 @triton.jit
 def _add_queries(
-    acc, d_z, query, query_time, query_head, d_output, d_time, d_head, entering, factors,
-    total, scale, rows, left, columns_k, columns_v,
+    acc, d_z, query, d_output, entering, factors, total, scale, rows, left, columns_k, columns_v,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
     HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a state and its normalizer, with those added from a tile that reads them."""
     for r in range(0, QUERIES):
-        q_at = query + r * tl.cast(query_head, tl.int64)
-        q = tiles.load(q_at, query_time, rows, left, columns_k, KEY_WIDTH)
-        d_at = d_output + r * tl.cast(d_head, tl.int64)
-        do = tiles.load(d_at, d_time, rows, left, columns_v, VALUE_WIDTH)
+        q_at = locate.skip_heads(query, r)
+        q = tiles.load_rows(q_at, rows, left, columns_k, KEY_WIDTH)
+        d_at = locate.skip_heads(d_output, r)
+        do = tiles.load_rows(d_at, rows, left, columns_v, VALUE_WIDTH)
         if HAS_DECAY:
             q = q * entering[:, None]
         if NORMALIZED:

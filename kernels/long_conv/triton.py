@@ -13,6 +13,7 @@ from torch import Tensor
 from supra.kernels.checks import present
 from supra.kernels.launch import (
     ALL_CHANNELS,
+    Rows,
     Table,
     Tiling,
     blocks,
@@ -20,7 +21,6 @@ from supra.kernels.launch import (
     precision,
     sequences,
     storage_dtype,
-    strides,
 )
 from supra.kernels.long_conv import triton_backward, triton_columns, triton_forward
 from supra.kernels.long_conv.inputs import Inputs
@@ -102,8 +102,7 @@ def recurrent(x: Inputs) -> Tensor:
     output = x.value.new_empty(x.value.shape, dtype=dtype)
     plan = Plan(TILINGS, (1, 1), output.device)
     for name, y in (("query", x.query), ("key", x.key), ("value", x.value)):
-        y = y if y is None else contiguous_rows(y.to(dtype))
-        plan.given |= {name: y, **strides(name, x.value if y is None else y)}
+        plan.given[name] = None if y is None else Rows.of(contiguous_rows(y.to(dtype)))
     plan.launch(
         triton_forward.recurrent_steps, (batch * heads,), output=output,
         power=torch.view_as_real(transition(x.model, 1)), weight=x.weight.contiguous(),
@@ -124,8 +123,8 @@ class _Plan(Plan):
         self.query, self.key, self.value = map(self.rows, x[:3])
         self.batch, self.length, self.heads, self.v_width = x.value.shape
         self.k_width = x.key_width
-        found, self.chunks = sequences(x.value, x.cu_seqlens, CHUNK)
-        self.count, self.packed = found["sequences"], found["PACKED"]
+        self.seqs, self.chunks = sequences(x.value, x.cu_seqlens, CHUNK)
+        self.count = self.seqs.count
         self.slots = self.chunks + (0 if x.state is None else self.count)
         self.columns = self.k_width * self.v_width
         self.lines, self.lanes = self.columns * self.slots, self.heads * self.columns
@@ -138,7 +137,7 @@ class _Plan(Plan):
         self.counts = self._first_counts(x.cu_seqlens, x.value.device)
         whole, early = (transition(x.model, count) for count in (CHUNK, self.counts))
         super().__init__(
-            TILINGS, (CHUNK, CHUNK), x.value.device, precision(*given), **found,
+            TILINGS, (CHUNK, CHUNK), x.value.device, precision(*given), seqs=self.seqs,
             chunks=self.chunks, slots=self.slots, rows=self.lines, lanes=self.lanes,
             heads=self.heads, whole=self.padded(torch.view_as_real(whole)),
             early=self.padded(torch.view_as_real(early)), HAS_INITIAL=x.state is not None,
@@ -177,10 +176,8 @@ class _Plan(Plan):
         across = blocks(self.k_width, key) * blocks(self.v_width, value)
         self.launch(
             triton_columns.gather_columns, (self.slots, blocks(self.heads, heads), across),
-            left=left, right=right, columns=columns,
-            **strides("left", left), **strides("right", right),
-            HEADS=heads, BLOCK_K=key, BLOCK_V=value,
-            HAS_LEFT=left is not None, HAS_FIRST=first,
+            left=Rows.of(left), right=Rows.of(right), columns=columns,
+            HEADS=heads, BLOCK_K=key, BLOCK_V=value, HAS_LEFT=left is not None, HAS_FIRST=first,
         )  # fmt: skip
         return columns
 
@@ -198,8 +195,7 @@ class _Plan(Plan):
         for slots in (False, True) if first else (False,):
             self.launch(
                 triton_columns.contract_columns, (self.count if slots else self.chunks, *grid),
-                columns=columns, by=by, output=output,
-                **strides("by", by), **strides("out", output),
+                columns=columns, by=Rows.of(by), output=Rows.of(output),
                 HEADS=heads, BLOCK_K=key, BLOCK_V=value,
                 OVER_KEY=over == "key", HAS_BY=by is not None, FIRST=slots,
             )  # fmt: skip
@@ -288,7 +284,7 @@ class _Plan(Plan):
     def slots_of_states(self) -> Tensor:
         """Packed rows may have fewer chunks than slots, and what is there is multiplied by zero."""
         shape = (self.heads, self.lines, 2 * self.modes)
-        new = self.value.new_zeros if self.packed else self.value.new_empty
+        new = self.value.new_zeros if self.seqs.cu_seqlens is not None else self.value.new_empty
         return new(shape, dtype=self.kept)
 
     def lane_states(self) -> Tensor:

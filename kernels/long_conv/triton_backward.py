@@ -19,10 +19,9 @@ from supra.kernels.long_conv.triton_forward import (
 
 @triton.jit
 def chunk_d_states(
-    steps, states, d_states, whole, early, d_end, d_initial, d_whole, d_early,
-    cu_seqlens, chunk_offsets, sequences, length, chunks, slots, lanes,
-    COLUMNS: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr, PACKED: tl.constexpr,
+    steps, states, d_states, whole, early, d_end, d_initial, d_whole, d_early, seqs, chunks, slots,
+    lanes, COLUMNS: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what every chunk adds to the state, and of the powers that multiply it.
@@ -31,7 +30,7 @@ def chunk_d_states(
     and d_early [N, lanes, MODES]. grid and all else: as for triton_forward.chunk_states.
     """
     n = tl.program_id(0)
-    _, _, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    _, _, tokens, first = locate.sequence(n, seqs, CHUNK)
     lane, left, head, heads, mode, place, here = block_of_lanes(
         n, slots, lanes, COLUMNS, MODES, BLOCK, BLOCK_M
     )
@@ -78,9 +77,8 @@ def conjugate(z):
 
 @triton.jit
 def chunk_products(
-    left, right, products, rows, heads, parts,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    left, right, products, rows, heads, parts, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows of left [H, rows, LEFT] times right [H, rows, RIGHT]: a matrix's gradient.
 

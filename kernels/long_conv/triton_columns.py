@@ -16,17 +16,14 @@ from supra.kernels import locate, tiles
 
 
 @triton.jit
-def slot_of(
-    slot, chunks, cu_seqlens, chunk_offsets, sequences, length,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+def slot_of(slot, chunks, seqs, CHUNK: tl.constexpr):
     """(row of the sequence, its first token, place of the slot's first token in it, end of places).
 
     Places below zero and from the end on are empty.
     """
-    n = locate.sequence_of(slot, chunk_offsets, sequences, length, CHUNK, PACKED)
+    n = locate.sequence_of(slot, seqs, CHUNK)
     n = tl.where(slot < chunks, n, slot - chunks)
-    row, begin, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    row, begin, tokens, first = locate.sequence(n, seqs, CHUNK)
     count = tl.cdiv(tokens, CHUNK)
     at = tokens - (count - slot + first) * CHUNK
     early = tokens - (count - 1) * CHUNK  # where the first chunk ends
@@ -46,9 +43,8 @@ def channels(head, at, lane, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def lines(
-    head, at_k, at_v, slots, heads,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    head, at_k, at_v, slots, heads, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Of a tile's columns: their first slot, int64, and which of them there are."""
     lane = tl.arange(0, HEADS * BLOCK_K * BLOCK_V)
@@ -60,11 +56,9 @@ def lines(
 
 @triton.jit
 def gather_columns(
-    left, right, columns, cu_seqlens, chunk_offsets,
-    left_batch, left_time, right_batch, right_time, sequences, length, chunks, slots, heads,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_FIRST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, columns, seqs, chunks, slots, heads, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns of left [B, T, H * K] times right [B, T, H * V].
 
@@ -74,26 +68,24 @@ def gather_columns(
     across: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
     slot, head = tl.program_id(0), tl.program_id(1) * HEADS
     at_k, at_v = tl.program_id(2) // across * BLOCK_K, tl.program_id(2) % across * BLOCK_V
-    row, begin, at, end = slot_of(
-        slot, chunks, cu_seqlens, chunk_offsets, sequences, length, CHUNK, PACKED
-    )
+    row, begin, at, end = slot_of(slot, chunks, seqs, CHUNK)
     time = tl.arange(0, CHUNK)
     present = (at + time < end) & (at + time >= 0)
     if not HAS_FIRST:
         present = present & (slot < chunks)
     token = begin + at
-    right += row * tl.cast(right_batch, tl.int64) + token * tl.cast(right_time, tl.int64)
+    right = locate.at(right, row, token, 0)
     column, inside = channels(head, at_v, tl.arange(0, HEADS * BLOCK_V), BLOCK_V, VALUE_WIDTH)
     inside = inside & (column < heads * VALUE_WIDTH)
     mask = present[:, None] & inside[None, :]
-    x = tl.load(right + time[:, None] * right_time + column[None, :], mask=mask, other=0.0)
+    x = tl.load(right.data + time[:, None] * right.time + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32).reshape(CHUNK, HEADS, 1, BLOCK_V)
     if HAS_LEFT:
-        left += row * tl.cast(left_batch, tl.int64) + token * tl.cast(left_time, tl.int64)
+        left = locate.at(left, row, token, 0)
         column, inside = channels(head, at_k, tl.arange(0, HEADS * BLOCK_K), BLOCK_K, KEY_WIDTH)
         inside = inside & (column < heads * KEY_WIDTH)
         mask = present[:, None] & inside[None, :]
-        y = tl.load(left + time[:, None] * left_time + column[None, :], mask=mask, other=0.0)
+        y = tl.load(left.data + time[:, None] * left.time + column[None, :], mask=mask, other=0.0)
         x = x * y.to(tl.float32).reshape(CHUNK, HEADS, BLOCK_K, 1)
     x = tiles.narrow(x.reshape(CHUNK, HEADS * BLOCK_K * BLOCK_V), PRECISION)
     line, there = lines(
@@ -105,11 +97,9 @@ def gather_columns(
 
 @triton.jit
 def contract_columns(
-    columns, by, output, cu_seqlens, chunk_offsets,
-    by_batch, by_time, out_batch, out_time, sequences, length, chunks, slots, heads,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, OVER_KEY: tl.constexpr, HAS_BY: tl.constexpr,
-    FIRST: tl.constexpr, PACKED: tl.constexpr,
+    columns, by, output, seqs, chunks, slots, heads, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, OVER_KEY: tl.constexpr, HAS_BY: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Columns times `by`, summed over their K (by [B, T, H * K]) or their V (by [B, T, H * V]).
 
@@ -119,9 +109,7 @@ def contract_columns(
     slot, head = tl.program_id(0), tl.program_id(1) * HEADS
     if FIRST:
         slot += chunks
-    row, begin, at, end = slot_of(
-        slot, chunks, cu_seqlens, chunk_offsets, sequences, length, CHUNK, PACKED
-    )
+    row, begin, at, end = slot_of(slot, chunks, seqs, CHUNK)
     if at >= end:
         return
     KEPT: tl.constexpr = VALUE_WIDTH if OVER_KEY else KEY_WIDTH
@@ -132,7 +120,7 @@ def contract_columns(
     present = (at + time < end) & (at + time >= 0)
     kept, token = tl.program_id(2) * BLOCK, begin + at
     if HAS_BY:
-        by += row * tl.cast(by_batch, tl.int64) + token * tl.cast(by_time, tl.int64)
+        by = locate.at(by, row, token, 0)
     acc = tl.zeros([CHUNK, HEADS * BLOCK], tl.float32)
     for s in range(0, SUMMED, BLOCK_BY):
         at_k = s if OVER_KEY else kept
@@ -147,7 +135,7 @@ def contract_columns(
             column, inside = channels(head, s, tl.arange(0, HEADS * BLOCK_BY), BLOCK_BY, SUMMED)
             inside = inside & (column < heads * SUMMED)
             mask = present[:, None] & inside[None, :]
-            y = tl.load(by + time[:, None] * by_time + column[None, :], mask=mask, other=0.0)
+            y = tl.load(by.data + time[:, None] * by.time + column[None, :], mask=mask, other=0.0)
             y = y.to(tl.float32)
             if OVER_KEY:
                 x = x * y.reshape(CHUNK, HEADS, BLOCK_K, 1)
@@ -159,8 +147,8 @@ def contract_columns(
             acc += tl.sum(x, 3).reshape(CHUNK, HEADS * BLOCK)
     column, inside = channels(head, kept, tl.arange(0, HEADS * BLOCK), BLOCK, KEPT)
     mask = present[:, None] & (inside & (column < heads * KEPT))[None, :]
-    output += row * tl.cast(out_batch, tl.int64) + token * tl.cast(out_time, tl.int64)
-    place = time[:, None] * out_time + column[None, :]
+    output = locate.at(output, row, token, 0)
+    place = time[:, None] * output.time + column[None, :]
     if FIRST:
-        acc += tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output + place, acc, mask=mask)
+        acc += tl.load(output.data + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output.data + place, acc, mask=mask)

@@ -12,9 +12,8 @@ from supra.kernels import locate, tiles
 
 @triton.jit
 def chunk_steps(
-    columns, matrix, steps, rows,
-    MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    columns, matrix, steps, rows, MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What every chunk adds to the state after it: columns @ matrix [H, CHUNK, MODES].
 
@@ -34,9 +33,8 @@ def chunk_steps(
 
 @triton.jit
 def chunk_convolve(
-    columns, states, near, far, output, rows,
-    MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    columns, states, near, far, output, rows, MODES: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """columns @ near [H, CHUNK, CHUNK] + states @ far [H, MODES, CHUNK]. grid: (row blocks, H)."""
     head = tl.program_id(1)
@@ -85,8 +83,8 @@ def multiply_add(x, y, z):
 
 @triton.jit
 def block_of_lanes(
-    n, slots, lanes, COLUMNS: tl.constexpr, MODES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    n, slots, lanes,
+    COLUMNS: tl.constexpr, MODES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Where a program works in a grid (sequences, blocks of lanes, blocks of modes).
 
@@ -103,11 +101,9 @@ def block_of_lanes(
 
 @triton.jit
 def chunk_states(
-    steps, states, whole, early, initial, end, cu_seqlens, chunk_offsets,
-    sequences, length, chunks, slots, lanes,
+    steps, states, whole, early, initial, end, seqs, chunks, slots, lanes,
     COLUMNS: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States that the slots enter with, and the one after the last chunk.
 
@@ -116,7 +112,7 @@ def chunk_states(
     initial state is taken through; both float64. initial and end [N, lanes, MODES].
     """
     n = tl.program_id(0)
-    _, _, tokens, first = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    _, _, tokens, first = locate.sequence(n, seqs, CHUNK)
     lane, left, head, heads, mode, place, here = block_of_lanes(
         n, slots, lanes, COLUMNS, MODES, BLOCK, BLOCK_M
     )
@@ -148,12 +144,9 @@ def chunk_states(
 
 @triton.jit
 def recurrent_steps(
-    query, key, value, power, weight, skip, state, output,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    value_batch, value_time, value_head, length, heads,
-    MODES: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-    HAS_QUERY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_SKIP: tl.constexpr,
+    query, key, value, power, weight, skip, state, output, length, heads,
+    MODES: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """The recurrence token by token; the state [N, H, MODES, 2, K, V] is updated in place.
 
@@ -171,18 +164,18 @@ def recurrent_steps(
     size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     state += tl.program_id(0).to(tl.int64) * (MODES * 2 * size)
     output += (row.to(tl.int64) * length * heads + head) * VALUE_WIDTH
-    value += row.to(tl.int64) * value_batch + head * value_head
+    value = locate.at(value, row, 0, head)
     if HAS_KEY:
-        key += row.to(tl.int64) * key_batch + head * key_head
+        key = locate.at(key, row, 0, head)
     if HAS_QUERY:
-        query += row.to(tl.int64) * query_batch + head * query_head
+        query = locate.at(query, row, 0, head)
     for t in range(0, length):
-        v = tl.load(value + t * value_time + column, mask=valid, other=0.0).to(tl.float32)
+        v = tl.load(value.data + t * value.time + column, mask=valid, other=0.0).to(tl.float32)
         out = tl.zeros([BLOCK_V], tl.float32)
         for i in range(0, KEY_WIDTH):
             new = v
             if HAS_KEY:
-                new = v * tl.load(key + t * key_time + i).to(tl.float32)
+                new = v * tl.load(key.data + t * key.time + i).to(tl.float32)
             place = state + mode[:, None] * (2 * size) + i * VALUE_WIDTH + column[None, :]
             real = tl.load(place, mask=mask, other=0.0)
             imaginary = tl.load(place + size, mask=mask, other=0.0)
@@ -194,6 +187,6 @@ def recurrent_steps(
             if HAS_SKIP:
                 seen += tl.load(skip + head) * new
             if HAS_QUERY:
-                seen *= tl.load(query + t * query_time + i).to(tl.float32)
+                seen *= tl.load(query.data + t * query.time + i).to(tl.float32)
             out += seen
         tl.store(output + t * heads * VALUE_WIDTH + column, out, mask=valid)

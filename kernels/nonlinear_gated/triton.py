@@ -7,7 +7,7 @@ written by each and added up by torch, so that nothing depends on which comes fi
 
 from torch import Tensor
 
-from supra.kernels.launch import ALL_CHANNELS, Table, Tiling, strides
+from supra.kernels.launch import Rows, Table, Tiling
 from supra.kernels.nonlinear_gated import triton_backward, triton_forward
 from supra.kernels.nonlinear_gated.inputs import Inputs
 from supra.kernels.plan import HeadsPlan, narrow, narrow_heads, recurrent_steps
@@ -19,7 +19,6 @@ TILINGS: Table = {
         "any": ((256, Tiling(16, 16, 8, 1)),),
         "sm_100": ((256, Tiling(16, 8, 4, 1)),),
     },
-    "recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4, 1)),)},
 }
 
 
@@ -71,8 +70,8 @@ def backward(
 def recurrent(x: Inputs) -> Tensor:
     """Output of the recurrence token by token; the state is updated in place."""
     return recurrent_steps(
-        triton_forward.recurrent_steps, TILINGS, x, x.query.shape[2],
-        log_decay=x.log_decay, **strides("decay", x.log_decay),
+        triton_forward.recurrent_steps, x, x.query.shape[2],
+        log_decay=Rows.of(x.log_decay),
         weight=x.weight.float().contiguous(), state=x.state,
     )  # fmt: skip
 
@@ -84,7 +83,7 @@ class _Plan(HeadsPlan):
         super().__init__(TILINGS, x, x.chunk_size, state_heads=x.query.shape[2])
         self.weight = self.pad(x.weight.float())
         self.given |= {
-            "weight": self.weight, "log_decay": x.log_decay, **strides("decay", x.log_decay),
+            "weight": self.weight, "log_decay": Rows.of(x.log_decay),
             "sweeps": x.sweeps, "tolerance": x.tolerance,
         }  # fmt: skip
 

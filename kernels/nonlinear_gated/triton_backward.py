@@ -8,6 +8,7 @@ from supra.kernels.nonlinear_gated.triton_newton import (
     affine_scan,
     load_block,
     load_decay,
+    load_tokens,
     solve,
     store_block,
 )
@@ -15,15 +16,10 @@ from supra.kernels.nonlinear_gated.triton_newton import (
 
 @triton.jit
 def chunk_gradients(
-    query, key, value, log_decay, weight, states, d_output, d_end,
-    d_query, d_key, d_value, d_log_decay, d_weight, d_state, cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    value_batch, value_time, value_head, decay_batch, decay_time, decay_head,
-    d_batch, d_time, d_head, key_block, value_block, decay_block, length, heads, scale,
-    sweeps, tolerance,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+    query, key, value, log_decay, weight, states, d_output, d_end, d_query, d_key, d_value,
+    d_log_decay, d_weight, d_state, seqs, key_block, value_block, decay_block, heads, scale, sweeps,
+    tolerance, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_END: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """What a block [BLOCK_K, BLOCK_V] of the state adds to every gradient.
 
@@ -40,14 +36,14 @@ def chunk_gradients(
     corner = column_k * VALUE_WIDTH + column_v  # of the block in a state
     times = tl.arange(0, CHUNK)
     rows = times[:, None, None]
-    row, begin, tokens, chunk = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    row, begin, tokens, chunk = locate.sequence(n, seqs, CHUNK)
 
-    query += locate.offset(row, query_batch, begin, query_time, head, query_head) + column_k
-    key += locate.offset(row, key_batch, begin, key_time, head, key_head) + column_k
-    value += locate.offset(row, value_batch, begin, value_time, head, value_head) + column_v
-    log_decay += locate.offset(row, decay_batch, begin, decay_time, head, decay_head)
-    d_output += locate.offset(row, d_batch, begin, d_time, head, d_head) + column_v
-    place = locate.dense_offset(row, begin, length, head, heads, 1)
+    query = locate.at(query, row, begin, head, column_k)
+    key = locate.at(key, row, begin, head, column_k)
+    value = locate.at(value, row, begin, head, column_v)
+    log_decay = locate.at(log_decay, row, begin, head)
+    d_output = locate.at(d_output, row, begin, head, column_v)
+    place = locate.dense_offset(row, begin, seqs.length, head, heads, 1)
     key_place = block_v * tl.cast(key_block, tl.int64) + place * KEY_WIDTH
     d_query += key_place
     d_key += key_place
@@ -71,14 +67,14 @@ def chunk_gradients(
         at = tl.cast(c * CHUNK, tl.int64)
         base = states + c * tl.cast(heads, tl.int64) * state_size
         s = load_block(base + corner, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)[None, :, :]
-        k = load_block(key + at * key_time, key_time, left, left_k, CHUNK, BLOCK_K)
-        v = load_block(value + at * value_time, value_time, left, left_v, CHUNK, BLOCK_V)
-        keep, write = load_decay(log_decay + at * decay_time, decay_time, times, left)
+        k = load_tokens(key, at, left, left_k, CHUNK, BLOCK_K)
+        v = load_tokens(value, at, left, left_v, CHUNK, BLOCK_V)
+        keep, write = load_decay(log_decay, at, times, left)
         k, v = k[:, :, None], v[:, None, :]
         before, new, _, _ = solve(k * v, keep, write, a, s, rows, sweeps, tolerance, CHUNK)
 
-        q = load_block(query + at * query_time, query_time, left, left_k, CHUNK, BLOCK_K)
-        d = load_block(d_output + at * d_time, d_time, left, left_v, CHUNK, BLOCK_V)
+        q = load_tokens(query, at, left, left_k, CHUNK, BLOCK_K)
+        d = load_tokens(d_output, at, left, left_v, CHUNK, BLOCK_V)
         d_q, d_k, d_v, d_g, d_a, ds = _gradients(
             q[:, :, None], k, v, d[:, None, :] * scale, keep, write, a, before, new, ds, rows, CHUNK
         )

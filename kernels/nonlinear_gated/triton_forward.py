@@ -10,6 +10,7 @@ from supra.kernels import locate, tiles
 from supra.kernels.nonlinear_gated.triton_newton import (
     load_block,
     load_decay,
+    load_tokens,
     one_minus_exp,
     solve,
     store_block,
@@ -19,14 +20,10 @@ from supra.kernels.nonlinear_gated.triton_newton import (
 
 @triton.jit
 def chunk_output(
-    query, key, value, log_decay, weight, state, output, states, end_state, solved,
-    cu_seqlens, chunk_offsets,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    value_batch, value_time, value_head, decay_batch, decay_time, decay_head,
-    output_block, length, heads, scale, sweeps, tolerance,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    SAVE_STATES: tl.constexpr, PACKED: tl.constexpr,
+    query, key, value, log_decay, weight, state, output, states, end_state, solved, seqs,
+    output_block, heads, scale, sweeps, tolerance,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, HAS_INITIAL: tl.constexpr, SAVE_STATES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a block [BLOCK_K, BLOCK_V] of the state, its last state, and how it was solved.
 
@@ -41,14 +38,14 @@ def chunk_output(
     corner = column_k * VALUE_WIDTH + column_v  # of the block in a state
     times = tl.arange(0, CHUNK)
     rows = times[:, None, None]
-    row, begin, tokens, chunk = locate.sequence(n, cu_seqlens, chunk_offsets, length, CHUNK, PACKED)
+    row, begin, tokens, chunk = locate.sequence(n, seqs, CHUNK)
 
-    query += locate.offset(row, query_batch, begin, query_time, head, query_head) + column_k
-    key += locate.offset(row, key_batch, begin, key_time, head, key_head) + column_k
-    value += locate.offset(row, value_batch, begin, value_time, head, value_head) + column_v
-    log_decay += locate.offset(row, decay_batch, begin, decay_time, head, decay_head)
+    query = locate.at(query, row, begin, head, column_k)
+    key = locate.at(key, row, begin, head, column_k)
+    value = locate.at(value, row, begin, head, column_v)
+    log_decay = locate.at(log_decay, row, begin, head)
     output += block_k * tl.cast(output_block, tl.int64)
-    output += locate.dense_offset(row, begin, length, head, heads, VALUE_WIDTH)
+    output += locate.dense_offset(row, begin, seqs.length, head, heads, VALUE_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     states += locate.slot_offset(chunk, head, heads, state_size)
     weight += head * state_size + corner
@@ -65,9 +62,9 @@ def chunk_output(
             store_block(kept, VALUE_WIDTH, left_k, left_v, s)
         left = tokens - c * CHUNK
         at = tl.cast(c * CHUNK, tl.int64)
-        k = load_block(key + at * key_time, key_time, left, left_k, CHUNK, BLOCK_K)
-        v = load_block(value + at * value_time, value_time, left, left_v, CHUNK, BLOCK_V)
-        keep, write = load_decay(log_decay + at * decay_time, decay_time, times, left)
+        k = load_tokens(key, at, left, left_k, CHUNK, BLOCK_K)
+        v = load_tokens(value, at, left, left_v, CHUNK, BLOCK_V)
+        keep, write = load_decay(log_decay, at, times, left)
         written = k[:, :, None] * v[:, None, :]
         before, new, residual, done = solve(
             written, keep, write, a, s[None, :, :], rows, sweeps, tolerance, CHUNK
@@ -75,7 +72,7 @@ def chunk_output(
         worst, most = tl.maximum(worst, residual), tl.maximum(most, done)
         after = keep * before + write * new
         s = tl.sum(tl.where(rows == CHUNK - 1, after, 0.0), 0)
-        q = load_block(query + at * query_time, query_time, left, left_k, CHUNK, BLOCK_K)
+        q = load_tokens(query, at, left, left_k, CHUNK, BLOCK_K)
         out = tl.sum(q[:, :, None] * after, 1) * scale
         place = output + at * heads * VALUE_WIDTH + column_v
         store_block(place, heads * VALUE_WIDTH, left, left_v, out)
@@ -87,10 +84,7 @@ def chunk_output(
 
 @triton.jit
 def recurrent_steps(
-    query, key, value, log_decay, weight, state, output,
-    query_batch, query_time, query_head, key_batch, key_time, key_head,
-    value_batch, value_time, value_head, decay_batch, decay_time, decay_head,
-    length, heads, scale,
+    query, key, value, log_decay, weight, state, output, length, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -101,19 +95,19 @@ def recurrent_steps(
     lane, n, head, _, _, columns_k, columns_v = locate.block_of_state(
         heads, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, BLOCK_V
     )
-    query += locate.offset(n, query_batch, 0, query_time, head, query_head) + columns_k
-    key += locate.offset(n, key_batch, 0, key_time, head, key_head) + columns_k
-    value += locate.offset(n, value_batch, 0, value_time, head, value_head) + columns_v
+    query = locate.at(query, n, 0, head, columns_k)
+    key = locate.at(key, n, 0, head, columns_k)
+    value = locate.at(value, n, 0, head, columns_v)
     output += locate.dense_offset(n, 0, length, head, heads, VALUE_WIDTH) + columns_v
     weight += head * KEY_WIDTH * VALUE_WIDTH
     state += lane * (KEY_WIDTH * VALUE_WIDTH)
     a = tiles.load_state(weight, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     s = tiles.load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     for t in range(0, length):
-        k = tiles.load_token(key, key_time, t, columns_k, KEY_WIDTH)
-        v = tiles.load_token(value, value_time, t, columns_v, VALUE_WIDTH)
-        q = tiles.load_token(query, query_time, t, columns_k, KEY_WIDTH)
-        x = tl.load(log_decay + locate.offset(n, decay_batch, t, decay_time, head, decay_head))
+        k = tiles.load_token(key, t, columns_k, KEY_WIDTH)
+        v = tiles.load_token(value, t, columns_v, VALUE_WIDTH)
+        q = tiles.load_token(query, t, columns_k, KEY_WIDTH)
+        x = tl.load(locate.at(log_decay, n, t, head).data)
         x = x.to(tl.float32)
         new = tanh(a * s + k[:, None] * v[None, :])
         s = tl.exp(x) * s + one_minus_exp(x) * new

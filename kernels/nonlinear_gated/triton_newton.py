@@ -9,6 +9,8 @@ lies in one thread's registers.
 import triton
 import triton.language as tl
 
+from supra.kernels import locate, tiles
+
 
 @triton.jit
 def load_block(base, row_stride, row_end, column_end, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -16,6 +18,13 @@ def load_block(base, row_stride, row_end, column_end, ROWS: tl.constexpr, COLUMN
     place, mask = _places(row_stride, row_end, column_end, ROWS, COLUMNS)
     x = tl.load(base + place, mask=mask, other=0.0).to(tl.float32)
     return tl.reshape(x, [ROWS, COLUMNS])
+
+
+@triton.jit
+def load_tokens(x, at, end, column_end, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same of the tokens from `at` on of x, launch.Rows; end: tokens from there on."""
+    x = locate.skip(x, at)
+    return load_block(x.data, x.time, end, column_end, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -35,9 +44,9 @@ def _places(row_stride, row_end, column_end, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def load_decay(base, time_stride, rows, row_end):
-    """f and 1 - f of the tokens; past the end 1 and 0, which moves no state."""
-    x = tl.load(base + rows * time_stride, mask=rows < row_end, other=0.0).to(tl.float32)
+def load_decay(log_decay, at, rows, end):
+    """f and 1 - f of the tokens from `at` on; past the end 1 and 0, which moves no state."""
+    x = tiles.load_numbers(locate.skip(log_decay, at), rows, end).to(tl.float32)
     return tl.exp(x)[:, None, None], one_minus_exp(x)[:, None, None]
 
 

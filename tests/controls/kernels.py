@@ -236,8 +236,8 @@ CAUSAL_CONV = [
         "causal_conv_last_tap_missing",
         "Triton: a convolution sums over one tap too few",
         "kernels/causal_conv/triton_kernels.py",
-        "    for j in range(1, TAPS):\n        x = load_window(tokens_base",
-        "    for j in range(1, TAPS - 1):\n        x = load_window(tokens_base",
+        "    for j in range(1, TAPS):\n        x = load_window(input",
+        "    for j in range(1, TAPS - 1):\n        x = load_window(input",
         (
             TESTS.format(
                 "causal_conv_triton",
