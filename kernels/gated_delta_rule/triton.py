@@ -5,7 +5,7 @@ from torch import Tensor
 from supra.kernels import delta_plan
 from supra.kernels.delta import Inputs
 from supra.kernels.delta_plan import CHUNK, DELTA, FLOAT32, SQUARE
-from supra.kernels.gated_delta_rule import triton_backward, triton_backward_keys, triton_forward
+from supra.kernels.gated_delta_rule import triton_backward_keys, triton_kernels
 from supra.kernels.launch import Rows, Table, Tiling
 from supra.kernels.plan import DecayedPlan, narrow, narrow_heads
 from supra.kernels.recurrent import decode
@@ -31,7 +31,7 @@ TILINGS: Table = DELTA | {
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """Output and final state; chunks have CHUNK tokens."""
-    plan, kernel = _Plan(x), triton_forward.chunk_output
+    plan, kernel = _Plan(x), triton_kernels.chunk_output
     end, output = plan.new_state(), plan.new_output()
     _, _, errors, states = delta_plan.states(plan, plan.key, x.state, end, decayed=plan.decayed)
     plan.launch(
@@ -94,7 +94,7 @@ def _d_states(
     plan: _Plan, reading: Tensor, d_end: Tensor | None, has_initial: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the state after every chunk, of what is written, and of the initial state."""
-    d_written, kernel = delta_plan.new_rows(plan, plan.value_width), triton_backward.chunk_d_written
+    d_written, kernel = delta_plan.new_rows(plan, plan.value_width), triton_kernels.chunk_d_written
     plan.launch(kernel, plan.by_value(kernel, plan.kv_heads), d_written=d_written)
     d_states, d_initial = delta_plan.scan_back(plan, reading, d_written, d_end, has_initial)
     return d_states, d_written, d_initial

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from supra.kernels.channel_plan import CHANNELS, FLOAT32, ChannelPlan
 from supra.kernels.channel_scores import chunk_output
-from supra.kernels.gated_linear_attention import triton_backward, triton_forward
+from supra.kernels.gated_linear_attention import triton_kernels
 from supra.kernels.gated_linear_attention.inputs import Inputs
 from supra.kernels.launch import Table, Tiling
 from supra.kernels.plan import narrow, narrow_heads
@@ -67,7 +67,7 @@ def recurrent(x: Inputs) -> Tensor:
 
 def _states(plan: ChannelPlan, start: Tensor | None, end: Tensor | None = None) -> Tensor:
     """The states before every chunk and after the last."""
-    states, kernel = plan.new_states(plan.chunks + plan.count), triton_forward.chunk_states
+    states, kernel = plan.new_states(plan.chunks + plan.count), triton_kernels.chunk_states
     plan.launch(
         kernel, plan.by_state(kernel), state=plan.pad(start), states=states, end_state=end,
         HAS_INITIAL=start is not None, HAS_END=end is not None,
@@ -79,7 +79,7 @@ def _d_states(
     plan: ChannelPlan, states: Tensor, d_end: Tensor | None, has_initial: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the states after the chunks, of their whole decays, of the initial state."""
-    kernel, d_states = triton_backward.chunk_d_states, plan.new_states(plan.chunks)
+    kernel, d_states = triton_kernels.chunk_d_states, plan.new_states(plan.chunks)
     d_start = plan.new_state() if has_initial else None
     d_whole = plan.new_sums(plan.blocks(kernel)[1], *plan.whole.shape)
     plan.launch(
