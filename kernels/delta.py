@@ -10,6 +10,7 @@ form (Yang et al. 2024) with the strengths on the side of the columns.
 Legend: rows = chunks * Hkv, in the order of Layout.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -40,23 +41,32 @@ class Inputs(NamedTuple):
 def recurrent(x: Inputs, log_decay: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor]:
     """Output [B, T, Hq, V] and final state of the recurrence, token by token.
 
-    log_decay: None for no decay, [H, 1, 1] for all tokens, [B, T, H, 1, 1], or [B, T, H, K, 1].
+    log_decay: None for no decay, [B, T, H], or [B, T, H, K]. A lane is one head of one sequence.
     """
     state = checks.given_or_zeros(x.state, x)
-    dtype, heads = state.dtype, x.key.shape[2]
-    decay = None if log_decay is None else log_decay.to(dtype).exp()
-    query = x.query.to(dtype).unflatten(2, (heads, -1)) * x.scale
-    key, value, beta = (y.to(dtype) for y in (x.key, x.value, x.beta[..., None]))
+    memory, dtype, (batch, length) = state.flatten(0, 1), state.dtype, x.query.shape[:2]
+
+    def steps(y: Tensor, width: int) -> Iterable[Tensor]:
+        """[B, T, ...] as T tensors [lanes, ..., width]; to decode one token is one view of it."""
+        y = y if y.dtype == dtype else y.to(dtype)
+        if length == 1:
+            return (y.reshape(len(memory), -1, width),)
+        return y.transpose(0, 1).reshape(length, len(memory), -1, width).unbind()
+
+    decays = [None] * length if log_decay is None else steps(log_decay.to(dtype).exp(), 1)
+    tokens = (steps(y, y.shape[-1]) for y in x[:3])
     multiply, insert = (Tensor.mul_, Tensor.addcmul_) if in_place else (torch.mul, torch.addcmul)
     outputs = []
-    for t in range(query.shape[1]):
-        k = key[:, t, :, :, None]
+    for query, key, value, beta, decay in zip(*tokens, steps(x.beta, 1), decays, strict=True):
         if decay is not None:
-            state = multiply(state, decay if decay.dim() == 3 else decay[:, t])
-        written = beta[:, t] * (value[:, t] - (k.mT @ state)[:, :, 0])
-        state = insert(state, k, written[:, :, None])
-        outputs.append((query[:, t] @ state).flatten(1, 2))
-    return torch.stack(outputs, 1).to(x.value.dtype), state
+            memory = multiply(memory, decay)
+        error = torch.baddbmm(value, key, memory, alpha=-1)
+        memory = insert(memory, key.mT, beta * error)
+        # with beta=0 only the shape of the value is read; the scale costs no operator here
+        output = torch.baddbmm(value, query, memory, beta=0, alpha=x.scale)
+        outputs.append(output.view(batch, 1, *x.query.shape[2:3], -1))
+    output = outputs[0] if length == 1 else torch.cat(outputs, 1)
+    return output.to(x.value.dtype), state if in_place else memory.view_as(state)
 
 
 class DeltaTiles:

@@ -23,8 +23,10 @@ from supra.kernels.delta import DeltaTiles, Inputs
 
 def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     """The recurrence of api.py, token by token: output and final state."""
-    decay = None if x.log_decay is None else x.log_decay[..., None, None]
-    return delta.recurrent(x, decay, in_place)
+    log_decay = x.log_decay
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(x.beta.shape)
+    return delta.recurrent(x, log_decay, in_place)
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from supra.kernels.delta import DeltaTiles, Inputs
 
 def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     """The recurrence of api.py, token by token: output and final state."""
-    return delta.recurrent(x, x.log_decay[..., None], in_place)
+    return delta.recurrent(x, x.log_decay, in_place)
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:

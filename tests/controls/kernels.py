@@ -155,8 +155,8 @@ KDA = [
         "kda_decays_after_writing",
         "torch: a step reads the state before it decays",
         "kernels/delta.py",
-        "written = beta[:, t] * (value[:, t] - (k.mT @ state)",
-        "written = beta[:, t] * (value[:, t] - (k.mT @ (state / decay[:, t]))",
+        "error = torch.baddbmm(value, key, memory, alpha=-1)",
+        "error = torch.baddbmm(value, key, memory / decay, alpha=-1)",
         (TESTS.format("kda", "two_tokens_by_hand"),),
     ),
     Bug(
