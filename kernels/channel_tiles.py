@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.chunks import Layout
+from supra.kernels.chunks import Block
 
 # products with denormal numbers take 200 times as long, and what is below 1e-30 is lost in any sum
 NEGLIGIBLE = 1e-30
@@ -34,15 +34,14 @@ class ChannelTiles:
     [n, C, K], keys times the decay until it ends; whole [n, 1, K], the decay of the chunk.
     """
 
-    def __init__(self, x: Any, query: Tensor, bonus: Tensor | None = None):
-        """x: has query, key, value, log_decay, cu_seqlens and chunk_size.
+    def __init__(self, x: Any, block: Block, query: Tensor, bonus: Tensor | None = None):
+        """x: has query, key, value and log_decay, contiguous.
 
         query: [B, T, G * Hkv, K], what reads the states. bonus: [G * Hkv, K], the weight of a token
         in its own output, which then reads the state before its decay.
         """
-        self.layout = Layout.of(x.query, x.cu_seqlens, x.chunk_size)
-        self.dtype = checks.state_dtype(*x[:3])
-        self.tokens = self.layout.tokens.shape[1]
+        self.block, self.dtype = block, checks.state_dtype(*x[:3])
+        self.tokens = block.tokens.shape[1]
         self.padding = (1 << (self.tokens - 1).bit_length()) - self.tokens
         self.kv_heads = x.key.shape[2]
         self.query = self.of_heads(query).unflatten(1, (self.tokens + self.padding, -1))
@@ -52,7 +51,7 @@ class ChannelTiles:
         self.bonus = None
         if bonus is not None:
             bonus = bonus.to(self.dtype).unflatten(0, (self.kv_heads, -1))
-            self.bonus = bonus.repeat(len(self.layout.tokens), 1, 1)[:, None]  # [n, 1, G, K]
+            self.bonus = bonus.repeat(len(block.tokens), 1, 1)[:, None]  # [n, 1, G, K]
 
     def climb(self, keep: bool = False) -> tuple[Tensor, list["Level"]]:
         """Scores [n, C * G, C] of pairs of tokens, zero in the future, and what each level used."""
@@ -110,24 +109,21 @@ class ChannelTiles:
         tiles = self._gather(x, clear).unflatten(1, (self.kv_heads, -1))
         return tiles.transpose(2, 3).reshape(-1, tiles.shape[2] * tiles.shape[3], x.shape[3])
 
-    def to_heads(self, tiles: Tensor, like: Tensor) -> Tensor:
-        """[n, C * G, D] -> [B, T, Hq, D]"""
+    def to_heads(self, tiles: Tensor) -> Tensor:
+        """[n, C * G, D] -> [chunks, Hq, C, D]"""
         tiles = tiles.unflatten(1, (self.tokens + self.padding, -1))[:, : self.tokens]
-        tiles = tiles.transpose(1, 2).unflatten(0, (-1, self.kv_heads)).flatten(1, 2)
-        return self.layout.scatter(tiles, like)
+        return tiles.transpose(1, 2).unflatten(0, (-1, self.kv_heads)).flatten(1, 2)
 
-    def to_kv_heads(self, tiles: Tensor, like: Tensor) -> Tensor:
-        """[n, C, D] -> [B, T, Hkv, D]"""
-        tiles = tiles[:, : self.tokens].unflatten(0, (-1, self.kv_heads))
-        return self.layout.scatter(tiles, like)
+    def to_kv_heads(self, tiles: Tensor) -> Tensor:
+        """[n, C, D] -> [chunks, Hkv, C, D]"""
+        return tiles[:, : self.tokens].unflatten(0, (-1, self.kv_heads))
 
     def of_kv_heads(self, x: Tensor, clear: bool = False) -> Tensor:
         """[B, T, Hkv, D] -> [n, C, D]"""
         return self._gather(x, clear).flatten(0, 1)
 
     def _gather(self, x: Tensor, clear: bool) -> Tensor:
-        tiles = self.layout.gather(x, self.dtype)
-        tiles = self.layout.clear(tiles) if clear else tiles
+        tiles = self.block.gather(x, clear).to(self.dtype)
         return F.pad(tiles, (0, 0, 0, self.padding)) if self.padding else tiles
 
     def _own_backward(self, d_scores: Tensor, d_query: Tensor, d_key: Tensor) -> Tensor | None:

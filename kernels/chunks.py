@@ -1,12 +1,16 @@
 """How sequences are cut into chunks, in plain torch."""
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from supra.kernels import checks
+
+# Rows of a block, one for a token and key head: enough to be worth the calls, and few enough for
+# what is computed to stay in the cache
+BLOCK_ROWS = 4096
 
 
 def count_chunks(
@@ -45,73 +49,112 @@ def split_groups(x: Tensor, cu_seqlens: Tensor | None, most: int) -> list[Group]
     return [Group(rows, 0, length, rows) for rows in slices]
 
 
-class Layout(NamedTuple):
-    """Chunks of all sequences in one list, so that a packed row costs what a batch does.
+def contiguous(x: Any) -> Any:
+    """Inputs with the tensors that Block.gather() takes."""
+    return x._replace(**{
+        name: y.contiguous() for name, y in x._asdict().items() if isinstance(y, Tensor)
+    })  # fmt: skip
 
-    Sequences are sorted by their number of chunks, most first, and the list goes by level: the
-    first chunk of every sequence, then the second of all that have one, and so on. The chunks of a
-    level are then one slice, and so are the states that they read.
+
+class Layout(NamedTuple):
+    """Chunks of all sequences in blocks, so that a packed row costs what a batch does.
+
+    Sequences are sorted by their number of chunks, most first, and taken some at a time. Their
+    chunks go by level: the first chunk of each, then the second of all that have one, and so on.
+    The chunks of a level are then one slice, and so are the states that they read.
     """
 
-    tokens: Tensor  # [chunks, C]: place in the flattened [B * T] tokens; any place where padded
-    padded: Tensor | None  # [chunks, C]; None when every chunk is full
-    levels: list[tuple[int, int]]  # slice of the chunks; its length is the number of states
+    blocks: list["Block"]
     order: Tensor  # [N]: sequence of each rank
     place: Tensor  # [N]: rank of each sequence
 
     @staticmethod
-    def of(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> "Layout":
-        """For the sequences in x [B, T, ...]."""
-        bounds, device = checks.bounds(cu_seqlens, *x.shape[:2]), x.device
+    def of(x: Any) -> "Layout":
+        """x: has query, key, cu_seqlens and chunk_size."""
+        bounds, device = checks.bounds(x.cu_seqlens, *x.query.shape[:2]), x.query.device
         sizes = [end - begin for begin, end in pairwise(bounds)]
-        size = min(chunk_size, max(sizes))
+        size = min(x.chunk_size, max(sizes))
         chunks = [-(-n // size) for n in sizes]
         order = sorted(range(len(sizes)), key=lambda n: -chunks[n])
-        starts, counts, levels = [], [], []
-        for level in range(max(chunks)):
-            active = [n for n in order if chunks[n] > level]
-            levels.append((len(starts), len(starts) + len(active)))
-            starts += [bounds[n] + level * size for n in active]
-            counts += [min(size, sizes[n] - level * size) for n in active]
-        starts, counts, order = (torch.tensor(x, device=device) for x in (starts, counts, order))
-        column = torch.arange(size, device=device)
-        padded = column >= counts[:, None]
-        tokens = (starts[:, None] + column).clamp(max=bounds[-1] - 1)
-        full = all(n % size == 0 for n in sizes)
-        return Layout(tokens, None if full else padded, levels, order, order.argsort())
+        most = -(-BLOCK_ROWS // (size * x.key.shape[2]))
+        blocks, ranks, starts, counts = [], [], [], []
 
-    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, H, D] -> tiles [chunks, H, C, D]; padded places hold some token."""
+        for first in range(0, len(order), most):
+            group = order[first : first + most]
+            for level in range(chunks[group[0]]):
+                active = [n for n in group if chunks[n] > level]
+                if starts and len(starts) + len(active) > most:
+                    blocks.append(Block(starts, counts, size, ranks, device))
+                    ranks, starts, counts = [], [], []
+                ranks.append(slice(first, first + len(active)))
+                starts += [bounds[n] + level * size for n in active]
+                counts += [min(size, sizes[n] - level * size) for n in active]
+        blocks.append(Block(starts, counts, size, ranks, device))
+        order = torch.tensor(order, device=device)
+        return Layout(blocks, order, order.argsort())
+
+    def rank(self, states: Tensor) -> Tensor:
+        """[N, H, ...] -> a copy in the order of ranks, [N * H, ...]"""
+        return states[self.order].flatten(0, 1)
+
+    def unrank(self, states: Tensor) -> Tensor:
+        """What rank() made, in the order of the sequences."""
+        return states.unflatten(0, (len(self.place), -1))[self.place]
+
+
+class Block:
+    """Chunks that are computed together.
+
+    tokens: [chunks, C], place in the flattened [B * T] tokens; any place where padded. padded:
+    [chunks, C], or None when every chunk is full. ranks: those of the sequences of every level.
+    """
+
+    def __init__(
+        self,
+        starts: list[int],
+        counts: list[int],
+        size: int,
+        ranks: list[slice],
+        device: torch.device,
+    ):
+        """starts, counts: the first token of each chunk, and how many of `size` it has."""
+        column, starts = torch.arange(size, device=device), torch.tensor(starts, device=device)
+        self.ranks, self.padded, self.tokens = ranks, None, starts[:, None] + column
+        if min(counts) < size:
+            self.padded = column >= torch.tensor(counts, device=device)[:, None]
+            self.tokens = torch.where(self.padded, starts[:, None], self.tokens)
+        self._places = {}
+
+    def gather(self, x: Tensor, clear: bool = False) -> Tensor:
+        """[B, T, H, D], contiguous -> tiles [chunks, H, C, D].
+
+        Padded places hold some token, or zero with clear.
+        """
         rows = self._rows(x.shape[2])
-        tiles = x.reshape(-1, x.shape[3]).index_select(0, rows.flatten())
-        return tiles.view(*rows.shape, -1).to(dtype)
+        tiles = x.view(-1, x.shape[3]).index_select(0, rows.flatten()).view(*rows.shape, -1)
+        if clear and self.padded is not None:
+            tiles.masked_fill_(self.padded[:, None, :, None], 0)
+        return tiles
 
-    def clear(self, tiles: Tensor) -> Tensor:
-        """Zero the padded places of tiles in place."""
-        if self.padded is None:
-            return tiles
-        return tiles.masked_fill_(self.padded[:, None, :, None], 0)
+    def scatter(self, tiles: Tensor, out: Tensor) -> None:
+        """Write tiles [chunks, H, C, D] into their places of out [B, T, H, D], contiguous."""
+        rows, tiles = self._rows(out.shape[2]), tiles.to(out.dtype)
+        if self.padded is not None:
+            real = ~self.padded[:, None].expand_as(rows)
+            rows, tiles = rows[real], tiles[real]
+        out.view(-1, out.shape[3]).index_copy_(0, rows.flatten(), tiles.reshape(-1, out.shape[3]))
 
-    def scatter(self, tiles: Tensor, like: Tensor) -> Tensor:
-        """Tiles [chunks, H, C, D] -> [B, T, H, D], with B, T and H of `like` [B, T, H, ...]."""
-        count, rows = like.shape[:3].numel(), self._rows(like.shape[2])
-        if self.padded is not None:  # padded places go to a spare row at the end
-            rows = rows.masked_fill(self.padded[:, None], count)
-        out = tiles.new_empty(count + 1, tiles.shape[-1])
-        out.index_copy_(0, rows.flatten(), tiles.reshape(-1, tiles.shape[-1]))
-        return out[:-1].view(*like.shape[:3], -1)
+    def walk(self, state: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Views of a state [N * H, ...] in the order of ranks and of tensors [chunks * H, ...],
+        level by level."""
+        heads = len(tensors[0]) // len(self.tokens)
+        states = [state[x.start * heads : x.stop * heads] for x in self.ranks]
+        sizes = [len(x) for x in states]
+        return list(zip(states, *(x.split(sizes) for x in tensors), strict=True))
 
     def _rows(self, heads: int) -> Tensor:
         """[chunks, H, C]: place of every tile row in the flattened [B * T * H] rows."""
-        head = torch.arange(heads, device=self.tokens.device)[:, None]
-        return self.tokens[:, None] * heads + head
-
-    def decay_sums(self, log_decay: Tensor) -> Tensor:
-        """Running sums of log_decay inside each chunk, [chunks, H, C]; constant where padded."""
-        if log_decay.dim() == 1:
-            log_decay = log_decay.expand(*self.tokens.shape, -1)
-        else:
-            log_decay = log_decay.flatten(0, 1)[self.tokens]
-        if self.padded is not None:
-            log_decay = log_decay.masked_fill(self.padded[..., None], 0)
-        return log_decay.cumsum(1).transpose(1, 2).contiguous()
+        if heads not in self._places:
+            head = torch.arange(heads, device=self.tokens.device)[:, None]
+            self._places[heads] = self.tokens[:, None] * heads + head
+        return self._places[heads]

@@ -2,12 +2,13 @@
 
 A token writes beta e, where e is the error, what the state lacks of its value. In a chunk,
 
-    e = T v - W S,    T = (1 + A diag(beta))^-1,    W = T (keys with the decay up to them)
+    e = T v - W S,    T = (1 + B)^-1,    W = T (keys with the decay up to them)
 
-S is the state before the chunk, and A_ij is what key i reads of key j below the diagonal: the WY
-form (Yang et al. 2024) with the strengths on the side of the columns.
+S is the state before the chunk, and B_ij, below the diagonal, is what key i reads of key j, times
+beta_j: the WY form (Yang et al. 2024) with the strengths on the side of the columns. The scores of
+the queries have them as well, so that all else is said of the errors.
 
-Legend: rows = chunks * Hkv, in the order of Layout.
+Legend: rows = chunks * Hkv of a block, in the order of Layout.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.chunks import Layout
+from supra.kernels.chunks import Block, Layout, contiguous
 from supra.kernels.operators import empty_head_results
 
 
@@ -69,69 +70,97 @@ def recurrent(x: Inputs, log_decay: Tensor | None, in_place: bool) -> tuple[Tens
     return output.to(x.value.dtype), state if in_place else memory.view_as(state)
 
 
-class DeltaTiles:
-    """Tiles of an operation with the delta rule, which sets what is declared here."""
+def forward(x: Inputs, tiles: type["DeltaTiles"]) -> tuple[Tensor, Tensor]:
+    """The same function in chunks."""
+    layout, output = Layout.of(x), x.empty_results()[0]
+    x, state = contiguous(x), layout.rank(checks.given_or_zeros(x.state, x))
+    for block in layout.blocks:
+        here = tiles(x, block, keep=False)
+        states, errors = here.scan(state)
+        out = torch.bmm(here.entering_query, states)
+        out.baddbmm_(here.scores, errors, beta=x.scale, alpha=x.scale)
+        block.scatter(here.to_heads(out), output)
+    return output, layout.unrank(state)
 
-    inputs: Inputs
-    layout: Layout
+
+def backward(
+    x: Inputs, d_output: Tensor, d_end: Tensor | None, tiles: type["DeltaTiles"]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors; T, the states and the errors are computed again.
+
+    From de follow dv = T^T de, dB = -dv e^T and d(keys with the decay up to them) = -dv S^T.
+    """
+    layout = Layout.of(x)
+    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:5]]
+    x, d_output = contiguous(x), d_output.contiguous()
+    state, d_state = (layout.rank(checks.given_or_zeros(y, x)) for y in (x.state, d_end))
+    visited = []
+    for block in layout.blocks:
+        here = tiles(x, block, keep=True)
+        visited.append((here, *here.scan(state)))
+    while visited:
+        here, states, errors = visited.pop()
+        d_out = here.of_heads(d_output, clear=True).mul_(x.scale)
+        d_errors = torch.bmm(here.scores.mT, d_out)
+        d_states = here.scan_back(d_errors, torch.bmm(here.entering_query.mT, d_out), d_state)
+        d_value = torch.bmm(here.inverse.mT, d_errors)
+        found = here.gradients(d_out, d_value, errors, states, d_states)
+        for tile, gradient in zip(found, gradients, strict=True):
+            here.block.scatter(tile, gradient.view(*gradient.shape[:3], -1))
+    return *gradients, None if x.state is None else layout.unrank(d_state)
+
+
+class DeltaTiles:
+    """Tiles of a block of an operation with the delta rule, which sets what is declared here."""
+
+    block: Block
     value: Tensor  # [rows, C, V]
-    beta: Tensor  # [rows, C, 1], zero where padded
+    scores: Tensor  # of queries, with the decay between the tokens and beta, [rows, G * C, C]
+    entering_query: Tensor  # queries with the decay since their chunk began, [rows, G * C, K]
+    writing: Tensor  # beta times keys with the decay to the end of their chunk, [rows, C, K]
     whole: Tensor  # decay of a chunk: [rows, 1, 1], or [rows, K, 1] per channel of the keys
-    departing: Tensor  # keys with the decay to the end of their chunk, [rows, C, K]
 
     def solve(self, overlap: Tensor, entering: Tensor) -> None:
         """Set inverse = T and reading = W.
 
-        overlap: A [rows, C, C], read below the diagonal alone. entering: keys with the decay since
+        overlap: B [rows, C, C], read below the diagonal alone. entering: keys with the decay since
         the chunk began, [rows, C, K].
         """
-        # T (1 + B) = 1 takes 2.7 ms where solving for v and exp(G) k takes 8.9, and their products
-        # with T 3 (256 tiles of 64 x 64, one core); what is not below the diagonal of B is not read
-        size = overlap.shape[-1]
-        identity = torch.eye(size, dtype=overlap.dtype, device=overlap.device).expand_as(overlap)
+        # T (1 + B) = 1 takes 0.57 ms, (1 + B) T = 1 0.87, and doubled powers of B 2.6 (512 tiles of
+        # 32 x 32, one core)
+        identity = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device)
         self.inverse = torch.linalg.solve_triangular(
-            overlap * self.beta.mT, identity, upper=False, left=False, unitriangular=True
+            overlap, identity.expand_as(overlap), upper=False, left=False, unitriangular=True
         )
-        self.reading = self.inverse @ entering
+        self.reading = torch.bmm(self.inverse, entering)
 
-    def scan(self) -> tuple[Tensor, Tensor, Tensor]:
-        """States before every chunk [rows, K, V], errors [rows, C, V], and states after the last
-        chunk of every sequence [N, Hkv, K, V].
+    def scan(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """States before every chunk [rows, K, V], and errors [rows, C, V].
+
+        state: [N * Hkv, K, V] in the order of ranks, is taken through the chunks.
         """
-        errors, start = self.inverse @ self.value, self._ranked(self.inputs.state)
-        states = errors.new_empty(len(errors), *start.shape[2:])
-        end, writing = start.flatten(0, 1).clone(), self.beta * self.departing
-        for at, count in self.slices():
-            state = end[:count]
-            states[at] = state
-            errors[at].baddbmm_(self.reading[at], state, alpha=-1)
-            state.mul_(self.whole[at]).baddbmm_(writing[at].mT, errors[at])
-        return states, errors, end.view_as(start)
+        errors = torch.bmm(self.inverse, self.value)
+        states = errors.new_empty(len(errors), *state.shape[1:])
+        tensors = states, errors, self.reading, self.whole, self.writing.mT
+        for now, before, error, read, whole, write in self.block.walk(state, *tensors):
+            before.copy_(now)
+            error.baddbmm_(read, now, alpha=-1)
+            now.mul_(whole).baddbmm_(write, error)
+        return states, errors
 
-    def scan_back(
-        self, d_written: Tensor, steps: Tensor, d_end: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the states after every chunk [rows, K, V], and of the first ones.
+    def scan_back(self, d_errors: Tensor, steps: Tensor, d_state: Tensor) -> Tensor:
+        """Gradients of the states after every chunk [rows, K, V].
 
-        steps: what the outputs of a chunk give to the state before it. d_written [rows, C, V], the
-        gradient of beta e from the outputs, is completed in place.
+        steps: what the outputs of a chunk give to the state before it. d_errors [rows, C, V], the
+        gradient of the errors from the outputs, is completed in place; d_state [N * Hkv, K, V] is
+        taken back through the chunks.
         """
-        d_end, reading = self._ranked(d_end), self.beta * self.reading
-        d_states, d_start = torch.empty_like(steps), d_end.flatten(0, 1).clone()
-        for at, count in reversed(self.slices()):
-            d_state = d_start[:count]
-            d_states[at] = d_state
-            d_written[at].baddbmm_(self.departing[at], d_state)
-            d_state.mul_(self.whole[at]).add_(steps[at])
-            d_state.baddbmm_(reading[at].mT, d_written[at], alpha=-1)
-        return d_states, d_start.view_as(d_end)
-
-    def slices(self) -> list[tuple[slice, int]]:
-        """Rows of every level, and how many states they read."""
-        heads = self.inputs.key.shape[2]
-        slices = [slice(begin * heads, end * heads) for begin, end in self.layout.levels]
-        return [(x, x.stop - x.start) for x in slices]
-
-    def _ranked(self, state: Tensor | None) -> Tensor:
-        """The given state, or zeros, in the order of the layout."""
-        return checks.given_or_zeros(state, self.inputs)[self.layout.order]
+        d_states = torch.empty_like(steps)
+        tensors = d_states, d_errors, self.writing, self.whole, steps, self.reading.mT
+        for now, after, error, write, whole, step, read in reversed(
+            self.block.walk(d_state, *tensors)
+        ):
+            after.copy_(now)
+            error.baddbmm_(write, now)
+            torch.addcmul(step, now, whole, out=now).baddbmm_(read, error, alpha=-1)
+        return d_states

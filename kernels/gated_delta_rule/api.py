@@ -26,7 +26,7 @@ from supra.kernels.operators import Operator
 
 OPERATION = "gated_delta_rule"
 OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
-CHUNK = 64  # tokens, in torch
+CHUNK = 32  # tokens, in torch
 
 
 def chunk_gated_delta_rule(

@@ -17,144 +17,120 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks, delta
-from supra.kernels.chunks import Layout
+from supra.kernels.chunks import Block
 from supra.kernels.delta import DeltaTiles, Inputs
 
 
 def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     """The recurrence of api.py, token by token: output and final state."""
-    log_decay = x.log_decay
-    if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.expand(x.beta.shape)
+    log_decay = None if x.log_decay is None else x.log_decay.expand(x.beta.shape)
     return delta.recurrent(x, log_decay, in_place)
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The same function in chunks."""
-    tiles = _Tiles(x)
-    states, errors, end = tiles.scan()
-    output = tiles.entering_query() @ states
-    output.baddbmm_(tiles.within(tiles.query @ tiles.key.mT), errors.mul_(tiles.beta))
-    output = tiles.layout.scatter(output.view(*tiles.heads, -1), x.query).to(x.value.dtype)
-    return output, end[tiles.layout.place]
+    return delta.forward(_by_token(x), _Tiles)
 
 
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of all tensors; T, the states and the errors are computed again.
+    """Gradients of all tensors."""
+    *found, d_log_decay, d_state = delta.backward(_by_token(x), d_output, d_end, _Tiles)
+    if x.log_decay is None:
+        return *found, None, d_state
+    if x.log_decay.dim() == 1:
+        d_log_decay = d_log_decay.sum((0, 1))
+    d_log_decay = d_log_decay.masked_fill(x.log_decay < checks.LOWEST_LOG_DECAY, 0)
+    return *found, d_log_decay.to(x.log_decay.dtype), d_state
 
-    From dv = T^T (beta du) follow dB = -dv e^T and d(exp(G) k) = -dv S^T. The gradient of a running
-    sum of logs is o . do = q . dq of its row less v . dv of its column: scaling the state from a
-    token on scales the outputs that follow, and is undone by scaling the values.
-    """
-    tiles = _Tiles(x)
-    layout = tiles.layout
-    states, errors, end = tiles.scan()
-    written = tiles.beta * errors
 
-    d_out = layout.clear(layout.gather(d_output, errors.dtype)).view(*tiles.query.shape[:2], -1)
-    d_scores = tiles.within(d_out @ written.mT)
-    d_query = tiles.enter(d_out @ states.mT).baddbmm_(d_scores, tiles.key)
-    d_written = tiles.within(tiles.query @ tiles.key.mT).mT @ d_out
-    steps = tiles.entering_query().mT @ d_out
-    d_states, d_start = tiles.scan_back(d_written, steps, d_end)
-
-    d_value = tiles.inverse.mT @ (tiles.beta * d_written)
-    products = (d_value @ errors.mT).tril_(-1)
-    d_beta = (errors * d_written).sum(-1) - (products * tiles.overlap).sum(-2)
-    products.mul_(tiles.pairwise).mul_(tiles.beta.mT)
-    d_key = (d_scores.mT @ tiles.query).baddbmm_(products + products.mT, tiles.key, alpha=-1)
-    d_key.addcmul_(tiles.entering, d_value @ states.mT, value=-1)
-    d_key.addcmul_(tiles.leaving, written @ d_states.mT)
-
-    carried = tiles.carried(states, end, d_states)
-    d_log_decay = None if x.log_decay is None else tiles.d_log_decay(d_query, d_value, carried)
-    d_query = layout.scatter(d_query.mul_(x.scale).view(*tiles.heads, -1), x.query)
-    d_key, d_value, d_beta = (
-        layout.scatter(y.view(*tiles.grid[:2], tiles.grid[3], -1), x.key)
-        for y in (d_key, d_value, d_beta)
-    )
-    return (
-        d_query.to(x.query.dtype),
-        d_key.to(x.key.dtype),
-        d_value.to(x.value.dtype),
-        d_beta[..., 0].to(x.beta.dtype),
-        d_log_decay,
-        None if x.state is None else d_start[layout.place],
-    )
+def _by_token(x: Inputs) -> Inputs:
+    """With log_decay [B, T, Hkv] in float64."""
+    if x.log_decay is None:
+        return x._replace(log_decay=x.beta.new_zeros(x.beta.shape, dtype=torch.float64))
+    log_decay = x.log_decay.double().clamp(min=checks.LOWEST_LOG_DECAY)
+    return x._replace(log_decay=log_decay.expand(x.beta.shape))
 
 
 class _Tiles(DeltaTiles):
     """Inputs as tiles, what carries a token's weight through its chunk, and T.
 
-    query (with the scale) [rows, G * C, K], key [rows, C, K], value [rows, C, V],
-    beta, entering, leaving [rows, C, 1], whole [rows, 1, 1]: exp of the sums of logs;
-    pairwise = D, overlap = D * (k . k), inverse = T, all [rows, C, C].
+    query [rows, G * C, K], key [rows, C, K], value [rows, C, V]; beta, entering, leaving
+    [rows, C, 1], whole [rows, 1, 1]: exp of the sums of logs; pairwise = D, overlap = D * (k . k),
+    inverse = T, all [rows, C, C].
     """
 
-    def __init__(self, x: Inputs):
-        self.layout = layout = Layout.of(x.query, x.cu_seqlens, x.chunk_size)
-        self.inputs, dtype = x, checks.state_dtype(*x[:3])
-        query, key, value = (layout.gather(y, dtype) for y in x[:3])
-        beta = layout.clear(layout.gather(x.beta[..., None], dtype))  # so padding writes nothing
-        chunks, kv_heads, size, width = key.shape
-        self.heads = query.shape[:3]
-        self.grid = (chunks, kv_heads, query.shape[1] // kv_heads, size)
-        self.query = query.view(chunks * kv_heads, -1, width).mul_(x.scale)
-        self.key, self.value, self.beta = (x.flatten(0, 1) for x in (key, value, beta))
-
-        logs = query.new_zeros(kv_heads) if x.log_decay is None else x.log_decay
-        sums = layout.decay_sums(logs.double().clamp(min=checks.LOWEST_LOG_DECAY)).flatten(0, 1)
+    def __init__(self, x: Inputs, block: Block, keep: bool):
+        self.block, self.dtype, self.kv_heads = block, checks.state_dtype(*x[:3]), x.key.shape[2]
+        self.query = self.of_heads(x.query)
+        self.key, self.value = (self.of_heads(y) for y in x[1:3])
+        self.beta = self.of_heads(x.beta[..., None], clear=True)  # so padding writes nothing
+        sums = block.gather(x.log_decay[..., None], clear=True).flatten(0, 1).cumsum(1)
         last = sums[:, -1:]
-        self.entering = sums.to(dtype).exp()[..., None]
-        self.leaving = (last - sums).to(dtype).exp()[..., None]
-        self.whole = last.to(dtype).exp()[..., None]
-        self.pairwise = _pairwise(sums, dtype)
-        self.overlap = (self.key @ self.key.mT).mul_(self.pairwise)
-        self.departing = self.leaving * self.key
-        self.solve(self.overlap, self.entering * self.key)
+        self.entering, self.leaving, self.whole = (
+            y.to(self.dtype).exp() for y in (sums, last - sums, last)
+        )
+        self.pairwise = _pairwise(sums, self.dtype)
+        self.overlap = torch.bmm(self.key, self.key.mT).mul_(self.pairwise)
+        scores = self.weigh(torch.bmm(self.query, self.key.mT), self.pairwise)
+        self.scores = scores.mul_(self.beta.mT)
+        query = self.query.clone() if keep else self.query  # gradients() needs it as it was
+        self.entering_query = self.weigh(query, self.entering)
+        self.writing = (self.beta * self.leaving) * self.key
+        self.solve(self.overlap * self.beta.mT, self.entering * self.key)
 
-    def within(self, scores: Tensor) -> Tensor:
-        """Scale scores [rows, G * C, C] in place by D, zero above the diagonal."""
-        scores.view(-1, self.grid[2], *self.pairwise.shape[1:]).mul_(self.pairwise[:, None])
-        return scores
+    def of_heads(self, x: Tensor, clear: bool = False) -> Tensor:
+        """[B, T, H, D] -> [rows, H / Hkv * C, D]; padded places hold some token, or zero."""
+        tiles = self.block.gather(x, clear).to(self.dtype)
+        return tiles.view(len(tiles) * self.kv_heads, -1, tiles.shape[3])
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Scale x [rows, G * C, D] in place by the decay since the chunk began."""
-        x.view(-1, *self.grid[2:], x.shape[2]).mul_(self.entering[:, None])
+    def to_heads(self, tiles: Tensor) -> Tensor:
+        """[rows, H / Hkv * C, D] -> [chunks, H, C, D]"""
+        chunks, size = self.block.tokens.shape
+        return tiles.view(chunks, -1, size, tiles.shape[2])
+
+    def weigh(self, x: Tensor, factor: Tensor) -> Tensor:
+        """x [rows, G * C, D] times factor [rows, C, D or 1], in place."""
+        x.view(len(x), -1, factor.shape[1], x.shape[2]).mul_(factor[:, None])
         return x
 
-    def entering_query(self) -> Tensor:
-        return self.enter(self.query.clone())
+    def gradients(
+        self, d_out: Tensor, d_value: Tensor, errors: Tensor, states: Tensor, d_states: Tensor
+    ) -> list[Tensor]:
+        """Gradients of query, key, value, beta and log_decay, from those of delta.backward().
 
-    def carried(self, states: Tensor, end: Tensor, d_states: Tensor) -> Tensor:
-        """Products of the states after every chunk with their gradients, [chunks, Hkv]."""
-        after, found = end.flatten(0, 1).clone(), states.new_empty(len(states))
-        for at, count in reversed(self.slices()):
-            found[at] = (after[:count] * d_states[at]).sum((1, 2))
-            after[:count] = states[at]
-        return found.view(self.grid[:2])
+        The gradient of a running sum of logs is o . do = q . dq of its row less v . dv of its
+        column: scaling the state from a token on scales the outputs that follow, and is undone by
+        scaling the values. That of the last one has <state, its gradient> added.
+        """
+        d_scores = self.weigh(torch.bmm(d_out, errors.mT), self.pairwise)
+        d_key = torch.bmm(d_scores.mT, self.query)
+        d_beta = (self.key * d_key).sum(-1)
+        d_leaving = torch.bmm(errors, d_states.mT).mul_(self.leaving)
+        d_left = (self.key * d_leaving).sum(-1)
+        d_key.add_(d_leaving).mul_(self.beta)
+        d_scores.mul_(self.beta.mT)
+        d_query = self.weigh(torch.bmm(d_out, states.mT), self.entering)
+        d_query.baddbmm_(d_scores, self.key)
 
-    def d_log_decay(self, d_query: Tensor, d_value: Tensor, carried: Tensor) -> Tensor:
-        """Gradient of log_decay, from that of its running sums in each chunk [chunks, Hkv, C]."""
-        layout, log_decay = self.layout, self.inputs.log_decay
-        d_sums = (self.query * d_query).sum(-1).view(*self.grid).sum(2)
-        d_sums -= (self.value * d_value).sum(-1).view_as(d_sums)
-        d_sums[..., -1] += carried
-        d_steps = d_sums.flip(-1).cumsum(-1).flip(-1)
-        if log_decay.dim() == 3:
-            found = layout.scatter(d_steps[..., None], log_decay)[..., 0]
-        else:
-            if layout.padded is not None:
-                d_steps = d_steps.masked_fill(layout.padded[:, None], 0)
-            found = d_steps.sum((0, 2))
-        return found.masked_fill(log_decay < checks.LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
+        products = torch.bmm(d_value, errors.mT).tril_(-1)
+        d_beta += d_left - (products * self.overlap).sum(-2)
+        products.mul_(self.pairwise).mul_(self.beta.mT)
+        d_key.baddbmm_(products + products.mT, self.key, alpha=-1)
+        d_key.addcmul_(self.entering, torch.bmm(d_value, states.mT), value=-1)
+
+        d_sums = (self.query * d_query).sum(-1).unflatten(1, (-1, self.key.shape[1])).sum(1)
+        d_sums -= (self.value * d_value).sum(-1)
+        carried = self.whole[:, 0, 0] * (states * d_states).sum((1, 2))
+        d_sums[:, -1] += carried + (self.beta[..., 0] * d_left).sum(1)
+        d_log_decay = d_sums.flip(1).cumsum(1).flip(1)
+        found = d_query, d_key, d_value, d_beta[..., None], d_log_decay[..., None]
+        return [self.to_heads(x) for x in found]
 
 
 def _pairwise(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """[rows, C] -> D [rows, C, C], decay from column to row; the log is masked before exp.
+    """[rows, C, 1] -> D [rows, C, C], decay from column to row; the log is masked before exp.
 
     The sums are float64: with resets among them float32 would keep 3e-5 of their differences. Masks
     are zeros: exp takes ten times as long for -inf.
     """
-    logs = (sums[:, :, None] - sums[:, None, :]).to(dtype)
-    return logs.tril_().exp_().tril_()
+    return (sums - sums.mT).to(dtype).tril_().exp_().tril_()

@@ -3,13 +3,12 @@
 channel_tiles.py says how a chunk is scored. States are kept transposed, [N, H, V, K].
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from supra.kernels import checks
 from supra.kernels.channel_tiles import ChannelTiles
+from supra.kernels.chunks import Block, Layout, contiguous
 from supra.kernels.gated_linear_attention.inputs import Inputs
 
 
@@ -34,68 +33,77 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The same function in chunks."""
-    tiles = _Tiles(x)
-    scores, _ = tiles.climb()
-    states, end = tiles.states(x.state)
-    out = torch.bmm(tiles.entering, states.flatten(0, 1).mT).baddbmm_(scores, tiles.value)
-    output = tiles.to_heads(out if x.scale == 1 else out.mul_(x.scale), x.query)
-    return output.to(x.value.dtype), end[tiles.layout.place].mT.contiguous()
+    layout, output = Layout.of(x), x.empty_results()[0]
+    x, state = contiguous(x), _start(x, layout, x.state)
+    for block in layout.blocks:
+        tiles = _Tiles(x, block)
+        scores, _ = tiles.climb()
+        states = tiles.states(state)
+        out = torch.bmm(tiles.entering, states.mT)
+        out.baddbmm_(scores, tiles.value, beta=x.scale, alpha=x.scale)
+        block.scatter(tiles.to_heads(out), output)
+    return output, layout.unrank(state.mT)
 
 
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors; all that the forward pass computed is computed again."""
-    tiles = _Tiles(x)
-    scores, levels = tiles.climb(keep=True)
-    states, _ = tiles.states(x.state)
-    d_out = tiles.of_heads(d_output, clear=True)
-    d_out = d_out if x.scale == 1 else d_out.mul_(x.scale)
-
-    d_scores, d_value = torch.bmm(d_out, tiles.value.mT), torch.bmm(scores.mT, d_out)
-    steps = torch.bmm(d_out.mT, tiles.entering).view_as(states)
-    d_states, d_start = tiles.scan(steps, d_end, reversed(tiles.layout.levels))
-    states, d_states = states.flatten(0, 1), d_states.flatten(0, 1)
-    d_value.baddbmm_(tiles.leaving, d_states.mT)
-    d_query, d_key, d_log_decay, d_bonus = tiles.gradients(
-        levels, tiles.value, d_out, d_scores, states, d_states
-    )
+    layout, given = Layout.of(x), x[:4]
+    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in given]
+    d_bonus = None if x.bonus is None else torch.zeros_like(x.bonus, dtype=torch.float64)
+    x, d_output = contiguous(x), d_output.contiguous()
+    state, d_state = (_start(x, layout, y) for y in (x.state, d_end))
+    visited = []
+    for block in layout.blocks:
+        tiles = _Tiles(x, block)
+        scores, levels = tiles.climb(keep=True)
+        visited.append((tiles, scores, levels, tiles.states(state)))
+    while visited:
+        tiles, scores, levels, states = visited.pop()
+        d_out = tiles.of_heads(d_output, clear=True).mul_(x.scale)
+        d_scores, d_value = torch.bmm(d_out, tiles.value.mT), torch.bmm(scores.mT, d_out)
+        d_states = tiles.scan(torch.bmm(d_out.mT, tiles.entering), d_state, back=True)
+        d_value.baddbmm_(tiles.leaving, d_states.mT)
+        d_query, d_key, d_log_decay, d_own = tiles.gradients(
+            levels, tiles.value, d_out, d_scores, states, d_states
+        )
+        if d_own is not None:
+            d_bonus += d_own
+        found = map(tiles.to_kv_heads, (d_key, d_value, d_log_decay))
+        for gradient, tile in zip(
+            gradients, (tiles.to_heads(d_query.flatten(1, 2)), *found), strict=True
+        ):
+            tiles.block.scatter(tile, gradient)
     return (
-        tiles.to_heads(d_query.flatten(1, 2), x.query).to(x.query.dtype),
-        tiles.to_kv_heads(d_key, x.key).to(x.key.dtype),
-        tiles.to_kv_heads(d_value, x.key).to(x.value.dtype),
-        tiles.to_kv_heads(d_log_decay, x.key).to(x.log_decay.dtype),
-        None if x.bonus is None else d_bonus.to(x.bonus.dtype),
-        None if x.state is None else d_start[tiles.layout.place].mT.to(x.state.dtype),
+        *gradients,
+        None if d_bonus is None else d_bonus.to(x.bonus.dtype),
+        None if x.state is None else layout.unrank(d_state.mT).to(x.state.dtype),
     )
+
+
+def _start(x: Inputs, layout: Layout, state: Tensor | None) -> Tensor:
+    """The state, or zeros, as [N * Hkv, V, K] in the order of ranks."""
+    return layout.rank(checks.given_or_zeros(state, x)).mT.contiguous()
 
 
 class _Tiles(ChannelTiles):
     """With the values [n, C, V]."""
 
-    def __init__(self, x: Inputs):
-        super().__init__(x, x.query, x.bonus)
+    def __init__(self, x: Inputs, block: Block):
+        super().__init__(x, block, x.query, x.bonus)
         self.value = self.of_kv_heads(x.value, clear=True)
 
-    def states(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States before every chunk, [chunks, Hkv, V, K], and after the last of every sequence."""
-        steps = torch.bmm(self.value.mT, self.leaving).unflatten(0, (-1, self.kv_heads))
-        return self.scan(steps, start, self.layout.levels)
+    def states(self, state: Tensor) -> Tensor:
+        """States before every chunk, [n, V, K]; state is taken through the chunks."""
+        return self.scan(torch.bmm(self.value.mT, self.leaving), state)
 
-    def scan(
-        self, steps: Tensor, state: Tensor | None, levels: Iterable[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, steps: Tensor, state: Tensor, back: bool = False) -> Tensor:
         """state <- whole * state + step, level by level; steps are replaced by the state before.
 
-        state [N, H, K, V] or None for zeros; the last one comes back transposed and in the order of
-        the layout.
+        state: [N * Hkv, V, K] in the order of ranks.
         """
-        if state is None:
-            state = steps.new_zeros(len(self.layout.order), *steps.shape[1:])
-        else:
-            state = state.to(steps.dtype).mT[self.layout.order].contiguous()
-        whole = self.whole.unflatten(0, (-1, self.kv_heads))
-        for begin, end in levels:
-            before, step = state[: end - begin], steps[begin:end]
-            after = torch.addcmul(step, before, whole[begin:end])
-            step.copy_(before)
-            before.copy_(after)
-        return steps, state
+        walk = self.block.walk(state, steps, self.whole)
+        for now, step, whole in reversed(walk) if back else walk:
+            after = torch.addcmul(step, now, whole)
+            step.copy_(now)
+            now.copy_(after)
+        return steps

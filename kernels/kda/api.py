@@ -27,7 +27,7 @@ from supra.kernels.operators import Operator
 
 OPERATION = "kda"
 OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
-CHUNK = 64  # tokens, in torch
+CHUNK = 32  # tokens, in torch
 
 
 def chunk_kda(
