@@ -69,28 +69,29 @@ class Layout(NamedTuple):
     place: Tensor  # [N]: rank of each sequence
 
     @staticmethod
-    def of(x: Any) -> "Layout":
-        """x: has query, key, cu_seqlens and chunk_size."""
-        bounds, device = checks.bounds(x.cu_seqlens, *x.query.shape[:2]), x.query.device
-        sizes = [end - begin for begin, end in pairwise(bounds)]
-        size = min(x.chunk_size, max(sizes))
-        chunks = [-(-n // size) for n in sizes]
-        order = sorted(range(len(sizes)), key=lambda n: -chunks[n])
-        most = -(-BLOCK_ROWS // (size * x.key.shape[2]))
-        blocks, ranks, starts, counts = [], [], [], []
+    def of(x: Any, together: int | None = None) -> "Layout":
+        """x: has query, key, cu_seqlens and chunk_size.
 
+        together: for a recurrence that goes token by token. A chunk is then one token, and a block
+        chunk_size tokens of so many sequences.
+        """
+        bounds = checks.bounds(x.cu_seqlens, *x.query.shape[:2])
+        sizes = [end - begin for begin, end in pairwise(bounds)]
+        size = 1 if together else min(x.chunk_size, max(sizes))
+        order = sorted(range(len(sizes)), key=lambda n: -(-sizes[n] // size), reverse=True)
+        most = together or -(-BLOCK_ROWS // (size * x.key.shape[2]))
+        blocks = []
         for first in range(0, len(order), most):
             group = order[first : first + most]
-            for level in range(chunks[group[0]]):
-                active = [n for n in group if chunks[n] > level]
-                if starts and len(starts) + len(active) > most:
-                    blocks.append(Block(starts, counts, size, ranks, device))
-                    ranks, starts, counts = [], [], []
-                ranks.append(slice(first, first + len(active)))
-                starts += [bounds[n] + level * size for n in active]
-                counts += [min(size, sizes[n] - level * size) for n in active]
-        blocks.append(Block(starts, counts, size, ranks, device))
-        order = torch.tensor(order, device=device)
+            longest = max(sizes[n] for n in group)
+            step = size * (x.chunk_size if together else most // len(group))
+            for at in range(0, longest, step):
+                levels = [
+                    [(bounds[n] + t, min(size, sizes[n] - t)) for n in group if sizes[n] > t]
+                    for t in range(at, min(at + step, longest), size)
+                ]
+                blocks.append(Block(levels, first, size, x.query.device))
+        order = torch.tensor(order, device=x.query.device)
         return Layout(blocks, order, order.argsort())
 
     def rank(self, states: Tensor) -> Tensor:
@@ -110,19 +111,18 @@ class Block:
     """
 
     def __init__(
-        self,
-        starts: list[int],
-        counts: list[int],
-        size: int,
-        ranks: list[slice],
-        device: torch.device,
+        self, levels: list[list[tuple[int, int]]], first: int, size: int, device: torch.device
     ):
-        """starts, counts: the first token of each chunk, and how many of `size` it has."""
-        column, starts = torch.arange(size, device=device), torch.tensor(starts, device=device)
-        self.ranks, self.padded, self.tokens = ranks, None, starts[:, None] + column
-        if min(counts) < size:
-            self.padded = column >= torch.tensor(counts, device=device)[:, None]
-            self.tokens = torch.where(self.padded, starts[:, None], self.tokens)
+        """levels: the first token of each chunk, and how many of `size` it has; first: the rank of
+        the first sequence."""
+        self.ranks = [slice(first, first + len(level)) for level in levels]
+        chunks = [chunk for level in levels for chunk in level]
+        starts, counts = torch.tensor(chunks, device=device).T[..., None]
+        column = torch.arange(size, device=device)
+        self.tokens, self.padded = starts + column, None
+        if any(count < size for _, count in chunks):
+            self.padded = column >= counts
+            self.tokens = torch.where(self.padded, starts, self.tokens)
         self._places = {}
 
     def gather(self, x: Tensor, clear: bool = False) -> Tensor:

@@ -5,118 +5,106 @@ token needs stays in the cache: of 2 rows, 9 heads and 64 channels a tensor is 3
 kept every `chunk_size` tokens; the backward pass runs through a chunk again, then back through it.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.chunks import count_chunks, split_groups
+from supra.kernels.chunks import Layout, contiguous
 from supra.kernels.nonlinear_gated.inputs import Inputs
 
-
-class _Run(NamedTuple):
-    """Sequences that go through their tokens together.
-
-    first, step: of the slots of their states before their first chunk; the next chunk's are next.
-    """
-
-    sequences: slice
-    tokens: slice
-    first: int
-    step: int
-
-    def slots(self, kept: Tensor, chunk: int) -> Tensor:
-        """[B, H, K, V], the states before a chunk."""
-        return kept[self.first + chunk :: self.step]
-
-    def tensors(self, *tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """[B, T, H, ...] of its tokens as [T, B, H, ...]."""
-        return [x[:, self.tokens].transpose(0, 1).to(dtype).contiguous() for x in tensors]
+# Numbers in the states of packed sequences that go together, at the most; then calls cost little
+TOGETHER = 1 << 18
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, final state, kept states, and zeros: there is nothing to sweep."""
-    output, end, kept, solved = (torch.zeros_like(y) for y in x.empty_results())
-    if x.state is not None:
-        end.copy_(x.state)
-    weight = x.weight.to(end.dtype)
-    for run in _runs(x):
-        q, k, v, g = run.tensors(*x[:4], dtype=end.dtype)
-        q, k, v = q[..., None, :], k[..., None], v[..., None, :]
-        write = -torch.expm1(g)[..., None, None]
-        memory, found = end[run.sequences], torch.empty_like(v)
-        new = torch.empty_like(memory)
-        for t in range(len(q)):
-            if x.save_states and t % x.chunk_size == 0:
-                run.slots(kept, t // x.chunk_size).copy_(memory)
-            _advance(memory, k[t], v[t], write[t], weight, new=new, after=memory)
-            torch.matmul(q[t], memory, out=found[t])
-        output[:, run.tokens] = (found.squeeze(3) * x.scale).transpose(0, 1)
-    return output, end, kept, solved
+    output, _, kept, solved = (torch.zeros_like(y) for y in x.empty_results())
+    layout, x = _layout(x)
+    memory, slots = checks.given_or_zeros(x.state, x)[layout.order], 0
+    weight, room = x.weight.to(memory.dtype), torch.empty_like(memory)
+    for block in layout.blocks:
+        query, key, value, logs = (block.gather(y).to(memory.dtype) for y in x[:4])
+        if x.save_states:
+            before = memory[block.ranks[0]]
+            kept[slots : slots + len(before)] = before
+            slots += len(before)
+        found = torch.empty_like(value)
+        for state, q, k, v, write, out in block.walk(
+            memory, query, key.mT, value, -torch.expm1(logs), found
+        ):
+            _advance(state, k, v, write, weight, new=room[: len(k)], after=state)
+            torch.matmul(q, state, out=out)
+        block.scatter(found.mul_(x.scale), output)
+    return output, memory[layout.place], kept, solved
 
 
 def backward(
     x: Inputs, d_output: Tensor, d_end: Tensor | None, states: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors, from the states before every chunk."""
-    size, dtype, inputs = x.chunk_size, states.dtype, x[:4]
-    d_weight = torch.zeros_like(x.empty_results()[1])
-    d_state = torch.zeros_like(d_weight) if d_end is None else d_end.clone()
-    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in inputs]
-    for run in _runs(x):
-        q, k, v, g, d = run.tensors(*inputs, d_output, dtype=dtype)
-        tokens = (q[..., None], k[..., None], v[..., None, :], (d * x.scale)[..., None, :])
-        tokens = (*tokens, g.exp()[..., None, None], -torch.expm1(g)[..., None, None])
-        found = [torch.empty_like(y) for y in (*tokens[:3], g[..., None, None])]
-        totals = d_state[run.sequences], d_weight[run.sequences]
-        room = states.new_empty(2, size + 1, *totals[0].shape)
-        for chunk in reversed(range(-(-len(q) // size))):
-            some = slice(chunk * size, (chunk + 1) * size)
-            room[0, 0] = run.slots(states, chunk)
-            here = [[y[some] for y in ys] for ys in (tokens, found)]
-            _chunk_backward(*here, x.weight.to(dtype), *totals, *room)
-        for y, result in zip(gradients, found, strict=True):
-            y[:, run.tokens] = result.transpose(0, 1).reshape(y[:, run.tokens].shape)
+    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:4]]
+    (layout, x), d_output = _layout(x), d_output.contiguous()
+    d_state = checks.given_or_zeros(d_end, x)[layout.order]
+    d_weight, weight = torch.zeros_like(d_state), x.weight.to(states.dtype)
+    counts = [block.ranks[0].stop - block.ranks[0].start for block in layout.blocks]
+    most, slots = max(len(block.ranks) for block in layout.blocks), sum(counts)
+    room = states.new_empty(2, most + 1, max(counts), *weight.shape)
+    for block, count in reversed(list(zip(layout.blocks, counts, strict=True))):
+        query, key, value, logs, d = (block.gather(y).to(states.dtype) for y in (*x[:4], d_output))
+        given = (query.mT, key.mT, value, d.mul_(x.scale), logs.exp(), -torch.expm1(logs))
+        found = [torch.empty_like(y) for y in (*given[:3], logs)]
+        slots -= count
+        room[0, 0, :count] = states[slots : slots + count]
+        tokens = block.walk(d_state, *given, *found)
+        _chunk_backward(tokens, [d_weight[y] for y in block.ranks], weight, *room)
+        found[3] *= given[4]
+        for y, gradient in zip(found, gradients, strict=True):
+            block.scatter(y.view(*y.shape[:2], 1, -1), gradient.view(*gradient.shape[:3], -1))
     return (
         *gradients,
         d_weight.sum(0).to(x.weight.dtype),
-        None if x.state is None else d_state.to(x.state.dtype),
+        None if x.state is None else d_state[layout.place].to(x.state.dtype),
     )
 
 
+def _layout(x: Inputs) -> tuple[Layout, Inputs]:
+    """How sequences go through their tokens, and inputs for Block.gather()."""
+    x = contiguous(x._replace(log_decay=x.log_decay[..., None]))
+    return Layout.of(x, max(len(x.query), TOGETHER // x.weight.numel())), x
+
+
 def _chunk_backward(
-    tokens: list[Tensor],
-    gradients: list[Tensor],
+    tokens: list[tuple[Tensor, ...]],
+    d_weights: list[Tensor],
     weight: Tensor,
-    d_state: Tensor,
-    d_weight: Tensor,
     states: Tensor,
     new: Tensor,
 ) -> None:
-    """Fill the gradients of query, key, value and log_decay of one chunk.
+    """Fill the gradients of query, key, value and log_decay, but for its decay, of one chunk.
 
-    d_state: the gradient of the state after the chunk, which becomes that of the state before it.
-    d_weight: what the gradient of the weight is added to. states, new: room for the states, the one
-    before the chunk first, and for their tanh.
+    tokens: for each the gradient of the state after the chunk, which becomes that of the state
+    before it, what it was given, and room for its gradients. d_weights: what the gradient of the
+    weight is added to. states, new: room for the states, the one before the chunk first, and for
+    their tanh.
     """
-    query, key, value, d_output, keep, write = tokens
-    d_query, d_key, d_value, d_log_decay = gradients
-    for t in range(len(key)):
-        _advance(states[t], key[t], value[t], write[t], weight, new=new[t], after=states[t + 1])
-    gap, bent = new[-1], torch.empty_like(d_state)
-    for t in reversed(range(len(key))):
-        torch.matmul(states[t + 1], d_output[t].mT, out=d_query[t])
-        d_state.addcmul_(query[t], d_output[t])
-        torch.sub(states[t], new[t], out=gap).mul_(d_state)
-        torch.sum(gap, (-2, -1), keepdim=True, out=d_log_decay[t])
-        torch.ops.aten.tanh_backward.grad_input(d_state, new[t], grad_input=bent).mul_(write[t])
-        torch.matmul(bent, value[t].mT, out=d_key[t])
-        torch.matmul(key[t].mT, bent, out=d_value[t])
-        d_weight.addcmul_(bent, states[t])
-        d_state.mul_(keep[t]).addcmul_(bent, weight)
-    d_log_decay *= keep
+    for t, (now, _, key, value, _, _, write, *_) in enumerate(tokens):
+        before, bend, after = (y[: len(now)] for y in (states[t], new[t], states[t + 1]))
+        _advance(before, key, value, write, weight, new=bend, after=after)
+    room = torch.empty_like(new[0])
+    for t in reversed(range(len(tokens))):
+        d_state, query, key, value, d_output, keep, write, *found = tokens[t]
+        d_query, d_key, d_value, d_log_decay = found
+        views = (states[t], states[t + 1], new[t], new[-1], room)
+        before, after, bend, gap, bent = (y[: len(d_state)] for y in views)
+        torch.matmul(after, d_output.mT, out=d_query)
+        d_state.addcmul_(query, d_output)
+        torch.sub(before, bend, out=gap).mul_(d_state)
+        torch.sum(gap, (-2, -1), keepdim=True, out=d_log_decay)
+        torch.ops.aten.tanh_backward.grad_input(d_state, bend, grad_input=bent).mul_(write)
+        torch.matmul(bent, value.mT, out=d_key)
+        torch.matmul(key.mT, bent, out=d_value)
+        d_weights[t].addcmul_(bent, before)
+        d_state.mul_(keep).addcmul_(bent, weight)
 
 
 def _advance(
@@ -146,11 +134,3 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
         outputs.append((q[t][..., None, :] @ state).squeeze(-2) * x.scale)
     output = torch.stack(outputs, dim=1).to(x.value.dtype)
     return output, x.state.copy_(state) if in_place else state
-
-
-def _runs(x: Inputs) -> Iterator[_Run]:
-    batch, first = len(x.query), 0
-    step = count_chunks(x.query, x.cu_seqlens, x.chunk_size) // batch
-    for group in split_groups(x.query, x.cu_seqlens, batch):
-        yield _Run(group.states, slice(group.begin, group.end), first, step)
-        first += -(-(group.end - group.begin) // x.chunk_size)

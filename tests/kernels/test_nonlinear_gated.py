@@ -12,6 +12,7 @@ from supra.kernels.nonlinear_gated import (
     chunk_nonlinear_gated,
     recurrent_nonlinear_gated,
 )
+from supra.kernels.nonlinear_gated import torch as torch_backend
 from supra.kernels.nonlinear_gated.api import OPERATOR
 
 FORMS = (chunk_nonlinear_gated, recurrent_nonlinear_gated)
@@ -192,6 +193,24 @@ def test_packed_sequences_are_the_same_as_separate_ones():
             chunk_nonlinear_gated, inputs, state, cu_seqlens=cu_seqlens, **options
         )
         assert_close(found, expected, 1e-13)
+
+
+def test_packed_sequences_go_through_their_tokens_together(monkeypatch):
+    bounds = [0, 7, 7, 12, 25, 28]
+    inputs = make_inputs(1, bounds[-1], 2, 5, 4)
+    moved = []
+    advance = torch_backend._advance
+
+    def count(state, *tensors, **room):
+        moved.append(len(state))
+        advance(state, *tensors, **room)
+
+    monkeypatch.setattr(torch_backend, "_advance", count)
+    output, _ = chunk_nonlinear_gated(**inputs, cu_seqlens=torch.tensor(bounds))
+    longest = [4] * 3 + [3] * 2 + [2] * 2 + [1] * 6  # of 13, 7, 5 and 3 tokens
+    assert moved == longest
+    output.sum().backward()
+    assert moved == longest * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
