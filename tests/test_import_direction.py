@@ -52,6 +52,7 @@ PACKAGES = {
     "supra/checkpoint/untrusted.py": set(),
     "supra/data": {"torch", "transformers", "datasets"},
     "supra/model/adapters.py": {"peft"},
+    "supra/model/offload.py": {"torch", "accelerate"},
     "supra/model/rows.py": {"torch"},
     "supra/bench": {"torch", "triton"},
     "supra/bench/decode.py": {"torch", "transformers"},

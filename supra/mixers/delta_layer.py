@@ -225,9 +225,9 @@ class DeltaLayer(Mixer):
     def matrix(self, inputs: MixerInputs) -> Tensor:
         """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
         The SiLU on values is left out, since it is not linear."""
-        convolved, _ = self._convolve(inputs)
         heads = self.shape.query_heads
         taps = self.conv.taps()[0][-self.value_bias.numel() :]
+        convolved, _ = self._convolve(inputs)
         inputs = replace(inputs, value=inputs.value[:, :, :1].expand(-1, -1, heads, -1))
         output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
         return output.transpose(1, 2)

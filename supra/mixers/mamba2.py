@@ -229,8 +229,8 @@ class Mamba2(Mixer):
         """[B, Hq, T, T]. The taps over values differ by channel: here each head uses their mean.
         The SiLU on values is left out, since it is not linear."""
         inputs = self._widened(inputs)
-        convolved, _ = self._convolve(inputs)
         taps = self.conv.taps()[0][: self.inner.key_heads * self.inner.value_size]
+        convolved, _ = self._convolve(inputs)
         output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
         return output.transpose(1, 2)
 

@@ -13,6 +13,7 @@ from supra.errors import UserError
 from supra.mixers import MIXERS, PRESETS, AttentionShape, Rotary, build_mixer, by_name
 from supra.mixers import resolve_mixer as resolve
 from supra.mixers.gates import bounded_exp
+from supra.model.offload import weights_of
 from supra.testing import mixer_inputs
 
 NAMES = [*MIXERS, *PRESETS]
@@ -270,7 +271,9 @@ def test_offloading_changes_nothing(mixer, shape, place, tmp_path):
 
     def outputs():
         first, state = mixer(part(inputs, 0, 29), return_state=True)
-        return first, mixer(part(inputs, 29, 30), state)[0], mixer(inputs)[0]
+        with weights_of(mixer):
+            matrix = mixer.mixing_matrix(inputs)
+        return first, mixer(part(inputs, 29, 30), state)[0], mixer(inputs)[0], matrix
 
     expected, device = outputs(), torch.device("cpu")
     model = torch.nn.ModuleList([mixer, torch.nn.Linear(1, 1)])  # softmax has nothing to offload

@@ -14,6 +14,7 @@ from supra.errors import UserError
 from supra.evaluate.ablate.floors import find_mixers
 from supra.mixers import Mixer
 from supra.model.attention import attention_modules
+from supra.model.offload import weights_of
 
 TOKENS = 512  # per row
 ROWS = 4
@@ -83,7 +84,8 @@ def measure_look_back(
     sums: dict[int, Tensor] = {}
 
     def of_mixer(layer: int, mixer: Mixer, args: tuple[Any, ...]) -> None:
-        _add(sums, layer, mixer.mixing_matrix(args[0]))
+        with weights_of(mixer):
+            _add(sums, layer, mixer.mixing_matrix(args[0]))
 
     hooks = [
         mixer.register_forward_pre_hook(partial(of_mixer, layer)) for layer, mixer in mixers.items()

@@ -198,4 +198,6 @@ def insert_recurrence(layer: nn.Module, own: type[NativeLayer]) -> None:
     """Turn a family's layer into one that can run through a mixer, in place."""
     recurrence = own.make_recurrence(layer)
     layer.__class__ = layer_class(own, type(layer))
+    if hasattr(layer, "_old_forward"):  # what Accelerate's hook calls, if weights are offloaded
+        layer._old_forward = type(layer).forward.__get__(layer)
     layer.recurrence = recurrence

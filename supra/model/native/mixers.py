@@ -18,6 +18,7 @@ from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.mamba2 import Mamba2State
 from supra.mixers.recurrence import GATED_DELTA_RULE, LINEAR_ATTENTION, scan
 from supra.mixers.short_conv import convolve
+from supra.model.offload import weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class NativeInputs(MixerInputs):
         every head; and the state of the convolution."""
         conv = self.layer.conv1d
         settings = {"activation": "silu", "state": state, "return_state": return_state}
-        inputs, state = convolve(self, names, conv.weight[:, 0], conv.bias, **settings)
+        with weights_of(conv):
+            inputs, state = convolve(self, names, conv.weight[:, 0], conv.bias, **settings)
         groups = inputs.value.shape[2] // inputs.key.shape[2]
         shared = {name: repeated(getattr(inputs, name), groups) for name in ("query", "key")}
         return replace(inputs, **shared), state
