@@ -31,6 +31,7 @@ from supra.checkpoint.config_rules import (
 from supra.checkpoint.files import fingerprint
 from supra.checkpoint.gguf_file import GgufFile
 from supra.checkpoint.json_files import read_fields
+from supra.checkpoint.placement import Placement
 from supra.checkpoint.untrusted import TOKENIZER_FILES, check_opened
 from supra.checkpoint.weights import (
     FolderReader,
@@ -52,7 +53,8 @@ OTHER_FILES = ["consolidated*", "*/*"]
 class Checkpoint:
     """A checkpoint on this disk. The weights of a hub id are downloaded when they are needed.
 
-    `name` is what the user typed.
+    `name` is what the user typed. placement: of the weights of `model()`; None for the memory of
+    the CPU.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Checkpoint:
     gguf_file: str | None = None
     hub_id: str | None = None
     revision: str | None = None
+    placement: Placement | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -147,9 +150,14 @@ class Checkpoint:
 
             # packed blocks cannot be saved or trained
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-        model, info = _opened(
-            self, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **arguments
+        opener = partial(
+            _opened,
+            self,
+            AutoModelForCausalLM.from_pretrained,
+            output_loading_info=True,
+            **arguments,
         )
+        model, info = opener() if self.placement is None else self.placement.open(opener)
         if self.gguf_file is not None:
             self._gguf.forget()
         with self.named():
@@ -191,29 +199,33 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    name: str, revision: str | None = None, files: list[str] = SMALL_FILES
+    name: str,
+    revision: str | None = None,
+    files: list[str] = SMALL_FILES,
+    placement: Placement | None = None,
 ) -> Checkpoint:
     """The checkpoint that `name` refers to. Raises UserError if it does not exist.
 
     files: patterns of the files to download now, if `name` is a hub id.
+    placement: where the weights of the model are to lie.
     """
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model {name!r}: there is no such file")
         _check_no_revision(name, revision)
-        return Checkpoint(name, path.parent, path.name)
+        return Checkpoint(name, path.parent, path.name, placement=placement)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
                 f"model {name!r}: the folder has no config.json: name the folder of a checkpoint"
             )
         _check_no_revision(name, revision)
-        return Checkpoint(name, path)
+        return Checkpoint(name, path, placement=placement)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: there is no such folder")
     folder = _download(name, revision, files)
-    return Checkpoint(name, folder, hub_id=name, revision=revision)
+    return Checkpoint(name, folder, hub_id=name, revision=revision, placement=placement)
 
 
 def _check_no_revision(name: str, revision: str | None) -> None:
@@ -272,6 +284,11 @@ def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
         logging.getLogger(__name__).debug("opening %s failed", checkpoint.name, exc_info=True)
         if "trust_remote_code" in str(error):
             raise UserError(_without_code(checkpoint, opener)) from error
+        if "offload_folder" in str(error):
+            raise UserError(
+                f"model {checkpoint.name!r}: what lies on the disk must be written anew, since its "
+                "files have another form: give --offload-folder"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         what = "the tokenizer of " if opener == AutoTokenizer.from_pretrained else ""
         raise UserError(f"{what}model {checkpoint.name!r} does not load: {reason}") from error

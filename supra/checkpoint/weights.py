@@ -185,12 +185,6 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> None:
         check_complete({**dict.fromkeys(KINDS, ()), "missing_keys": missing})
 
 
-def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the model's first tensor with NaN or infinity, or None."""
-    tensors = ((name, x) for name, x in model.state_dict().items() if not x.is_meta)
-    return next((name for name, x in tensors if not x.isfinite().all()), None)
-
-
 def _stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """The shape of each stored tensor, and safetensors' name of its dtype."""
     found = {}

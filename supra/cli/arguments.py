@@ -3,11 +3,14 @@
 Each function takes the option's name for its messages, and raises UserError for a wrong value.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from supra.errors import UserError, check_choice, shown
 from supra.uptrain import limits
+
+SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([KMG])(i?)B", re.IGNORECASE)
 
 
 def parse_whole(option: str, text: str, minimum: int | None, maximum: int) -> int:
@@ -63,6 +66,24 @@ def parse_choice(option: str, text: str, choices: Sequence[str]) -> str:
 def parse_text(option: str, text: str) -> str:
     """The text as it is, also where it is not valid UTF-8."""
     return text
+
+
+def parse_memory(option: str, text: str) -> dict[int | str, int]:
+    """`"0=20GB,cpu=8GiB"` as bytes by device; the number of a GPU is an integer."""
+    found: dict[int | str, int] = {}
+    for part in parse_names(option, text) or [""]:
+        device, _, size = part.partition("=")
+        known = SIZE.fullmatch(size)
+        if not device or known is None or device in map(str, found):
+            raise UserError(
+                f"{option} (={shown(text)}) must give each device one size, in KB, MB, GB, KiB, "
+                "MiB or GiB: as cpu=8GB, or 0=20GB,cpu=60GB"
+            )
+        number, prefix, binary = known.groups()
+        power = "KMG".index(prefix.upper()) + 1
+        size_in_bytes = float(number) * (1024 if binary else 1000) ** power
+        found[int(device) if device.isdecimal() else device] = int(size_in_bytes)
+    return found
 
 
 def parse_file(option: str, text: str) -> Path:

@@ -7,8 +7,11 @@ import typer
 
 from supra.cli.help import MEASURE, Command
 from supra.cli.options import (
+    DeviceMap,
     Dtype,
     Json,
+    MaxMemory,
+    OffloadFolder,
     Text,
     TextField,
     argument,
@@ -62,6 +65,9 @@ def diagnose(
         Path | None, folder("--out", "Folder to make for diagnosis.json and pictures.")
     ] = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
     fix: Annotated[
         str | None,
@@ -95,10 +101,12 @@ def diagnose(
 ) -> None:
     """See what happens to loss and states beyond the trained length."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.long_context.diagnosis import diagnose
 
+    where = placement(device_map, max_memory, offload_folder)
     result = diagnose(
-        find_checkpoint(model),
+        find_checkpoint(model, placement=where),
         text,
         text_field=text_field,
         stream_length=to,

@@ -8,9 +8,12 @@ import typer
 
 from supra.cli.help import MEASURE, Command, Group
 from supra.cli.options import (
+    DeviceMap,
     Dtype,
     Json,
+    MaxMemory,
     Model,
+    OffloadFolder,
     Seed,
     Text,
     TextField,
@@ -50,14 +53,19 @@ def text(
     ] = None,
     batch: Batch = 4,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
 ) -> None:
     """Perplexity of a model on a text, as a whole and by position in the document."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.evaluate.text_perplexity import evaluate_text
 
+    where = placement(device_map, max_memory, offload_folder)
     result = evaluate_text(
-        find_checkpoint(model),
+        find_checkpoint(model, placement=where),
         text,
         text_field=text_field,
         sequence_length=sequence_length,
@@ -100,17 +108,22 @@ def ablate(
     batch: Batch = 4,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
 ) -> None:
     """Find what each part of a converted model costs or contributes."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.evaluate.ablate.ablation import diagnose
 
+    where = placement(device_map, max_memory, offload_folder)
     result = diagnose(
-        find_checkpoint(model),
+        find_checkpoint(model, placement=where),
         text,
         parts=parts,
-        teacher=None if teacher is None else find_checkpoint(teacher),
+        teacher=None if teacher is None else find_checkpoint(teacher, placement=where),
         text_field=text_field,
         sequence_length=sequence_length,
         tokens=tokens,
@@ -149,14 +162,19 @@ def task(
     samples: Annotated[int, whole("--samples", "Rows of each length.", limits.COUNT)] = 256,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
 ) -> None:
     """Accuracy of a model in rows of a synthetic language. It reads no text."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.evaluate.tasks.task import evaluate_task
 
+    where = placement(device_map, max_memory, offload_folder)
     result = evaluate_task(
-        find_checkpoint(model),
+        find_checkpoint(model, placement=where),
         task,
         lengths=lengths,
         pairs=pairs,
@@ -194,14 +212,19 @@ def passkey(
     ] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
 ) -> None:
     """Find a number that is hidden in a long text. The text is made up."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.evaluate.tasks.passkey import evaluate_passkey
 
+    where = placement(device_map, max_memory, offload_folder)
     result = evaluate_passkey(
-        find_checkpoint(model),
+        find_checkpoint(model, placement=where),
         lengths=lengths,
         depths=depths,
         keys=keys,
@@ -264,17 +287,22 @@ def suite(
     ] = None,
     card: Annotated[bool, flag("--card", "Write the table into the model card.")] = False,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
 ) -> None:
     """What a model keeps of its teacher's ability: tasks, text, in-context learning."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.evaluate.suite.parts import Settings
     from supra.evaluate.suite.suite import evaluate_suite
 
+    where = placement(device_map, max_memory, offload_folder)
     result = evaluate_suite(
-        find_checkpoint(model),
+        find_checkpoint(model, placement=where),
         data,
-        teacher=None if teacher is None else find_checkpoint(teacher),
+        teacher=None if teacher is None else find_checkpoint(teacher, placement=where),
         tasks=tasks,
         settings=Settings(limit, tuple(shots), sequence_length, seed),
         batch=batch,

@@ -5,7 +5,18 @@ from typing import Annotated
 import typer
 
 from supra.cli.help import RUN, Command
-from supra.cli.options import Dtype, Model, Seed, flag, number, string, whole
+from supra.cli.options import (
+    DeviceMap,
+    Dtype,
+    MaxMemory,
+    Model,
+    OffloadFolder,
+    Seed,
+    flag,
+    number,
+    string,
+    whole,
+)
 from supra.uptrain import limits
 
 app = typer.Typer()
@@ -32,13 +43,18 @@ def generate(
     beams: Annotated[int, whole("--beams", "Beams of the search.", limits.BEAMS)] = 1,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
 ) -> None:
     """Continue a prompt."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.serving.generation import stream_text
 
+    where = placement(device_map, max_memory, offload_folder)
     stream_text(
-        find_checkpoint(model),
+        find_checkpoint(model, placement=where),
         prompt,
         chat=chat,
         max_new_tokens=max_new_tokens,

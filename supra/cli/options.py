@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from supra.cli.arguments import (
     parse_file,
     parse_folder,
     parse_integers,
+    parse_memory,
     parse_names,
     parse_number,
     parse_text,
@@ -21,6 +23,7 @@ from supra.uptrain import limits
 
 DTYPES = ("float32", "bfloat16", "float16")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
+PLACEMENT = "A model larger than memory"
 EXPORT_TARGETS = ("qwen3_5", "granite", "gguf")
 
 
@@ -74,8 +77,8 @@ def file(name: str, help: str, metavar: str = "FILE") -> Any:
     return option(name, help, parse_file, metavar)
 
 
-def folder(name: str, help: str) -> Any:
-    return option(name, help, parse_folder, "FOLDER")
+def folder(name: str, help: str, **more: Any) -> Any:
+    return option(name, help, parse_folder, "FOLDER", **more)
 
 
 def flag(name: str, help: str, **more: Any) -> Any:
@@ -100,6 +103,35 @@ Dtype = Annotated[
     str | None,
     choice(
         "--dtype", f"{', '.join(DTYPES)}. Default: the dtype of the model's file.", DTYPES, "DTYPE"
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    string(
+        "--device-map",
+        "Where the weights lie: auto fills the GPUs, then memory, then the disk; or one device, "
+        "such as cpu. Default: the GPU if there is one.",
+        "auto|DEVICE",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+MaxMemory = Annotated[
+    dict | None,
+    option(
+        "--max-memory",
+        "Weights that a device holds at most, with --device-map auto: as cpu=8GB, or "
+        "0=20GB,cpu=60GB with a GPU. Default: what is free.",
+        parse_memory,
+        "DEVICE=SIZE,…",
+        rich_help_panel=PLACEMENT,
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    folder(
+        "--offload-folder",
+        "Folder for weights that must be written anew for the disk.",
+        rich_help_panel=PLACEMENT,
     ),
 ]
 Seed = Annotated[int, whole("--seed", "Seed of all random choices.", limits.SEED, minimum=0)]

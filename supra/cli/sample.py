@@ -7,7 +7,20 @@ import typer
 
 from supra.cli.arguments import parse_file
 from supra.cli.help import RUN, Command
-from supra.cli.options import Dtype, Model, Seed, TextField, flag, number, option, string, whole
+from supra.cli.options import (
+    DeviceMap,
+    Dtype,
+    MaxMemory,
+    Model,
+    OffloadFolder,
+    Seed,
+    TextField,
+    flag,
+    number,
+    option,
+    string,
+    whole,
+)
 from supra.errors import UserError
 from supra.uptrain import limits
 
@@ -60,9 +73,13 @@ def sample(
     batch: Annotated[int, whole("--batch", "Records that are written at once.", limits.COUNT)] = 32,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
 ) -> None:
     """Let a model write text to train on; the same command continues an interrupted one."""
     from supra.checkpoint.opening import find_checkpoint, parse_dtype
+    from supra.checkpoint.placement import placement
     from supra.serving.sampling import sample as write
     from supra.serving.writers import Sampling
 
@@ -80,4 +97,5 @@ def sample(
         prefix_tokens=prefix_tokens or PREFIX_TOKENS,
         text_field=text_field,
     )
-    write(find_checkpoint(model), out, settings, parse_dtype(dtype))
+    where = placement(device_map, max_memory, offload_folder)
+    write(find_checkpoint(model, placement=where), out, settings, parse_dtype(dtype))

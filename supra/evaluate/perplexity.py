@@ -12,6 +12,7 @@ from supra.data.packing import IGNORE, Block, collate, shifted_labels
 from supra.errors import UserError
 from supra.losses.token_losses import next_token_nats
 from supra.model.native.adapter import documents_apart
+from supra.model.offload import device_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def token_nats(
     """
     if not blocks:
         raise UserError("perplexity needs at least one block of text")
-    device = next(model.parameters()).device
+    device = device_of(model)
     was_training = model.training
     model.eval()
     for start in range(0, len(blocks), batch_size):

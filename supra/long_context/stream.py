@@ -25,6 +25,7 @@ from supra.losses.chunked import chunks, logits_of
 from supra.losses.token_losses import next_token_nats
 from supra.model.cache import cache_name
 from supra.model.native.adapter import empty_cache
+from supra.model.offload import device_of
 
 CHARACTERS = 2**16  # tokenised at a time; a book's offsets and masks would take 100 times its size
 FINE = 256  # maximum number of equal buckets
@@ -95,7 +96,7 @@ class Reader:
     def advance(self, ids: Tensor) -> Tensor:
         """Read tokens [n]; returns their last hidden states [n, D]."""
         base = getattr(self.model, self.model.base_model_prefix)
-        ids = ids.to(self.model.device)[None]
+        ids = ids.to(device_of(self.model))[None]
         end = self.length + ids.shape[1]
         inputs = {"position_ids": torch.arange(self.length, end, device=ids.device)[None]}
         inputs[cache_name(base)] = self.cache

@@ -74,6 +74,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     scale or cap their logits.
     """
     head = copy.copy(model)
+    vars(head).pop("forward", None)  # Accelerate's, with a device map: it would run `model` itself
     given = _Given(hidden.unsqueeze(0), getattr(model, model.base_model_prefix))
     object.__setattr__(head, "_modules", {**model._modules, model.base_model_prefix: given})
     return head(use_cache=False).logits.squeeze(0)

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from supra.checkpoint.opening import Checkpoint
-from supra.checkpoint.weights import first_not_finite
 from supra.errors import UserError
 from supra.model.native.adapter import adopt
+from supra.model.offload import first_not_finite
 
 
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype | None, may_overflow: bool = False
 ) -> PreTrainedModel:
-    """Load a model, onto the GPU if there is one.
+    """Load a model, to where the checkpoint's placement says; without one, onto the GPU if there is
+    one.
 
     A `state_policy` in the config acts, also on a model that is recurrent in transformers itself.
 
@@ -33,7 +34,9 @@ def load_model(
         )
     if not may_overflow:
         model.get_output_embeddings().register_forward_hook(partial(_check_logits, model))
-    return model.to("cuda") if torch.cuda.is_available() else model
+    if checkpoint.placement is None and torch.cuda.is_available():
+        model.to("cuda")
+    return model
 
 
 def _check_logits(model: PreTrainedModel, module: nn.Module, args: tuple, logits: Tensor) -> None:

@@ -7,7 +7,9 @@ at another time asks for them here.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from accelerate.utils import align_module_device
+from accelerate.utils.modeling import named_module_tensors
 from torch import nn
 
 
@@ -19,3 +21,21 @@ def weights_of(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             stack.enter_context(align_module_device(part))
         yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs and returns its outputs. Offloaded weights are on no device,
+    and a model of them alone runs on the CPU."""
+    found = (x.device for x in model.parameters() if not x.is_meta)
+    return next(found, torch.device("cpu"))
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of the model's first tensor with NaN or infinity, or None. Offloaded weights are
+    read one module at a time."""
+    for path, module in model.named_modules():
+        with align_module_device(module):
+            for name, x in named_module_tensors(module, remove_non_persistent=True):
+                if not x.is_meta and not x.isfinite().all():
+                    return f"{path}.{name}".lstrip(".")
+    return None

@@ -29,6 +29,7 @@ from supra.mixers.state_policy import Past
 from supra.model.attention import attention_modules
 from supra.model.cache import MixerLayer, belong_to, new_cache
 from supra.model.modeling import SupraModel
+from supra.model.offload import device_of
 
 FORMAT = "supra_state"
 SAMPLES = 64  # how many numbers of a parameter go into its checksum
@@ -97,7 +98,9 @@ def load_state(file: str | Path, model: PreTrainedModel, *, other_weights: bool 
     cache = new_cache(len(states))
     for i, (layer, state, saved) in enumerate(zip(cache.layers, states, layers, strict=True)):
         found = {name: tensors.get(f"{i}.{name}") for name in state._fields}
-        layer.state = state(**{n: x if x is None else x.to(model.device) for n, x in found.items()})
+        layer.state = state(
+            **{n: x if x is None else x.to(device_of(model)) for n, x in found.items()}
+        )
         layer.length, layer.is_initialized = saved["length"], True
     belong_to(cache, base)
     return cache

@@ -9,6 +9,7 @@ from supra.checkpoint.opening import Checkpoint
 from supra.data.packing import start_tokens, text_tokens
 from supra.errors import UserError, foreign_errors
 from supra.model.loading import load_model
+from supra.model.offload import device_of
 
 
 def stream_text(
@@ -33,7 +34,7 @@ def stream_text(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = model.generate(
-        **encoded.to(model.device),
+        **encoded.to(device_of(model)),
         max_new_tokens=max_new_tokens,
         num_beams=beams,
         streamer=streamer if beams == 1 else None,

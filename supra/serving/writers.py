@@ -25,6 +25,7 @@ from supra.data.chat import render
 from supra.data.packing import plain_tokens, start_tokens, text_tokens
 from supra.data.text import open_documents
 from supra.errors import UserError
+from supra.model.offload import device_of
 from supra.serving.draft import Counted
 
 MARK = "supra-marks-this-place"  # stands for a message in a template
@@ -92,7 +93,7 @@ class Writer(ABC):
         gaps = [longest - len(prompt) for prompt in prompts]
         rows = [[*[0] * gap, *prompt] for gap, prompt in zip(gaps, prompts, strict=True)]
         mask = [[*[0] * gap, *[1] * (longest - gap)] for gap in gaps]
-        ends, device = sorted(self.ends), self.model.device
+        ends, device = sorted(self.ends), device_of(self.model)
         output = self.model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),

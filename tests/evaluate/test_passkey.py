@@ -162,8 +162,6 @@ def test_answers_are_those_of_generate(folder, tokenizer, name, monkeypatch):
 class Reader:
     """A model that remembers everything and gives the key that is asked for, or `wrong`."""
 
-    device = torch.device("cpu")
-
     def __init__(self, tokenizer, wrong=lambda depth: None):
         self.tokenizer, self.wrong, self.widths = tokenizer, wrong, []
 
@@ -172,6 +170,9 @@ class Reader:
 
     def modules(self):
         return ()
+
+    def parameters(self):
+        return iter(())
 
     def named_modules(self):
         return ()

@@ -14,6 +14,7 @@ INIT = "init --like {base} --out {out}"
 GGUF = "export {ready} --to gguf --idle-attention --out {out}"
 EXPORT = "export {ready} --to qwen3_5 --idle-attention --out {out}"
 GENERATE = "generate --model {rnn} --max-new-tokens 2"
+PLACED = GENERATE + " --prompt river --device-map"
 PLAN = "plan --config {yaml} --gpus 1x80GB"
 SAMPLE = "sample --model {rnn} --tokens 40 --length 16 --batch 4 --out {here}/own.jsonl"
 
@@ -46,6 +47,8 @@ REFUSED = {
         ("--model {rnn} --tokens 40 --out /proc/own.jsonl", "/proc"),
     ],
     SAMPLE: [
+        ("--device-map gpu", "--device-map (=gpu)"),
+        ("--max-memory cpu=1GB", "--max-memory needs"),
         ("--temperature 0", "--temperature (=0.0)"),
         ("--temperature -1", "--temperature (=-1.0)"),
         ("--temperature nan", "--temperature (=nan)"),
@@ -101,6 +104,7 @@ REFUSED = {
         ("--model {base} --out /proc/rnn", "rnn"),
     ],
     CONVERT: [
+        ("--device-map auto", "no option --device-map"),
         ("--mixer ''", "mixer ''"),
         ("--mixer supar", "did you mean 'supra'"),
         ("--mixer SUPRA", "'SUPRA'"),
@@ -273,6 +277,9 @@ REFUSED = {
         ("{base} --context 9223372036854775807", "context"),
     ],
     EVAL: [
+        ("--device-map gpu", "--device-map (=gpu)"),
+        ("--device-map auto --max-memory cpu=lots", "--max-memory (='cpu=lots')"),
+        ("--max-memory cpu=1GB", "--max-memory needs"),
         ("--tokens 0", "tokens"),
         ("--tokens -5", "tokens"),
         ("--tokens many", "--tokens"),
@@ -303,6 +310,7 @@ REFUSED = {
         ("--model {rnn} --text ''", "text"),
     ],
     ABLATE: [
+        ("floors --device-map gpu", "--device-map (=gpu)"),
         ("recal", "did you mean 'recall'"),
         ("floors,flors", "flors"),
         ("layers", "--teacher"),
@@ -316,6 +324,7 @@ REFUSED = {
         ("recall --seed -1 --recall-lengths 2", "--seed"),
     ],
     TASK: [
+        ("mqar --device-map gpu", "--device-map (=gpu)"),
         ("", "--task"),
         ("''", "task ''"),
         ("inductoin", "did you mean 'induction'"),
@@ -344,6 +353,7 @@ REFUSED = {
         ("passkey", "passkey"),
     ],
     PASSKEY: [
+        ("--device-map gpu", "--device-map (=gpu)"),
         ("--lengths 3 --samples 1", "length"),
         ("--lengths 0", "lengths"),
         ("--depths 0 --lengths 256", "depths"),
@@ -363,6 +373,7 @@ REFUSED = {
         ("--model {here}/none --data {here}", "no such folder"),
     ],
     SUITE: [
+        ("--device-map gpu", "--device-map (=gpu)"),
         ("--tasks wikitxt", "'wikitxt'"),
         ("--teacher {gpt2} --tasks wikitext", "no file for wikitext"),
         ("--teacher {here}/none", "no such folder"),
@@ -421,6 +432,7 @@ REFUSED = {
         ("{rnn} --text {text} --to 64", "--trained-length"),
         ("{base} --text {text} --to 64 --trained-length 16", "convert"),
         ("{here}/none --text {text}", "no such folder"),
+        ("{rnn} --text {text} --to 64 --trained-length 16 --device-map gpu", "--device-map (=gpu)"),
         ("{gguf} --text {text} --to 64 --trained-length 16 --fix auto", "convert"),
     ],
     GENERATE: [
@@ -443,9 +455,38 @@ REFUSED = {
         ("--prompt river --max-new-tokens -1", "max-new-tokens"),
         ("--prompt river --max-new-tokens 1e3", "--max-new-tokens"),
         ("--prompt river --dtype float8", "dtype"),
+        ("--prompt river --max-memory cpu=1GB", "--max-memory needs --device-map auto"),
+        ("--prompt river --offload-folder {here}/away", "--offload-folder needs --device-map auto"),
         ("--prompt caf\udce9", "--prompt"),
         ("--prompt '\udcff\udcfe'", "--prompt"),
         ("--prompt 'a\ud800b'", "--prompt"),
+    ],
+    PLACED: [
+        ("''", "--device-map (=)"),
+        ("gpu", "--device-map (=gpu) must be auto"),
+        ("meta", "--device-map (=meta)"),
+        ("disk", "--device-map (=disk)"),
+        ("cuda:77", "--device-map (=cuda:77)"),
+        ("'a\udcffb'", "--device-map"),
+        ("cpu --max-memory cpu=1GB", "--max-memory has no effect on --device-map (=cpu)"),
+        ("cpu --offload-folder {here}/away", "--offload-folder has no effect"),
+        ("auto --max-memory 1GB", "--max-memory (='1GB')"),
+        ("auto --max-memory ''", "--max-memory"),
+        ("auto --max-memory cpu=", "--max-memory (='cpu=')"),
+        ("auto --max-memory =1GB", "--max-memory (='=1GB')"),
+        ("auto --max-memory cpu=1", "KB, MB, GB"),
+        ("auto --max-memory cpu=-1GB", "--max-memory (='cpu=-1GB')"),
+        ("auto --max-memory cpu=1e400GB", "--max-memory"),
+        ("auto --max-memory cpu=1TB", "--max-memory (='cpu=1TB')"),
+        ("auto --max-memory cpu=1GB,cpu=2GB", "one size"),
+        ("auto --max-memory 77=1GB", "the device 77"),
+        ("auto --max-memory tpu=1GB", "the device 'tpu'"),
+        ("auto --max-memory disk=1GB", "the device 'disk'"),
+        ("auto --offload-folder ''", "--offload-folder"),
+        ("auto --offload-folder {text}", "is a file"),
+        ("auto --offload-folder {text}/away", "--offload-folder"),
+        ("auto --offload-folder /dev/null/away", "--offload-folder"),
+        ("auto --offload-folder /proc/away", "--offload-folder"),
     ],
     CONVERT + " --export-ready": [
         ("''", "unknown --export-ready"),
@@ -656,6 +697,8 @@ CASES: list[Case] = [
     refused(GENERATE.replace("{rnn}", "{model}") + " --prompt 'a\udcffb' --chat", "--prompt",
             make=copied("rnn", fields({"chat_template": TEMPLATE}, "tokenizer_config.json")),
             name="a prompt of a chat that is not UTF-8"),
+    refused(PLACED.replace("{rnn}", "{qwen3_moe}") + " auto --max-memory cpu=100KB",
+            "give --offload-folder", name="experts that are written anew, and nowhere to"),
     refused(PLAN + " --model {rnn}", "already converted", name="a plan to convert a student"),
     refused(PLAN + " --model {base} student={rnn}", "keep one", name="a plan of two students"),
     refused(PLAN + " --model {here}/none", "no such folder", name="a plan of no model"),

@@ -17,6 +17,7 @@ from supra.data.packing import Block, collate
 from supra.errors import UserError
 from supra.evaluate.ablate.floors import find_mixers
 from supra.model.attention import attention_modules
+from supra.model.offload import device_of
 from supra.model.rows import document_boundaries
 
 
@@ -77,7 +78,7 @@ def measure_layer_errors(
     sums = [torch.zeros(2, dtype=torch.float64) for _ in pairs]  # |y - y*|², |y*|²
     for start in range(0, len(blocks), batch_size):
         batch = collate(blocks[start : start + batch_size])
-        inputs = {x: batch[x].to(teacher.device) for x in ("input_ids", "position_ids")}
+        inputs = {x: batch[x].to(device_of(teacher)) for x in ("input_ids", "position_ids")}
         mask = document_boundaries(inputs["position_ids"], len(batch["input_ids"]))
         with ExitStack() as hooks:
             for (own, other), total in zip(pairs, sums, strict=True):

@@ -14,7 +14,7 @@ from supra.errors import UserError
 from supra.evaluate.ablate.floors import find_mixers
 from supra.mixers import Mixer
 from supra.model.attention import attention_modules
-from supra.model.offload import weights_of
+from supra.model.offload import device_of, weights_of
 
 TOKENS = 512  # per row
 ROWS = 4
@@ -130,7 +130,7 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 def _read(model: PreTrainedModel, rows: Sequence[list[int]]) -> None:
     """Read the rows one at a time, because a layer's matrices have heads × tokens² elements."""
     for row in rows:
-        ids = torch.tensor([row], device=model.device)
+        ids = torch.tensor([row], device=device_of(model))
         getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.data.packing import start_tokens
 from supra.evaluate.ablate.lookback import cut_rows
+from supra.model.offload import device_of
 
 PROMPTS = 3
 PROMPT_TOKENS = 32
@@ -38,7 +39,7 @@ def generate_samples(
     """Greedy continuations of pieces of the text. `documents` are lists of tokens."""
     start = start_tokens(tokenizer)
     pieces = cut_rows(documents, PROMPT_TOKENS, rows=PROMPTS)
-    prompts = torch.tensor([start + piece for piece in pieces], device=model.device)
+    prompts = torch.tensor([start + piece for piece in pieces], device=device_of(model))
     output = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),

@@ -26,6 +26,7 @@ from supra.evaluate.tasks.prompts import ANSWER_TOKENS, continuation_tokens
 from supra.model.cache import cache_in
 from supra.model.loading import load_model
 from supra.model.native.adapter import accelerate, adopt
+from supra.model.offload import device_of
 from supra.model.positions import check_positions
 
 TASK = "passkey"
@@ -244,7 +245,7 @@ def greedy_answers(
     model: PreTrainedModel, prompts: Sequence[Passkey], bar: tqdm | None = None
 ) -> list[list[int]]:
     """Greedy answers to prompts of equal length; each has as many tokens as its key."""
-    ids = torch.tensor([x.prompt for x in prompts], device=model.device)
+    ids = torch.tensor([x.prompt for x in prompts], device=device_of(model))
     logits, cache = read_in_pieces(model, ids, PIECE, bar=bar)
     said = [logits.argmax(-1)]
     for at in range(1, max(len(x.answer) for x in prompts)):

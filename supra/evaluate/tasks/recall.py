@@ -21,6 +21,7 @@ from supra.evaluate.tasks.prompts import (
     single_token_words,
 )
 from supra.evaluate.tasks.scoring import BATCH_TOKENS, score_continuations
+from supra.model.offload import device_of
 from supra.model.positions import check_positions
 
 LENGTHS = (256, 512, 1024, 2048)
@@ -153,13 +154,13 @@ def recall_hits(
     Two tensors, bool [N, Q], with the Q answers of a row in the order of its `queries`. Rows have
     equal length.
     """
-    hits = []
+    hits, device = [], device_of(model)
     size = max(1, batch_tokens // len(rows[0].ids))
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
-        ids = torch.tensor([row.ids for row in some], device=model.device)
-        at = torch.tensor([row.queries for row in some], device=model.device)
-        values = torch.tensor([row.values for row in some], device=model.device)
+        ids = torch.tensor([row.ids for row in some], device=device)
+        at = torch.tensor([row.queries for row in some], device=device)
+        values = torch.tensor([row.values for row in some], device=device)
         logits = model(input_ids=ids, use_cache=False).logits
         answers = ids.gather(1, at + 1)
         logits = logits.take_along_dim(at[..., None], dim=1)  # [N, queries, V]

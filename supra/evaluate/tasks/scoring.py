@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from supra.data.packing import IGNORE
 from supra.losses.token_losses import next_token_nats
 from supra.model.cache import cache_in
+from supra.model.offload import device_of
 
 # Tokens of prompts per forward pass. The cache is then repeated for every continuation.
 BATCH_TOKENS = 2048
@@ -155,10 +156,11 @@ def _read_shared(
 ) -> _Shared:
     lengths = torch.tensor([len(prefix) for prefix in prefixes])
     ids, mask = _left_padded(prefixes, lengths)
+    device = device_of(model)
     output = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
         use_cache=goes_on,
         logits_to_keep=scored + 1,
     )
@@ -173,18 +175,18 @@ def _score_rest(
     model: PreTrainedModel, shared: _Shared, rows: Sequence[tuple[int, Row]]
 ) -> list[Score]:
     """The scores of some rows, each with the number of its group."""
-    groups = torch.tensor([at for at, _ in rows])
+    groups, device = torch.tensor([at for at, _ in rows]), device_of(model)
     mask, lengths = shared.mask[groups], shared.lengths[groups]
     rest = [row.tokens[length:] for (_, row), length in zip(rows, lengths.tolist(), strict=True)]
     ids = _right_padded(rest)  # [M, L]
     logits = shared.last[groups.to(shared.last.device)][:, None]
     if ids.shape[1] > 1:
         given = ids[:, :-1].clamp(min=0)
-        at = groups.to(model.device)
+        at = groups.to(device)
         more = model(
-            input_ids=given.to(model.device),
-            attention_mask=torch.cat([mask, torch.ones_like(given)], dim=1).to(model.device),
-            position_ids=(lengths[:, None] + torch.arange(given.shape[1])).to(model.device),
+            input_ids=given.to(device),
+            attention_mask=torch.cat([mask, torch.ones_like(given)], dim=1).to(device),
+            position_ids=(lengths[:, None] + torch.arange(given.shape[1])).to(device),
             use_cache=True,
             **{name: fork_cache(cache, at) for name, cache in shared.cache.items()},
         )
