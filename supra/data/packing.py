@@ -41,6 +41,12 @@ def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def continuation_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
+    """The tokens of `text` as they follow `prompt`. Tokenized alone, `text` may get an extra
+    space."""
+    return plain_tokens(tokenizer, prompt + text)[len(plain_tokens(tokenizer, prompt)) :]
+
+
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text.
 

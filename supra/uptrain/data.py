@@ -174,7 +174,7 @@ class BlockStream:
 
 
 def training_documents(config: UptrainConfig) -> list[Documents]:
-    """The documents of each training text, without those that are held out."""
+    """The documents of each training text that is read, without those that are held out."""
     data = config.data
     order = {"seed": data.shuffle_seed, "buffer": data.shuffle_buffer}
     return [
@@ -187,7 +187,7 @@ def training_documents(config: UptrainConfig) -> list[Documents]:
             parts=not data.eval_documents,
             **order,
         )
-        for text in data.texts
+        for text in data.read
     ]
 
 
@@ -212,11 +212,12 @@ def held_out_blocks(config: UptrainConfig, tokenizer: PreTrainedTokenizerBase) -
     """Blocks with about eval.tokens tokens of held-out text; [] if the config has no such text.
 
     The first documents of several sources have the sources' shares of the tokens. None are
-    rewritten for recall.
+    rewritten for recall, and sources of passkeys have none.
     """
     data, tokens = config.data, config.eval.tokens
     if data.eval_documents:
-        parts = zip(data.texts, data.shares, strict=True)
+        total = sum(text.weight for text in data.read)
+        parts = [(text, text.weight / total) for text in data.read]
     elif data.eval_path:
         parts = [(SourceConfig(path=data.eval_path), 1)]
     elif data.eval_split:

@@ -3,13 +3,23 @@
 from pydantic import Field
 
 from supra.settings.model import Settings
-from supra.uptrain.limits import BEAMS, PASS, SEED, TEXT
+from supra.uptrain.limits import BEAMS, PASS, PASSKEYS, SEED, TEXT
 
 
 class SourceConfig(Settings):
     """One of the texts of a mixture."""
 
-    path: str = Field(description="The text; takes what data.path takes.")
+    path: str | None = Field(
+        None,
+        description="The text; takes what data.path takes. Either path or passkeys must be set.",
+    )
+    passkeys: int | None = Field(
+        None,
+        ge=1,
+        le=PASSKEYS,
+        description="Make the rows, in place of path: each hides this many numbers in a text as "
+        "long as the row and asks for one of them at its end. Only the answers are learned.",
+    )
     weight: float = Field(
         1.0,
         gt=0,
@@ -30,6 +40,8 @@ class SourceConfig(Settings):
     @property
     def label(self) -> str:
         """What the text is called in the log and in messages."""
+        if self.passkeys:
+            return f"passkeys ({self.passkeys})"
         split = None if self.split == "train" else self.split
         recall = "(recall)" if self.recall else None
         return " ".join(filter(None, [self.path, self.name, split, recall]))
@@ -93,6 +105,11 @@ class DataConfig(Settings):
         if self.sources:
             return self.sources
         return (SourceConfig(path=self.path, name=self.name, split=self.split),)
+
+    @property
+    def read(self) -> tuple[SourceConfig, ...]:
+        """The training texts that are read and not made."""
+        return tuple(text for text in self.texts if not text.passkeys)
 
     @property
     def shares(self) -> list[float]:

@@ -11,5 +11,6 @@ STEP = 2**26  # tokens of a step in one process; the largest runs have as many i
 COUNT = 10**6  # rows, measurements, new tokens
 WIDTH = 2**16  # channels, ranks, heads
 VOCABULARY = 2**24  # the largest public ones have 2**18 tokens
+PASSKEYS = 10**5  # of five digits, which all differ
 BEAMS = 2**10  # and processes, threads
 SEED = 2**32 - 1  # numpy's

@@ -7,6 +7,7 @@ import torch
 
 from supra.data.packing import Block
 from supra.uptrain.data import BlockStream
+from supra.uptrain.passkey_rows import PasskeyRows
 
 
 class Mixture:
@@ -22,7 +23,7 @@ class Mixture:
 
     def __init__(
         self,
-        streams: Sequence[BlockStream],
+        streams: Sequence[BlockStream | PasskeyRows],
         shares: Sequence[float],
         *,
         seed: int | None = None,  # None: the first source comes first

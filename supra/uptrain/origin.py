@@ -20,7 +20,7 @@ def origin(config: UptrainConfig, datasets: Sequence[Any]) -> dict[str, str]:
     found = {"student": student.fingerprint(), "tokenizer": student.tokenizer_fingerprint()}
     if config.distill:
         found["teacher"] = find_checkpoint(config.teacher).fingerprint()
-    texts = map(_text, config.data.texts, datasets)
+    texts = map(_text, config.data.read, datasets)
     return found | {"text": "; ".join(texts)}
 
 

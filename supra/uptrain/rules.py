@@ -2,7 +2,7 @@
 
 from supra.errors import UserError, shown
 from supra.uptrain.config import BudgetConfig, UptrainConfig
-from supra.uptrain.data_settings import DataConfig
+from supra.uptrain.data_settings import DataConfig, SourceConfig
 from supra.uptrain.limits import PASS, STEP
 
 END_TO_END = {"distill", "tune", "extend"}  # stages
@@ -44,9 +44,24 @@ def _check_texts(data: DataConfig) -> None:
         if (value := getattr(data, key)) != default:
             inside = "data.eval_path" if key == "eval_split" else f"{key} in a source"
             raise UserError(f"data.{key} (={value}) is for data.path: give {inside} instead")
+    for number, text in enumerate(data.sources):
+        _check_source(f"data.sources[{number}]", text)
     labels = [text.label for text in data.sources]
     if twice := next((x for x in labels if labels.count(x) > 1), None):
         raise UserError(f"data.sources has {shown(twice)} twice: keep one, with both weights added")
+
+
+def _check_source(key: str, text: SourceConfig) -> None:
+    if text.path is None and text.passkeys is None:
+        raise UserError(f"{key}.path is missing: set it in the config, or passkeys")
+    if text.passkeys is None:
+        return
+    for name in ("path", "name", "split", "text_field", "recall"):
+        if (value := getattr(text, name)) != SourceConfig.model_fields[name].default:
+            raise UserError(
+                f"{key}.{name} (={value}) is for texts that are read, and passkeys make theirs: "
+                "keep one of them"
+            )
 
 
 def _check_batch(config: UptrainConfig, name: str) -> None:

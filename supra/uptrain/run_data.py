@@ -12,14 +12,15 @@ from supra.uptrain.config import UptrainConfig
 from supra.uptrain.data import BlockStream, held_out_blocks, training_documents
 from supra.uptrain.lanes import Lanes, Stream
 from supra.uptrain.mixture import Mixture
+from supra.uptrain.passkey_rows import PasskeyRows
 
 
 class RunData:
     """Opened once per process. Raises UserError for text or a tokenizer that cannot be used.
 
-    `held_out` has the held-out blocks, and `documents` those of each training text; `hub_texts` are
-    the hub names of the training texts, [] if one of them has none. `lanes`, `reader` and `readers`
-    are as in `Lanes`.
+    `held_out` has the held-out blocks, and `documents` those of each training text that is read;
+    `hub_texts` are the hub names of those texts, [] if one of them has none. `lanes`, `reader` and
+    `readers` are as in `Lanes`.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class RunData:
         check_tokenizer(self.tokenizer)
         self.held_out = held_out_blocks(config, self.tokenizer)
         self.documents = training_documents(config)
-        names = [hub_name(text.path) for text in config.data.texts]
+        names = [hub_name(text.path) for text in config.data.read]
         self.hub_texts = list(dict.fromkeys(names)) if all(names) else []
 
     def rows(self, sequence_length: int, segments: int | None, setting: str) -> Lanes:
@@ -53,21 +54,18 @@ class RunData:
             self.executor.shutdown(wait=False, cancel_futures=True)
 
     def _stream(self, rank: int, world: int, **row: Any) -> Stream:
-        settings = self.settings
-        names = [f"the source {x.label}" for x in settings.sources or ()] or ["the data"]
-        streams = [
-            BlockStream(
-                documents,
-                self.tokenizer,
-                rank=rank,
-                world=world,
-                min_document_tokens=settings.min_document_tokens,
-                name=name,
-                executor=self.executor,
-                **row,
-            )
-            for documents, name in zip(self.documents, names, strict=True)
-        ]
+        settings, documents = self.settings, iter(self.documents)
+        streams = []
+        for text in settings.texts:
+            name = f"the source {text.label}" if settings.sources else "the data"
+            row |= {"rank": rank, "world": world, "name": name}
+            if text.passkeys:
+                drawn = {"keys": text.passkeys, "seed": settings.shuffle_seed or 0}
+                streams.append(PasskeyRows(self.tokenizer, **drawn, **row))
+            else:
+                read = {"executor": self.executor}
+                read["min_document_tokens"] = settings.min_document_tokens
+                streams.append(BlockStream(next(documents), self.tokenizer, **read, **row))
         if not settings.sources:
             return streams[0]
         return Mixture(streams, settings.shares, seed=settings.shuffle_seed, rank=rank)

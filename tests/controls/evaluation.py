@@ -83,7 +83,7 @@ BUGS = [
     Bug(
         "passkey_at_the_other_end",
         "the depth of a passkey is counted from the end",
-        "supra/evaluate/tasks/passkey.py",
+        "supra/data/passkey.py",
         "int(depth * (count - 1))",
         "int((1 - depth) * (count - 1))",
         (f"{PASSKEY}::test_the_key_is_at_its_depth",),
@@ -91,7 +91,7 @@ BUGS = [
     Bug(
         "passkeys_lose_their_zeros",
         "a passkey that begins with zeros has fewer digits",
-        "supra/evaluate/tasks/passkey.py",
+        "supra/data/passkey.py",
         'f"{key:0{DIGITS}d}"',
         'f"{key}"',
         (f"{PASSKEY}::test_keys_keep_their_zeros",),

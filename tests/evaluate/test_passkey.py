@@ -11,17 +11,17 @@ from supra import testing
 from supra.checkpoint.opening import find_checkpoint
 from supra.cli import main
 from supra.conversion.convert import convert
+from supra.data import passkey as words
+from supra.data.packing import IGNORE
+from supra.data.passkey import FILLER, PREFIX, passkey, passkey_document
 from supra.errors import UserError
 from supra.evaluate.tasks import heat_map
 from supra.evaluate.tasks import passkey as module
 from supra.evaluate.tasks.passkey import (
-    FILLER,
-    PREFIX,
     Answer,
     PasskeyResult,
     evaluate_passkey,
     greedy_answers,
-    passkey,
     read_in_pieces,
 )
 from supra.evaluate.tasks.prompts import plain_tokens
@@ -114,7 +114,7 @@ def test_keys_keep_their_zeros(tokenizer):
 
 
 def test_special_tokens_come_first(tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "start_tokens", lambda _: [0, 0])
+    monkeypatch.setattr(words, "start_tokens", lambda _: [0, 0])
     found = passkey(tokenizer, 600, 0.5, Random(0))
     assert found.prompt[:2] == [0, 0] and len(found.prompt) == 600
     assert tokenizer.decode(found.prompt[2:]).startswith(PREFIX)
@@ -129,6 +129,29 @@ def test_no_room(tokenizer, keys):
     assert len(found.prompt) == minimum and FILLER not in tokenizer.decode(found.prompt)
     for length in range(minimum + 1, minimum + len(plain_tokens(tokenizer, FILLER)) + 2):
         assert len(passkey(tokenizer, length, 0.5, Random(0), keys).prompt) == length
+
+
+@pytest.mark.parametrize("special", [[], [0, 0]])
+@pytest.mark.parametrize(("length", "keys"), [(201, 1), (256, 1), (700, 3)])
+def test_a_document_to_train_on_ends_in_its_answer(tokenizer, monkeypatch, length, keys, special):
+    monkeypatch.setattr(words, "start_tokens", lambda _: special)
+    found = passkey_document(tokenizer, length, Random(1), keys)
+    assert len(special) + len(found.tokens) == length and found.start == special
+    said = [token for token in found.labels if token != IGNORE]
+    assert found.tokens[-len(said) :] == found.labels[-len(said) :] == said
+    text = tokenizer.decode(found.tokens)
+    assert text.startswith(PREFIX) and tokenizer.decode(said).endswith("<|endoftext|>")
+    key = tokenizer.decode(said[:-1]).strip()
+    assert len(key) == 5 and text.count(f"{key}. Remember it. {key}") == 1
+
+
+def test_a_document_without_room(tokenizer):
+    with pytest.raises(
+        UserError, match=r"tune.sequence_length \(=60\) must be at least (\d+)"
+    ) as e:
+        passkey_document(tokenizer, 60, Random(0), setting="tune.sequence_length")
+    minimum = int(str(e.value).split("at least ")[1].split(":")[0])
+    assert len(passkey_document(tokenizer, minimum, Random(0)).tokens) == minimum
 
 
 @pytest.mark.parametrize("name", ["softmax", "mamba2", "gated_delta", "window"])

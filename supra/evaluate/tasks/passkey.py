@@ -1,8 +1,7 @@
 """`supra eval passkey`: recall of a number in a long text, by text length and depth.
 
-The task is by Mohtashami & Jaggi 2023 (arXiv 2305.16300), the text and the grid by Stuffed Mamba
-(Chen et al. 2024, arXiv 2410.07145). Prompts are read in pieces, so that a recurrent model needs no
-more memory for a longer prompt.
+The grid of lengths and depths is that of Stuffed Mamba (Chen et al. 2024, arXiv 2410.07145).
+Prompts are read in pieces, so that a recurrent model needs no more memory for a longer prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from supra.checkpoint.opening import Checkpoint
-from supra.data.packing import plain_tokens, start_tokens
+from supra.data.passkey import DIGITS, Passkey, passkey
 from supra.errors import UserError
 from supra.evaluate.tasks.heat_map import check_heat_map, draw_heat_map
-from supra.evaluate.tasks.prompts import ANSWER_TOKENS, continuation_tokens
+from supra.evaluate.tasks.prompts import ANSWER_TOKENS
 from supra.model.cache import cache_in
 from supra.model.loading import load_model
 from supra.model.native.adapter import accelerate, adopt
@@ -35,27 +34,6 @@ DEPTHS = 10
 SAMPLES = 2  # per length and depth; 20 in the publication
 PIECE = 2048  # tokens of each prompt per forward pass
 BATCH_TOKENS = 8192  # total length of the prompts in a batch
-
-DIGITS = 5
-PREFIX = (
-    "There is an important info hidden inside a lot of irrelevant text. "
-    "Find it and memorize it.\n\n"
-)
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-)
-STATEMENT = "The passkey{n} is {key}. Remember it. {key} is the passkey{n}.\n"
-QUESTION = "\nWhat is the pass key{n}? The passkey{n} is"
-
-
-@dataclass(frozen=True)
-class Passkey:
-    """A prompt that ends in the question for one of the passkeys in it."""
-
-    prompt: list[int]
-    depth: float
-    key: str  # the passkey that is asked for, five digits
-    answer: list[int]  # its tokens, as they follow the prompt
 
 
 @dataclass(frozen=True)
@@ -191,53 +169,6 @@ def _check_numbers(depths: int, samples: int, keys: int) -> None:
             raise UserError(f"--{name} (={value}) must be at least 1")
     if keys > 10**DIGITS:
         raise UserError(f"--keys (={keys}) must be at most {10**DIGITS}: all keys are different")
-
-
-def passkey(
-    tokenizer: PreTrainedTokenizerBase, length: int, depth: float, generator: Random, keys: int = 1
-) -> Passkey:
-    """A prompt of exactly `length` tokens, including the start tokens.
-
-    The text has n blocks; block int(depth · (n − 1)) states the key that is asked for. With several
-    keys, each has a number, and the others stand in random other blocks. Surplus tokens are cut
-    from the beginning of the first filler block. Raises UserError when `length` is too small.
-    """
-    drawn = [f"{key:0{DIGITS}d}" for key in generator.sample(range(10**DIGITS), keys)]
-    numbers = [f" #{n + 1}" for n in range(keys)] if keys > 1 else [""]
-    pairs = zip(numbers, drawn, strict=True)
-    statements = [STATEMENT.format(n=n, key=key) for n, key in pairs]
-    asked, places = generator.randrange(keys), generator.random()
-    question = QUESTION.format(n=numbers[asked])
-    others = statements[:asked] + statements[asked + 1 :]
-
-    def text_of(count: int) -> list[str]:
-        at = int(depth * (count - 1))
-        blocks = [FILLER] * (count - 1)
-        for place, other in zip(
-            Random(places).sample(range(count - 1), keys - 1), others, strict=True
-        ):
-            blocks[place] = other
-        return [PREFIX, *blocks[:at], statements[asked], *blocks[at:], question]
-
-    def tokens_of(*text: str) -> list[int]:
-        return plain_tokens(tokenizer, "".join(text))
-
-    start, minimum = start_tokens(tokenizer), len(tokens_of(*text_of(keys)))
-    room = length - len(start)
-    if room < minimum:
-        raise UserError(
-            f"--lengths (={length}) must be at least {len(start) + minimum}: the passkeys and the "
-            "question have this many tokens"
-        )
-    count = keys + (room - minimum) // (len(tokens_of(FILLER, FILLER)) - len(tokens_of(FILLER)))
-    while len(ids := tokens_of(*text_of(count))) < room:
-        count += 1
-    if surplus := len(ids) - room:
-        text = text_of(count)
-        cut = len(tokens_of(*text[: text.index(FILLER)]))
-        del ids[cut : cut + surplus]
-    answer = continuation_tokens(tokenizer, question, f" {drawn[asked]}")
-    return Passkey([*start, *ids], depth, drawn[asked], answer)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from supra.data.packing import plain_tokens, start_tokens
+from supra.data.packing import continuation_tokens, plain_tokens, start_tokens
 from supra.errors import UserError
 
 CANDIDATES = 8
@@ -26,12 +26,6 @@ class Needle:
     candidates: list[list[int]]  # token ids of each number
     answer: int  # index of the right candidate
     at: int  # position of the needle's first token in the prompt
-
-
-def continuation_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
-    """The tokens of `text` as they follow `prompt`. Tokenized alone, `text` may get an extra
-    space."""
-    return plain_tokens(tokenizer, prompt + text)[len(plain_tokens(tokenizer, prompt)) :]
 
 
 def needle(
