@@ -1,6 +1,7 @@
 """A small model whose state collapses beyond its trained length, and cures for it.
 
     python recipes/collapse.py --seeds 0,1,2
+    python recipes/collapse.py --seeds 0,1,2 --native   # with Mamba2ForCausalLM of transformers
     python recipes/collapse.py --table      # writes all results into docs/long_context.md
 
 The language is recent-recall of supra.data.synthetic. A model is trained on rows in which nothing
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import supra
 from supra.bench.timing import processor
 from supra.checkpoint.files import replace_between
 from supra.cli.arguments import parse_seeds
@@ -34,7 +36,9 @@ from supra.evaluate.tasks.heat_map import need_matplotlib
 from supra.evaluate.tasks.recall import recall_hits
 from supra.long_context import StatePolicy, use_policy
 from supra.model.attention import attention_modules
-from supra.model.cache import new_cache
+from supra.model.cache import cache_name, detach
+from supra.model.native.adapter import adopt, empty_cache
+from supra.model.recurrent import mixers_of
 from supra.testing import tiny_config, untrained_model
 from supra.uptrain.small import fit, mean_loss
 from supra.uptrain.stage_settings import OptimizerConfig
@@ -50,6 +54,7 @@ BUCKETS = (0, 20, 40, 80, 160, 320)  # operations before a question
 FINE = 10  # operations per point of the curves
 
 STEPS, BATCH, LR = 600, 24, 3e-3
+NATIVE_STEPS = 1500  # without an MLP it learns more slowly
 MORE_STEPS, MORE_LR = 300, 1e-3
 SEGMENTS = 12  # for state passing
 ROWS = 128  # per measurement
@@ -57,6 +62,14 @@ BATCH_TOKENS = 32 * LONG.length
 # as published; without the normalisation, learning takes twice as many steps
 MIXER, OPTIONS = "mamba2", {"activation": "silu", "normalize": "rms"}
 SLOW = (1e-5, 1e-3)  # initial step sizes, with which half is forgotten in 70,000 to 700 words
+WIDTH, HEADS, HEAD_SIZE, LAYERS = 64, 4, 32, 2
+# what a native model is measured with: one cure of each kind, and the control
+NATIVE_VARIANTS = (
+    "base", f"window {LANGUAGE.length}", "norm", "norm, half of it", "decay_scale 0.99",
+    f"rows of {LANGUAGE.length}", "state passing",
+)  # fmt: skip
+# by the marker of a table in the page: the start of its results' names
+TABLES = {"collapse": "", "native collapse": "native-"}
 
 
 @command
@@ -70,14 +83,18 @@ def main() -> None:
         raise UserError(f"--checkpoint saves one seed, not {len(seeds)}: give --seeds 0")
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        result = make(seed, arguments.checkpoint)
-        (RESULTS / f"{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {seed}.json", *table([result]), sep="\n")
+        result = make(seed, arguments.native, arguments.checkpoint)
+        name = f"{TABLES['native collapse'] if arguments.native else ''}{seed}.json"
+        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {name}", *table([result]), sep="\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2", metavar="A,B")
+    parser.add_argument(
+        "--native", action="store_true", help="train Mamba2ForCausalLM of transformers instead"
+    )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="also save the base model, in float16"
     )
@@ -85,11 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
+def make(seed: int, native: bool = False, checkpoint: Path | None = None) -> dict[str, Any]:
     """Train and measure one seed."""
     start = time.monotonic()
-    model = untrained(seed)
-    train(model, fresh_rows(model, LANGUAGE, BATCH, Random(f"{seed} base")), STEPS, LR)
+    model, steps = untrained(seed, native), NATIVE_STEPS if native else STEPS
+    train(model, fresh_rows(model, LANGUAGE, BATCH, Random(f"{seed} base")), steps, LR)
     if checkpoint:
         # half the size; decays are float32 again when the model is loaded in float32
         copy.deepcopy(model).half().save_pretrained(checkpoint)
@@ -98,16 +115,22 @@ def make(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
     variants = {
         name: {"policy": policy and asdict(policy)} | measured(model, policy)
         for name, policy in policies(largest).items()
+        if name in NATIVE_VARIANTS or not native
     }
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, losses in trainings(model, seed).items():
+        if native and name not in NATIVE_VARIANTS:
+            continue
         model.load_state_dict(weights)
         train(model, losses, MORE_STEPS, MORE_LR, name)
         variants[name] = {"steps": MORE_STEPS} | measured(model)
     return {
         "seed": seed,
         "language": asdict(LANGUAGE),
-        "model": {"mixer": MIXER, "options": OPTIONS, "steps": STEPS, "batch": BATCH, "lr": LR},
+        "model": (
+            {"class": type(model).__name__} if native else {"mixer": MIXER, "options": OPTIONS}
+        )
+        | {"steps": steps, "batch": BATCH, "lr": LR},
         "buckets": BUCKETS,
         "variants": variants,
         "kept": left,
@@ -119,27 +142,57 @@ def make(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
     }
 
 
-def untrained(seed: int) -> nn.Module:
-    """Two layers without rotary positions, whose heads forget almost nothing at first."""
+def untrained(seed: int, native: bool = False) -> nn.Module:
+    """Two layers without rotary positions, whose heads forget almost nothing at first.
+
+    Every word has the same step Δ at first, and A = −1.
+    """
+    model = native_model(seed) if native else converted_model(seed)
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (math.log(x) for x in SLOW)
+    for layer in (adopt(model) or dict(enumerate(attention_modules(model)))).values():
+        logs = low + (high - low) * torch.rand(HEADS, generator=generator)
+        bias = logs.exp().expm1().log()  # the inverse of softplus
+        if native:
+            layer.dt_bias.data.copy_(bias)
+            layer.in_proj.weight.data[-HEADS:] = 0  # the logits of Δ
+            layer.A_log.data.zero_()
+        else:
+            layer.mixer.dt.set(bias)
+    return model
+
+
+def converted_model(seed: int) -> nn.Module:
     config = tiny_config(
         "smollm3",
         vocab_size=LANGUAGE.vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        no_rope_layers=[0, 0],
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        initializer_range=64**-0.5,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        no_rope_layers=[0] * LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=HEAD_SIZE,
+        initializer_range=WIDTH**-0.5,
     )
-    model = untrained_model(config, MIXER, OPTIONS, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    low, high = (math.log(x) for x in SLOW)
-    for attention in attention_modules(model):
-        logs = low + (high - low) * torch.rand(config.num_attention_heads, generator=generator)
-        attention.mixer.dt.set(logs.exp().expm1().log())  # the inverse of softplus
-    return model
+    return untrained_model(config, MIXER, OPTIONS, seed=seed)
+
+
+def native_model(seed: int) -> nn.Module:
+    """The same sizes in transformers' Mamba2ForCausalLM, which has no MLP between its layers."""
+    config = tiny_config(
+        "mamba2",
+        vocab_size=LANGUAGE.vocabulary,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        expand=HEADS * HEAD_SIZE // WIDTH,
+        num_heads=HEADS,
+        head_dim=HEAD_SIZE,
+        state_size=HEAD_SIZE,
+        n_groups=HEADS,  # each head has its own B and C
+        initializer_range=WIDTH**-0.5,
+    )
+    return supra.accelerate(untrained_model(config, None, seed=seed))
 
 
 def train(
@@ -161,12 +214,11 @@ def passed_states(model: nn.Module, batch: int, generator: Random) -> Iterator[T
     state at the end of the previous one, into which no gradient flows."""
     long = replace(LANGUAGE, length=SEGMENTS * LANGUAGE.length)
     while True:
-        cache = new_cache(model.config.num_hidden_layers)
+        cache = empty_cache(model)
         ids, labels = labelled(draw(long, generator, batch))
         for part in zip(ids.chunk(SEGMENTS, 1), labels.chunk(SEGMENTS, 1), strict=True):
-            yield mean_loss(model, *part, past_key_values=cache, use_cache=True)
-            for layer in cache.layers:
-                layer.detach()
+            yield mean_loss(model, *part, **{cache_name(model): cache}, use_cache=True)
+            detach(cache)
 
 
 def policies(largest: list[list[float]]) -> dict[str, StatePolicy | None]:
@@ -214,7 +266,7 @@ def measured(model: nn.Module, policy: StatePolicy | None = None) -> dict[str, A
 def kept(model: nn.Module) -> list[list[float]]:
     """The share of the first word that is left at the end of a row of the trained length, by layer
     and head."""
-    mixers, logs = [attention.mixer for attention in attention_modules(model)], []
+    mixers, logs = mixers_of(model).values(), []
     for mixer in mixers:
         mixer.watch = logs.append  # [B, T, H]
     ids, _ = labelled(draw(LANGUAGE, Random("norms"), ROWS))
@@ -239,27 +291,34 @@ def state_norms(
     over_rows: Callable[..., Tensor] = torch.mean,
 ) -> Tensor:
     """Frobenius norms of the states after every `every` words: [T / every, layers, heads]."""
-    cache, found = new_cache(model.config.num_hidden_layers), []
+    cache, found = empty_cache(model), []
     for ids in torch.tensor([row.ids for row in rows]).split(every, 1):
-        model.eval()(input_ids=ids, past_key_values=cache)
+        model.eval()(input_ids=ids, **{cache_name(model): cache}, use_cache=True)
         norms = [layer.state.memory.norm(dim=(2, 3)) for layer in cache.layers]
         found.append(torch.stack([over_rows(x, dim=0) for x in norms]))
     return torch.stack(found)
 
 
 def write_page() -> None:
-    """Write the table and the pictures from all results."""
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    if not results:
+    """Write the tables from all results, and the pictures from those of our own mixer."""
+    found = {marker: read_results(start) for marker, start in TABLES.items()}
+    if not found["collapse"]:
         raise UserError(f"{RESULTS} has no results: run without --table first")
     need_matplotlib("--table")
     pictures = PAGE.parent / PAGE.stem
     pictures.mkdir(exist_ok=True)
-    draw_accuracy(results, pictures / "collapse.png")
-    draw_growth(results, pictures / "growth.png")
-    text = "\n".join(table(results))
-    replace_between(PAGE, "collapse", text)
-    print(text)
+    draw_accuracy(found["collapse"], pictures / "collapse.png")
+    draw_growth(found["collapse"], pictures / "growth.png")
+    for marker, results in found.items():
+        if results:
+            text = "\n".join(table(results))
+            replace_between(PAGE, marker, text)
+            print(text)
+
+
+def read_results(start: str) -> list[dict[str, Any]]:
+    """The results of all seeds whose files have names of `start` and the seed."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{start}[0-9]*.json"))]
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

@@ -128,10 +128,15 @@ def tiny_checkpoint(
 
 
 def untrained_model(
-    config: PreTrainedConfig, mixer: str, options: dict | None = None, *, seed: int = 0
+    config: PreTrainedConfig, mixer: str | None, options: dict | None = None, *, seed: int = 0
 ) -> PreTrainedModel:
     """A model of `config` with `mixer` in every layer: transformers' random starting values,
-    converted like any checkpoint. Raises UserError where conversion does."""
+    converted like any checkpoint. None keeps the family's own layers. Raises UserError where
+    conversion does."""
+    if mixer is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config)
     mixer, options = resolve_mixer(mixer, options)
     layers = plan_layers(config.num_hidden_layers, mixer, ())
     plan = untrained_plan(config, layers, {mixer: options}, None, seed)

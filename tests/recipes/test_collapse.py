@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import supra
 from supra.data.synthetic import RecentRecall, draw, labelled
 from supra.evaluate.tasks.recall import recall_hits
 from supra.long_context import StatePolicy, use_policy
@@ -35,10 +36,11 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "PAGE", tmp_path / "long_context.md")
     (tmp_path / "long_context.md").write_text(
         "above\n<!-- collapse -->\nold\n<!-- end of collapse -->\nbelow\n"
+        "<!-- native collapse -->\nolder\n<!-- end of native collapse -->\n"
     )
     long = RecentRecall(length=2 * 60)
-    small = {"STEPS": 1, "MORE_STEPS": 2, "BATCH": 4, "ROWS": 4, "SEGMENTS": 2, "LONG": long}
-    for name, value in (small | {"BUCKETS": (0, 20, 40)}).items():
+    small = {"STEPS": 1, "NATIVE_STEPS": 1, "MORE_STEPS": 2, "BATCH": 4, "ROWS": 4, "SEGMENTS": 2}
+    for name, value in (small | {"LONG": long, "BUCKETS": (0, 20, 40)}).items():
         monkeypatch.setattr(recipe, name, value)
     return recipe
 
@@ -79,7 +81,7 @@ def test_a_trained_model_collapses_and_a_window_cures_it(trained):
 
 def test_committed_results_show_collapse_and_cures(monkeypatch):
     recipe = load_recipe(monkeypatch)
-    results = [json.loads(file.read_text()) for file in sorted(recipe.RESULTS.glob("*.json"))]
+    results = recipe.read_results("")
     assert [result["seed"] for result in results] == [0, 1, 2]
     for result in results:
         accuracy = {name: x["accuracy"] for name, x in result["variants"].items()}
@@ -91,11 +93,35 @@ def test_committed_results_show_collapse_and_cures(monkeypatch):
             assert accuracy[harm][0] < first - 0.01, "it forgets what it is asked for"
         assert accuracy["window 30"][-1] < accuracy["window 60"][-1] - 0.15
         assert accuracy["decay_scale 0.97"][-1] < accuracy["decay_scale 0.99"][-1] - 0.03
+    native = recipe.read_results("native-")
+    assert [result["seed"] for result in native] == [0, 1]
+    for result in native:
+        accuracy = {name: x["accuracy"] for name, x in result["variants"].items()}
+        first, *_, last = accuracy["base"]
+        assert first > 0.97 and last < first - 0.15
+        for cure in ("window 60", "norm", "decay_scale 0.99", "state passing"):
+            assert accuracy[cure][-1] > last + 0.15
+        assert accuracy["rows of 60"][-1] < last + 0.05, "more of the same is no cure"
     page = recipe.PAGE.read_text()
-    assert "\n".join(recipe.table(results)) in page, "run collapse.py --table"
+    for found in (results, native):
+        assert "\n".join(recipe.table(found)) in page, "run collapse.py --table"
     pictures = recipe.PAGE.parent / recipe.PAGE.stem
     for name in ("collapse.png", "growth.png"):
         assert f"{recipe.PAGE.stem}/{name}" in page and (pictures / name).exists()
+
+
+def test_a_native_seed_makes_a_result(recipe, run, tmp_path):
+    run("--seeds", 3, "--native", "--checkpoint", tmp_path / "model")
+    result = json.loads((tmp_path / "results" / "native-3.json").read_text())
+    assert tuple(result["variants"]) == recipe.NATIVE_VARIANTS
+    assert result["model"]["class"] == "Mamba2ForCausalLM"
+    growth = torch.tensor(result["growth"])
+    assert growth.shape == (2, 4, 2) and (growth[..., 0] == 1).all()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert type(model).__name__ == "Mamba2ForCausalLM"
+    assert recipe.kept(supra.accelerate(model)) == [
+        pytest.approx(heads, abs=1e-3) for heads in result["kept"]
+    ]
 
 
 def test_a_seed_makes_a_result(recipe, run, tmp_path):
@@ -127,25 +153,29 @@ def test_results_make_a_page(recipe, run, tmp_path, capsys):
     other = json.loads(json.dumps(result).replace('"seed": 0', '"seed": 1'))
     other["variants"]["window 60"]["accuracy"] = [0.125, 0.5]
     (tmp_path / "results" / "1.json").write_text(json.dumps(other))
+    native = json.dumps(result | {"seed": 7})
+    (tmp_path / "results" / "native-7.json").write_text(native)
     run("--table")
     page = (tmp_path / "long_context.md").read_text()
-    assert page.startswith("above\n") and page.endswith("below\n") and "old" not in page
+    assert page.startswith("above\n") and "\nbelow\n" in page and "old" not in page
+    assert "20-40 of seed 7 |" in page.partition("\nbelow\n")[2]
     assert "| 0-20 | 20-40 | 20-40 of seed 0 / 1 |" in page
     first, last = result["variants"]["window 60"]["accuracy"]
     cells = [50 * (first + 0.125), 50 * (last + 0.5)]
     row = " | ".join(["window 60", *(f"{x:.1f}" for x in cells), f"{100 * last:.1f} / 50.0"])
     assert f"| {row} |" in page
-    assert capsys.readouterr().out.strip() in page
+    assert all(line in page for line in capsys.readouterr().out.splitlines())
     for name in ("collapse.png", "growth.png"):
         assert (tmp_path / "long_context" / name).stat().st_size > 10_000
 
 
-def test_heads_begin_slow(recipe):
+@pytest.mark.parametrize("native", [False, True])
+def test_heads_begin_slow(recipe, native):
     """Every word has the same step size, because the weights on the hidden states are zero."""
-    model = recipe.untrained(5)
-    steps = torch.stack(
-        [torch.nn.functional.softplus(x.dt.bias) for x in model.modules() if hasattr(x, "dt")]
-    )
+    model = recipe.untrained(5, native)
+    found = [getattr(x, "dt_bias", getattr(x, "dt", None)) for x in model.modules()]
+    biases = [getattr(x, "bias", x) for x in found if x is not None]
+    steps = torch.nn.functional.softplus(torch.stack(biases))
     assert steps.shape == (2, 4) and (steps > 1e-5).all() and (steps < 1e-3).all()
     assert len({*steps.flatten().tolist()}) == 8
     torch.testing.assert_close(torch.tensor(recipe.kept(model)), (-60 * steps).exp().detach())
@@ -163,9 +193,10 @@ def test_norms_are_those_of_the_states(recipe):
     torch.testing.assert_close(largest[0], whole.amax(1))
 
 
-def test_segments_add_up_to_a_row(recipe):
+@pytest.mark.parametrize("native", [False, True])
+def test_segments_add_up_to_a_row(recipe, native):
     """State passing has the losses of one long pass, and its gradients stay within a segment."""
-    model = recipe.untrained(2)
+    model = recipe.untrained(2, native)
     (row,) = draw(RecentRecall(length=120), Random(9), 1)
     ids, labels = labelled([row])
     whole = recipe.mean_loss(model, ids, labels)
