@@ -17,6 +17,7 @@ from supra.errors import UserError, not_finite
 from supra.mixers.channel_scales import channel_scales
 from supra.mixers.exported import step_by_step, takes_steps
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs, Watch
+from supra.mixers.one_token import Step, is_one_token, may_prepare
 from supra.mixers.read_out import Norm, OutputGate
 from supra.mixers.signs import ONE_SIGN, Signs, signed
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
@@ -60,6 +61,8 @@ class Mixer(nn.Module, ABC):
     policy: LayerPolicy | None = None
     watch: Watch | None = None  # called with the log decays of every call
     needs_whole_rows: str | None = None  # why rows cannot lie on several ranks; None: they can
+    gate_first: bool = False  # whether `read_out` begins with the gate
+    _prepared: tuple[torch.dtype, Step | None] | None = None  # for activations of this dtype
 
     def __init__(
         self,
@@ -108,6 +111,9 @@ class Mixer(nn.Module, ABC):
         policies remember past tokens: the state then has the fields of Past as well.
         """
         inputs = self.placed(inputs)
+        if (step := self._step_for(inputs, state)) is not None:
+            output, end = step(inputs, state)
+            return output, end if return_state else None
         if self.recurrent and takes_steps(inputs):
             return step_by_step(self, inputs, state)
         output, end = self._mix_and_read(inputs, state, return_state)
@@ -128,6 +134,39 @@ class Mixer(nn.Module, ABC):
         if end is not None and run is not None and self.policy.keeps_past:
             end = self.state_type(*end, *run.past)
         return self.read_out(inputs, output), end
+
+    def prepared_step(self, dtype: torch.dtype) -> Step | None:
+        """The function of one token, for activations of this dtype, with all that it reads of the
+        parameters; None if `mix` is as good."""
+        return None
+
+    def _step_for(self, inputs: MixerInputs, state: Any) -> Step | None:
+        """The step, if it can run this call. It lasts until a call that it cannot run, such as the
+        next prompt or a step of training: parameters change between those."""
+        dtype, known = inputs.value.dtype, self._prepared
+        bare = self.policy is None and self.watch is None and type(state) is self.State
+        if not (bare and is_one_token(inputs)):
+            self._forget_step()
+            return None
+        if known is None or known[0] != dtype:
+            step = self.prepared_step(dtype) if may_prepare(self) else None
+            self._prepared = known = dtype, step
+        return known[1]
+
+    def _forget_step(self) -> None:
+        if self._prepared is not None:
+            self._prepared = None
+
+    def _apply(self, *args, **kwargs):
+        self._forget_step()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget_step()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": None}  # a function cannot be pickled
 
     def placed(self, inputs: MixerInputs) -> MixerInputs:
         """The inputs without their rotation, if the options leave it out."""
@@ -180,8 +219,32 @@ class Mixer(nn.Module, ABC):
         """
 
     def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        """The sums of each token after norm, then scale, then gate. Shape as it was."""
+        """The sums of each token after norm, then scale, then gate; or after the gate first. Shape
+        as it was."""
+        if self.gate_first:
+            return self.scaled(self.normalized(self.gated(output, inputs)))
         return self.gated(self.scaled(self.normalized(output)), inputs)
+
+    def prepared_read_out(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+        """`read_out` in a step: from sums [B, Hq, P · V] and hidden states [B, D] to the output
+        [B, 1, Hq, V] in this dtype."""
+        scale = None if self.scale is None else self.scale * self.magnitude
+        gate = None if self.output_gate is None else self.output_gate.prepared(dtype)
+        gate_first, blocks = self.gate_first and gate is not None, len(self.signs)
+
+        def read_out(output: Tensor, hidden_states: Tensor) -> Tensor:
+            shape = output.shape
+            factors = None if gate is None else gate(hidden_states).view(shape)
+            if gate_first:
+                output, factors = output * factors, None
+            output = self.normalized(output)
+            output = output if scale is None else output * scale
+            output = output if factors is None else output * factors
+            if blocks > 1:
+                output = output.view(*shape[:2], blocks, -1).sum(2)
+            return output.view(shape[0], 1, shape[1], -1).to(dtype)
+
+        return read_out
 
     def in_blocks(self, output: Tensor) -> Tensor:
         """What is read out, [B, T, Hq, P · V] for P signs, as [B, T, Hq, P, V]."""

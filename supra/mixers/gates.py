@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from supra.kernels.backends import without_autocast
 from supra.mixers.inputs import AttentionShape
+from supra.mixers.one_token import Projection, projection
 
 MAX_EXPONENT = 20.0
 
@@ -56,6 +57,10 @@ class HeadLogits(nn.Module):
         with without_autocast(hidden_states.device):
             hidden_states = hidden_states.to(self.weight.dtype)
             return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+    def prepared(self) -> Projection:
+        """The same in a step: from hidden states [B, D], float32 or wider, to [B, Hq]."""
+        return projection(self.weight, self.bias, self.weight.dtype)
 
 
 PUBLISHED_STEPS = 1e-3, 1e-1  # smallest and largest Δ at the start

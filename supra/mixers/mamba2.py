@@ -33,6 +33,7 @@ from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads, inverse_softplus
 from supra.mixers.inputs import NORM_EPS, AttentionShape, MixerInputs
+from supra.mixers.one_token import Step, joined, rotated
 from supra.mixers.options import Form
 from supra.mixers.read_out import SiLUGate, rms_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
@@ -135,6 +136,7 @@ class Mamba2(Mixer):
     """A selective state space with one decay per head, computed as linear attention."""
 
     name = "mamba2"
+    gate_first = True  # as published
     Options = Mamba2Options
     State = Mamba2State
     from_scratch: ClassVar = {
@@ -188,6 +190,40 @@ class Mamba2(Mixer):
         output, memory = self._scan(inputs, memory, return_state)
         return output, None if memory is None else Mamba2State(memory, conv_state)
 
+    def prepared_step(self, dtype: torch.dtype) -> Step | None:
+        """With x, B and C side by side, as their convolution has them."""
+        if self.options.form == "granite":
+            return None
+        shape, read_out = self.shape, self.prepared_read_out(dtype)
+        groups = shape.query_heads // shape.key_heads
+        values = shape.key_heads * shape.value_size
+        sizes = values, (shape.key_heads + shape.query_heads) * shape.head_size
+        heads = shape.key_heads, shape.query_heads
+        conv = self.conv.prepared(self.options.activation == "silu")
+        dt, slope = self.dt.prepared(), -bounded_exp(self.A_log)
+        skip = self.D.view(shape.key_heads, groups, 1, 1)
+
+        def step(inputs: MixerInputs, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+            batch, hidden = len(inputs.query), inputs.hidden_states[:, 0]
+            mixed, conv_state = conv(joined(inputs, ("value", "key", "query")), state.conv_state)
+            value, features = mixed.split_with_sizes(sizes, 1)
+            features = rotated(features.view(batch, sum(heads), -1), inputs.rotary)
+            key, query = features.split_with_sizes(heads, 1)
+            delta = F.softplus(dt(hidden.to(slope.dtype)))
+            value = value.view(batch, heads[0], 1, 1, -1)
+            memory = state.memory * (slope * delta).exp_().view(batch, -1, 1, 1)
+            memory.view(batch, heads[0], groups, *memory.shape[2:]).addcmul_(
+                key.view(batch, heads[0], 1, -1, 1), delta.view(batch, -1, groups, 1, 1) * value
+            )
+            output = torch.baddbmm(
+                (skip * value).view(-1, 1, shape.value_size), query.reshape(-1, 1, shape.head_size),
+                memory.view(-1, *memory.shape[2:]), alpha=inputs.scaling,
+            )  # fmt: skip
+            output = output.view(batch, shape.query_heads, -1)
+            return read_out(output, hidden), Mamba2State(memory, conv_state)
+
+        return step
+
     def _widened(self, inputs: MixerInputs) -> MixerInputs:
         """The inputs with the heads that the recurrence has. Granite's form has a key and a value
         for every query head."""
@@ -233,10 +269,6 @@ class Mamba2(Mixer):
         convolved, _ = self._convolve(inputs)
         output, _ = self._scan(replace(convolved, value=convolved_identity(inputs, taps)))
         return output.transpose(1, 2)
-
-    def read_out(self, inputs: MixerInputs, output: Tensor) -> Tensor:
-        """As published, the gate comes before the norm."""
-        return self.scaled(self.normalized(self.gated(output, inputs)))
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from supra.mixers.gates import linear_start
 from supra.mixers.inputs import MIN_POWER, NORM_EPS, AttentionShape
+from supra.mixers.one_token import Projection, projection
 from supra.mixers.ridge import ridge_regression
 
 Norm = Callable[[Tensor], Tensor]  # of [B, T, Hq, V], over V alone: a token needs no other token
@@ -52,6 +53,11 @@ class OutputGate(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         gate = F.linear(hidden_states, self.weight.to(dtype), bias)
         return self.activate(gate.float()).unflatten(-1, self.sizes)
+
+    def prepared(self, dtype: torch.dtype) -> Projection:
+        """The same in a step: from hidden states [B, D] of this dtype to [B, Hq · V]."""
+        project = projection(self.weight, self.bias, dtype)
+        return lambda x: self.activate(project(x))
 
     def activate(self, logits: Tensor) -> Tensor:
         return 2 * logits.sigmoid()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from supra.kernels.causal_conv import causal_conv, causal_conv_step
 from supra.mixers.inputs import MixerInputs
+from supra.mixers.one_token import Convolution, convolution
 from supra.mixers.padding import pick, tokens_first
 
 
@@ -45,6 +46,10 @@ class ShortConv(nn.Module):
             return self.weight, self.bias
         bias = None if self.bias is None else self.bias * self.gain
         return self.weight * self.gain[:, None], bias
+
+    def prepared(self, silu: bool = False) -> Convolution:
+        """The same in a step, with SiLU after it or without."""
+        return convolution(*self.taps(), silu)
 
     def forward(
         self, inputs: MixerInputs, names: Sequence[str], **settings

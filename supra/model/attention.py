@@ -2,7 +2,7 @@
 
 The family's module runs its own projections and norms. It calls the attention function that the
 config names, which is `supra_attention`; that function runs the mixer. A wrapper around the module
-replaces its rotation by the identity and hands the true rotation to the mixer. Every family passes
+leaves its rotation out and hands it to the mixer. Every family passes
 the argument `attention_mask` down unchanged, so it carries what the mixers need:
 
     None                        no padding, one document per row
@@ -13,6 +13,7 @@ the argument `attention_mask` down unchanged, so it carries what the mixers need
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -92,18 +93,18 @@ class SupraAttention:
     def forward(self, *args, **kwargs):
         kwargs |= zip(self.forward_names, args, strict=False)
         cache = next((x for x in kwargs.values() if isinstance(x, Cache)), None)
-        rotary = None
+        rotary, forward = None, super().forward
         if self.rotates and kwargs["position_embeddings"] is not None:
             cos, sin = kwargs["position_embeddings"]
             rotary = Rotary(cos, sin, self.rotate, cos.shape[-1] * self.features_per_angle)
-            kwargs["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+            forward = functools.partial(self.without_rotation, self)
         kwargs["attention_mask"] = _Call(
             hidden_states=kwargs["hidden_states"],
             rotary=rotary,
             mask=kwargs.get("attention_mask"),
             layer=None if cache is None else cache.layers[self.layer_idx],
         )
-        return super().forward(**kwargs)
+        return forward(**kwargs)
 
     def __reduce__(self):  # the class is made at run time, so pickles name its base class
         return _bare_attention, (type(self).__mro__[2],), self.__dict__
@@ -121,11 +122,26 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
     rotate = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
     fields = {
         "forward_names": tuple(inspect.signature(base.forward).parameters)[1:],
+        "without_rotation": staticmethod(_without_rotation(base.forward)),
         "rotate": staticmethod(rotate),
         "features_per_angle": _features_per_angle(rotate),
         "__module__": __name__,
     }
     return type(f"Supra{base.__name__}", (SupraAttention, base), fields)
+
+
+def _unchanged(query: Tensor, key: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    return query, key
+
+
+def _without_rotation(forward: Callable) -> Callable:
+    """A family's forward, in which `apply_rotary_pos_emb` returns queries and keys as they are."""
+    forward = inspect.unwrap(forward)
+    names = forward.__globals__ | {"apply_rotary_pos_emb": _unchanged}
+    rest = forward.__name__, forward.__defaults__, forward.__closure__
+    copied = types.FunctionType(forward.__code__, names, *rest)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
 
 
 def _features_per_angle(rotate: Callable[..., tuple[Tensor, Tensor]] | None) -> int:

@@ -136,6 +136,21 @@ def test_token_by_token_is_one_run(mixer, shape):
     close(torch.cat(outputs, dim=1), expected)
 
 
+@torch.no_grad()
+def test_steps_without_gradients_are_one_run(mixer, shape):
+    """Mixers may have a form of their own for such a step."""
+    inputs = make_inputs(shape)
+    expected, end = mixer(inputs, return_state=True)
+    first, state = mixer(part(inputs, 0, 61), return_state=True)
+    outputs = [first]
+    for token in range(61, TOKENS):
+        output, state = mixer(part(inputs, token, token + 1), state, return_state=True)
+        outputs.append(output)
+    close(torch.cat(outputs, dim=1), expected)
+    for ours, theirs in zip(state, end, strict=True):
+        assert ours is theirs is None or close(ours, theirs) is None
+
+
 @pytest.mark.parametrize("cut", [1, 33, 64])
 def test_two_segments_with_carried_state_are_one_run(mixer, shape, cut):
     inputs = make_inputs(shape)

@@ -1,0 +1,110 @@
+"""One token without gradients, in few operators: what the steps of mixers share.
+
+`Mixer.mix` serves many tokens, gradients, padding and packed rows. A decoding step does so little
+work that its operators cost more than what they compute: with `mix`, a layer of mamba2 takes 380 of
+them, and a whole layer of the teacher 190. So a mixer may also prepare a step: a function of one
+token that holds what it reads of the parameters, cast, transposed and joined once. Tensors here
+have no axis for tokens, and what is computed is float32 or wider.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from supra.mixers.inputs import MixerInputs, Rotary
+
+# Takes the inputs of one token and the state before it; returns the output [B, 1, Hq, V] in the
+# value's dtype, and the state after it.
+Step = Callable[[MixerInputs, Any], tuple[Tensor, Any]]
+Projection = Callable[[Tensor], Tensor]  # of x [B, D]
+Convolution = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `convolution`
+
+
+def is_one_token(inputs: MixerInputs) -> bool:
+    """Whether a call has one token in every row, needs no gradient and asks for nothing else."""
+    if inputs.query.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    others = inputs.padding_mask, inputs.cu_seqlens, inputs.part, inputs.watch, inputs.policy_run
+    device = inputs.query.device.type
+    return all(x is None for x in others) and not torch.is_autocast_enabled(device)
+
+
+def may_prepare(mixer: nn.Module) -> bool:
+    """Whether a step may read the parameters of a mixer instead of calling its modules.
+
+    It may not if parameters are elsewhere until their module is called, as offloaded ones are, or
+    if somebody has changed what a module does: by hooks, adapters or a parametrization.
+    """
+    for module in mixer.modules():
+        hooked = module is not mixer and (module._forward_hooks or module._forward_pre_hooks)
+        if hooked or "forward" in vars(module):
+            return False
+        if not type(module).__module__.startswith("supra.mixers."):
+            return False
+    return not any(x.is_meta for x in (*mixer.parameters(), *mixer.buffers()))
+
+
+def projection(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Projection:
+    """x [B, D] to xWᵀ + b, all of this dtype; from W [C, D] and b [C]."""
+    weight = weight.to(dtype).t()
+    bias = None if bias is None else bias.to(dtype)
+
+    def project(x: Tensor) -> Tensor:
+        output = torch.mm(x, weight)
+        return output if bias is None else output.add_(bias)
+
+    return project
+
+
+def convolution(taps: Tensor, bias: Tensor | None, silu: bool) -> Convolution:
+    """The step of a short convolution with taps [C, W] and a bias [C].
+
+    It takes a token [B, 1, C] and the W − 1 before it, [B, W − 1, C]; it returns the output [B, C]
+    and the W − 1 tokens before the next.
+    """
+    columns = taps.t().contiguous()
+
+    def convolve(token: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        window = torch.cat([state, token], 1)
+        output = (window * columns).sum(1)
+        output = output if bias is None else output.add_(bias)
+        return F.silu(output, inplace=True) if silu else output, window[:, 1:]
+
+    return convolve
+
+
+def joined(inputs: MixerInputs, names: Sequence[str]) -> Tensor:
+    """The inputs of these names side by side, [B, 1, C]."""
+    given = [getattr(inputs, name) for name in names]
+    return torch.cat([x.reshape(len(x), 1, -1) for x in given], 2)
+
+
+def rotated(features: Tensor, rotary: Rotary | None) -> Tensor:
+    """Features [B, H, K] at their position."""
+    if rotary is None:
+        return features
+    matrices = _matrix if torch.compiler.is_compiling() else _matrix_of_call
+    batch, _, size = features.shape
+    return torch.bmm(features, matrices(rotary, size, batch, features.dtype))
+
+
+def _matrix(rotary: Rotary, size: int, batch: int, dtype: torch.dtype) -> Tensor:
+    """The rotation as matrices [B, K, K], for one product in the place of 34 operators."""
+    identity = torch.eye(size, dtype=dtype, device=rotary.cos.device)[None, None]
+    return rotary(identity, identity[:, :, :1])[0][:, 0].expand(batch, -1, -1)
+
+
+@functools.lru_cache(maxsize=4)
+def _matrix_of_call(rotary: Rotary, size: int, batch: int, dtype: torch.dtype) -> Tensor:
+    """The layers of a call share their cosines, and so the matrices."""
+    return _matrix(rotary, size, batch, dtype)
+
+
+def over_length(x: Tensor, eps: Tensor, share: float) -> Tensor:
+    """x · (share · Σx² + eps)^-½ over the last axis. F.rms_norm takes 23 operators on a CPU."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(eps, length, length, value=share).rsqrt_()
