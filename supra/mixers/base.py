@@ -18,7 +18,7 @@ from supra.mixers.channel_scales import channel_scales
 from supra.mixers.exported import step_by_step, takes_steps
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs, Watch
 from supra.mixers.one_token import Step, is_one_token, may_prepare
-from supra.mixers.read_out import Norm, OutputGate
+from supra.mixers.read_out import Norm, OutputGate, RmsNorm
 from supra.mixers.signs import ONE_SIGN, Signs, signed
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
 
@@ -229,6 +229,9 @@ class Mixer(nn.Module, ABC):
         """`read_out` in a step: from sums [B, Hq, P · V] and hidden states [B, D] to the output
         [B, 1, Hq, V] in this dtype."""
         scale = None if self.scale is None else self.scale * self.magnitude
+        norm = self.norm
+        if isinstance(norm, RmsNorm):
+            norm = norm.prepared(next(self.parameters()))
         gate = None if self.output_gate is None else self.output_gate.prepared(dtype)
         gate_first, blocks = self.gate_first and gate is not None, len(self.signs)
 
@@ -237,12 +240,13 @@ class Mixer(nn.Module, ABC):
             factors = None if gate is None else gate(hidden_states).view(shape)
             if gate_first:
                 output, factors = output * factors, None
-            output = self.normalized(output)
+            output = output if norm is None else norm(output)
             output = output if scale is None else output * scale
             output = output if factors is None else output * factors
             if blocks > 1:
                 output = output.view(*shape[:2], blocks, -1).sum(2)
-            return output.view(shape[0], 1, shape[1], -1).to(dtype)
+            output = output.view(shape[0], 1, shape[1], -1)
+            return output if output.dtype == dtype else output.to(dtype)
 
         return read_out
 

@@ -16,7 +16,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +28,16 @@ from supra.kernels.checks import MAX_KEY_CHANNELS
 from supra.mixers.base import Mixer
 from supra.mixers.gates import HeadLogits, fill_heads
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs
-from supra.mixers.read_out import rms_norm
+from supra.mixers.one_token import (
+    Step,
+    as_dtype,
+    flat,
+    joined,
+    over_length,
+    projection,
+    rotated,
+)
+from supra.mixers.read_out import RmsNorm
 from supra.mixers.recurrence import Operation, scan
 from supra.mixers.ridge import constant_direction
 from supra.mixers.short_conv import ShortConv, convolved_identity
@@ -92,7 +100,7 @@ class DeltaLayer(Mixer):
         super().__init__(
             shape,
             options,
-            norm=partial(rms_norm, eps=shape.norm_eps),
+            norm=RmsNorm(shape.norm_eps),
             scale=True,
             output_gate=output_gate(inner),
             signs=signs,
@@ -146,6 +154,61 @@ class DeltaLayer(Mixer):
         inputs, conv_state = self._convolve(inputs, conv_state, return_state)
         output, memory = self._scan(inputs, memory, return_state)
         return output, None if memory is None else self.State(memory, conv_state)
+
+    def prepared_step(self, dtype: torch.dtype) -> Step:
+        """With query, key and value side by side, widened by one choice of channels."""
+        heads, size = self.query_bias.shape
+        features, values = 2 * heads * size, self.value_bias.numel()
+        biases = torch.cat([x.flatten() for x in (self.query_bias, self.key_bias, self.value_bias)])
+        places, signs = self._channels(biases)
+        conv, read_out = self.conv.prepared(silu=True), self.prepared_read_out(dtype)
+        weight, log_decay = self._prepared_decay()
+        small = [self.constant.weight, self.strength.weight, weight]
+        parts, small = [len(x) for x in small], projection(torch.cat(small), None, biases.dtype)
+        eps, beta_range = biases.new_full((1,), LENGTH_EPS), self.options.beta_range
+
+        def step(inputs: MixerInputs, state: Any) -> tuple[Tensor, Any]:
+            hidden, given = flat(inputs.hidden_states), joined(inputs, PARTS)
+            batch, by_head = len(hidden), (len(hidden) * heads, 1, -1)
+            constant, strength, decay = small(as_dtype(hidden, biases)).split_with_sizes(parts, 1)
+            given = given.gather(2, places if batch == 1 else places.expand(batch, 1, -1))
+            given = torch.addcmul(constant.view(batch, 1, 1) * biases, given, signs)
+            given, conv_state = conv(as_dtype(given, inputs.value), state.conv_state)
+            given, value = given.split_with_sizes((features, values), 1)
+            given = over_length(given.view(batch, 2 * heads, size), eps)
+            if inputs.rotary is not None:
+                given = rotated(given.view(batch, 2 * heads * len(self.signs), -1), inputs.rotary)
+            query, key = given.view(batch, 2, heads * size).unbind(1)
+            memory = state.memory * log_decay(decay).exp_().view(batch, heads, -1, 1)
+            shared = memory.view(-1, size, memory.shape[3])
+            key = key.reshape(by_head)
+            error = torch.baddbmm(value.reshape(by_head), key, shared, alpha=-1)
+            error.mul_(strength.sigmoid().view(-1, 1, 1))
+            shared.addcmul_(key.view(-1, size, 1), error, value=beta_range)
+            output = torch.bmm(query.reshape(by_head), shared).mul_(size**-0.5)
+            return read_out(output.view(batch, heads, -1), hidden), self.State(memory, conv_state)
+
+        return step
+
+    @abstractmethod
+    def _prepared_decay(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """A weight W [C, D] of hidden states u, and the function from Wu [B, C] to log decays,
+        [B, Hq] or [B, Hq · P · K]."""
+
+    def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each channel of the convolution is in query, key and value side by side, and its
+        sign: [1, 1, C] each."""
+        heads, key_heads = self.shape.query_heads, self.shape.key_heads
+        start, places, signs = 0, [], []
+        sign = torch.tensor(self.signs, dtype=like.dtype)[None, :, None]
+        sizes = (self.shape.head_size,) * 2 + (self.shape.value_size,)
+        for own, size in zip((heads, key_heads, key_heads), sizes, strict=True):
+            at = start + torch.arange(own * size).view(own, 1, size)
+            at = at.repeat_interleave(heads // own, dim=0)
+            places.append(at.expand(-1, len(self.signs), -1).flatten())
+            signs.append(sign.expand(heads, -1, size).flatten())
+            start += own * size
+        return tuple(torch.cat(x).view(1, 1, -1).to(like.device) for x in (places, signs))
 
     def _convolve(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False

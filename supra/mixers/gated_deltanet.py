@@ -9,6 +9,7 @@ biases but a: the start of W_z is a multiple of w.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -64,6 +65,10 @@ class GatedDeltaNet(DeltaLayer):
 
     def _log_decay(self, hidden_states: Tensor) -> Tensor:
         return -bounded_exp(self.A_log) * F.softplus(self.dt(hidden_states))
+
+    def _prepared_decay(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        slope, bias = -bounded_exp(self.A_log), self.dt.bias.detach()
+        return self.dt.weight, lambda x: slope * F.softplus(x + bias)
 
     def _set_half_life(self, tokens: Tensor) -> None:
         """Every step starts at 1: some engines compute softplus as log(1 + exp), which is inexact

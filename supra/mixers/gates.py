@@ -18,6 +18,8 @@ def bounded_exp(x: Tensor) -> Tensor:
     Beyond 20 the gradient is the one at 20. A clamp would have none there, so that a parameter
     that ran away would never come back.
     """
+    if not torch.is_grad_enabled():
+        return x.clamp(max=MAX_EXPONENT).exp()
     at_bound = MAX_EXPONENT + (x - x.detach())
     return torch.where(x > MAX_EXPONENT, at_bound, x).exp()
 

@@ -10,6 +10,7 @@ the layers of Kimi Linear and of flash-linear-attention. Their weights can hold 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from supra.mixers.gates import (
     slope_of_half_life,
 )
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.one_token import Projection, as_dtype
 from supra.mixers.read_out import GATE_RIDGE, missing_factor
 from supra.mixers.recurrence import KDA
 from supra.mixers.ridge import ridge_regression
@@ -108,6 +110,11 @@ class LowRankGate(LowRank):
         change = ridge_regression(hidden_states, missing, GATE_RIDGE).mT
         self.set_weight(2 * change)  # 2σ has a slope of 1/2
 
+    def prepared(self, dtype: torch.dtype) -> Projection:
+        """The same in a step: from hidden states [B, D] of this dtype to [B, Hq · channels]."""
+        down, up, bias = self.down.t(), self.up.t(), self.bias.flatten()
+        return lambda x: 2 * torch.addmm(bias, torch.mm(as_dtype(x, bias), down), up).sigmoid_()
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         return 2 * super().forward(hidden_states).sigmoid()
 
@@ -143,6 +150,12 @@ class ChannelDecay(nn.Module):
         """What `set_half_lives` has set, [Hq, K]."""
         return math.log(2) / (self.A_log.exp()[:, None] * F.softplus(self.dt.bias))
 
+    def prepared(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What `DeltaLayer._prepared_decay` returns."""
+        up, bias = self.dt.up.t(), self.dt.bias.flatten()
+        slope = -bounded_exp(self.A_log).repeat_interleave(self.dt.sizes[1])
+        return self.dt.down, lambda x: slope * F.softplus(torch.addmm(bias, x, up))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, Hq, K]."""
         with without_autocast(x.device):
@@ -166,6 +179,9 @@ class Kda(DeltaLayer):
 
     def _log_decay(self, hidden_states: Tensor) -> Tensor:
         return self.decay(hidden_states)
+
+    def _prepared_decay(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return self.decay.prepared()
 
     def _set_half_life(self, tokens: Tensor) -> None:
         self.decay.set_half_lives(tokens[:, None].expand_as(self.decay.dt.bias))

@@ -18,7 +18,6 @@ Signs fold into the projections before and after it, and s is the weight of its 
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -33,9 +32,9 @@ from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads, inverse_softplus
 from supra.mixers.inputs import NORM_EPS, AttentionShape, MixerInputs
-from supra.mixers.one_token import Step, joined, rotated
+from supra.mixers.one_token import Step, as_dtype, flat, joined, rotated
 from supra.mixers.options import Form
-from supra.mixers.read_out import SiLUGate, rms_norm
+from supra.mixers.read_out import RmsNorm, SiLUGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.mixers.ridge import constant_direction
 from supra.mixers.short_conv import ShortConv, convolved_identity
@@ -150,7 +149,7 @@ class Mamba2(Mixer):
         super().__init__(
             shape,
             options,
-            norm=partial(rms_norm, eps=eps) if options.normalize == "rms" else None,
+            norm=RmsNorm(eps) if options.normalize == "rms" else None,
             scale=options.scale,
             output_gate=SiLUGate(inner, bias=not granite) if options.output_gate else None,
             signs=signs,
@@ -204,12 +203,12 @@ class Mamba2(Mixer):
         skip = self.D.view(shape.key_heads, groups, 1, 1)
 
         def step(inputs: MixerInputs, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-            batch, hidden = len(inputs.query), inputs.hidden_states[:, 0]
+            batch, hidden = len(inputs.query), flat(inputs.hidden_states)
             mixed, conv_state = conv(joined(inputs, ("value", "key", "query")), state.conv_state)
             value, features = mixed.split_with_sizes(sizes, 1)
             features = rotated(features.view(batch, sum(heads), -1), inputs.rotary)
             key, query = features.split_with_sizes(heads, 1)
-            delta = F.softplus(dt(hidden.to(slope.dtype)))
+            delta = F.softplus(dt(as_dtype(hidden, slope)))
             value = value.view(batch, heads[0], 1, 1, -1)
             memory = state.memory * (slope * delta).exp_().view(batch, -1, 1, 1)
             memory.view(batch, heads[0], groups, *memory.shape[2:]).addcmul_(

@@ -77,10 +77,20 @@ def convolution(taps: Tensor, bias: Tensor | None, silu: bool) -> Convolution:
     return convolve
 
 
+def as_dtype(x: Tensor, like: Tensor) -> Tensor:
+    """x in the dtype of `like`; no operator if it has it."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def flat(x: Tensor) -> Tensor:
+    """One token [B, 1, …] as [B, C]."""
+    return x.view(len(x), -1) if x.is_contiguous() else x.reshape(len(x), -1)
+
+
 def joined(inputs: MixerInputs, names: Sequence[str]) -> Tensor:
     """The inputs of these names side by side, [B, 1, C]."""
-    given = [getattr(inputs, name) for name in names]
-    return torch.cat([x.reshape(len(x), 1, -1) for x in given], 2)
+    parts = torch.cat([flat(getattr(inputs, name)) for name in names], 1)
+    return parts.view(len(parts), 1, -1)
 
 
 def rotated(features: Tensor, rotary: Rotary | None) -> Tensor:
@@ -104,7 +114,8 @@ def _matrix_of_call(rotary: Rotary, size: int, batch: int, dtype: torch.dtype) -
     return _matrix(rotary, size, batch, dtype)
 
 
-def over_length(x: Tensor, eps: Tensor, share: float) -> Tensor:
-    """x · (share · Σx² + eps)^-½ over the last axis. F.rms_norm takes 23 operators on a CPU."""
+def over_length(x: Tensor, eps: Tensor, share: float = 1.0) -> Tensor:
+    """x · (share · Σx² + eps)^-½ over the last axis; eps is a tensor of one number. On a CPU
+    F.rms_norm takes 23 operators."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * torch.addcmul(eps, length, length, value=share).rsqrt_()

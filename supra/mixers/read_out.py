@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from supra.mixers.gates import linear_start
 from supra.mixers.inputs import MIN_POWER, NORM_EPS, AttentionShape
-from supra.mixers.one_token import Projection, projection
+from supra.mixers.one_token import Projection, over_length, projection
 from supra.mixers.ridge import ridge_regression
 
 Norm = Callable[[Tensor], Tensor]  # of [B, T, Hq, V], over V alone: a token needs no other token
@@ -20,9 +21,19 @@ def group_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
-def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
+@dataclass(frozen=True)
+class RmsNorm:
     """RMSNorm with one group per head and no weights: mean square 1 over V."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+    eps: float = NORM_EPS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+    def prepared(self, like: Tensor) -> Norm:
+        """The same in a step, for tensors of the dtype and device of `like`."""
+        eps = like.new_full((1,), self.eps)
+        return lambda x: over_length(x, eps, 1 / x.shape[-1])
 
 
 class OutputGate(nn.Module):

@@ -17,11 +17,11 @@ from torch import Tensor
 from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.inputs import AttentionShape, MixerInputs
-from supra.mixers.read_out import SiLUGate, group_norm, rms_norm
+from supra.mixers.read_out import RmsNorm, SiLUGate, group_norm
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
 from supra.settings.model import STRICT
 
-NORMS = {"group": group_norm, "rms": rms_norm}
+NORMS = {"group": group_norm, "rms": RmsNorm()}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -11,6 +11,7 @@ The form "qrwkv" is the layer of QRWKV (RADLADS), as llama.cpp runs it: yᵢ = c
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from supra.kernels.backends import without_autocast
 from supra.mixers.base import Mixer
 from supra.mixers.gates import bounded_exp, fill_heads, slope_of_half_life
 from supra.mixers.inputs import AttentionShape, MixerInputs
+from supra.mixers.one_token import Step, as_dtype, flat, joined, projection, rotated
 from supra.mixers.options import Form
 from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import GATED_LINEAR_ATTENTION, scan
@@ -102,6 +104,12 @@ class ChannelDecay(nn.Module):
         """Start all channels of every head [Hq] with this half-life."""
         self.w0.data.copy_(slope_of_half_life(tokens)[:, None])
 
+    def prepared(self) -> Callable[[Tensor], Tensor]:
+        """The same in a step: from hidden states [B, D], float32 or wider, to [B, Hq · K]."""
+        down, up = projection(self.A.t(), None, self.A.dtype), self.B.detach()
+        start = self.w0.flatten()
+        return lambda x: -bounded_exp(torch.addmm(start, down(x).tanh_(), up))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, Hq, K]."""
         with without_autocast(x.device):
@@ -153,6 +161,39 @@ class Rwkv(Mixer):
             inputs, conv_state = self._shift(inputs, conv_state, return_state)
         output, memory = self._scan(inputs, memory, return_state)
         return output, None if memory is None else RwkvState(memory, conv_state)
+
+    def prepared_step(self, dtype: torch.dtype) -> Step | None:
+        """With k and r side by side."""
+        if self.options.token_shift:
+            return None
+        shape, read_out = self.shape, self.prepared_read_out(dtype)
+        heads = shape.key_heads, shape.query_heads
+        groups, decay = heads[1] // heads[0], self.decay.prepared()
+        bias = torch.cat([self.key_bias, self.query_bias])
+
+        def step(inputs: MixerInputs, state: RwkvState) -> tuple[Tensor, RwkvState]:
+            batch, hidden = len(inputs.query), flat(inputs.hidden_states)
+            by_group, by_head = (batch, heads[0], groups), (batch * heads[1], 1, -1)
+            features = joined(inputs, ("key", "query")).view(batch, sum(heads), -1) + bias
+            key, query = rotated(features, inputs.rotary).split_with_sizes(heads, 1)
+            query, key = query.reshape(by_head), key.view(batch, heads[0], 1, -1)
+            log_decay = decay(as_dtype(hidden, bias)).view(*by_group, -1)
+            if self.options.balance_state:
+                key = key * torch.expm1(log_decay).neg_()
+            value = inputs.value.reshape(batch, heads[0], 1, 1, -1)
+            memory = state.memory * log_decay.exp().view(batch, heads[1], -1, 1)
+            memory.view(*by_group, *memory.shape[2:]).addcmul_(key[..., None], value)
+            if self.bonus is None:
+                output = torch.bmm(query, memory.flatten(0, 1)).mul_(inputs.scaling)
+            else:
+                own = (query.view(*by_group, -1) * self.bonus.view(*by_group[1:], -1) * key).sum(-1)
+                output = torch.baddbmm(
+                    (own[..., None, None] * value).view(by_head), query,
+                    state.memory.flatten(0, 1), beta=inputs.scaling, alpha=inputs.scaling,
+                )  # fmt: skip
+            return read_out(output.view(batch, heads[1], -1), hidden), RwkvState(memory, None)
+
+        return step
 
     def _shift(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False

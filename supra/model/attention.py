@@ -57,7 +57,7 @@ def supra_attention(
             "them out"
         )
     call = attention_mask
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (_tokens_first(x) for x in (query, key, value))
     if isinstance(call, _Probe):
         call.answer(query, key, value)
     packed = call.mask is not None and call.mask.dtype != torch.bool
@@ -78,6 +78,13 @@ def supra_attention(
     if call.layer is not None:
         return call.layer.mix(module.mixer, inputs), None
     return module.mixer(inputs)[0], None
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[B, H, T, D] as [B, T, H, D]."""
+    if x.shape[2] == 1 and x.is_contiguous():
+        return x.view(len(x), 1, *x.shape[1::2])  # one operator in the place of two
+    return x.transpose(1, 2)
 
 
 AttentionInterface.register("supra", supra_attention)
