@@ -36,6 +36,7 @@ from supra.mixers.one_token import (
     over_length,
     projection,
     rotated,
+    shaped,
 )
 from supra.mixers.read_out import RmsNorm
 from supra.mixers.recurrence import Operation, scan
@@ -171,21 +172,21 @@ class DeltaLayer(Mixer):
             hidden, given = flat(inputs.hidden_states), joined(inputs, PARTS)
             batch, by_head = len(hidden), (len(hidden) * heads, 1, -1)
             constant, strength, decay = small(as_dtype(hidden, biases)).split_with_sizes(parts, 1)
-            given = given.gather(2, places if batch == 1 else places.expand(batch, 1, -1))
-            given = torch.addcmul(constant.view(batch, 1, 1) * biases, given, signs)
+            given = given.gather(1, places if batch == 1 else places.expand(batch, -1))
+            given = torch.addcmul(constant * biases, given, signs)
             given, conv_state = conv(as_dtype(given, inputs.value), state.conv_state)
             given, value = given.split_with_sizes((features, values), 1)
             given = over_length(given.view(batch, 2 * heads, size), eps)
             if inputs.rotary is not None:
                 given = rotated(given.view(batch, 2 * heads * len(self.signs), -1), inputs.rotary)
-            query, key = given.view(batch, 2, heads * size).unbind(1)
+            query, key = given.view(batch, 2 * heads, size).split_with_sizes((heads, heads), 1)
             memory = state.memory * log_decay(decay).exp_().view(batch, heads, -1, 1)
             shared = memory.view(-1, size, memory.shape[3])
-            key = key.reshape(by_head)
-            error = torch.baddbmm(value.reshape(by_head), key, shared, alpha=-1)
+            query, key, value = (shaped(x, *by_head) for x in (query, key, value))
+            error = torch.baddbmm(value, key, shared, alpha=-1)
             error.mul_(strength.sigmoid().view(-1, 1, 1))
             shared.addcmul_(key.view(-1, size, 1), error, value=beta_range)
-            output = torch.bmm(query.reshape(by_head), shared).mul_(size**-0.5)
+            output = torch.baddbmm(value, query, shared, beta=0, alpha=size**-0.5)
             return read_out(output.view(batch, heads, -1), hidden), self.State(memory, conv_state)
 
         return step
@@ -197,7 +198,7 @@ class DeltaLayer(Mixer):
 
     def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Where each channel of the convolution is in query, key and value side by side, and its
-        sign: [1, 1, C] each."""
+        sign: [1, C] each."""
         heads, key_heads = self.shape.query_heads, self.shape.key_heads
         start, places, signs = 0, [], []
         sign = torch.tensor(self.signs, dtype=like.dtype)[None, :, None]
@@ -208,7 +209,7 @@ class DeltaLayer(Mixer):
             places.append(at.expand(-1, len(self.signs), -1).flatten())
             signs.append(sign.expand(heads, -1, size).flatten())
             start += own * size
-        return tuple(torch.cat(x).view(1, 1, -1).to(like.device) for x in (places, signs))
+        return tuple(torch.cat(x)[None].to(like.device) for x in (places, signs))
 
     def _convolve(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False

@@ -113,7 +113,12 @@ class LowRankGate(LowRank):
     def prepared(self, dtype: torch.dtype) -> Projection:
         """The same in a step: from hidden states [B, D] of this dtype to [B, Hq · channels]."""
         down, up, bias = self.down.t(), self.up.t(), self.bias.flatten()
-        return lambda x: 2 * torch.addmm(bias, torch.mm(as_dtype(x, bias), down), up).sigmoid_()
+
+        def gate(x: Tensor) -> Tensor:
+            half = torch.mm(torch.mm(as_dtype(x, bias), down), up).add_(bias).sigmoid_()
+            return half.add_(half)
+
+        return gate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return 2 * super().forward(hidden_states).sigmoid()
@@ -154,7 +159,7 @@ class ChannelDecay(nn.Module):
         """What `DeltaLayer._prepared_decay` returns."""
         up, bias = self.dt.up.t(), self.dt.bias.flatten()
         slope = -bounded_exp(self.A_log).repeat_interleave(self.dt.sizes[1])
-        return self.dt.down, lambda x: slope * F.softplus(torch.addmm(bias, x, up))
+        return self.dt.down, lambda x: slope * F.softplus(torch.mm(x, up).add_(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, Hq, K]."""

@@ -32,7 +32,7 @@ from supra.kernels.linear_attention import LinearAttentionState
 from supra.mixers.base import Mixer
 from supra.mixers.gates import HeadLogits, bounded_exp, fill_heads, inverse_softplus
 from supra.mixers.inputs import NORM_EPS, AttentionShape, MixerInputs
-from supra.mixers.one_token import Step, as_dtype, flat, joined, rotated
+from supra.mixers.one_token import Step, as_dtype, flat, joined, rotated, shaped
 from supra.mixers.options import Form
 from supra.mixers.read_out import RmsNorm, SiLUGate
 from supra.mixers.recurrence import LINEAR_ATTENTION, scan
@@ -215,7 +215,7 @@ class Mamba2(Mixer):
                 key.view(batch, heads[0], 1, -1, 1), delta.view(batch, -1, groups, 1, 1) * value
             )
             output = torch.baddbmm(
-                (skip * value).view(-1, 1, shape.value_size), query.reshape(-1, 1, shape.head_size),
+                (skip * value).view(-1, 1, shape.value_size), shaped(query, -1, 1, shape.head_size),
                 memory.view(-1, *memory.shape[2:]), alpha=inputs.scaling,
             )  # fmt: skip
             output = output.view(batch, shape.query_heads, -1)

@@ -63,13 +63,13 @@ def projection(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Proje
 def convolution(taps: Tensor, bias: Tensor | None, silu: bool) -> Convolution:
     """The step of a short convolution with taps [C, W] and a bias [C].
 
-    It takes a token [B, 1, C] and the W − 1 before it, [B, W − 1, C]; it returns the output [B, C]
+    It takes a token [B, C] and the W − 1 before it, [B, W − 1, C]; it returns the output [B, C]
     and the W − 1 tokens before the next.
     """
     columns = taps.t().contiguous()
 
     def convolve(token: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        window = torch.cat([state, token], 1)
+        window = torch.cat([state, token.view(len(token), 1, -1)], 1)
         output = (window * columns).sum(1)
         output = output if bias is None else output.add_(bias)
         return F.silu(output, inplace=True) if silu else output, window[:, 1:]
@@ -84,13 +84,17 @@ def as_dtype(x: Tensor, like: Tensor) -> Tensor:
 
 def flat(x: Tensor) -> Tensor:
     """One token [B, 1, …] as [B, C]."""
-    return x.view(len(x), -1) if x.is_contiguous() else x.reshape(len(x), -1)
+    return shaped(x, len(x), -1)
+
+
+def shaped(x: Tensor, *shape: int) -> Tensor:
+    """x.reshape(shape), with one operator less where a view does."""
+    return x.view(shape) if x.is_contiguous() else x.reshape(shape)
 
 
 def joined(inputs: MixerInputs, names: Sequence[str]) -> Tensor:
-    """The inputs of these names side by side, [B, 1, C]."""
-    parts = torch.cat([flat(getattr(inputs, name)) for name in names], 1)
-    return parts.view(len(parts), 1, -1)
+    """The inputs of these names side by side, [B, C]."""
+    return torch.cat([flat(getattr(inputs, name)) for name in names], 1)
 
 
 def rotated(features: Tensor, rotary: Rotary | None) -> Tensor:

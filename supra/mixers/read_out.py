@@ -71,7 +71,8 @@ class OutputGate(nn.Module):
         return lambda x: self.activate(project(x))
 
     def activate(self, logits: Tensor) -> Tensor:
-        return 2 * logits.sigmoid()
+        half = logits.sigmoid()
+        return half + half  # the product with a number of Python takes five operators
 
 
 def missing_factor(output: Tensor, target: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from supra.kernels.backends import without_autocast
 from supra.mixers.base import Mixer
 from supra.mixers.gates import bounded_exp, fill_heads, slope_of_half_life
 from supra.mixers.inputs import AttentionShape, MixerInputs
-from supra.mixers.one_token import Step, as_dtype, flat, joined, projection, rotated
+from supra.mixers.one_token import Step, as_dtype, flat, joined, projection, rotated, shaped
 from supra.mixers.options import Form
 from supra.mixers.read_out import OutputGate, group_norm
 from supra.mixers.recurrence import GATED_LINEAR_ATTENTION, scan
@@ -106,9 +106,9 @@ class ChannelDecay(nn.Module):
 
     def prepared(self) -> Callable[[Tensor], Tensor]:
         """The same in a step: from hidden states [B, D], float32 or wider, to [B, Hq · K]."""
-        down, up = projection(self.A.t(), None, self.A.dtype), self.B.detach()
-        start = self.w0.flatten()
-        return lambda x: -bounded_exp(torch.addmm(start, down(x).tanh_(), up))
+        down = projection(self.A.t(), None, self.A.dtype)
+        up = projection(self.B.t(), self.w0.flatten(), self.B.dtype)
+        return lambda x: bounded_exp(up(down(x).tanh_())).neg_()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, Hq, K]."""
@@ -166,31 +166,35 @@ class Rwkv(Mixer):
         """With k and r side by side."""
         if self.options.token_shift:
             return None
-        shape, read_out = self.shape, self.prepared_read_out(dtype)
-        heads = shape.key_heads, shape.query_heads
+        heads, size = (self.shape.key_heads, self.shape.query_heads), self.shape.head_size
+        sizes = sum(heads) * size, heads[0] * self.shape.value_size
         groups, decay = heads[1] // heads[0], self.decay.prepared()
+        read_out = self.prepared_read_out(dtype)
         bias = torch.cat([self.key_bias, self.query_bias])
+        bonus = None if self.bonus is None else self.bonus.view(heads[0], groups, size)
 
         def step(inputs: MixerInputs, state: RwkvState) -> tuple[Tensor, RwkvState]:
             batch, hidden = len(inputs.query), flat(inputs.hidden_states)
             by_group, by_head = (batch, heads[0], groups), (batch * heads[1], 1, -1)
-            features = joined(inputs, ("key", "query")).view(batch, sum(heads), -1) + bias
-            key, query = rotated(features, inputs.rotary).split_with_sizes(heads, 1)
-            query, key = query.reshape(by_head), key.view(batch, heads[0], 1, -1)
-            log_decay = decay(as_dtype(hidden, bias)).view(*by_group, -1)
+            given = as_dtype(joined(inputs, ("key", "query", "value")), bias)
+            features, value = given.split_with_sizes(sizes, 1)
+            features = rotated(features.view(batch, sum(heads), size) + bias, inputs.rotary)
+            key, query = features.split_with_sizes(heads, 1)
+            query, key = shaped(query, *by_head), key.view(batch, heads[0], 1, size)
+            log_decay = decay(as_dtype(hidden, bias)).view(*by_group, size)
             if self.options.balance_state:
                 key = key * torch.expm1(log_decay).neg_()
-            value = inputs.value.reshape(batch, heads[0], 1, 1, -1)
-            memory = state.memory * log_decay.exp().view(batch, heads[1], -1, 1)
-            memory.view(*by_group, *memory.shape[2:]).addcmul_(key[..., None], value)
-            if self.bonus is None:
-                output = torch.bmm(query, memory.flatten(0, 1)).mul_(inputs.scaling)
-            else:
-                own = (query.view(*by_group, -1) * self.bonus.view(*by_group[1:], -1) * key).sum(-1)
-                output = torch.baddbmm(
-                    (own[..., None, None] * value).view(by_head), query,
-                    state.memory.flatten(0, 1), beta=inputs.scaling, alpha=inputs.scaling,
-                )  # fmt: skip
+            value = value.view(batch, heads[0], 1, 1, -1)
+            memory = state.memory * log_decay.exp().view(batch, heads[1], size, 1)
+            memory.view(*by_group, *memory.shape[2:]).addcmul_(key.unsqueeze(-1), value)
+            scale, read = inputs.scaling, memory if bonus is None else state.memory
+            read = read.view(-1, *read.shape[2:])
+            if bonus is None:
+                output = torch.baddbmm(read[:, :1], query, read, beta=0, alpha=scale)
+            else:  # the token itself is added with a weight of its own
+                own = (query.view(*by_group, size) * bonus * key).sum(-1, True).unsqueeze(-1)
+                own = (own * value).view(by_head)
+                output = torch.baddbmm(own, query, read, beta=scale, alpha=scale)
             return read_out(output.view(batch, heads[1], -1), hidden), RwkvState(memory, None)
 
         return step
