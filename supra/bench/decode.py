@@ -5,6 +5,9 @@ own. The context is random tokens, since time does not depend on what they say. 
 them. A teacher would take hours for that: it reads a part, and the rest of its cache are copies of
 the part's keys and values. Then tokens are decoded one by one, and the median of their times
 counts.
+
+Where batches and models are small, a step's time goes into starting operators. So torch's profiler
+counts those of one step, each with the operators that it calls.
 """
 
 import multiprocessing
@@ -15,10 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PreTrainedModel
 
 from supra.bench.compile import table
@@ -40,8 +45,9 @@ TRANSFORMERS, LLAMA_CPP = ENGINES = ("transformers", "llama.cpp")
 TEACHER, STUDENT = ROLES = ("teacher", "student")
 PART = 1024  # tokens that a teacher reads, and that a student reads at once
 WARM_UP = 2  # decoded tokens that do not count
-COLUMNS = ("engine", "tokens", "teacher ms", "student ms", "times as fast", "teacher state MB")
-COLUMNS += ("student state MB", "teacher peak MB", "student peak MB")
+COLUMNS = ("engine", "dtype", "rows", "tokens", "teacher ms", "student ms", "times as fast")
+COLUMNS += ("teacher tokens/s", "student tokens/s", "teacher state MB", "student state MB")
+COLUMNS += ("teacher peak MB", "student peak MB", "teacher operators", "student operators")
 
 
 class Job(NamedTuple):
@@ -62,7 +68,7 @@ class Job(NamedTuple):
 @dataclass(frozen=True)
 class Speed:
     """seconds: for one token of every row, the median. state: bytes of the cache after the context.
-    peak: of the process on the device, in bytes."""
+    peak: of the process on the device, in bytes. operators: of one step, in transformers."""
 
     engine: str
     role: str
@@ -70,6 +76,14 @@ class Speed:
     seconds: float
     state: int
     peak: int
+    dtype: str
+    batch: int = 1
+    operators: int | None = None
+
+    @property
+    def setting(self) -> tuple[str, str, int]:
+        """All but the model and the length."""
+        return self.engine, self.dtype, self.batch
 
 
 def report(
@@ -80,14 +94,17 @@ def report(
     tokens: int = 32,
     engines: Sequence[str] = ENGINES,
     type: str = "q8_0",
-    dtype: str = "float32",
+    dtypes: Sequence[str] = ("float32",),
+    batches: Sequence[int] = (1,),
     as_json: bool = False,
 ) -> None:
-    """Print a table, or JSON. Raises UserError for a student that llama.cpp cannot hold."""
+    """Print a table, or JSON. dtypes and batches are those of transformers; llama.cpp decodes one
+    row in `type`. Raises UserError for a student that llama.cpp cannot hold."""
     for engine in engines:
         check_choice("engines", engine, ENGINES)
     check_choice("type", type, TYPES)
-    parse_dtype(dtype)
+    for dtype in dtypes:
+        parse_dtype(dtype)
     models = {TEACHER: find_checkpoint(teacher), STUDENT: find_checkpoint(student)}
     if LLAMA_CPP in engines:
         llama_cpp.version()
@@ -99,16 +116,19 @@ def report(
                 file = Path(folder) / f"{role}.gguf"
                 _write(model, role, file, type)
                 sources[LLAMA_CPP, role] = str(file)
+        threads = torch.get_num_threads()
+        settings = {TRANSFORMERS: [*product(dtypes, batches)], LLAMA_CPP: [(type, 1)]}
         jobs = [
-            Job(engine, role, sources[engine, role], dtype, length, tokens, torch.get_num_threads())
+            Job(engine, role, sources[engine, role], dtype, length, tokens, threads, batch)
             for engine in engines
+            for dtype, batch in settings[engine]
             for length in lengths
             for role in ROLES
         ]
         speeds = [_said(_alone(job)) for job in jobs]
-    versions = {"machine": processor("cpu"), "torch": torch.__version__, "dtype": dtype}
+    versions = {"machine": processor("cpu"), "torch": torch.__version__}
     if LLAMA_CPP in engines:
-        versions |= {"llama.cpp": llama_cpp.version(), "type": type}
+        versions |= {"llama.cpp": llama_cpp.version()}
     if as_json:
         print(to_json(versions | {"speeds": [asdict(speed) for speed in speeds]}, indent=1))
         return
@@ -118,26 +138,30 @@ def report(
 
 
 def rows(speeds: Sequence[Speed]) -> list[list[str]]:
-    """The cells of the table: an engine and a length in every row."""
-    found = {(x.engine, x.length, x.role): x for x in speeds}
+    """The cells of the table: a setting and a length in every row."""
+    found = {(x.setting, x.length, x.role): x for x in speeds}
     lines = []
-    for engine, length in dict.fromkeys((x.engine, x.length) for x in speeds):
-        pair = [found[engine, length, role] for role in ROLES]
+    for setting, length in dict.fromkeys((x.setting, x.length) for x in speeds):
+        pair = [found[setting, length, role] for role in ROLES]
+        engine, dtype, batch = setting
         times = [f"{1e3 * x.seconds:.1f}" for x in pair]
         ratio = f"{pair[0].seconds / pair[1].seconds:.2f}"
+        rates = [f"{batch / x.seconds:,.1f}" for x in pair]
         memory = [f"{getattr(x, name) / 1e6:,.1f}" for name in ("state", "peak") for x in pair]
-        lines.append([engine, f"{length:,}", *times, ratio, *memory])
+        counts = ["" if x.operators is None else f"{x.operators:,}" for x in pair]
+        given = engine, dtype, str(batch), f"{length:,}"
+        lines.append([*given, *times, ratio, *rates, *memory, *counts])
     return lines
 
 
 def growth(speeds: Sequence[Speed]) -> list[str]:
     """How much longer a token takes at the last length than at the first."""
     lines = []
-    for engine, role in dict.fromkeys((x.engine, x.role) for x in speeds):
-        own = [x for x in speeds if (x.engine, x.role) == (engine, role)]
+    for setting, role in dict.fromkeys((x.setting, x.role) for x in speeds):
+        own = [x for x in speeds if (x.setting, x.role) == (setting, role)]
         first, last = own[0], own[-1]
         lines.append(
-            f"{engine}, {role}: a token at {last.length:,} takes "
+            f"{_named(first)}: a token at {last.length:,} takes "
             f"{last.seconds / first.seconds:.2f} times as long as at {first.length:,}"
         )
     return lines
@@ -145,9 +169,14 @@ def growth(speeds: Sequence[Speed]) -> list[str]:
 
 def _said(speed: Speed) -> Speed:
     """The same measurement, printed to stderr: the whole table takes minutes."""
-    where = f"{speed.engine}, {speed.role} at {speed.length:,} tokens"
+    where = f"{_named(speed)} at {speed.length:,} tokens"
     print(f"{where}: {1e3 * speed.seconds:.1f} ms a token", file=sys.stderr, flush=True)
     return speed
+
+
+def _named(speed: Speed) -> str:
+    rows = "" if speed.batch == 1 else f", {speed.batch} rows"
+    return f"{speed.engine}, {speed.dtype}{rows}, {speed.role}"
 
 
 def _write(model: Checkpoint, role: str, file: Path, type: str) -> None:
@@ -172,12 +201,22 @@ def measure(job: Job) -> Speed:
     torch.set_num_threads(job.threads)
     forget_peak_memory(job.device)
     measured = _in_llama_cpp if job.engine == LLAMA_CPP else _in_transformers
-    times, state = measured(job)
-    seconds = statistics.median(times[WARM_UP:])
-    return Speed(job.engine, job.role, job.length, seconds, state, peak_memory(job.device))
+    times, state, operators = measured(job)
+    return Speed(
+        job.engine, job.role, job.length, statistics.median(times[WARM_UP:]), state,
+        peak_memory(job.device), job.dtype, job.batch, operators,
+    )  # fmt: skip
 
 
-def _in_llama_cpp(job: Job) -> tuple[list[float], int]:
+def count_operators(call: Callable[[], object]) -> int:
+    """How many operators of torch a call runs, with those that operators call."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        call()
+    kinds = "aten::", "supra::"
+    return sum(event.name.startswith(kinds) for event in found.events())
+
+
+def _in_llama_cpp(job: Job) -> tuple[list[float], int, None]:
     room = job.length + job.tokens + WARM_UP
     with LlamaCpp(Path(job.source), context=room, exact=False, threads=job.threads) as engine:
         text = _random_tokens(engine.vocabulary_size, job.length).tolist()
@@ -188,11 +227,11 @@ def _in_llama_cpp(job: Job) -> tuple[list[float], int]:
         else:
             engine.read(text, logits=False)
         state = engine.state_bytes
-        return _times(lambda token: int(engine.read([token]).argmax()), job.tokens), state
+        return _times(lambda token: int(engine.read([token]).argmax()), job.tokens), state, None
 
 
 @torch.no_grad()
-def _in_transformers(job: Job) -> tuple[list[float], int]:
+def _in_transformers(job: Job) -> tuple[list[float], int, int]:
     model = find_checkpoint(job.source).model(parse_dtype(job.dtype)).eval().to(job.device)
     tokens = _random_tokens(model.config.vocab_size, job.length)
     cache = _filled(model, tokens.to(job.device).expand(job.batch, -1))
@@ -202,7 +241,10 @@ def _in_transformers(job: Job) -> tuple[list[float], int]:
         given = torch.full((job.batch, 1), token, device=job.device)
         return int(model(given, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
 
-    return _times(step, job.tokens), state
+    times = _times(step, job.tokens)
+    given = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
+    operators = count_operators(lambda: model(given, past_key_values=cache, use_cache=True))
+    return times, state, operators
 
 
 def _filled(model: PreTrainedModel, tokens: torch.Tensor) -> Cache:

@@ -198,9 +198,12 @@ def decode(
         str,
         choice("--type", f"Of the GGUF files: {', '.join(GGUF_TYPES)}.", GGUF_TYPES, "TYPE"),
     ] = "q8_0",
-    dtype: Annotated[
-        str, choice("--dtype", f"In transformers: {', '.join(DTYPES)}.", DTYPES, "DTYPE")
-    ] = "float32",
+    dtypes: Annotated[
+        Sequence[str], names("--dtypes", f"In transformers: {', '.join(DTYPES)}.")
+    ] = ("float32",),
+    batches: Annotated[
+        Sequence[int], integers("--batches", "Rows at once, in transformers.", limits.COUNT)
+    ] = (1,),
     json: Json = False,
 ) -> None:
     """Compare how fast a converted model and its teacher decode, in two engines."""
@@ -213,7 +216,8 @@ def decode(
         tokens=tokens,
         engines=engines or ENGINES,
         type=type,
-        dtype=dtype,
+        dtypes=dtypes,
+        batches=batches,
         as_json=json,
     )
 

@@ -170,7 +170,8 @@ class DeltaLayer(Mixer):
 
         def step(inputs: MixerInputs, state: Any) -> tuple[Tensor, Any]:
             hidden, given = flat(inputs.hidden_states), joined(inputs, PARTS)
-            batch, by_head = len(hidden), (len(hidden) * heads, 1, -1)
+            batch = hidden.shape[0]
+            by_head = batch * heads, 1, -1
             constant, strength, decay = small(as_dtype(hidden, biases)).split_with_sizes(parts, 1)
             given = given.gather(1, places if batch == 1 else places.expand(batch, -1))
             given = torch.addcmul(constant * biases, given, signs)
@@ -180,7 +181,8 @@ class DeltaLayer(Mixer):
             if inputs.rotary is not None:
                 given = rotated(given.view(batch, 2 * heads * len(self.signs), -1), inputs.rotary)
             query, key = given.view(batch, 2 * heads, size).split_with_sizes((heads, heads), 1)
-            memory = state.memory * log_decay(decay).exp_().view(batch, heads, -1, 1)
+            decay = as_dtype(log_decay(decay), state.memory).exp()
+            memory = state.memory * decay.view(batch, heads, -1, 1)
             shared = memory.view(-1, size, memory.shape[3])
             query, key, value = (shaped(x, *by_head) for x in (query, key, value))
             error = torch.baddbmm(value, key, shared, alpha=-1)

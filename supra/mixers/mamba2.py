@@ -203,14 +203,15 @@ class Mamba2(Mixer):
         skip = self.D.view(shape.key_heads, groups, 1, 1)
 
         def step(inputs: MixerInputs, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-            batch, hidden = len(inputs.query), flat(inputs.hidden_states)
+            batch, hidden = inputs.query.shape[0], flat(inputs.hidden_states)
             mixed, conv_state = conv(joined(inputs, ("value", "key", "query")), state.conv_state)
             value, features = mixed.split_with_sizes(sizes, 1)
             features = rotated(features.view(batch, sum(heads), -1), inputs.rotary)
             key, query = features.split_with_sizes(heads, 1)
             delta = F.softplus(dt(as_dtype(hidden, slope)))
             value = value.view(batch, heads[0], 1, 1, -1)
-            memory = state.memory * (slope * delta).exp_().view(batch, -1, 1, 1)
+            decay = as_dtype(slope * delta, state.memory).exp()
+            memory = state.memory * decay.view(batch, -1, 1, 1)
             memory.view(batch, heads[0], groups, *memory.shape[2:]).addcmul_(
                 key.view(batch, heads[0], 1, -1, 1), delta.view(batch, -1, groups, 1, 1) * value
             )

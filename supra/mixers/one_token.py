@@ -69,7 +69,7 @@ def convolution(taps: Tensor, bias: Tensor | None, silu: bool) -> Convolution:
     columns = taps.t().contiguous()
 
     def convolve(token: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        window = torch.cat([state, token.view(len(token), 1, -1)], 1)
+        window = torch.cat([state, token.view(token.shape[0], 1, -1)], 1)
         output = (window * columns).sum(1)
         output = output if bias is None else output.add_(bias)
         return F.silu(output, inplace=True) if silu else output, window[:, 1:]
@@ -84,7 +84,7 @@ def as_dtype(x: Tensor, like: Tensor) -> Tensor:
 
 def flat(x: Tensor) -> Tensor:
     """One token [B, 1, …] as [B, C]."""
-    return shaped(x, len(x), -1)
+    return shaped(x, x.shape[0], -1)
 
 
 def shaped(x: Tensor, *shape: int) -> Tensor:

@@ -63,7 +63,8 @@ class OutputGate(nn.Module):
         dtype = hidden_states.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         gate = F.linear(hidden_states, self.weight.to(dtype), bias)
-        return self.activate(gate.float()).unflatten(-1, self.sizes)
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.activate(gate.to(wide)).unflatten(-1, self.sizes)
 
     def prepared(self, dtype: torch.dtype) -> Projection:
         """The same in a step: from hidden states [B, D] of this dtype to [B, Hq · V]."""

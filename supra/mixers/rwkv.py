@@ -174,9 +174,9 @@ class Rwkv(Mixer):
         bonus = None if self.bonus is None else self.bonus.view(heads[0], groups, size)
 
         def step(inputs: MixerInputs, state: RwkvState) -> tuple[Tensor, RwkvState]:
-            batch, hidden = len(inputs.query), flat(inputs.hidden_states)
+            batch, hidden = inputs.query.shape[0], flat(inputs.hidden_states)
             by_group, by_head = (batch, heads[0], groups), (batch * heads[1], 1, -1)
-            given = as_dtype(joined(inputs, ("key", "query", "value")), bias)
+            given = as_dtype(joined(inputs, ("key", "query", "value")), state.memory)
             features, value = given.split_with_sizes(sizes, 1)
             features = rotated(features.view(batch, sum(heads), size) + bias, inputs.rotary)
             key, query = features.split_with_sizes(heads, 1)
@@ -185,10 +185,12 @@ class Rwkv(Mixer):
             if self.options.balance_state:
                 key = key * torch.expm1(log_decay).neg_()
             value = value.view(batch, heads[0], 1, 1, -1)
-            memory = state.memory * log_decay.exp().view(batch, heads[1], size, 1)
+            memory = state.memory * as_dtype(log_decay, state.memory).exp().view(
+                batch, heads[1], size, 1
+            )
             memory.view(*by_group, *memory.shape[2:]).addcmul_(key.unsqueeze(-1), value)
             scale, read = inputs.scaling, memory if bonus is None else state.memory
-            read = read.view(-1, *read.shape[2:])
+            read = shaped(read, -1, *read.shape[2:])
             if bonus is None:
                 output = torch.baddbmm(read[:, :1], query, read, beta=0, alpha=scale)
             else:  # the token itself is added with a weight of its own

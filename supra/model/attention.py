@@ -83,7 +83,7 @@ def supra_attention(
 def _tokens_first(x: Tensor) -> Tensor:
     """[B, H, T, D] as [B, T, H, D]."""
     if x.shape[2] == 1 and x.is_contiguous():
-        return x.view(len(x), 1, *x.shape[1::2])  # one operator in the place of two
+        return x.view(x.shape[0], 1, *x.shape[1::2])  # one operator in the place of two
     return x.transpose(1, 2)
 
 

@@ -28,38 +28,45 @@ def here(monkeypatch):
 
 def test_the_teachers_state_grows_and_the_students_does_not(pair, here, capsys):
     teacher, student = pair
-    options = "--lengths 24,48 --tokens 3 --engines transformers --json"
+    options = "--lengths 24,48 --tokens 3 --engines transformers --batches 1,3 --json"
     main(["bench", "decode", "--model", student, "--teacher", teacher, *options.split()])
     found = json.loads(capsys.readouterr().out)
-    states = {(x["role"], x["length"]): x["state"] for x in found["speeds"]}
+    states = {(x["role"], x["batch"], x["length"]): x["state"] for x in found["speeds"]}
     keys_and_values = 2 * 2 * 8 * 4  # 2 heads of 8 channels in float32
-    assert states["teacher", 24] == 24 * keys_and_values
-    assert states["teacher", 48] == 48 * keys_and_values
-    assert states["student", 24] == states["student", 48] > 0
+    assert states["teacher", 1, 24] == 24 * keys_and_values
+    assert states["teacher", 1, 48] == 48 * keys_and_values
+    assert states["student", 1, 24] == states["student", 1, 48] > 0
+    assert all(
+        states[role, 3, n] == 3 * states[role, 1, n] for role in decode.ROLES for n in (24, 48)
+    )
     assert all(x["seconds"] > 0 and x["peak"] > 1e6 for x in found["speeds"])
-    assert found["machine"] and found["dtype"] == "float32"
+    assert all(x["operators"] > 100 and x["dtype"] == "float32" for x in found["speeds"])
+    assert found["machine"]
 
 
 def test_the_table_has_a_row_for_every_length(pair, here, capsys):
     teacher, student = pair
     decode.report(student, teacher=teacher, lengths=[10, 25], tokens=2, engines=["transformers"])
     printed, said = capsys.readouterr()
-    assert len(re.findall(r"^transformers, (?:teacher|student) at .* ms a token$", said, re.M)) == 4
-    assert all(re.search(rf"^\| transformers \| +{n} +\|", printed, re.M) for n in (10, 25))
-    assert "transformers, student: a token at 25 takes" in printed
+    named = r"^transformers, float32, (?:teacher|student) at .* ms a token$"
+    assert len(re.findall(named, said, re.M)) == 4
+    start = r"^\| transformers \| float32 \| 1 +\|"
+    assert all(re.search(rf"{start} {n} +\|", printed, re.M) for n in (10, 25))
+    assert "transformers, float32, student: a token at 25 takes" in printed
 
 
 def test_ratios_are_the_teachers_time_over_the_students():
     speeds = [
-        decode.Speed("llama.cpp", role, length, seconds, 1_000_000, 2_000_000)
+        decode.Speed("llama.cpp", role, length, seconds, 1_000_000, 2_000_000, "f16")
         for role, length, seconds in (
             ("teacher", 2048, 0.01), ("student", 2048, 0.01),
             ("teacher", 32768, 0.06), ("student", 32768, 0.015),
         )
     ]  # fmt: skip
     first, last = decode.rows(speeds)
-    assert first[:5] == ["llama.cpp", "2,048", "10.0", "10.0", "1.00"]
-    assert last == ["llama.cpp", "32,768", "60.0", "15.0", "4.00", "1.0", "1.0", "2.0", "2.0"]
+    assert first[:7] == ["llama.cpp", "f16", "1", "2,048", "10.0", "10.0", "1.00"]
+    assert last[3:9] == ["32,768", "60.0", "15.0", "4.00", "16.7", "66.7"]
+    assert last[9:] == ["1.0", "1.0", "2.0", "2.0", "", ""]
     assert decode.growth(speeds)[1].endswith("takes 1.50 times as long as at 2,048")
 
 
@@ -82,7 +89,7 @@ def test_a_teachers_cache_holds_copies_of_the_part(pair):
     [
         ({"engines": ["vllm"]}, r"unknown engines 'vllm' \(known: llama\.cpp, transformers\)"),
         ({"type": "q5"}, "unknown type 'q5'"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"dtypes": ["int8"]}, "unknown dtype 'int8'"),
     ],
 )
 def test_what_is_no_option(pair, given, message):

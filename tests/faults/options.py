@@ -557,7 +557,8 @@ REFUSED = {
         ("--model {rnn} --teacher {base} --lengths 0", "--lengths"),
         ("--model {rnn} --teacher {base} --tokens 0", "--tokens"),
         ("--model {rnn} --teacher {base} --type q5", "unknown --type"),
-        ("--model {rnn} --teacher {base} --dtype int8", "unknown --dtype"),
+        ("--model {rnn} --teacher {base} --dtypes int8", "unknown dtype 'int8'"),
+        ("--model {rnn} --teacher {base} --batches 0", "--batches"),
     ],
     "bench gpu": [
         ("--rehearse --groups chekcs", "did you mean 'checks'"),

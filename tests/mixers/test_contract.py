@@ -281,7 +281,8 @@ def test_values_within_the_bound_are_as_without_it(name, size, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_offloading_changes_nothing(mixer, shape, place, tmp_path):
-    """Offloaded parameters exist only inside their own module's forward."""
+    """Offloaded parameters exist only inside their own module's forward. A step that reads them
+    outside gives way to another form, whose sums round differently."""
     inputs = make_inputs(shape, tokens=30)
 
     def outputs():
@@ -297,8 +298,9 @@ def test_offloading_changes_nothing(mixer, shape, place, tmp_path):
     else:
         accelerate.disk_offload(model, tmp_path, device)
     assert all(x.is_meta for x in mixer.parameters())
-    for ours, theirs in zip(outputs(), expected, strict=True):
-        assert torch.equal(ours, theirs)
+    first, step, whole = outputs()
+    assert torch.equal(first, expected[0]) and torch.equal(whole, expected[2])
+    close(step, expected[1], tolerance=1e-12)
 
 
 def test_packed_documents_are_separate(mixer, shape):
