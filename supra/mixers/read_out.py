@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from supra.mixers.gates import linear_start
 from supra.mixers.inputs import MIN_POWER, NORM_EPS, AttentionShape
-from supra.mixers.one_token import Projection, over_length, projection
+from supra.mixers.one_token import Projection, as_dtype, over_length, projection
 from supra.mixers.ridge import ridge_regression
 
 Norm = Callable[[Tensor], Tensor]  # of [B, T, Hq, V], over V alone: a token needs no other token
@@ -69,7 +69,8 @@ class OutputGate(nn.Module):
     def prepared(self, dtype: torch.dtype) -> Projection:
         """The same in a step: from hidden states [B, D] of this dtype to [B, Hq · V]."""
         project = projection(self.weight, self.bias, dtype)
-        return lambda x: self.activate(project(x))
+        like = torch.empty(0, dtype=torch.promote_types(dtype, torch.float32))
+        return lambda x: self.activate(as_dtype(project(x), like))
 
     def activate(self, logits: Tensor) -> Tensor:
         half = logits.sigmoid()
