@@ -1,7 +1,6 @@
 """Checks that weights and outputs are finite before they are saved."""
 
 import math
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from supra.data.packing import Block
-from supra.errors import Diverged
-from supra.uptrain.stages import Stage
 
 LARGEST = 1e18  # maximum size of a weight: norms take squares, and float32 ends at 3e38
 TOKENS = 128  # tokens of the row that the model is tried on
@@ -33,18 +30,6 @@ def first_not_finite(
     if found := next(filter(None, gather_object(bad[:1])), None):
         return found
     return None if row is None or _predicts(model, row, device) else "the model's output"
-
-
-def diverged(what: str, stage: Stage, checkpoint: Path | None) -> Diverged:
-    """The error for a stage whose numbers overflowed; `checkpoint` is the last good one."""
-    way_out = "the same command then starts from the beginning"
-    if checkpoint:
-        way_out = f"--accept-changed then continues from {checkpoint.name} with the new rate"
-    config = stage.config
-    return Diverged(
-        f"{what}. Lower {stage.name}.optimizer.lr (={config.optimizer.lr}) or lengthen "
-        f"{stage.name}.schedule.warmup (={config.schedule.warmup}): {way_out}"
-    )
 
 
 def _predicts(model: nn.Module, row: Block, device: torch.device) -> bool:

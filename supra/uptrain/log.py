@@ -3,13 +3,19 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from supra.bench.timing import peak_memory
+from supra.uptrain import tree
+from supra.uptrain.config import UptrainConfig
+from supra.uptrain.processes import on_main
 from supra.uptrain.run_log import RunLog
+
+Flops = Callable[[UptrainConfig], dict[str, int]]
+"""Counts the FLOPs per token of each stage of a run."""
 
 
 class Log:
@@ -88,3 +94,23 @@ class Log:
         if self.file:
             print(json.dumps({"step": step, **values}), file=self.file, flush=True)
         self.accelerator.log(values, step=step)
+
+
+def seconds_per_token(
+    config: UptrainConfig, accelerator: Accelerator, count: Flops | None
+) -> dict[str, float]:
+    """What a token of each stage takes at the peak of all processes; {} if it is not known."""
+    if config.peak_tflops is None or count is None:
+        return {}
+    rate = config.peak_tflops * 1e12 * accelerator.num_processes
+    found = on_main(accelerator, lambda: count(config))
+    return {name: flops / rate for name, flops in found.items()}
+
+
+def tracker_config(config: UptrainConfig) -> dict[str, int | float | str]:
+    """The settings as trackers take them."""
+    flat = tree.flatten(config.model_dump(mode="json"))
+    return {
+        key: value if isinstance(value, int | float | str) else str(value)
+        for key, value in flat.items()
+    }

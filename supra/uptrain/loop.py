@@ -1,7 +1,6 @@
 """The training loop, for one process or many, with exact resume."""
 
 import gc
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -15,23 +14,23 @@ from supra.checkpoint.card import update_card
 from supra.checkpoint.files import staged_folder
 from supra.checkpoint.opening import find_checkpoint
 from supra.conversion.calibrate import calibrate, check_calibrated
-from supra.data.packing import Block, collate
+from supra.data.packing import collate
 from supra.errors import Diverged
 from supra.losses.chunked import ScoredModel, language_model
 from supra.model.native.adapter import accelerate, adopt
 from supra.model.original import original
 from supra.model.positions import check_positions
 from supra.model.sequence_parallel import check_parts
-from supra.uptrain import models, optim, shards, spread, tree
+from supra.uptrain import models, optim, shards, spread
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
 from supra.uptrain.best import BestCheckpoint
 from supra.uptrain.config import UptrainConfig
+from supra.uptrain.divergence import Divergence, diverged
 from supra.uptrain.end_to_end import EndToEnd
-from supra.uptrain.finite import diverged, first_not_finite
 from supra.uptrain.held_out import HeldOut
 from supra.uptrain.initial_state import InitialState, check_extends
-from supra.uptrain.log import Log
+from supra.uptrain.log import Flops, Log, seconds_per_token, tracker_config
 from supra.uptrain.memory import keep_freed_memory
 from supra.uptrain.origin import origin
 from supra.uptrain.processes import autocast, on_main
@@ -44,9 +43,6 @@ from supra.uptrain.stage_settings import LAYERWISE
 from supra.uptrain.stages import Stage, plan, tokens_read, wrapped_stages
 from supra.uptrain.stop import ENDING, WARNING, noted
 from supra.uptrain.teacher import Teacher
-
-Flops = Callable[[UptrainConfig], dict[str, int]]
-"""Counts the FLOPs per token of each stage of a run."""
 
 
 def train(
@@ -116,10 +112,10 @@ class Run:
         self._load_models(fresh=checkpoint is None)
         if checkpoint:
             resume(self.saved, checkpoint, self.model, self.stream, accept, self.log)
-        self.row: Block | None = None  # the first row of the last step that was not skipped
-        self.skipped = 0  # steps in a row, up to the last one
+        self.divergence = Divergence(config.max_skipped_steps, self._diverged)
         if checkpoint:
-            self.skipped = on_main(accelerator, lambda: folder.skipped_steps(checkpoint))
+            skipped = on_main(accelerator, lambda: folder.skipped_steps(checkpoint))
+            self.divergence.skipped = skipped
         self._begin(stage)
         if self.initial_state and self.step > stage.start:
             self.saved.read_rows(checkpoint, self.initial_state)
@@ -183,48 +179,28 @@ class Run:
         rows = iter(self.stream.step(stage.rows))
         batches = [collate(islice(rows, stage.batch_size)) for _ in range(stage.accumulation)]
         values = self.objective.add_gradients(batches)
-        if math.isfinite(values["loss"] + values["grad_norm"]):
+        if self.divergence.accepts(self.step + 1, values, batches[0]):
             number = self.step - stage.start
             factor = optim.schedule_factor(number, stage.steps, stage.config.schedule)
             optim.set_rates(self.optimizer, factor)
             self.optimizer.step()
             values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-            self.row = {name: x[:1] for name, x in batches[0].items()}
-            self.skipped = 0
         else:
-            values = self._skip(values)
+            values = self._skip()
         self.optimizer.zero_grad()
         self.step += 1
-        values |= self._source_tokens()
+        if self.config.data.sources:
+            values["source_tokens"] = self.data.source_tokens(
+                self.stream, self.accelerator, self.rows.size
+            )
         self.log.step(self.step, stage.name, tokens_read(self.stages, self.step), values)
 
-    def _skip(self, values: dict[str, float]) -> dict[str, int]:
-        """Leave out a step whose loss or gradient is not finite; these numbers are the same in all
-        processes. Returns what is logged in their place. Raises Diverged after too many in a row.
-        """
-        most = self.config.max_skipped_steps
-        what = (
-            f"step {self.step + 1}: the loss is {values['loss']} and the gradient norm "
-            f"{values['grad_norm']}"
-        )
-        if self.skipped >= most:
-            before = f", after {self.skipped} skipped steps in a row" if self.skipped else ""
-            raise self._diverged(f"{what}{before}; this step changed no weights")
-        self.skipped += 1
+    def _skip(self) -> dict[str, int]:
+        """Leave out a step. Returns what is logged in place of its values."""
         if self.initial_state:
             self.initial_state.drop_carried()
-        self.log.say(f"{what}: it is skipped, {self.skipped} of at most {most} in a row")
-        return {"skipped": self.skipped}
-
-    def _source_tokens(self) -> dict[str, dict[str, int]]:
-        """The tokens that all processes have read of each source so far; {} without sources."""
-        sources = self.config.data.sources
-        if not sources:
-            return {}
-        lanes = [lane.tokens for lane in self.stream.own.values()] or [[0] * len(sources)]
-        own = torch.tensor(lanes, device=self.accelerator.device).sum(0)
-        counts = (self.accelerator.reduce(own, reduction="sum") // self.rows.size).tolist()
-        return {"source_tokens": dict(zip((x.label for x in sources), counts, strict=True))}
+        self.log.say(self.divergence.said)
+        return {"skipped": self.divergence.skipped}
 
     def evaluate(self, stage: str) -> float | None:
         """Log the held-out perplexity, and return the loss; None without held-out text."""
@@ -236,7 +212,7 @@ class Run:
         self._check_finite()
         passes = {stage.name: stage.passes for stage in self.stages}
         self._settle()
-        facts = {"skipped": self.skipped, "passes": passes, **self.best.facts(loss)}
+        facts = {"skipped": self.divergence.skipped, "passes": passes, **self.best.facts(loss)}
         self.saved.write(self.step, self.stream, self.initial_state, facts)
         self._clear_moments()
 
@@ -267,10 +243,7 @@ class Run:
     def _check_finite(self) -> None:
         """Raises Diverged in every process if weights or outputs are not finite."""
         with self.autocast():
-            device = self.accelerator.device
-            found = first_not_finite(self.model, self.optimizer, self.row, device)
-        if found:
-            raise self._diverged(f"after step {self.step} {found} overflowed: nothing is saved")
+            self.divergence.check(self.step, self.model, self.optimizer, self.accelerator.device)
 
     def _diverged(self, what: str) -> Diverged:
         self.saved.finish()
@@ -284,7 +257,7 @@ class Run:
         self._held.close()
 
     def _open_log(self) -> None:
-        self.accelerator.init_trackers("supra", _tracker_config(self.config))
+        self.accelerator.init_trackers("supra", tracker_config(self.config))
         logged = self.step
         if self.accelerator.is_main_process:
             logged = self.folder.log.truncate(self.step)
@@ -293,7 +266,7 @@ class Run:
             self.folder.log,
             tokens=tokens_read(self.stages, self.steps),
             tokens_done=tokens_read(self.stages, self.step),
-            seconds=self._seconds_per_token(),
+            seconds=seconds_per_token(self.config, self.accelerator, self.flops_per_token),
         )
         if logged < self.step:
             self.log.say(
@@ -302,15 +275,6 @@ class Run:
             )
         blocks, size = self.data.held_out, self.config.batch.size
         self.held_out = HeldOut(self.accelerator, blocks, size, self.log, self.autocast)
-
-    def _seconds_per_token(self) -> dict[str, float]:
-        """What a token of each stage takes at the peak of all processes, if it is known."""
-        peak, count = self.config.peak_tflops, self.flops_per_token
-        if peak is None or count is None:
-            return {}
-        rate = peak * 1e12 * self.accelerator.num_processes
-        found = on_main(self.accelerator, lambda: count(self.config))
-        return {name: flops / rate for name, flops in found.items()}
 
     def _load_models(self, fresh: bool) -> None:
         config, accelerator = self.config, self.accelerator
@@ -399,7 +363,7 @@ class Run:
     def _clear_moments(self) -> None:
         """Empty AdamW's moments as long as the stage has changed no weight. This is needed after
         saving, too: FSDP's saving fills empty moments and counts a step."""
-        if self.step - self.skipped <= self.stage.start:
+        if self.step - self.divergence.skipped <= self.stage.start:
             self.optimizer.state.clear()
 
     def _begin_end_to_end(self, stage: Stage) -> None:
@@ -423,14 +387,6 @@ class Run:
         if self.initial_state and config.initial_state == "noise" and self.step == stage.start:
             rows = self.data.rows(*stage.row).step(stage.rows)
             self.objective.fit_noise(collate(rows[: stage.batch_size]))
-
-
-def _tracker_config(config: UptrainConfig) -> dict:
-    flat = tree.flatten(config.model_dump(mode="json"))
-    return {
-        key: value if isinstance(value, int | float | str) else str(value)
-        for key, value in flat.items()
-    }
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,6 +5,9 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from supra.checkpoint.opening import find_checkpoint
 from supra.data.packing import Block, check_tokenizer, collate
 from supra.data.text import hub_name
@@ -47,6 +50,16 @@ class RunData:
         length = self.settings.sequence_length
         count = max(1, tokens // length)
         return collate(islice(self._stream(0, 1, sequence_length=length), count))
+
+    def source_tokens(
+        self, lanes: Lanes, accelerator: Accelerator, processes_of_a_row: int
+    ) -> dict[str, int]:
+        """The tokens that all processes have read of each source so far."""
+        labels = [x.label for x in self.settings.sources]
+        read = [lane.tokens for lane in lanes.own.values()] or [[0] * len(labels)]
+        own = torch.tensor(read, device=accelerator.device).sum(0)
+        counts = accelerator.reduce(own, reduction="sum") // processes_of_a_row
+        return dict(zip(labels, counts.tolist(), strict=True))
 
     def close(self) -> None:
         """End the work on documents that are not needed any more."""
