@@ -19,10 +19,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from supra.losses.token_losses import Losses, refuse_second_derivatives
 from supra.model.cache import cache_name
 
-# Logits per chunk: 680 or 1360 tokens with a vocabulary of 49152. Each chunk adds to the gradient
-# of the head, which is as large as the head. With small chunks, this would move more bytes than the
-# logits do.
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
+# Logits per chunk: 1360 tokens with a vocabulary of 49152. Each chunk adds to the gradient of the
+# head, which is as large as the head. With small chunks, this would move more bytes than the logits
+# do.
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**26}
 
 ChunkLoss = Callable[[Tensor, slice], Losses]
 """(logits [n, V], the rows of the flattened batch that they belong to) -> their losses."""

@@ -71,7 +71,7 @@ class LayerByLayer:
                 norms.append(whole(nn.utils.clip_grad_norm_(parameters, clip)))
         values = {"loss": errors.mean(), "worst_layer": errors.max()}
         values["grad_norm"] = torch.stack(norms).norm()
-        return {name: value.item() for name, value in values.items()}
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     def errors(self, batch: Block, weight: float) -> Tensor:
         """The error of every layer on a micro-batch. Adds the gradient, multiplied by `weight`.

@@ -51,7 +51,9 @@ class EndToEnd:
         """
         batches = [batch | {"labels": shifted_labels(batch["labels"])} for batch in batches]
         valid = sum((self.rows.part(batch["labels"]) != IGNORE).sum() for batch in batches)
-        valid = max(1, self._sum(valid).item())  # a step of questions alone has no gradient
+        if self.accelerator.num_processes > 1:  # labels are on the host: else there is no wait
+            valid = self._sum(valid)
+        valid = max(1, valid.item())  # a step of questions alone has no gradient
         sums = torch.zeros(2, device=self.accelerator.device)
         count = len(batches) * (self.stage.segments or 1)
         with self.rows.shared_by(self.model) as shared:
@@ -60,11 +62,11 @@ class EndToEnd:
                     losses = self._losses(batch, valid, cache)
                     self.accelerator.backward(losses.total)
                 sums += torch.stack([losses.next_token, losses.kl])
-        next_token, kl = (self._sum(sums) / valid).tolist()
         drop_gradients(self.optimizer)
         clip = self.stage.optimizer.clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
-        norm = whole(norm).item()
+        # the one wait for the device in a step
+        next_token, kl, norm = torch.cat([self._sum(sums) / valid, whole(norm)[None]]).tolist()
         values = {"loss": self.next_token * next_token + self.kl * kl, "next_token": next_token}
         values |= ({"kl": kl} if self.teacher else {}) | {"grad_norm": norm}
         if shared is not None:  # what this process got from the others of its rows, and waited
