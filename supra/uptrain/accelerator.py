@@ -52,6 +52,11 @@ def open_accelerator(config: UptrainConfig, folder: Path) -> Accelerator:
         parallelism_config=parallelism_config(),
     )
     check_kind(accelerator.distributed_type)
+    if config.compile and accelerator.num_processes > 1:
+        raise UserError(
+            f"compile (=True) runs in one process, and there are {accelerator.num_processes}: with "
+            "several it was never tested; set compile=false"
+        )
     return accelerator
 
 

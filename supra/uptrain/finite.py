@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from supra.data.packing import Block
+from supra.uptrain.compiled import eagerly
 
 LARGEST = 1e18  # maximum size of a weight: norms take squares, and float32 ends at 3e38
 TOKENS = 128  # tokens of the row that the model is tried on
@@ -38,7 +39,8 @@ def _predicts(model: nn.Module, row: Block, device: torch.device) -> bool:
     was_training = model.training
     model.eval()
     inputs = {x: row[x][:, :TOKENS].to(device) for x in ("input_ids", "position_ids")}
-    logits = model(**inputs, use_cache=False).logits
+    with eagerly():
+        logits = model(**inputs, use_cache=False).logits
     model.train(was_training)
     return all(gather_object([_finite(logits.float().logsumexp(-1))]))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from supra.data.packing import Block
 from supra.evaluate.perplexity import perplexity_of, token_nats
+from supra.uptrain.compiled import eagerly
 from supra.uptrain.log import Log
 
 
@@ -58,7 +59,7 @@ class HeldOut:
         # as many passes in every process, because a sharded model needs all processes in each
         spare = self.blocks[: -(-len(self.blocks) // step) - len(own)]
         sums = torch.zeros(2, dtype=torch.float64)
-        with self.autocast():
+        with self.autocast(), eagerly():
             found = token_nats(model, [*own, *spare], self.batch_size)
             for number, (nats, _) in enumerate(found):
                 if number < len(own):

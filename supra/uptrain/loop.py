@@ -25,6 +25,7 @@ from supra.uptrain import models, optim, shards, spread
 from supra.uptrain.accelerator import open_accelerator
 from supra.uptrain.align import LayerByLayer
 from supra.uptrain.best import BestCheckpoint
+from supra.uptrain.compiled import Compiled
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.divergence import Divergence, diverged
 from supra.uptrain.end_to_end import EndToEnd
@@ -282,6 +283,7 @@ class Run:
         student = spread.load(accelerator, find_checkpoint(config.student), models.DTYPE)
         for setting, length in self._row_lengths():
             check_positions(student, setting, length)
+        self.compiled = Compiled(student, config.compile)
         if adopt(student):  # recurrent itself: its layers run as those of mixers do
             accelerate(student)
         if config.extend:
@@ -350,6 +352,7 @@ class Run:
         optim.require_gradients(self.optimizer, moved)
         self.stream.cut(*stage.row)
         self.initial_state = None
+        self.compiled.begin(self.layers if stage.name in LAYERWISE else None)
         if stage.name in LAYERWISE:
             if self.teacher:
                 self.teacher.forget()  # the layers learn from another one

@@ -6,6 +6,11 @@ from supra.uptrain.data_settings import DataConfig, SourceConfig
 from supra.uptrain.limits import PASS, STEP
 
 END_TO_END = {"distill", "tune", "extend"}  # stages
+# stage -> why it is not compiled
+NOT_COMPILED = {
+    "orient": "computes whole mixing matrices beside the layers",
+    "extend": "hands states on between segments, and each would be compiled for",
+}
 PROJECTION_ROWS = 4  # of calibration: three to fit, one to choose by
 
 
@@ -23,6 +28,7 @@ def check(config: UptrainConfig) -> None:
     _check_calibrate(config)
     _check_lora(config)
     _check_gradient_checkpointing(config)
+    _check_compile(config)
     _check_budget(config.budget)
     _check_stage_tokens(config)
     _check_held_out(config)
@@ -152,6 +158,22 @@ def _check_gradient_checkpointing(config: UptrainConfig) -> None:
             "gradient_checkpointing computes layers again, and those of the stage extend would "
             "start from a state that is gone: set gradient_checkpointing=false; where memory is "
             "short, a lower extend.sequence_length with a higher extend.state_passing"
+        )
+
+
+def _check_compile(config: UptrainConfig) -> None:
+    if not config.compile:
+        return
+    for name in config.stages:
+        if name in NOT_COMPILED:
+            raise UserError(
+                f"compile (=True) does not go with the stage {name}, which {NOT_COMPILED[name]}: "
+                f"run it separately, or set compile=false"
+            )
+    if config.lora is not None:
+        raise UserError(
+            "compile (=True) does not go with lora: with adapters it was never tested; set "
+            "compile=false, or lora=null"
         )
 
 

@@ -201,6 +201,7 @@ class RunFolder:
         many forward passes a step has, accumulation does not, see `_other_passes`."""
         try:
             old = tree.flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+            old = {"compile": False} | old  # earlier versions did not know it
         except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
             return ["its config.yaml is missing or damaged"]
         new = tree.flatten(config.model_dump(mode="json"))

@@ -22,6 +22,8 @@ from supra.data.packing import Block
 from supra.errors import UserError
 from supra.losses.chunked import chunks, hidden_states, logits_of
 from supra.losses.token_losses import TopK
+from supra.model.attention import blocks_of
+from supra.uptrain.compiled import compile_all
 from supra.uptrain.config import UptrainConfig
 from supra.uptrain.spread import is_sharded, load, shard_blocks
 
@@ -35,7 +37,7 @@ class Teacher:
 
     def __init__(self, config: UptrainConfig, accelerator: Accelerator):
         self.name, self.accelerator, self.settings = config.teacher, accelerator, config.distill
-        self.device = accelerator.device
+        self.device, self.compiles = accelerator.device, config.compile
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         own, other = (
             find_checkpoint(name).config().get_text_config().vocab_size
@@ -62,6 +64,8 @@ class Teacher:
         model.requires_grad_(False).eval()
         if is_sharded(self.accelerator):
             shard_blocks(self.accelerator, model)
+        if self.compiles:
+            compile_all(blocks_of(model))
         return model
 
     def forget(self) -> None:
