@@ -16,6 +16,7 @@ LEVELS = [
     ["supra.__main__", "supra.uptrain.__main__"],
     ["supra.cli"],
     ["supra.bench.gpu"],
+    ["supra.bench.train"],
     ["supra.planning"],
     ["supra.uptrain", "supra.bench", "supra.testing"],
     ["supra.long_context"],
@@ -37,6 +38,7 @@ NESTED = {
     "supra.evaluate.suite",
     "supra.evaluate.tasks",
     "supra.bench.gpu",
+    "supra.bench.train",
 }
 # other people's packages, for each room or file; the longest path that fits counts
 PACKAGES = {
@@ -57,6 +59,7 @@ PACKAGES = {
     "supra/bench": {"torch", "triton"},
     "supra/bench/decode.py": {"torch", "transformers"},
     "supra/bench/gpu": {"torch", "transformers"},
+    "supra/bench/train": {"torch"},
     "supra/bench/rivals": {"torch", "transformers"},
     "supra/cli": {"torch"},
     "supra/planning/fake_rank.py": {"torch", "accelerate"},

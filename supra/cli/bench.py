@@ -1,4 +1,4 @@
-"""`supra bench kernels | compile | parallel | decode | gpu`."""
+"""`supra bench kernels | compile | parallel | decode | train | gpu`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,6 +218,44 @@ def decode(
         type=type,
         dtypes=dtypes,
         batches=batches,
+        as_json=json,
+    )
+
+
+@app.command(
+    cls=Command, epilog="supra bench train --model ./teacher --mixer mamba2 --levers plain,compile"
+)
+def train(
+    model: Annotated[str, string("--model", "Transformer to convert: hub id or folder.", "MODEL")],
+    mixer: Annotated[Sequence[str], names("--mixer", "Mixers of the students.")],
+    stages: Annotated[
+        Sequence[str], names("--stages", "Of forward,align,distill,tune. Default: all.")
+    ] = (),
+    levers: Annotated[
+        Sequence[str],
+        names("--levers", "Of plain,compile,checkpointing,unfused,fp32. Default: all."),
+    ] = (),
+    rows: Annotated[int, whole("--rows", "Rows of a step.", limits.COUNT)] = 2,
+    length: Annotated[int, whole("--length", "Tokens of a row.", limits.PASS, 2)] = 512,
+    steps: Annotated[int, whole("--steps", "Steps to measure, after three.", limits.COUNT)] = 3,
+    peak_tflops: Annotated[
+        float | None,
+        number("--peak-tflops", "Peak of the device, for MFU. Default: known for some GPUs."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure steps of training with and without each lever, and where their time goes."""
+    from supra.bench.train.report import report
+
+    report(
+        model,
+        mixers=mixer,
+        stages=stages,
+        levers=levers,
+        rows=rows,
+        length=length,
+        steps=steps,
+        peak_tflops=peak_tflops,
         as_json=json,
     )
 

@@ -560,6 +560,18 @@ REFUSED = {
         ("--model {rnn} --teacher {base} --dtypes int8", "unknown dtype 'int8'"),
         ("--model {rnn} --teacher {base} --batches 0", "--batches"),
     ],
+    "bench train": [
+        ("", "--model"),
+        ("--model {base}", "--mixer"),
+        ("--model {here}/none --mixer mamba2", "no such folder"),
+        ("--model {base} --mixer mamba9", "mamba9"),
+        ("--model {base} --mixer mamba2 --stages orient", "unknown stages 'orient'"),
+        ("--model {base} --mixer mamba2 --levers speed", "unknown levers 'speed'"),
+        ("--model {base} --mixer mamba2 --rows 0", "--rows"),
+        ("--model {base} --mixer mamba2 --length 1", "--length"),
+        ("--model {base} --mixer mamba2 --steps 0", "--steps"),
+        ("--model {base} --mixer mamba2 --peak-tflops 0", "--peak-tflops"),
+    ],
     "bench gpu": [
         ("--rehearse --groups chekcs", "did you mean 'checks'"),
         ("--rehearse --minutes 0", "--minutes (=0.0)"),

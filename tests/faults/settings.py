@@ -87,6 +87,8 @@ VALUES = [
     ("precision=[bf16]", "precision"),
     ("gradient_checkpointing=1", "gradient_checkpointing"),
     ("gradient_checkpointing=maybe", "gradient_checkpointing"),
+    ("compile=maybe", "compile"),
+    ("compile=true 'lora={{}}'", "lora"),
     ("resume=maybe", "resume"),
     ("max_skipped_steps=-1", "max_skipped_steps"),
     ("max_skipped_steps=some", "max_skipped_steps"),

@@ -1,21 +1,18 @@
 """Random models of the size of SmolLM2-135M, and random text: speed does not depend on weights."""
 
-import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from supra.bench.train.text import write_text
 from supra.checkpoint.files import staged_folder
 from supra.conversion.convert import convert
 from supra.testing import tiny_tokenizer
 
 TEACHER = "teacher"
 STUDENTS = ("mamba2", "gated_deltanet")
-WORDS = 400  # of a document
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
@@ -73,14 +70,5 @@ def model(folder: Path, name: str, sizes: Sizes) -> Path:
 
 def text(folder: Path, sizes: Sizes) -> Path:
     """A file of random documents with enough tokens for one training."""
-    file = folder / "text.jsonl"
-    if not file.exists():
-        draw = random.Random(0)
-        needed = sizes.rows * sizes.length * (sizes.steps + sizes.warm_up + 1)
-        lines = [_document(draw) for _ in range(2 + needed // WORDS)]
-        file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return file
-
-
-def _document(draw: random.Random) -> str:
-    return " ".join("".join(draw.choices(LETTERS, k=draw.randint(2, 9))) for _ in range(WORDS))
+    tokens = sizes.rows * sizes.length * (sizes.steps + sizes.warm_up + 2)
+    return write_text(folder / "text.jsonl", tokens)
