@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from supra.losses.token_losses import Losses, refuse_second_derivatives
+from supra.losses.token_losses import Losses, multiply_, refuse_second_derivatives
 from supra.model.cache import cache_name
 
 # Logits per chunk: 1360 tokens with a vocabulary of 49152. Each chunk adds to the gradient of the
@@ -136,9 +136,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, total_gradient, *_):
         refuse_second_derivatives()
-        # in place, because nothing else uses the buffers, and autograd refuses a second backward
-        # pass
-        hidden, *parameters = (x.mul_(total_gradient.to(x.dtype)) for x in ctx.saved_tensors)
+        hidden, *parameters = (multiply_(x, total_gradient) for x in ctx.saved_tensors)
         return hidden, None, None, *parameters
 
 

@@ -5,9 +5,11 @@ Every row runs in a process of its own, so that its peak of memory is its own.
 
 import math
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -96,7 +98,8 @@ def report(
     teacher = find_checkpoint(model)
     with tempfile.TemporaryDirectory() as folder:
         for mixer in mixers:
-            convert(teacher.name, f"{folder}/{mixer}", mixer=mixer)
+            with redirect_stdout(sys.stderr):  # what it says is no row
+                convert(teacher.name, f"{folder}/{mixer}", mixer=mixer)
         jobs = [
             Job(
                 folder, teacher.name, mixer, stage, lever, rows, length, steps,
