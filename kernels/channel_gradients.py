@@ -112,14 +112,13 @@ def chunk_d_query(
 @triton.jit
 def chunk_d_key(
     query, key, value, sums, bonus, d_states, d_scores, d_whole, d_query_logs, d_key, d_log_decay,
-    d_reading, d_reading_logs, seqs, heads, chunks, value_blocks,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, LEVELS: tl.constexpr, HAS_BONUS: tl.constexpr,
-    KEYS_READ: tl.constexpr, PRECISION: tl.constexpr,
+    d_reading, d_reading_logs, seqs, heads, chunks, value_blocks, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    QUERIES: tl.constexpr, LEVELS: tl.constexpr, HAS_BONUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and the gradient of log_decay; heads = Hkv. grid: (chunks * blocks of K, Hkv).
 
-    KEYS_READ: add what chunk_d_query gave for the keys, d_reading and d_reading_logs.
+    d_reading, d_reading_logs: what chunk_d_query gave for the keys, which is added, or None.
     """
     chunk, _, head, _, row, token, left, rows, columns = locate.chunk(
         seqs, KEY_WIDTH, BLOCK_K, TILE
@@ -144,7 +143,7 @@ def chunk_d_key(
         d_whole, d_query_logs, place, chunk, head, heads, chunks, value_blocks, rows, left, columns,
         KEY_WIDTH, QUERIES,
     )  # fmt: skip
-    if KEYS_READ:
+    if d_reading is not None:
         at = d_reading_logs + place * KEY_WIDTH
         logs += tiles.load(at, step, rows, left, columns, KEY_WIDTH)
     logs = tiles.dot(before_here(rows, TILE), k * acc, logs, PRECISION)
@@ -171,7 +170,7 @@ def chunk_d_key(
             u = bonus + (head * QUERIES + r) * KEY_WIDTH
             q *= tiles.load_vector(u, 1, columns, KEY_WIDTH)[None, :]
         acc += own.to(tl.float32)[:, None] * q
-    if KEYS_READ:
+    if d_reading is not None:
         acc += tiles.load(d_reading + place * KEY_WIDTH, step, rows, left, columns, KEY_WIDTH)
     tiles.store(d_key + place * KEY_WIDTH, step, rows, left, columns, KEY_WIDTH, acc)
     tiles.store(d_log_decay + place * KEY_WIDTH, step, rows, left, columns, KEY_WIDTH, logs)
@@ -197,14 +196,14 @@ def _later_logs(
 
 @triton.jit
 def chunk_d_written(
-    key, d_output, sums, scores, d_states, d_written, seqs, heads, scale, KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    QUERIES: tl.constexpr, FROM_STATES: tl.constexpr, PRECISION: tl.constexpr,
+    key, d_output, sums, scores, d_states, d_written, seqs, heads, scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of what tokens write, of values or errors; heads = Hkv.
 
-    grid: (chunks * blocks of V, Hkv). It comes from the outputs of their own chunk, and with
-    FROM_STATES from the state after it.
+    grid: (chunks * blocks of V, Hkv). It comes from the outputs of their own chunk, and from the
+    state after it where d_states are given.
     """
     chunk, _, head, _, row, token, left, rows, columns_v = locate.chunk(
         seqs, VALUE_WIDTH, BLOCK_V, TILE
@@ -216,7 +215,7 @@ def chunk_d_written(
     d_output = locate.at(d_output, row, token, head * QUERIES)
     sums = Rows(sums + place * KEY_WIDTH, 0, heads * KEY_WIDTH, 0)
     scores += place * QUERIES * TILE
-    if FROM_STATES:
+    if d_states is not None:
         d_states += locate.slot_offset(chunk, head, heads, KEY_WIDTH * VALUE_WIDTH)
 
     acc = tl.zeros([TILE, BLOCK_V], tl.float32)
@@ -226,7 +225,7 @@ def chunk_d_written(
         do = tiles.load_rows(d_at, rows, left, columns_v, VALUE_WIDTH)
         acc = tiles.dot(tl.trans(a), do, acc, PRECISION)
     acc *= scale
-    if FROM_STATES:
+    if d_states is not None:
         for k0 in range(0, KEY_WIDTH, BLOCK_K):
             columns = k0 + tl.arange(0, BLOCK_K)
             k = tiles.load_rows(key, rows, left, columns, KEY_WIDTH)

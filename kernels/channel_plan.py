@@ -62,7 +62,7 @@ class ChannelPlan(HeadsPlan):
         kernel = channel_gradients.chunk_d_written
         self.launch(
             kernel, self.by_value(kernel, self.kv_heads), scores=scores, d_states=d_states,
-            d_written=d_written, FROM_STATES=d_states is not None,
+            d_written=d_written,
         )  # fmt: skip
 
     def d_scores(self, heads: int, **own: Any) -> Tensor:
@@ -95,7 +95,7 @@ class ChannelPlan(HeadsPlan):
         """
         d_key, kernel = self.key.new_empty(self.key.shape), channel_gradients.chunk_d_key
         d_log_decay = self.new_sums(*d_key.shape)
-        of_keys = {"d_reading": None, "d_reading_logs": None, "KEYS_READ": False} | own
+        of_keys = {"d_reading": None, "d_reading_logs": None} | own
         self.launch(
             kernel, self.by_key(kernel, self.kv_heads), d_states=d_states, d_scores=d_scores,
             d_whole=d_whole, d_query_logs=d_logs, d_key=d_key, d_log_decay=d_log_decay,

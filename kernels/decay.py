@@ -38,19 +38,24 @@ def sums_in_chunks(
 
 
 def d_log_decay(
-    log_decay: Tensor, given: dict[str, object], query_products: Tensor, **sums: Tensor
-) -> Tensor:
+    log_decay: Tensor | None,
+    given: dict[str, object],
+    query_products: Tensor | None,
+    key_products: Tensor | None,
+    carried: Tensor | None,
+) -> Tensor | None:
     """Gradient of log_decay from q . dq, k . dk and <state, its gradient>, in blocks of channels.
 
-    given: arguments of kernels that launches share. sums: key_products and carried.
+    given: arguments of kernels that launches share.
     """
+    if log_decay is None:
+        return None
     length, heads = given["seqs"].length, log_decay.shape[-1]
     found = query_products.new_empty(query_products.shape[-1] // length, length, heads)
     launch(
-        chunk_d_log_decay, (given["chunks"], heads), given, SMALL,
-        query_products=query_products, **sums, d_log_decay=found, heads=heads,
-        query_blocks=len(query_products), key_blocks=len(sums["key_products"]),
-        state_blocks=len(sums["carried"]),
+        chunk_d_log_decay, (given["chunks"], heads), given, SMALL, query_products=query_products,
+        key_products=key_products, carried=carried, d_log_decay=found, heads=heads,
+        query_blocks=len(query_products), key_blocks=len(key_products), state_blocks=len(carried),
     )  # fmt: skip
     if log_decay.dim() == 1:
         found = found.sum((0, 1))

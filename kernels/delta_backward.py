@@ -18,10 +18,9 @@ from supra.kernels.launch import Rows
 @triton.jit
 def chunk_d_states(
     query, key, beta, d_output, sums, whole, reading, d_written, d_end, d_states, d_initial, seqs,
-    heads, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr, CHANNELS: tl.constexpr,
-    HAS_END: tl.constexpr, HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    heads, scale, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
+    CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after every chunk, from the last to the first, and all of du.
 
@@ -44,7 +43,7 @@ def chunk_d_states(
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     step = tl.cast(heads, tl.int64)
     ds = delta_state.zeros(BLOCK_K, BLOCK_V)
-    if HAS_END:
+    if d_end is not None:
         base = d_end + lane * state_size
         ds = delta_state.load(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
@@ -83,7 +82,7 @@ def chunk_d_states(
             q_at = locate.skip_heads(locate.skip(query, at), r)
             ds = delta_state.write(ds, q_at, left, rows, columns_k, do, KEY_WIDTH, PRECISION)
 
-    if HAS_INITIAL:
+    if d_initial is not None:
         base = d_initial + lane * state_size
         delta_state.store(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds, "float32")
 

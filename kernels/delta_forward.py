@@ -104,8 +104,7 @@ def chunk_solve(
 def chunk_states(
     key, beta, sums, whole, reading, errors, initial, states, end, seqs, heads,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr, CHANNELS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, HAS_DECAY: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States before every chunk and after the last, and the errors e = T v - W S in place of T v.
 
@@ -127,7 +126,7 @@ def chunk_states(
     states += locate.slot_offset(first + n, head, heads, state_size)
     step = tl.cast(heads, tl.int64)
     s = delta_state.zeros(BLOCK_K, BLOCK_V)
-    if HAS_INITIAL:
+    if initial is not None:
         base = initial + lane * state_size
         s = delta_state.load(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
@@ -156,6 +155,6 @@ def chunk_states(
         s = delta_state.write(s, k_at, left, rows, columns_k, e, KEY_WIDTH, PRECISION)
 
     delta_state.store(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, PRECISION)
-    if HAS_END:
+    if end is not None:
         base = end + lane * state_size
         delta_state.store(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, s, "float32")

@@ -93,8 +93,7 @@ def states(
     states, kernel = plan.new_states(plan.chunks + plan.count), delta_forward.chunk_states
     plan.launch(
         kernel, _by_sequence(plan, kernel),
-        reading=reading, errors=errors, initial=plan.pad(state), states=states, end=end,
-        HAS_INITIAL=state is not None, HAS_END=end is not None, **own,
+        reading=reading, errors=errors, initial=plan.pad(state), states=states, end=end, **own,
     )  # fmt: skip
     return inverse, reading, errors, states
 
@@ -113,7 +112,7 @@ def scan_back(
     plan.launch(
         kernel, _by_sequence(plan, kernel),
         reading=reading, d_written=d_written, d_end=plan.pad(d_end), d_states=d_states,
-        d_initial=d_initial, HAS_END=d_end is not None, HAS_INITIAL=has_initial, **own,
+        d_initial=d_initial, **own,
     )  # fmt: skip
     return d_states, d_initial
 

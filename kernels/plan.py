@@ -153,14 +153,9 @@ class DecayedPlan(HeadsPlan):
         """Room for a number per chunk, head and block of the state."""
         return self.new_sums(blocks, self.state_heads, self.chunks) if self.decayed else None
 
-    def d_log_decay(
-        self, query_products: Tensor | None, key_products: Tensor | None, carried: Tensor | None
-    ) -> Tensor | None:
-        """Gradient of log_decay from q . dq, k . dk and <state, its gradient>."""
-        if not self.decayed:
-            return None
-        sums = {"key_products": key_products, "carried": carried}
-        return d_log_decay(self.log_decay, self.given, query_products, **sums)
+    def d_log_decay(self, *products: Tensor | None) -> Tensor | None:
+        """Gradient of log_decay; products: those that decay.d_log_decay() takes."""
+        return d_log_decay(self.log_decay, self.given, *products)
 
 
 def narrow(x: Tensor, like: Tensor) -> Tensor:

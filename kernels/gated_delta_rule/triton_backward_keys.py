@@ -17,9 +17,8 @@ from supra.kernels.launch import Rows
 @triton.jit
 def chunk_d_overlap(
     query, key, beta, d_output, sums, errors, d_value, d_overlap, key_products, seqs, heads, total,
-    scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    scale, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of k . k with its transpose added, laid out as T.
 
@@ -38,7 +37,7 @@ def chunk_d_overlap(
     )
     beta = locate.at(beta, row, token, head)
     b = tiles.load_numbers(beta, rows, left)
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, token, head)
         own = tiles.load_pairs(sums.data, rows, left)
         decay = decay_between(own)
@@ -49,7 +48,7 @@ def chunk_d_overlap(
     found = tiles.narrow(below + above * b[:, None], PRECISION)
     tiles.store(base, heads * CHUNK, rows, left, rows, CHUNK, found)
 
-    if HAS_DECAY:
+    if sums is not None:
         overlap = tiles.products(key, left, key, left, rows, KEY_WIDTH, BLOCK_K, PRECISION)
         d_sums = b * tl.sum(above * overlap, 1) - tl.sum(below * overlap, 1)
         for r in range(0, QUERIES):
@@ -88,9 +87,8 @@ def _d_inverse(
 @triton.jit
 def chunk_d_query(
     query, key, beta, d_output, sums, errors, states, d_query, query_products, seqs, heads, total,
-    scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    scale, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and the part of q . dq that comes through the state, [blocks, Hq, B * T].
 
@@ -116,7 +114,7 @@ def chunk_d_query(
         e = tiles.load(errors, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
         d_scores = tiles.dot(do, tl.trans(e), d_scores, PRECISION)
     acc *= scale
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, token, head)
         own = tiles.load_pairs(sums.data, rows, left)
         acc *= entering_decay(own)[:, None]
@@ -143,7 +141,7 @@ def chunk_d_key(
     query, key, beta, d_output, sums, errors, states, d_states, d_value, d_overlap, d_key,
     key_products, carried, seqs, heads, total, chunks, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk; grid: (chunks * blocks of K, Hkv).
 
@@ -163,13 +161,13 @@ def chunk_d_key(
     dv_at, e_at = d_value + place, errors + place
     read, acc, along = _through_states(
         dv_at, e_at, states, d_states, rows, left, heads, columns_k,
-        KEY_WIDTH, VALUE_WIDTH, BLOCK_V, HAS_DECAY, PRECISION,
+        KEY_WIDTH, VALUE_WIDTH, BLOCK_V, sums is not None, PRECISION,
     )  # fmt: skip
     beta = locate.at(beta, row, token, head)
     b = tiles.load_numbers(beta, rows, left)
     k = tiles.load_rows(key, rows, left, columns_k, KEY_WIDTH)
     acc *= b[:, None]
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, token, head)
         own, last = tiles.load_pairs(sums.data, rows, left), last_pair(sums, left, CHUNK)
         read *= entering_decay(own)[:, None]
@@ -194,7 +192,7 @@ def chunk_d_key(
             Rows(e_at, 0, heads * VALUE_WIDTH, 0), left, d_at, left, rows,
             VALUE_WIDTH, BLOCK_V, PRECISION,
         )  # fmt: skip
-        if HAS_DECAY:
+        if sums is not None:
             d_scores *= decay_between(own)
         d_scores = tl.where(rows[:, None] <= rows[None, :], d_scores * (b * scale)[:, None], 0.0)
         q_at = locate.at(query, row, token, query_lane)

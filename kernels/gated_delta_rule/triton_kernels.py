@@ -14,7 +14,7 @@ from supra.kernels.decay import decay_between, entering_decay
 def chunk_output(
     query, key, beta, sums, errors, states, output, seqs, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs; heads = Hkv. grid: (chunks * blocks of V, Hq)."""
     chunk, block, query_at, n, row, token, left, _, _ = locate.chunk(
@@ -38,7 +38,7 @@ def chunk_output(
         scores = tiles.dot(q, tl.trans(k), scores, PRECISION)
     beta = locate.at(beta, row, token, head)
     b = tiles.load_numbers(beta, rows, left)
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, token, head)
         own = tiles.load_pairs(sums.data, rows, left)
         acc *= entering_decay(own)[:, None]
@@ -57,7 +57,7 @@ def chunk_output(
 def chunk_d_written(
     query, key, d_output, sums, d_written, seqs, heads, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """du from the outputs of the chunk; grid: (chunks * blocks of V, Hkv)."""
     _, block, head, _, row, token, left, _, _ = locate.chunk(seqs, VALUE_WIDTH, BLOCK_V, CHUNK)
@@ -67,7 +67,7 @@ def chunk_d_written(
     query = locate.at(query, row, token, head * QUERIES)
     d_output = locate.at(d_output, row, token, head * QUERIES)
     key = locate.at(key, row, token, head)
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, token, head)
     acc = tl.zeros([CHUNK, BLOCK_V], tl.float32)
     for r in range(0, QUERIES):
@@ -75,7 +75,7 @@ def chunk_d_written(
         scores = tiles.products(  # [key token, query token]
             key, left, query_at, left, rows, KEY_WIDTH, BLOCK_K, PRECISION
         )
-        if HAS_DECAY:
+        if sums is not None:
             scores *= decay_between(tiles.load_pairs(sums.data, rows, left))
         scores = tl.where(rows[:, None] <= rows[None, :], scores * scale, 0.0)
         base = locate.skip_heads(d_output, r)

@@ -70,7 +70,6 @@ def _states(plan: ChannelPlan, start: Tensor | None, end: Tensor | None = None) 
     states, kernel = plan.new_states(plan.chunks + plan.count), triton_kernels.chunk_states
     plan.launch(
         kernel, plan.by_state(kernel), state=plan.pad(start), states=states, end_state=end,
-        HAS_INITIAL=start is not None, HAS_END=end is not None,
     )  # fmt: skip
     return states
 
@@ -84,6 +83,6 @@ def _d_states(
     d_whole = plan.new_sums(plan.blocks(kernel)[1], *plan.whole.shape)
     plan.launch(
         kernel, plan.by_state(kernel), states=states, d_end=plan.pad(d_end), d_states=d_states,
-        d_whole=d_whole, d_state=d_start, HAS_END=d_end is not None, HAS_INITIAL=has_initial,
+        d_whole=d_whole, d_state=d_start,
     )  # fmt: skip
     return d_states, d_whole, d_start

@@ -12,9 +12,9 @@ from supra.kernels.channel_decay import entering_decay, leaving_decay
 
 @triton.jit
 def chunk_states(
-    key, value, sums, whole, state, states, end_state, seqs, heads, KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    key, value, sums, whole, state, states, end_state, seqs, heads,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States before every chunk and after the last, one block [BLOCK_K, BLOCK_V] a program.
 
@@ -33,7 +33,7 @@ def chunk_states(
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     states += locate.slot_offset(first + n, head, heads, state_size)
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if HAS_INITIAL:
+    if state is not None:
         state += lane * state_size
         acc = tiles.load_state(state, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
@@ -50,7 +50,7 @@ def chunk_states(
         acc = tiles.dot(tl.trans(k), v, acc, PRECISION)
     kept = tiles.narrow(acc, PRECISION)
     tiles.store_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
-    if HAS_END:
+    if end_state is not None:
         base = end_state + lane * state_size
         tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, acc)
 
@@ -58,9 +58,9 @@ def chunk_states(
 @triton.jit
 def chunk_d_states(
     query, d_output, sums, whole, states, d_end, d_states, d_whole, d_state, seqs, heads, chunks,
-    scale, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_BONUS: tl.constexpr,
-    HAS_END: tl.constexpr, HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    scale,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_BONUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after every chunk, from the last chunk to the first; heads = Hkv.
 
@@ -84,7 +84,7 @@ def chunk_d_states(
     d_states += locate.slot_offset(first, head, heads, state_size)
     state_step = tl.cast(heads, tl.int64) * state_size
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if HAS_END:
+    if d_end is not None:
         d_end += lane * state_size
         acc = tiles.load_state(d_end, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
 
@@ -107,6 +107,6 @@ def chunk_d_states(
             do = tiles.load_rows(d_at, rows, left, columns_v, VALUE_WIDTH)
             acc = tiles.dot(tl.trans(q), do, acc, PRECISION)
 
-    if HAS_INITIAL:
+    if d_state is not None:
         base = d_state + lane * state_size
         tiles.store_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, acc)

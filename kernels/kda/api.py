@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from supra.kernels import checks
+from supra.kernels import delta_reference as reference
 from supra.kernels.backends import choose
 from supra.kernels.delta import Inputs
-from supra.kernels.kda import reference
 from supra.kernels.kda import torch as torch_backend
 from supra.kernels.operators import Operator
 

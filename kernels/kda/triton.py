@@ -78,7 +78,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     )
     d_key, d_log_decay = plan.d_key(
         d_states, d_scores, plan.d_whole(states, d_states), d_logs, value=written,
-        d_reading=d_reading, d_reading_logs=d_reading_logs, KEYS_READ=True,
+        d_reading=d_reading, d_reading_logs=d_reading_logs,
     )  # fmt: skip
     return (
         *narrow_heads(x, d_query, d_key, d_value),

@@ -114,10 +114,7 @@ class _Plan(DecayedPlan):
     def __init__(self, x: Inputs):
         super().__init__(TILINGS, x, CHUNK, state_heads=x.state_heads, tiles=CHUNK // TILE)
         self.normalized = x.normalized
-        self.given |= {
-            "eps": x.eps, "TILE": TILE, "STATES": self.state_heads // self.kv_heads,
-            "NORMALIZED": x.normalized,
-        }  # fmt: skip
+        self.given |= {"eps": x.eps, "TILE": TILE, "STATES": self.state_heads // self.kv_heads}
 
     def new_normalizers(self, count: int) -> Tensor | None:
         return self.new_sums(count, self.state_heads, self.key_width) if self.normalized else None
@@ -141,7 +138,6 @@ def _states(
         kernel, plan.by_state(kernel),
         memory=plan.pad(x.memory), normalizer=plan.pad_normalizer(x.normalizer), states=states,
         normalizers=normalizers, end_memory=end, end_normalizer=end_normalizer,
-        HAS_INITIAL=x.memory is not None, HAS_END=end is not None,
     )  # fmt: skip
     return states, normalizers
 
@@ -176,7 +172,5 @@ def _d_states(
         states=states, normalizers=normalizers, d_end_memory=plan.pad(d_end),
         d_end_normalizer=plan.pad_normalizer(d_end_normalizer), d_states=d_states,
         d_normalizers=d_normalizers, carried=carried, d_memory=d_memory, d_normalizer=d_normalizer,
-        HAS_END=d_end is not None, HAS_END_NORMALIZER=d_end_normalizer is not None,
-        HAS_INITIAL=has_initial,
     )  # fmt: skip
     return d_states, d_normalizers, carried, d_memory, d_normalizer

@@ -15,10 +15,9 @@ from supra.kernels.linear_attention.triton_forward import decayed
 @triton.jit
 def chunk_d_query(
     key, value, query, d_output, sums, factors, states, normalizers, d_query, query_products, seqs,
-    heads, total, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
-    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    heads, total, scale, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr,
+    STATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and the products q . dq of every block of channels [blocks, Hq, B * T]; heads = Hq.
 
@@ -39,13 +38,13 @@ def chunk_d_query(
     acc = tiles.state_products(
         d_output, left - at, states, rows, columns_k, KEY_WIDTH, VALUE_WIDTH, BLOCK_V, PRECISION
     )
-    if NORMALIZED:
+    if factors is not None:
         factors += locate.lane_offset(head, total, row, token + at, seqs.length) * 2
         inverse, delta = tiles.load_pairs(factors, rows, left - at)
         z = tiles.load_vector(normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
         acc += delta[:, None] * z[None, :]
     own = 0.0
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, token, state_head)
         own = tiles.load_pairs(sums.data + at * 2, rows, left - at)
         acc *= entering_decay(own)[:, None]
@@ -56,20 +55,20 @@ def chunk_d_query(
             d_output, left - at, locate.skip(value, t), left - t, rows,
             VALUE_WIDTH, BLOCK_V, PRECISION,
         )  # fmt: skip
-        if NORMALIZED:
+        if factors is not None:
             d_scores += delta[:, None]
         past = (at + rows)[:, None] >= (t + rows)[None, :]
-        d_scores = decayed(d_scores, past, own, sums, t, rows, left, True, HAS_DECAY)
+        d_scores = decayed(d_scores, past, own, sums, t, rows, left, True)
         k = tiles.load_rows(locate.skip(key, t), rows, left - t, columns_k, KEY_WIDTH)
         acc = tiles.dot(d_scores, k, acc, PRECISION)
 
-    if NORMALIZED:
+    if factors is not None:
         acc *= inverse[:, None]
     else:
         acc *= scale
     base = d_query + locate.dense_offset(row, token, seqs.length, head, heads, KEY_WIDTH)
     tiles.store(base, heads * KEY_WIDTH, at + rows, left, columns_k, KEY_WIDTH, acc)
-    if HAS_DECAY:
+    if sums is not None:
         query = locate.at(query, row, token, head)
         q = tiles.load_rows(query, at + rows, left, columns_k, KEY_WIDTH)
         base = query_products + locate.lane_offset(
@@ -81,10 +80,9 @@ def chunk_d_query(
 @triton.jit
 def chunk_d_key(
     query, key, value, d_output, sums, factors, d_states, d_normalizers, d_key, key_products, seqs,
-    heads, total, scale,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
-    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    heads, total, scale, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr,
+    STATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, and the products k . dk per state head and block of channels; heads = Hkv.
 
@@ -100,7 +98,7 @@ def chunk_d_key(
     key = locate.at(key, row, token, head)
     query = locate.at(query, row, token, 0)
     d_output = locate.at(d_output, row, token, 0)
-    if NORMALIZED:
+    if factors is not None:
         factors += locate.lane_offset(0, total, row, token, seqs.length) * 2
     all_states = tl.zeros([TILE, BLOCK_K], tl.float32)
 
@@ -111,20 +109,20 @@ def chunk_d_key(
             value, left - at, d_states + slot * (KEY_WIDTH * VALUE_WIDTH), rows,
             columns_k, KEY_WIDTH, VALUE_WIDTH, BLOCK_V, PRECISION,
         )  # fmt: skip
-        if NORMALIZED:
+        if factors is not None:
             d_z = tiles.load_vector(d_normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
             acc += d_z[None, :]
         own, sums_s = 0.0, sums
-        if HAS_DECAY:
+        if sums is not None:
             sums_s = locate.at(sums, row, token, state_head)
             own = tiles.load_pairs(sums_s.data + at * 2, rows, left - at)
             acc *= leaving_decay(own, last_pair(sums_s, left, CHUNK))[:, None]
         acc = _add_queries(
             acc, value, d_output, query,
             sums_s, own, factors, state_head, rows, part, left, columns_k, total, scale,
-            VALUE_WIDTH, KEY_WIDTH, BLOCK_V, CHUNK, QUERIES, True, HAS_DECAY, NORMALIZED, PRECISION,
+            VALUE_WIDTH, KEY_WIDTH, BLOCK_V, CHUNK, QUERIES, True, PRECISION,
         )  # fmt: skip
-        if HAS_DECAY:
+        if sums is not None:
             k = tiles.load_rows(key, at + rows, left, columns_k, KEY_WIDTH)
             lane = block * heads * STATES + state_head
             base = key_products + locate.lane_offset(lane, total, row, token, seqs.length)
@@ -140,7 +138,7 @@ def chunk_d_value(
     query, key, d_output, sums, factors, d_states, d_value, seqs, heads, total, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
-    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv; heads = Hkv. grid: (chunks * CHUNK / TILE * blocks of V, Hkv)."""
     chunk, part, at, block, head, _, row, token, left, _, _ = locate.tile(
@@ -152,7 +150,7 @@ def chunk_d_value(
     key = locate.at(key, row, token + at, head)
     query = locate.at(query, row, token, 0)
     d_output = locate.at(d_output, row, token, 0)
-    if NORMALIZED:
+    if factors is not None:
         factors += locate.lane_offset(0, total, row, token, seqs.length) * 2
     acc = tl.zeros([TILE, BLOCK_V], tl.float32)
 
@@ -166,15 +164,14 @@ def chunk_d_value(
             ds = tiles.load_state(d_states + slot, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
             carried = tiles.dot(k, ds, carried, PRECISION)
         own, sums_s = 0.0, sums
-        if HAS_DECAY:
+        if sums is not None:
             sums_s = locate.at(sums, row, token, state_head)
             own = tiles.load_pairs(sums_s.data + at * 2, rows, left - at)
             carried *= leaving_decay(own, last_pair(sums_s, left, CHUNK))[:, None]
         acc += carried
         acc = _add_queries(
-            acc, key, query, d_output,
-            sums_s, own, factors, state_head, rows, part, left, columns_v, total, scale,
-            KEY_WIDTH, VALUE_WIDTH, BLOCK_K, CHUNK, QUERIES, False, HAS_DECAY, NORMALIZED,
+            acc, key, query, d_output, sums_s, own, factors, state_head, rows, part, left,
+            columns_v, total, scale, KEY_WIDTH, VALUE_WIDTH, BLOCK_K, CHUNK, QUERIES, False,
             PRECISION,
         )  # fmt: skip
 
@@ -189,8 +186,7 @@ def chunk_d_value(
 def _add_queries(
     acc, x, y, z, sums, own, factors, state_head, rows, part, left, columns, total, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    QUERIES: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_DECAY: tl.constexpr,
-    NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + (x . y) z over the tokens of the chunk that read the tile, and all their queries.
 
@@ -210,7 +206,7 @@ def _add_queries(
                 x, left - at, locate.skip(y_at, t), left - t, rows,
                 WIDTH, BLOCK, PRECISION,
             )  # fmt: skip
-            if NORMALIZED:
+            if factors is not None:
                 base = factors + (head * tl.cast(total, tl.int64) + t) * 2
                 inverse, delta = tiles.load_pairs(base, rows, left - t)
                 if HAS_DELTA:
@@ -220,7 +216,7 @@ def _add_queries(
                 scores *= scale
             future = (at + rows)[:, None] <= (t + rows)[None, :]
             future &= (rows < left - t)[None, :]
-            scores = decayed(scores, future, own, sums, t, rows, left, False, HAS_DECAY)
+            scores = decayed(scores, future, own, sums, t, rows, left, False)
             tile = tiles.load_rows(locate.skip(z_at, t), rows, left - t, columns, COLUMNS)
             acc = tiles.dot(scores, tile, acc, PRECISION)
     return acc

@@ -46,9 +46,7 @@ def chunk_d_states(
     query, d_output, sums, factors, states, normalizers, d_end_memory, d_end_normalizer, d_states,
     d_normalizers, carried, d_memory, d_normalizer, seqs, heads, total, chunks, scale,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, HAS_DECAY: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_END: tl.constexpr, HAS_END_NORMALIZER: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after every chunk, from the last chunk to the first; heads = Hs.
 
@@ -64,20 +62,20 @@ def chunk_d_states(
     d_output = locate.at(d_output, row, begin, head * QUERIES)
     d_states += locate.slot_offset(first, head, heads, KEY_WIDTH * VALUE_WIDTH)
     states += locate.slot_offset(first + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
-    if NORMALIZED:
+    if factors is not None:
         factors += locate.lane_offset(head * QUERIES, total, row, begin, seqs.length) * 2
         d_normalizers += locate.slot_offset(first, head, heads, KEY_WIDTH)
         normalizers += locate.slot_offset(first + n, head, heads, KEY_WIDTH)
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, begin, head)
         block = block_k * ((VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V) + block_v
         carried += (block * heads + head) * tl.cast(chunks, tl.int64) + first
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     d_z = tl.zeros([BLOCK_K], tl.float32)
-    if HAS_END:
+    if d_end_memory is not None:
         base = d_end_memory + lane * (KEY_WIDTH * VALUE_WIDTH)
         acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
-    if HAS_END_NORMALIZER:
+    if d_end_normalizer is not None:
         d_z = tiles.load_vector(d_end_normalizer + lane * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
 
     count = tl.cdiv(tokens, CHUNK)
@@ -85,51 +83,51 @@ def chunk_d_states(
         c = count - 1 - back
         store_both(
             d_states, d_normalizers, c, heads, tiles.narrow(acc, PRECISION), d_z,
-            columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+            columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH,
         )  # fmt: skip
-        if HAS_DECAY:
+        if sums is not None:
             along = _along(
                 states, normalizers, c + 1, heads, acc, d_z, columns_k, columns_v, block_v,
-                KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+                KEY_WIDTH, VALUE_WIDTH,
             )  # fmt: skip
             tl.store(carried + c, along)
             sums_c = locate.skip(sums, c * CHUNK)
             whole = tl.exp(last_pair(sums_c, tokens - c * CHUNK, CHUNK)[0])
             acc *= whole
-            if NORMALIZED:
+            if factors is not None:
                 d_z *= whole
         for t in range(0, CHUNK, TILE):
-            at, entering, factors_at = c * CHUNK + t, 1.0, factors
-            if HAS_DECAY:
+            at, entering, factors_at = c * CHUNK + t, None, factors
+            if sums is not None:
                 # half of a pair suffices; load_vector() from sums_c + t * 2 takes 60 more registers
                 high = tl.load(sums_c.data + (t + rows) * 2, mask=rows < tokens - at, other=0.0)
                 entering = tl.exp(high)
-            if NORMALIZED:
+            if factors is not None:
                 factors_at += at * 2
             acc, d_z = _add_queries(
                 acc, d_z, locate.skip(query, at), locate.skip(d_output, at), entering, factors_at,
                 total, scale, rows, tokens - at, columns_k, columns_v,
-                KEY_WIDTH, VALUE_WIDTH, QUERIES, HAS_DECAY, NORMALIZED, PRECISION,
+                KEY_WIDTH, VALUE_WIDTH, QUERIES, PRECISION,
             )  # fmt: skip
 
-    if HAS_INITIAL:
+    if d_memory is not None:
         store_both(
             d_memory, d_normalizer, lane, 1, acc, d_z, columns_k, columns_v, block_v,
-            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+            KEY_WIDTH, VALUE_WIDTH,
         )  # fmt: skip
 
 
 @triton.jit
 def _along(
     states, normalizers, slot, heads, d_state, d_normalizer, columns_k, columns_v, block_v,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, NORMALIZED: tl.constexpr,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """<state, its gradient> of a block, with the normalizer's in the first block of V."""
     step = tl.cast(heads, tl.int64)
     base = states + slot * (step * (KEY_WIDTH * VALUE_WIDTH))
     s = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
     along = tl.sum(s.to(tl.float32) * d_state)
-    if NORMALIZED and block_v == 0:
+    if normalizers is not None and block_v == 0:
         z = tiles.load_vector(normalizers + slot * (step * KEY_WIDTH), 1, columns_k, KEY_WIDTH)
         along += tl.sum(z * d_normalizer)
     return along
@@ -139,7 +137,7 @@ def _along(
 def _add_queries(
     acc, d_z, query, d_output, entering, factors, total, scale, rows, left, columns_k, columns_v,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a state and its normalizer, with those added from a tile that reads them."""
     for r in range(0, QUERIES):
@@ -147,9 +145,9 @@ def _add_queries(
         q = tiles.load_rows(q_at, rows, left, columns_k, KEY_WIDTH)
         d_at = locate.skip_heads(d_output, r)
         do = tiles.load_rows(d_at, rows, left, columns_v, VALUE_WIDTH)
-        if HAS_DECAY:
+        if entering is not None:
             q = q * entering[:, None]
-        if NORMALIZED:
+        if factors is not None:
             base = factors + r * tl.cast(total, tl.int64) * 2
             inverse, delta = tiles.load_pairs(base, rows, left)
             q = q * inverse[:, None]

@@ -13,15 +13,13 @@ from supra.kernels.decay import difference, entering_decay, last_pair, leaving_d
 
 
 @triton.jit
-def decayed(
-    scores, seen, own, sums, t, rows, left, OWN_LATER: tl.constexpr, HAS_DECAY: tl.constexpr
-):
+def decayed(scores, seen, own, sums, t, rows, left, OWN_LATER: tl.constexpr):
     """Scores with the decay between their tokens, zero where not `seen`.
 
     own: pairs of sums at the tokens of the rows, which come after those of the columns, or before.
     The columns are the tile from token t of the chunk on.
     """
-    if HAS_DECAY:
+    if sums is not None:
         logs = difference(own, tiles.load_pairs(sums.data + t * 2, rows, left - t))
         logs = logs if OWN_LATER else -logs
         return scores * tl.exp(tl.where(seen, logs, float("-inf")))
@@ -32,7 +30,7 @@ def decayed(
 @triton.jit
 def store_both(
     states, normalizers, slot, heads, state, normalizer, columns_k, columns_v, block_v,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, NORMALIZED: tl.constexpr,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A block of a state in its slot, and of the normalizer, which the first block of V stores.
 
@@ -42,7 +40,7 @@ def store_both(
     step = tl.cast(heads, tl.int64)
     states += slot * (step * (KEY_WIDTH * VALUE_WIDTH))
     tiles.store_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, state)
-    if NORMALIZED and block_v == 0:
+    if normalizers is not None and block_v == 0:
         normalizers += slot * (step * KEY_WIDTH)
         tiles.store_vector(normalizers, columns_k, KEY_WIDTH, normalizer)
 
@@ -50,10 +48,9 @@ def store_both(
 @triton.jit
 def chunk_states(
     key, value, sums, memory, normalizer, states, normalizers, end_memory, end_normalizer, seqs,
-    heads, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STATES: tl.constexpr,
-    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    heads,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States before every chunk and after the last, one block [BLOCK_K, BLOCK_V] a program.
 
@@ -69,50 +66,50 @@ def chunk_states(
     value = locate.at(value, row, begin, head // STATES)
     acc = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     z = tl.zeros([BLOCK_K], tl.float32)
-    if HAS_INITIAL:
+    if memory is not None:
         base = memory + lane * (KEY_WIDTH * VALUE_WIDTH)
         acc = tiles.load_state(base, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
-        if NORMALIZED:
+        if normalizers is not None:
             z = tiles.load_vector(normalizer + lane * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, begin, head)
     states += locate.slot_offset(first + n, head, heads, KEY_WIDTH * VALUE_WIDTH)
-    if NORMALIZED:
+    if normalizers is not None:
         normalizers += locate.slot_offset(first + n, head, heads, KEY_WIDTH)
 
     count = tl.cdiv(tokens, CHUNK)
     for c in range(0, count):
         store_both(
             states, normalizers, c, heads, tiles.narrow(acc, PRECISION), z,
-            columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+            columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH,
         )  # fmt: skip
-        if HAS_DECAY:
+        if sums is not None:
             sums_c = locate.skip(sums, c * CHUNK)
             last = last_pair(sums_c, tokens - c * CHUNK, CHUNK)
             whole = entering_decay(last)
             acc *= whole
-            if NORMALIZED:
+            if normalizers is not None:
                 z *= whole
         for t in range(0, CHUNK, TILE):
             at = c * CHUNK + t
             k = tiles.load_rows(locate.skip(key, at), rows, tokens - at, columns_k, KEY_WIDTH)
             v_at = locate.skip(value, at)
             v = tiles.load_rows(v_at, rows, tokens - at, columns_v, VALUE_WIDTH)
-            if HAS_DECAY:
+            if sums is not None:
                 own = tiles.load_pairs(sums_c.data + t * 2, rows, tokens - at)
                 k = k * leaving_decay(own, last)[:, None]
-            if NORMALIZED:
+            if normalizers is not None:
                 z += tl.sum(k.to(tl.float32), 0)
             acc = tiles.dot(tl.trans(k), v, acc, PRECISION)
 
     store_both(
         states, normalizers, count, heads, tiles.narrow(acc, PRECISION), z,
-        columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+        columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH,
     )  # fmt: skip
-    if HAS_END:
+    if end_memory is not None:
         store_both(
             end_memory, end_normalizer, lane, 1, acc, z, columns_k, columns_v, block_v,
-            KEY_WIDTH, VALUE_WIDTH, NORMALIZED,
+            KEY_WIDTH, VALUE_WIDTH,
         )  # fmt: skip
 
 
@@ -121,7 +118,7 @@ def chunk_output(
     query, key, value, sums, states, normalizers, output, weights, seqs, heads, scale, eps,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, STATES: tl.constexpr,
-    HAS_DECAY: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output tiles [TILE, BLOCK_V], and the sums of the weights; heads = Hq.
 
@@ -142,10 +139,10 @@ def chunk_output(
     slot = locate.slot_offset(chunk + n, state_head, heads // QUERIES, 1)
     acc, weight = _read_state(
         query, states, normalizers, slot, rows, left - at, columns_v,
-        KEY_WIDTH, VALUE_WIDTH, BLOCK_K, NORMALIZED, PRECISION,
+        KEY_WIDTH, VALUE_WIDTH, BLOCK_K, PRECISION,
     )  # fmt: skip
     own = 0.0
-    if HAS_DECAY:
+    if sums is not None:
         sums = locate.at(sums, row, token, state_head)
         own = tiles.load_pairs(sums.data + at * 2, rows, left - at)
         entering = entering_decay(own)
@@ -158,13 +155,13 @@ def chunk_output(
             query, left - at, locate.skip(key, t), left - t, rows, KEY_WIDTH, BLOCK_K, PRECISION
         )
         past = (at + rows)[:, None] >= (t + rows)[None, :]
-        scores = decayed(scores, past, own, sums, t, rows, left, True, HAS_DECAY)
+        scores = decayed(scores, past, own, sums, t, rows, left, True)
         weight += tl.sum(scores, 1)
         v = tiles.load_rows(locate.skip(value, t), rows, left - t, columns_v, VALUE_WIDTH)
         acc = tiles.dot(scores, v, acc, PRECISION)
 
     # stored by rows of the chunk, here and in backward: by those of the tile, 36 more registers
-    if NORMALIZED:
+    if weights is not None:
         if block == 0:
             base = weights + locate.dense_offset(row, token, seqs.length, head, heads, 1)
             tl.store(base + (at + rows) * heads, weight, mask=at + rows < left)
@@ -177,9 +174,8 @@ def chunk_output(
 
 @triton.jit
 def _read_state(
-    query, states, normalizers, slot, rows, end, columns_v,
-    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    query, states, normalizers, slot, rows, end, columns_v, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of queries with a state [rows, columns_v], and with its normalizer [rows]."""
     acc = tl.zeros([rows.shape[0], columns_v.shape[0]], tl.float32)
@@ -190,7 +186,7 @@ def _read_state(
         q = tiles.load_rows(query, rows, end, columns_k, KEY_WIDTH)
         s = tiles.load_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH)
         acc = tiles.dot(q, s, acc, PRECISION)
-        if NORMALIZED:
+        if normalizers is not None:
             z = tiles.load_vector(normalizers + slot * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
             weight += tl.sum(q.to(tl.float32) * z[None, :], 1)
     return acc, weight

@@ -58,8 +58,8 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     columns = plan.gather(plan.key, plan.value)
     states, end = plan.states(columns, x.state)
     found = plan.convolve(columns, states, plan.toeplitz, plan.read.mT)
-    output = plan.contract(found, plan.query, "key", first=has_initial)
-    return output.view(x.value.shape).to(x.value.dtype), plan.state_of(end)
+    output = plan.contract(found, plan.query, "key", x.value, first=has_initial)
+    return output, plan.state_of(end)
 
 
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -71,15 +71,13 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     d_query = d_key = None
     if x.query is not None:
         found = plan.convolve(columns, states, plan.toeplitz, plan.read.mT)
-        d_query = plan.contract(found, d_output, "value", first=has_initial)
-        d_query = d_query.view(x.query.shape).to(x.query.dtype)
+        d_query = plan.contract(found, d_output, "value", x.query, first=has_initial)
     d_found = plan.gather(plan.query, d_output, first=has_initial)
     d_states, d_state, whole = plan.d_states(d_found, states, d_end)
     d_columns = plan.convolve(d_found, d_states, plan.toeplitz.mT, plan.write.mT)
     if x.key is not None:
-        d_key = plan.contract(d_columns, plan.value, "value")
-        d_key = d_key.view(x.key.shape).to(x.key.dtype)
-    d_value = plan.contract(d_columns, plan.key, "key")
+        d_key = plan.contract(d_columns, plan.value, "value", x.key)
+    d_value = plan.contract(d_columns, plan.key, "key", x.value)
 
     found = Matrices(
         d_toeplitz(plan.products(columns, d_found)),
@@ -89,7 +87,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     return (
         d_query,
         d_key,
-        d_value.view(x.value.shape).to(x.value.dtype),
+        d_value,
         *d_model(x.model, found, whole),
         None if x.state is None else plan.state_of(d_state),
     )
@@ -109,7 +107,6 @@ def recurrent(x: Inputs) -> Tensor:
         skip=x.skip, state=x.state, length=length, heads=heads,
         MODES=modes, KEY_WIDTH=x.key_width, VALUE_WIDTH=width,
         BLOCK_M=_power_of_2(modes), BLOCK_V=_power_of_2(width),
-        HAS_QUERY=x.query is not None, HAS_KEY=x.key is not None, HAS_SKIP=x.skip is not None,
     )  # fmt: skip
     return output.to(x.value.dtype)
 
@@ -121,7 +118,7 @@ class _Plan(Plan):
         given = present(x.value, *x[:2])
         self.dtype = storage_dtype(common_dtype(*given))
         self.query, self.key, self.value = map(self.rows, x[:3])
-        self.batch, self.length, self.heads, self.v_width = x.value.shape
+        _, self.length, self.heads, self.v_width = x.value.shape
         self.k_width = x.key_width
         self.seqs, self.chunks = sequences(x.value, x.cu_seqlens, CHUNK)
         self.count = self.seqs.count
@@ -171,35 +168,33 @@ class _Plan(Plan):
 
         first: in the slots of first tokens too.
         """
-        columns = right.new_empty(self.heads, self.lines, CHUNK, dtype=self.kept)
+        columns = self.new_kept(self.heads, self.lines, CHUNK)
         key, value, heads = self.tile(triton_columns.gather_columns)
         across = blocks(self.k_width, key) * blocks(self.v_width, value)
         self.launch(
             triton_columns.gather_columns, (self.slots, blocks(self.heads, heads), across),
             left=Rows.of(left), right=Rows.of(right), columns=columns,
-            HEADS=heads, BLOCK_K=key, BLOCK_V=value, HAS_LEFT=left is not None, HAS_FIRST=first,
+            HEADS=heads, BLOCK_K=key, BLOCK_V=value, HAS_FIRST=first,
         )  # fmt: skip
         return columns
 
     def contract(
-        self, columns: Tensor, by: Tensor | None, over: str, *, first: bool = False
+        self, columns: Tensor, by: Tensor | None, over: str, like: Tensor, *, first: bool = False
     ) -> Tensor:
-        """[B, T, H * D]: columns times `by`, summed over their "key" or "value" width.
+        """Columns times `by`, summed over their "key" or "value" width: a tensor like `like`.
 
         first: with what the slots of first tokens hold.
         """
         key, value, heads = self.tile(triton_columns.contract_columns)
-        width, block = (self.v_width, value) if over == "key" else (self.k_width, key)
-        output = self.value.new_empty(self.batch, self.length, self.heads * width)
-        grid = blocks(self.heads, heads), blocks(width, block)
+        grid = blocks(self.heads, heads), blocks(like.shape[3], value if over == "key" else key)
+        output = self.value.new_empty(like.flatten(2).shape)
         for slots in (False, True) if first else (False,):
             self.launch(
                 triton_columns.contract_columns, (self.count if slots else self.chunks, *grid),
                 columns=columns, by=Rows.of(by), output=Rows.of(output),
-                HEADS=heads, BLOCK_K=key, BLOCK_V=value,
-                OVER_KEY=over == "key", HAS_BY=by is not None, FIRST=slots,
+                HEADS=heads, BLOCK_K=key, BLOCK_V=value, OVER_KEY=over == "key", FIRST=slots,
             )  # fmt: skip
-        return output
+        return output.view(like.shape).to(like.dtype)
 
     def tile(self, kernel: Any) -> tuple[int, int, int]:
         """Channels of K and of V in a tile of columns, and heads.
@@ -212,7 +207,7 @@ class _Plan(Plan):
         return key, value, max(columns // (key * value), 16 // value, 1)
 
     def steps(self, columns: Tensor, matrix: Tensor) -> Tensor:
-        steps = columns.new_empty(self.heads, self.lines, 2 * self.modes, dtype=torch.float32)
+        steps = self.new_sums(self.heads, self.lines, 2 * self.modes)
         cut = self.tiling(triton_forward.chunk_steps)
         self.launch(
             triton_forward.chunk_steps,
@@ -288,8 +283,7 @@ class _Plan(Plan):
         return new(shape, dtype=self.kept)
 
     def lane_states(self) -> Tensor:
-        shape = (self.count, self.lanes, 2 * self.modes)
-        return self.value.new_empty(shape, dtype=torch.float32)
+        return self.new_sums(self.count, self.lanes, 2 * self.modes)
 
     def lanes_of(self, state: Tensor | None) -> Tensor | None:
         """[N, H, M, 2, K, V] -> [N, lanes, MODES]"""

@@ -56,9 +56,9 @@ def lines(
 
 @triton.jit
 def gather_columns(
-    left, right, columns, seqs, chunks, slots, heads, KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, columns, seqs, chunks, slots, heads,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns of left [B, T, H * K] times right [B, T, H * V].
 
@@ -80,7 +80,7 @@ def gather_columns(
     mask = present[:, None] & inside[None, :]
     x = tl.load(right.data + time[:, None] * right.time + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32).reshape(CHUNK, HEADS, 1, BLOCK_V)
-    if HAS_LEFT:
+    if left is not None:
         left = locate.at(left, row, token, 0)
         column, inside = channels(head, at_k, tl.arange(0, HEADS * BLOCK_K), BLOCK_K, KEY_WIDTH)
         inside = inside & (column < heads * KEY_WIDTH)
@@ -97,9 +97,9 @@ def gather_columns(
 
 @triton.jit
 def contract_columns(
-    columns, by, output, seqs, chunks, slots, heads, KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, OVER_KEY: tl.constexpr, HAS_BY: tl.constexpr, FIRST: tl.constexpr,
+    columns, by, output, seqs, chunks, slots, heads,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, OVER_KEY: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Columns times `by`, summed over their K (by [B, T, H * K]) or their V (by [B, T, H * V]).
 
@@ -119,7 +119,7 @@ def contract_columns(
     time = tl.arange(0, CHUNK)
     present = (at + time < end) & (at + time >= 0)
     kept, token = tl.program_id(2) * BLOCK, begin + at
-    if HAS_BY:
+    if by is not None:
         by = locate.at(by, row, token, 0)
     acc = tl.zeros([CHUNK, HEADS * BLOCK], tl.float32)
     for s in range(0, SUMMED, BLOCK_BY):
@@ -131,7 +131,7 @@ def contract_columns(
         place = (line + slot)[:, None] * CHUNK + time[None, :]
         x = tl.load(columns + place, mask=there[:, None] & (time >= 0)[None, :], other=0.0)
         x = tl.trans(x).to(tl.float32).reshape(CHUNK, HEADS, BLOCK_K, BLOCK_V)
-        if HAS_BY:
+        if by is not None:
             column, inside = channels(head, s, tl.arange(0, HEADS * BLOCK_BY), BLOCK_BY, SUMMED)
             inside = inside & (column < heads * SUMMED)
             mask = present[:, None] & inside[None, :]

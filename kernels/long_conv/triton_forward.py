@@ -146,7 +146,7 @@ def chunk_states(
 def recurrent_steps(
     query, key, value, power, weight, skip, state, output, length, heads,
     MODES: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_SKIP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The recurrence token by token; the state [N, H, MODES, 2, K, V] is updated in place.
 
@@ -165,16 +165,16 @@ def recurrent_steps(
     state += tl.program_id(0).to(tl.int64) * (MODES * 2 * size)
     output += (row.to(tl.int64) * length * heads + head) * VALUE_WIDTH
     value = locate.at(value, row, 0, head)
-    if HAS_KEY:
+    if key is not None:
         key = locate.at(key, row, 0, head)
-    if HAS_QUERY:
+    if query is not None:
         query = locate.at(query, row, 0, head)
     for t in range(0, length):
         v = tl.load(value.data + t * value.time + column, mask=valid, other=0.0).to(tl.float32)
         out = tl.zeros([BLOCK_V], tl.float32)
         for i in range(0, KEY_WIDTH):
             new = v
-            if HAS_KEY:
+            if key is not None:
                 new = v * tl.load(key.data + t * key.time + i).to(tl.float32)
             place = state + mode[:, None] * (2 * size) + i * VALUE_WIDTH + column[None, :]
             real = tl.load(place, mask=mask, other=0.0)
@@ -184,9 +184,9 @@ def recurrent_steps(
             tl.store(place, x, mask=mask)
             tl.store(place + size, y, mask=mask)
             seen = 2 * tl.sum(c * x - d * y, 0)
-            if HAS_SKIP:
+            if skip is not None:
                 seen += tl.load(skip + head) * new
-            if HAS_QUERY:
+            if query is not None:
                 seen *= tl.load(query.data + t * query.time + i).to(tl.float32)
             out += seen
         tl.store(output + t * heads * VALUE_WIDTH + column, out, mask=valid)

@@ -34,7 +34,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     solved = plan.new_sums(2, plan.count, plan.heads, grid[0] // (plan.count * plan.heads))
     plan.launch(
         kernel, grid, state=plan.pad(x.state), output=output, states=states, end_state=end,
-        solved=solved, output_block=output.stride(0), HAS_INITIAL=x.state is not None,
+        solved=solved, output_block=output.stride(0),
         SAVE_STATES=x.save_states,
     )  # fmt: skip
     output = output.sum(0) if parts > 1 else output[0]
@@ -56,8 +56,7 @@ def backward(
         kernel, plan.by_state(kernel), states=states, d_end=plan.pad(d_end), d_query=d_query,
         d_key=d_key, d_value=d_value, d_log_decay=d_log_decay, d_weight=d_weight, d_state=d_state,
         key_block=d_key.stride(0), value_block=d_value.stride(0),
-        decay_block=d_log_decay.stride(0), HAS_END=d_end is not None,
-        HAS_INITIAL=x.state is not None,
+        decay_block=d_log_decay.stride(0),
     )  # fmt: skip
     return (
         *narrow_heads(x, d_query.sum(0), d_key.sum(0), d_value.sum(0)),

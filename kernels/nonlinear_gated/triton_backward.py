@@ -19,7 +19,7 @@ def chunk_gradients(
     query, key, value, log_decay, weight, states, d_output, d_end, d_query, d_key, d_value,
     d_log_decay, d_weight, d_state, seqs, key_block, value_block, decay_block, heads, scale, sweeps,
     tolerance, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, HAS_END: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What a block [BLOCK_K, BLOCK_V] of the state adds to every gradient.
 
@@ -57,7 +57,7 @@ def chunk_gradients(
     a = load_block(weight, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)[None, :, :]
     da = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     ds = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if HAS_END:
+    if d_end is not None:
         ds = load_block(d_end + own + corner, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)
 
     chunks = tl.cdiv(tokens, CHUNK)
@@ -86,7 +86,7 @@ def chunk_gradients(
         store_block(base, heads * VALUE_WIDTH, left, left_v, d_v)
         tl.store(d_log_decay + (at + times) * heads, d_g, mask=times < left)
     store_block(d_weight + own + corner, VALUE_WIDTH, left_k, left_v, da)
-    if HAS_INITIAL:
+    if d_state is not None:
         store_block(d_state + own + corner, VALUE_WIDTH, left_k, left_v, ds)
 
 

@@ -23,7 +23,7 @@ def chunk_output(
     query, key, value, log_decay, weight, state, output, states, end_state, solved, seqs,
     output_block, heads, scale, sweeps, tolerance,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, HAS_INITIAL: tl.constexpr, SAVE_STATES: tl.constexpr,
+    BLOCK_V: tl.constexpr, SAVE_STATES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a block [BLOCK_K, BLOCK_V] of the state, its last state, and how it was solved.
 
@@ -51,7 +51,7 @@ def chunk_output(
     weight += head * state_size + corner
     a = load_block(weight, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)[None, :, :]
     s = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if HAS_INITIAL:
+    if state is not None:
         state += lane * state_size + corner
         s = load_block(state, VALUE_WIDTH, left_k, left_v, BLOCK_K, BLOCK_V)
 
