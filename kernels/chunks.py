@@ -148,8 +148,9 @@ class Block:
         """Views of a state [N * H, ...] in the order of ranks and of tensors [chunks * H, ...],
         level by level."""
         heads = len(tensors[0]) // len(self.tokens)
-        states = [state[x.start * heads : x.stop * heads] for x in self.ranks]
-        sizes = [len(x) for x in states]
+        first, stops = self.ranks[0].start * heads, [x.stop * heads for x in self.ranks]
+        views = {stop: state[first:stop] for stop in set(stops)}  # few: they cost as much as work
+        states, sizes = [views[stop] for stop in stops], [stop - first for stop in stops]
         return list(zip(states, *(x.split(sizes) for x in tensors), strict=True))
 
     def _rows(self, heads: int) -> Tensor:

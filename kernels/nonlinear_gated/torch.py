@@ -13,7 +13,7 @@ from supra.kernels.chunks import Layout, contiguous
 from supra.kernels.nonlinear_gated.inputs import Inputs
 
 # Numbers in the states of packed sequences that go together, at the most; then calls cost little
-TOGETHER = 1 << 18
+TOGETHER = 1 << 17
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -21,18 +21,19 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output, _, kept, solved = (torch.zeros_like(y) for y in x.empty_results())
     layout, x = _layout(x)
     memory, slots = checks.given_or_zeros(x.state, x)[layout.order], 0
-    weight, room = x.weight.to(memory.dtype), torch.empty_like(memory)
+    weight = x.weight.to(memory.dtype)
     for block in layout.blocks:
         query, key, value, logs = (block.gather(y).to(memory.dtype) for y in x[:4])
         if x.save_states:
             before = memory[block.ranks[0]]
             kept[slots : slots + len(before)] = before
             slots += len(before)
-        found = torch.empty_like(value)
+        found, room = torch.empty_like(value), torch.empty_like(memory[block.ranks[0]])
         for state, q, k, v, write, out in block.walk(
             memory, query, key.mT, value, -torch.expm1(logs), found
         ):
-            _advance(state, k, v, write, weight, new=room[: len(k)], after=state)
+            new = room if len(k) == len(room) else room[: len(k)]
+            _advance(state, k, v, write, weight, new=new, after=state)
             torch.matmul(q, state, out=out)
         block.scatter(found.mul_(x.scale), output)
     return output, memory[layout.place], kept, solved
