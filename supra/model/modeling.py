@@ -42,6 +42,7 @@ from supra.model.attention import attention_modules, insert_mixer
 from supra.model.cache import adopt_cache, belong_to, check_rows, new_cache
 from supra.model.configuration import config_class
 from supra.model.families import FAMILIES
+from supra.model.offload import device_of
 from supra.model.remote_code import write_shim
 from supra.model.rows import (
     document_boundaries,
@@ -63,6 +64,12 @@ class _SupraPreTrained:
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         with making_model(config):
             super().__init__(config, *args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go, as `generate` asks for it. In transformers it is the device
+        of the first weight, and an offloaded one has none."""
+        return device_of(self)
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         return "supra"

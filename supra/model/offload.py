@@ -24,10 +24,12 @@ def weights_of(module: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs and returns its outputs. Offloaded weights are on no device,
-    and a model of them alone runs on the CPU."""
-    found = (x.device for x in model.parameters() if not x.is_meta)
-    return next(found, torch.device("cpu"))
+    """Where a model takes its inputs and returns its outputs. Offloaded weights are on no device; a
+    model of them alone, which has Accelerate's hook, takes inputs on the CPU."""
+    device = next((x.device for x in model.parameters() if not x.is_meta), None)
+    if device is None and not hasattr(model, "_hf_hook"):  # without data
+        device = next((x.device for x in model.parameters()), None)
+    return device or torch.device("cpu")
 
 
 def first_not_finite(model: nn.Module) -> str | None:

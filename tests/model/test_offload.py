@@ -64,6 +64,23 @@ def test_a_model_that_is_loaded_by_its_own_code(mixer, base, tmp_path):
     assert_equal_bits(offloaded, AutoModelForCausalLM.from_pretrained(tmp_path / "rnn"))
 
 
+@pytest.mark.parametrize("device_map", [SPLIT, {"": "disk"}], ids=["a part", "all"])
+def test_inputs_go_where_the_model_says(device_map, base, tmp_path):
+    """Also in speculative decoding, which puts its candidates there."""
+    convert(base, tmp_path / "rnn", mixer="supra")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "rnn")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "rnn", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    assert offloaded.device == torch.device("cpu")
+    row, settings = IDS[:1].repeat(1, 2), {"max_new_tokens": 4, "do_sample": False}
+    expected = plain.generate(row, **settings)
+    found = offloaded.generate(row.to(offloaded.device), prompt_lookup_num_tokens=2, **settings)
+    assert torch.equal(found, expected)
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(plain.config).device.type == "meta"
+
+
 @pytest.mark.parametrize("family", SIZES)
 def test_a_native_model_runs_with_our_kernels(family, tmp_path):
     """Its layers get their mixers after Accelerate's hooks are in place."""
