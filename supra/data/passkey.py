@@ -81,8 +81,7 @@ def passkey(
     """
     drawn = [f"{key:0{DIGITS}d}" for key in generator.sample(range(10**DIGITS), keys)]
     numbers = [f" #{n + 1}" for n in range(keys)] if keys > 1 else [""]
-    pairs = zip(numbers, drawn, strict=True)
-    statements = [STATEMENT.format(n=n, key=key) for n, key in pairs]
+    statements = [STATEMENT.format(n=n, key=key) for n, key in zip(numbers, drawn, strict=True)]
     asked, places = generator.randrange(keys), generator.random()
     question = QUESTION.format(n=numbers[asked])
     answer = continuation_tokens(tokenizer, question, f" {drawn[asked]}")
