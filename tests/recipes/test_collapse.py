@@ -94,7 +94,7 @@ def test_committed_results_show_collapse_and_cures(monkeypatch):
         assert accuracy["window 30"][-1] < accuracy["window 60"][-1] - 0.15
         assert accuracy["decay_scale 0.97"][-1] < accuracy["decay_scale 0.99"][-1] - 0.03
     native = recipe.read_results("native-")
-    assert [result["seed"] for result in native] == [0, 1]
+    assert [result["seed"] for result in native] == [0, 1, 2]
     for result in native:
         accuracy = {name: x["accuracy"] for name, x in result["variants"].items()}
         first, *_, last = accuracy["base"]
