@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from supra.errors import UserError
-from supra.mixers import MixerInputs
+from supra.mixers import Mixer, MixerInputs
 from supra.model.attention import attention_modules, blocks_of
 from supra.model.native.adapter import adopt
 
 BACKEND = "inductor"
+NOT_COMPILED = {"window"}  # mixers that have no graph without a break
 COMPILERS = ("g++", "clang++", "c++", "cl")
 Layers = tuple[PreTrainedModel, Sequence[tuple[nn.Module, nn.Module]]]
 GRAPHS = (
@@ -81,11 +82,16 @@ def eagerly() -> AbstractContextManager[Any]:
 
 
 def check_student(student: PreTrainedModel) -> None:
-    """Raise UserError for a model that is recurrent itself."""
+    """Raise UserError for a model that is recurrent itself, or has a mixer without a graph."""
     if adopt(student):
         raise UserError(
             f"compile (=True) does not go with model_type {student.config.model_type!r}: its own "
             "recurrent layers were never tested with it; set compile=false"
+        )
+    if any(isinstance(x, Mixer) and x.name in NOT_COMPILED for x in student.modules()):
+        raise UserError(
+            "compile (=True) does not go with the mixer window (or lolcats, which is one): it "
+            "draws a number in each call and decides by it; set compile=false"
         )
 
 

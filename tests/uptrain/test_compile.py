@@ -6,6 +6,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from supra import testing
+from supra.checkpoint.opening import find_checkpoint
 from supra.conversion.convert import convert
 from supra.errors import UserError
 from supra.uptrain import accelerator, compiled, loop, tree
@@ -122,3 +123,10 @@ def test_several_processes_are_refused(files, tmp_path, monkeypatch):
 def test_a_model_that_is_recurrent_itself_is_refused():
     with pytest.raises(UserError, match=r"does not go with model_type 'mamba2': .* compile=false"):
         compiled.Compiled(native_model("mamba2"), asked=True)
+
+
+def test_a_mixer_that_decides_by_chance_is_refused(files, tmp_path):
+    convert(str(files / "teacher"), tmp_path / "window", mixer="lolcats")
+    student = find_checkpoint(str(tmp_path / "window")).model(torch.float32)
+    with pytest.raises(UserError, match=r"does not go with the mixer window .* set compile=false"):
+        compiled.Compiled(student, asked=True)
