@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from supra.data.packing import IGNORE
 
@@ -123,7 +124,7 @@ def multiply_(buffer: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """For use in a backward pass: the buffer times the gradient of the total, in place, because
     nothing else uses it, and autograd refuses a second backward pass. The gradient nearly always is
     1, and on a CPU, where asking costs no wait for a device, that saves a pass over the buffer."""
-    if gradient.device.type == "cpu" and gradient == 1:
+    if _can_be_asked(gradient) and gradient == 1:
         return buffer
     return buffer.mul_(gradient.to(buffer.dtype))
 
@@ -162,9 +163,14 @@ def _log_probabilities(
 def _masked(dx: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """dx [n, V], with 0 in the rows that are not valid. On a CPU, where asking costs no wait for a
     device, chunks in which all rows are valid save the pass."""
-    if valid.device.type == "cpu" and valid.all():
+    if _can_be_asked(valid) and valid.all():
         return dx
     return dx.where(valid.unsqueeze(-1), 0)
+
+
+def _can_be_asked(x: torch.Tensor) -> bool:
+    """Whether its numbers are there without a wait for a device. Simulated tensors have none."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
 def _wide(logits: torch.Tensor) -> torch.dtype:

@@ -36,8 +36,9 @@ def is_one_token(inputs: MixerInputs) -> bool:
 def may_prepare(mixer: nn.Module) -> bool:
     """Whether a step may read the parameters of a mixer instead of calling its modules.
 
-    It may not if parameters are elsewhere until their module is called, as offloaded ones are, or
-    if somebody has changed what a module does: by hooks, adapters or a parametrization.
+    It may not if parameters are elsewhere until their module is called, as offloaded ones are, if
+    they are too narrow to compute with, or if somebody has changed what a module does: by hooks,
+    adapters or a parametrization.
     """
     for module in mixer.modules():
         hooked = module is not mixer and (module._forward_hooks or module._forward_pre_hooks)
@@ -45,7 +46,8 @@ def may_prepare(mixer: nn.Module) -> bool:
             return False
         if not type(module).__module__.startswith("supra.mixers."):
             return False
-    return not any(x.is_meta for x in (*mixer.parameters(), *mixer.buffers()))
+    tensors = *mixer.parameters(), *mixer.buffers()
+    return not any(x.is_meta or x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
 
 
 def projection(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Projection:

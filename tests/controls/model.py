@@ -29,8 +29,8 @@ BUGS = [
         "queries_and_keys_swapped",
         "a mixer gets the keys as queries and the queries as keys",
         "supra/model/attention.py",
-        "query, key, value = (x.transpose(1, 2) for x in (query, key, value))",
-        "query, key, value = (x.transpose(1, 2) for x in (query, key, value))\n"
+        "query, key, value = (_tokens_first(x) for x in (query, key, value))",
+        "query, key, value = (_tokens_first(x) for x in (query, key, value))\n"
         "    if query.shape == key.shape:\n"
         "        query, key = key, query",
         (f"{ORIGINAL}[gpt2]",),

@@ -26,7 +26,7 @@ def test_a_block_of_llama_with_mamba2():
     block = {
         "norms": 2 * (8 * D + 4),
         "projections": 6 * D + 2 * QUERY,
-        "mixer": 6 * D + 4 * (QUERY + 2 * KEY) + 36 * QUERY + 12 * HEADS,
+        "mixer": 6 * D + 2 * (QUERY + 2 * KEY) + 30 * QUERY + 12 * HEADS,
         "feed-forward": 4 * D + 8 * INNER,
     }
     assert kept.layers == [{part: TOKENS * size for part, size in block.items()}] * 2

@@ -59,7 +59,7 @@ def test_logits_of_a_chunk():
     # 2**26 logits at a time: 2048 tokens of a vocabulary of 32768
     long = replace(text, length=100_000)
     assert memory.logits(long, 2**15) == 2**26 * 20
-    assert memory.logits(replace(long, device="cpu"), 2**15) == 2**25 * 4 + 2**20 * 16
+    assert memory.logits(replace(long, device="cpu"), 2**15) == 2**26 * 4 + 2**20 * 16
 
 
 def test_the_head_may_need_more_than_the_logits():

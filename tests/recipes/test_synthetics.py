@@ -51,7 +51,8 @@ def some_rows(language, count=200, seed=0):
 class Fake:
     """A model whose next word is `answer(row up to here)`."""
 
-    device = torch.device("cpu")
+    def parameters(self):
+        return iter(())
 
     def named_modules(self):
         return ()
