@@ -17,7 +17,7 @@ from supra.errors import UserError, not_finite
 from supra.mixers.channel_scales import channel_scales
 from supra.mixers.exported import step_by_step, takes_steps
 from supra.mixers.inputs import MIN_POWER, AttentionShape, MixerInputs, Watch
-from supra.mixers.one_token import Step, is_one_token, may_prepare
+from supra.mixers.one_token import Prepared, Step, is_one_token, may_prepare, sources_of
 from supra.mixers.read_out import Norm, OutputGate, RmsNorm
 from supra.mixers.signs import ONE_SIGN, Signs, signed
 from supra.mixers.state_policy import LayerPolicy, Past, PolicyRun, StatePolicy, with_past
@@ -62,7 +62,7 @@ class Mixer(nn.Module, ABC):
     watch: Watch | None = None  # called with the log decays of every call
     needs_whole_rows: str | None = None  # why rows cannot lie on several ranks; None: they can
     gate_first: bool = False  # whether `read_out` begins with the gate
-    _prepared: tuple[torch.dtype, Step | None] | None = None  # for activations of this dtype
+    _prepared: Prepared | None = None
 
     def __init__(
         self,
@@ -141,17 +141,17 @@ class Mixer(nn.Module, ABC):
         return None
 
     def _step_for(self, inputs: MixerInputs, state: Any) -> Step | None:
-        """The step, if it can run this call. It lasts until a call that it cannot run, such as the
-        next prompt or a step of training: parameters change between those."""
+        """The step, if it can run this call. It is made anew when parameters have changed, and
+        after a call that it cannot run, such as the next prompt or a step of training."""
         dtype, known = inputs.value.dtype, self._prepared
         bare = self.policy is None and self.watch is None and type(state) is self.State
         if not (bare and is_one_token(inputs)):
             self._forget_step()
             return None
-        if known is None or known[0] != dtype:
+        if known is None or not known.fits(dtype):
             step = self.prepared_step(dtype) if may_prepare(self) else None
-            self._prepared = known = dtype, step
-        return known[1]
+            self._prepared = known = Prepared(dtype, step, sources_of(self))
+        return known.step
 
     def _forget_step(self) -> None:
         if self._prepared is not None:
@@ -160,10 +160,6 @@ class Mixer(nn.Module, ABC):
     def _apply(self, *args, **kwargs):
         self._forget_step()
         return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._forget_step()
-        return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prepared": None}  # a function cannot be pickled

@@ -9,7 +9,7 @@ have no axis for tokens, and what is computed is float32 or wider.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,40 @@ def may_prepare(mixer: nn.Module) -> bool:
             return False
     tensors = *mixer.parameters(), *mixer.buffers()
     return not any(x.is_meta or x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
+
+
+class Prepared(NamedTuple):
+    """A step, or None where there is none, and what it was made for and from."""
+
+    dtype: torch.dtype  # of the activations
+    step: Step | None
+    sources: list[tuple[dict[str, Tensor | None], str, Tensor, int]]  # see `sources_of`
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether it is for this dtype, and no parameter or buffer was replaced or changed since.
+        Changes through `x.data` leave no trace."""
+        if self.dtype != dtype:
+            return False
+        return torch.compiler.is_compiling() or all(
+            owner.get(name) is x and _version(x) == version
+            for owner, name, x, version in self.sources
+        )
+
+
+def sources_of(mixer: nn.Module) -> list[tuple[dict[str, Tensor | None], str, Tensor, int]]:
+    """The parameters and buffers of a mixer: where each is held, its name, itself, its version."""
+    return [
+        (owner, name, x, _version(x))
+        for module in mixer.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, x in owner.items()
+        if x is not None
+    ]
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place. Those of inference mode do not count that."""
+    return 0 if x.is_inference() else x._version
 
 
 def projection(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Projection:

@@ -97,6 +97,31 @@ def test_a_step_sees_new_parameters(name, change):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", WITH_STEP)
+@pytest.mark.parametrize("change", ["in place", "replace", "load"])
+def test_a_step_sees_new_parameters_between_two_tokens(name, change):
+    """Also without a prompt between them; and in inference mode, whose tensors have no version."""
+    mixer, other, inputs = build(name), build(name, seed=1), inputs_of(torch.bfloat16, 9)
+    _, state = mixer(inputs.first(8), return_state=True)
+    rest = {x: getattr(inputs, x)[:, 8:] for x in PER_TOKEN}
+    token = dataclasses.replace(inputs, **rest)
+    with torch.inference_mode():
+        before = mixer(token, state)[0]
+    step = mixer._prepared.step
+    assert torch.equal(mixer(token, state)[0], before) and mixer._prepared.step is step
+    if change == "load":
+        mixer.load_state_dict(other.state_dict())
+    for path, x in other.named_parameters() if change != "load" else ():
+        part, _, field = path.rpartition(".")
+        if change == "replace":
+            setattr(mixer.get_submodule(part), field, torch.nn.Parameter(x.clone()))
+        else:
+            mixer.get_parameter(path).copy_(x)
+    expected = other(token, state)[0]
+    assert torch.equal(mixer(token, state)[0], expected) and not torch.equal(before, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITH_STEP)
 def test_a_hook_on_a_part_is_called_in_a_step(name):
     mixer, inputs, calls = build(name), inputs_of(torch.float32, 9), []
     expected = last_token(mixer, inputs)
