@@ -25,8 +25,12 @@ Convolution = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `convolut
 
 
 def is_one_token(inputs: MixerInputs) -> bool:
-    """Whether a call has one token in every row, needs no gradient and asks for nothing else."""
-    if inputs.query.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_exporting():
+    """Whether a call has one token in every row, needs no gradient and asks for nothing else.
+
+    Compiled and exported graphs keep the form for many tokens: a graph would hold the parameters as
+    they were, and a compiler joins small operators itself.
+    """
+    if inputs.query.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     others = inputs.padding_mask, inputs.cu_seqlens, inputs.part, inputs.watch, inputs.policy_run
     device = inputs.query.device.type
@@ -60,9 +64,7 @@ class Prepared(NamedTuple):
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether it is for this dtype, and no parameter or buffer was replaced or changed since.
         Changes through `x.data` leave no trace."""
-        if self.dtype != dtype:
-            return False
-        return torch.compiler.is_compiling() or all(
+        return self.dtype == dtype and all(
             owner.get(name) is x and _version(x) == version
             for owner, name, x, version in self.sources
         )
@@ -137,21 +139,19 @@ def rotated(features: Tensor, rotary: Rotary | None) -> Tensor:
     """Features [B, H, K] at their position."""
     if rotary is None:
         return features
-    matrices = _matrix if torch.compiler.is_compiling() else _matrix_of_call
     batch, _, size = features.shape
-    return torch.bmm(features, matrices(rotary, size, batch, features.dtype))
-
-
-def _matrix(rotary: Rotary, size: int, batch: int, dtype: torch.dtype) -> Tensor:
-    """The rotation as matrices [B, K, K], for one product in the place of 34 operators."""
-    identity = torch.eye(size, dtype=dtype, device=rotary.cos.device)[None, None]
-    return rotary(identity, identity[:, :, :1])[0][:, 0].expand(batch, -1, -1)
+    return torch.bmm(features, _matrices(rotary, size, batch, features.dtype))
 
 
 @functools.lru_cache(maxsize=4)
-def _matrix_of_call(rotary: Rotary, size: int, batch: int, dtype: torch.dtype) -> Tensor:
-    """The layers of a call share their cosines, and so the matrices."""
-    return _matrix(rotary, size, batch, dtype)
+def _matrices(rotary: Rotary, size: int, batch: int, dtype: torch.dtype) -> Tensor:
+    """The rotation as matrices [B, K, K], for one product in the place of 34 operators.
+
+    The layers of a call share their cosines, and so the matrices: tensors are equal here only if
+    they are the same tensor. The last four stay in memory.
+    """
+    identity = torch.eye(size, dtype=dtype, device=rotary.cos.device)[None, None]
+    return rotary(identity, identity[:, :, :1])[0][:, 0].expand(batch, -1, -1)
 
 
 def over_length(x: Tensor, eps: Tensor, share: float = 1.0) -> Tensor:
