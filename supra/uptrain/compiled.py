@@ -1,13 +1,13 @@
 """`compile: true`: torch.compile for the modules that a stage runs many times.
 
-End to end, each block of student and teacher is compiled. Blocks are alike, so that one graph
-serves all of them, and compiling takes as long for 30 as for two. Layer by layer, hooks between the
-parts of a block read what they compute: there the student's mixers are compiled, and what is around
-attention in the teacher.
+In `distill` and `tune`, each block of student and teacher is compiled. Blocks are alike, so one
+graph serves all of them, and compiling takes as long for 30 as for two. In `align`, hooks read what
+the parts of a block compute. So there the student's mixers are compiled, and the teacher's norms
+and feed-forward networks.
 
-The rows of a step have the same shape in every step. Only the number of documents in them varies: a
-size that the first graph for packed rows leaves open. Nothing is compiled again after the first
-packed step and the first one that is not.
+The rows of a step have the same shape in every step. Only the number of documents in them varies,
+and the graph for packed rows leaves that size open. Nothing is compiled again after the first step
+with packed rows and the first step without.
 """
 
 import os
@@ -29,13 +29,13 @@ BACKEND = "inductor"
 NOT_COMPILED = {"window"}  # mixers that have no graph without a break
 COMPILERS = ("g++", "clang++", "c++", "cl")
 Layers = tuple[PreTrainedModel, Sequence[tuple[nn.Module, nn.Module]]]
-GRAPHS = (
-    64  # of the same code, at most: of hybrids, with and without documents; torch's default is 8
-)
+# Graphs of the same code at most: hybrids have several, with and without documents. torch's default
+# is 8.
+GRAPHS = 64
 
 
 class Compiled:
-    """The compiled modules of the current stage; none if they are not `asked` for."""
+    """The compiled modules of the current stage; none if `asked` is false."""
 
     def __init__(self, student: PreTrainedModel, asked: bool):
         """Raises UserError for a student, or on a machine, for which nothing can be compiled."""

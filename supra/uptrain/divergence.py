@@ -16,9 +16,9 @@ from supra.uptrain.stages import Stage
 class Divergence:
     """All processes call it with the same numbers.
 
-    most: how many steps in a row may be skipped. fail: makes the error from what happened.
-    skipped: steps in a row that were left out, up to the last one; said: the line about the last
-    of them.
+    most: the maximum of skipped steps in a row. fail: makes the error from what happened.
+    skipped: how many steps in a row were skipped, up to the last step. said: the line about the
+    last skipped step.
     """
 
     def __init__(self, most: int, fail: Callable[[str], Diverged]):
