@@ -286,8 +286,8 @@ def _opened(checkpoint: Checkpoint, opener: Any, **arguments: Any) -> Any:
             raise UserError(_without_code(checkpoint, opener)) from error
         if "offload_folder" in str(error):
             raise UserError(
-                f"model {checkpoint.name!r}: what lies on the disk must be written anew, since its "
-                "files have another form: give --offload-folder"
+                f"model {checkpoint.name!r}: some weights that are to lie on the disk have another "
+                "form in the model's files: give --offload-folder, to write them there"
             ) from error
         reason = " ".join(str(error).split())[:300]
         what = "the tokenizer of " if opener == AutoTokenizer.from_pretrained else ""

@@ -21,8 +21,8 @@ class Placement:
     """device_map: "auto" or another of AUTOMATIC, as in transformers; or one device for all.
     max_memory: bytes of weights at most, by device: the number of a GPU, "mps" or "cpu". Other
         devices get none, and what does not fit lies on the disk. None: what is free.
-    offload_folder: for weights of the disk whose form in the files is not the model's, such as
-        experts that are stored one by one.
+    offload_folder: for weights on the disk that have another form in the files than in the model,
+        such as experts that are stored one by one.
 
     Raises UserError for devices that are not there, and for settings that would have no effect.
     """
@@ -50,7 +50,7 @@ class Placement:
 
     def open(self, opener: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
         """What the opener, a `from_pretrained`, returns with these settings: model, loading info.
-        What is written into the offload folder goes when the model does."""
+        Files in the offload folder are removed with the model."""
         folder = self._own_folder()
         memory = None if self.max_memory is None else dict(self.max_memory)
         try:

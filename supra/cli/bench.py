@@ -229,15 +229,17 @@ def train(
     model: Annotated[str, string("--model", "Transformer to convert: hub id or folder.", "MODEL")],
     mixer: Annotated[Sequence[str], names("--mixer", "Mixers of the students.")],
     stages: Annotated[
-        Sequence[str], names("--stages", "Of forward,align,distill,tune. Default: all.")
+        Sequence[str], names("--stages", "Any of forward,align,distill,tune. Default: all.")
     ] = (),
     levers: Annotated[
         Sequence[str],
-        names("--levers", "Of plain,compile,checkpointing,unfused,fp32. Default: all."),
+        names("--levers", "Any of plain,compile,checkpointing,unfused,fp32. Default: all."),
     ] = (),
     rows: Annotated[int, whole("--rows", "Rows of a step.", limits.COUNT)] = 2,
     length: Annotated[int, whole("--length", "Tokens of a row.", limits.PASS, 2)] = 512,
-    steps: Annotated[int, whole("--steps", "Steps to measure, after three.", limits.COUNT)] = 3,
+    steps: Annotated[
+        int, whole("--steps", "Steps to measure, after three that do not count.", limits.COUNT)
+    ] = 3,
     peak_tflops: Annotated[
         float | None,
         number("--peak-tflops", "Peak of the device, for MFU. Default: known for some GPUs."),

@@ -130,7 +130,7 @@ OffloadFolder = Annotated[
     Path | None,
     folder(
         "--offload-folder",
-        "Folder for weights that must be written anew for the disk.",
+        "Folder for weights on the disk that have another form in the model's files.",
         rich_help_panel=PLACEMENT,
     ),
 ]

@@ -52,8 +52,8 @@ def passkey_document(
 ) -> Document:
     """A prompt and its answer, to train on: exactly `length` tokens with start and end tokens.
 
-    The depth is random. Labels are the answer and the end of the document alone. Raises UserError
-    when `length` is too small, under the name `setting`.
+    The depth is random. Only the answer and the end tokens have labels. Raises UserError when
+    `length` is too small; the message calls it `setting`.
     """
     start, end = start_tokens(tokenizer), end_tokens(tokenizer)
     depth = generator.random()
@@ -72,8 +72,8 @@ def passkey(
     end: Sequence[int] | None = None,
     setting: str = "--lengths",
 ) -> Passkey:
-    """A prompt of exactly `length` tokens, including the start tokens. With the tokens `end`, it is
-    shorter by them and by the answer.
+    """A prompt of exactly `length` tokens, including the start tokens. With `end`, the length
+    includes the answer and these tokens as well.
 
     The text has n blocks; block int(depth · (n − 1)) states the key that is asked for. With several
     keys, each has a number, and the others stand in random other blocks. Surplus tokens are cut

@@ -1,10 +1,10 @@
 """One token without gradients, in few operators: what the steps of mixers share.
 
 `Mixer.mix` serves many tokens, gradients, padding and packed rows. A decoding step does so little
-work that its operators cost more than what they compute: with `mix`, a layer of mamba2 takes 380 of
-them, and a whole layer of the teacher 190. So a mixer may also prepare a step: a function of one
-token that holds what it reads of the parameters, cast, transposed and joined once. Tensors here
-have no axis for tokens, and what is computed is float32 or wider.
+work that starting operators costs more than what they compute: with `mix`, a layer of mamba2 takes
+380 operators, and a whole layer of the teacher 190. So a mixer may also prepare a step: a function
+of one token that holds the parameters, cast, transposed and joined once. Tensors here have no axis
+for tokens. Apart from projections of hidden states, all is computed in float32 or wider.
 """
 
 import functools

@@ -15,8 +15,8 @@ from supra.model.offload import first_not_finite
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype | None, may_overflow: bool = False
 ) -> PreTrainedModel:
-    """Load a model, to where the checkpoint's placement says; without one, onto the GPU if there is
-    one.
+    """Load a model to where the checkpoint's placement says. Without a placement, it goes onto the
+    GPU if there is one.
 
     A `state_policy` in the config acts, also on a model that is recurrent in transformers itself.
 

@@ -67,8 +67,8 @@ class _SupraPreTrained:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go, as `generate` asks for it. In transformers it is the device
-        of the first weight, and an offloaded one has none."""
+        """Where inputs go; `generate` reads it. transformers takes the device of the first weight,
+        but an offloaded weight is on none."""
         return device_of(self)
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:

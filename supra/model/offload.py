@@ -15,8 +15,8 @@ from torch import nn
 
 @contextmanager
 def weights_of(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of a module and its parts are on the device where it runs. A part whose
-    own `forward` runs inside has none after it."""
+    """Inside, the weights of a module and its parts are on the device where it runs. A part loses
+    them again when its own `forward` has run inside."""
     with ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(align_module_device(part))

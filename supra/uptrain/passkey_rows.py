@@ -11,14 +11,14 @@ from supra.data.passkey import passkey_document
 
 
 class PasskeyRows:
-    """The endless rows of one lane (see `Lanes`). Each is a text of its own, which hides passkeys
-    and asks for one of them at its end. So the texts grow when the rows of a stage do.
+    """The endless rows of one lane (see `Lanes`). Each row is one text, which hides passkeys and
+    asks for one of them at its end. Texts are as long as the rows of their stage.
 
-    A lane has every `world`-th row of the run, from number `rank` on. A row depends on `seed` and
-    on its number alone, and the position is the number of rows given.
+    A lane has every `world`-th row of the run, from number `rank` on. A row depends only on `seed`
+    and its number. The position is how many rows were given.
     """
 
-    found = True  # the position that was loaded: every row can be made anew
+    found = True  # whether a loaded position was found: any row can be made again
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class PasskeyRows:
         return row
 
     def _row(self, number: int) -> Block:
-        # evaluation's seeds are of another form
+        # evaluations have seeds without the word "training", so that their texts are others
         draw, row = Random(f"training {self.seed} {number}"), Row(self.block_tokens)
         row.add(
             passkey_document(self.tokenizer, self.block_tokens, draw, self.keys, self.setting), 0
