@@ -188,8 +188,9 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def storage_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of a buffer between kernels that holds `dtype`; float32 where bf16 is emulated."""
+def storage_dtype(*tensors: Tensor) -> torch.dtype:
+    """dtype of a buffer between kernels for such tensors; float32 where bf16 is emulated."""
+    dtype = common_dtype(*tensors)
     return torch.float32 if dtype == torch.bfloat16 and interpreting() else dtype
 
 
@@ -198,7 +199,7 @@ def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Odd widths in 16 bits break masked loads in some versions of Triton, and 128-bit loads in all.
     """
-    dtype = storage_dtype(common_dtype(*tensors))
+    dtype = storage_dtype(*tensors)
     return tuple(pad_width(x.to(dtype)) for x in tensors)
 
 

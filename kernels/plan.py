@@ -4,6 +4,7 @@ A plan holds arguments by the names of the kernels' parameters, and a launch pas
 that it names. Compile-time constants are in CAPITALS.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from supra.kernels.launch import (
     Table,
     Tiling,
     blocks,
-    common_dtype,
     launch,
     operands,
     precision,
@@ -30,22 +30,18 @@ RECURRENT: Table = {"recurrent_steps": {"any": ((256, Tiling(ALL_CHANNELS, 16, 4
 
 
 class Plan:
-    """Launches with tilings of `table`, for tensors of these widths and of this precision."""
+    """Launches with tilings of `table`, for inputs of these widths."""
 
     def __init__(
-        self,
-        table: Table,
-        widths: tuple[int, int],
-        device: torch.device,
-        precision: str = "bf16",
-        **given: Any,
+        self, table: Table, widths: tuple[int, int], inputs: Sequence[Tensor], **given: Any
     ):
-        """given: arguments that the launches share."""
+        """inputs: whose device and dtypes count. given: arguments that the launches share."""
         self.table, self.key_width, self.value_width = table, *widths
-        self.device, self.precision = device, precision
-        self.given = {**given, "PRECISION": precision}
+        self.device, self.dtype = inputs[0].device, storage_dtype(*inputs)
+        self.precision = precision(*inputs)
+        self.given = {**given, "PRECISION": self.precision}
         # of what one kernel leaves for another as an operand
-        self.kept = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.kept = torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def launch(self, kernel: Any, grid: tuple[int, ...], **own: Any) -> None:
         """Launch with the shared arguments, its row of the table, and its own arguments."""
@@ -64,6 +60,10 @@ class Plan:
         """Blocks of key and of value channels."""
         cut = self.tiling(kernel)
         return blocks(self.key_width, cut.key), blocks(self.value_width, cut.value)
+
+    def rows(self, x: Tensor | None) -> Rows | None:
+        """x [B, T, H, D] in the dtype of the inputs, with stride 1 along D."""
+        return None if x is None else Rows.of(contiguous_rows(x.to(self.dtype)))
 
     def new_sums(self, *shape: int) -> Tensor:
         """Room for float32 numbers that no kernel has written yet."""
@@ -93,7 +93,7 @@ class HeadsPlan(Plan):
         self.count, self.total, self.tiles = self.seqs.count, batch * length, tiles
         widths = key.shape[3], value.shape[3]
         super().__init__(
-            table, widths, query.device, precision(x.query, x.key, x.value),
+            table, widths, (x.query, x.key, x.value),
             query=Rows.of(query), key=Rows.of(key), value=Rows.of(value), seqs=self.seqs,
             heads=state_heads, total=self.total, chunks=self.chunks, scale=x.scale,
             KEY_WIDTH=widths[0], VALUE_WIDTH=widths[1], CHUNK=chunk,
@@ -176,16 +176,16 @@ def recurrent_steps(kernel: Any, x: Any, state_heads: int, **own: Any) -> Tensor
     """
     batch, length, heads, key_width = x.query.shape
     value_width = x.value.shape[3]
-    dtype = storage_dtype(common_dtype(x.query, x.key, x.value))
-    query, key, value = (contiguous_rows(y.to(dtype)) for y in (x.query, x.key, x.value))
-    output = query.new_empty(batch, length, heads, value_width)
     plan = Plan(
-        RECURRENT, (key_width, value_width), query.device,
-        query=Rows.of(query), key=Rows.of(key), value=Rows.of(value), output=output,
+        RECURRENT, (key_width, value_width), (x.query, x.key, x.value),
         length=length, heads=state_heads, scale=x.scale,
         KEY_WIDTH=key_width, VALUE_WIDTH=value_width, QUERIES=heads // state_heads,
     )  # fmt: skip
-    plan.launch(kernel, (batch * state_heads * plan.blocks(kernel)[1],), **own)
+    output = x.query.new_empty(batch, length, heads, value_width, dtype=plan.dtype)
+    plan.launch(
+        kernel, (batch * state_heads * plan.blocks(kernel)[1],), output=output,
+        query=plan.rows(x.query), key=plan.rows(x.key), value=plan.rows(x.value), **own,
+    )  # fmt: skip
     return output.to(x.value.dtype)
 
 

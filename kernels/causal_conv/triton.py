@@ -7,15 +7,7 @@ from torch import Tensor
 
 from supra.kernels.causal_conv import triton_kernels as kernels
 from supra.kernels.causal_conv.inputs import Inputs
-from supra.kernels.launch import (
-    ALL_CHANNELS,
-    Rows,
-    Table,
-    Tiling,
-    precision,
-    sequences,
-    storage_dtype,
-)
+from supra.kernels.launch import ALL_CHANNELS, Rows, Table, Tiling, sequences
 from supra.kernels.plan import Plan, contiguous_rows
 
 TILE = 32  # tokens
@@ -75,12 +67,10 @@ class _Channels(Plan):
     def __init__(self, x: Inputs):
         input, (width, taps) = contiguous_rows(x.input), x.weight.shape
         super().__init__(
-            TILINGS, (width, width), input.device, precision(input),
-            input=Rows.of(input), weight=x.weight.T.contiguous(),
-            bias=None if x.bias is None else x.bias.contiguous(),
+            TILINGS, (width, width), (input,), input=Rows.of(input),
+            weight=x.weight.T.contiguous(), bias=None if x.bias is None else x.bias.contiguous(),
             WIDTH=width, TAPS=taps, SILU=x.silu,
         )  # fmt: skip
-        self.dtype = storage_dtype(input.dtype)
 
     def sizes(self, cut: Tiling) -> dict[str, int]:
         return {"BLOCK": cut.value}

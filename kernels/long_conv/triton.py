@@ -8,20 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from supra.kernels.checks import present
-from supra.kernels.launch import (
-    ALL_CHANNELS,
-    Rows,
-    Table,
-    Tiling,
-    blocks,
-    common_dtype,
-    precision,
-    sequences,
-    storage_dtype,
-)
+from supra.kernels.launch import ALL_CHANNELS, Rows, Table, Tiling, blocks, sequences
 from supra.kernels.long_conv import triton_backward, triton_columns, triton_forward
 from supra.kernels.long_conv.inputs import Inputs
 from supra.kernels.long_conv.modes import (
@@ -65,7 +56,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors; the states are computed again."""
     plan, has_initial = _Plan(x), x.state is not None
-    d_output = plan.rows(d_output)
+    d_output = plan.flat_rows(d_output)
     columns = plan.gather(plan.key, plan.value)
     states, _ = plan.states(columns, x.state)
     d_query = d_key = None
@@ -96,17 +87,15 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
 def recurrent(x: Inputs) -> Tensor:
     """Output of the recurrence token by token; the state is updated in place."""
     batch, length, heads, width = x.value.shape
-    modes, dtype = x.log_decay.shape[1], storage_dtype(common_dtype(*present(x.value, *x[:2])))
-    output = x.value.new_empty(x.value.shape, dtype=dtype)
-    plan = Plan(TILINGS, (1, 1), output.device)
-    for name, y in (("query", x.query), ("key", x.key), ("value", x.value)):
-        plan.given[name] = None if y is None else Rows.of(contiguous_rows(y.to(dtype)))
+    modes, plan = x.log_decay.shape[1], Plan(TILINGS, (1, 1), present(x.value, *x[:2]))
+    output = x.value.new_empty(x.value.shape, dtype=plan.dtype)
     plan.launch(
         triton_forward.recurrent_steps, (batch * heads,), output=output,
+        query=plan.rows(x.query), key=plan.rows(x.key), value=plan.rows(x.value),
         power=torch.view_as_real(transition(x.model, 1)), weight=x.weight.contiguous(),
         skip=x.skip, state=x.state, length=length, heads=heads,
         MODES=modes, KEY_WIDTH=x.key_width, VALUE_WIDTH=width,
-        BLOCK_M=_power_of_2(modes), BLOCK_V=_power_of_2(width),
+        BLOCK_M=triton.next_power_of_2(modes), BLOCK_V=triton.next_power_of_2(width),
     )  # fmt: skip
     return output.to(x.value.dtype)
 
@@ -115,9 +104,6 @@ class _Plan(Plan):
     """With the inputs as rows, and the model's matrices."""
 
     def __init__(self, x: Inputs):
-        given = present(x.value, *x[:2])
-        self.dtype = storage_dtype(common_dtype(*given))
-        self.query, self.key, self.value = map(self.rows, x[:3])
         _, self.length, self.heads, self.v_width = x.value.shape
         self.k_width = x.key_width
         self.seqs, self.chunks = sequences(x.value, x.cu_seqlens, CHUNK)
@@ -127,20 +113,21 @@ class _Plan(Plan):
         self.lines, self.lanes = self.columns * self.slots, self.heads * self.columns
 
         self.known = x.log_decay.shape[1]
-        self.modes = max(8, _power_of_2(self.known))
+        self.modes = max(8, triton.next_power_of_2(self.known))
         made = matrices(x.model, CHUNK)
         self.toeplitz = toeplitz(made.taps)
         self.read, self.write = map(self.padded, (made.read, made.write))
         self.counts = self._first_counts(x.cu_seqlens, x.value.device)
         whole, early = (transition(x.model, count) for count in (CHUNK, self.counts))
         super().__init__(
-            TILINGS, (CHUNK, CHUNK), x.value.device, precision(*given), seqs=self.seqs,
+            TILINGS, (CHUNK, CHUNK), present(x.value, *x[:2]), seqs=self.seqs,
             chunks=self.chunks, slots=self.slots, rows=self.lines, lanes=self.lanes,
             heads=self.heads, whole=self.padded(torch.view_as_real(whole)),
             early=self.padded(torch.view_as_real(early)), HAS_INITIAL=x.state is not None,
             COLUMNS=self.columns, KEY_WIDTH=self.k_width, VALUE_WIDTH=self.v_width,
             MODES=2 * self.modes, CHUNK=CHUNK,
         )  # fmt: skip
+        self.query, self.key, self.value = map(self.flat_rows, x[:3])
 
     def _first_counts(self, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
         """Tokens of every sequence's first chunk [N, 1, 1]; any number where it has none."""
@@ -149,7 +136,7 @@ class _Plan(Plan):
         sizes = cu_seqlens.to(device, non_blocking=True).diff()
         return ((sizes - 1) % CHUNK + 1)[:, None, None]
 
-    def rows(self, x: Tensor | None) -> Tensor | None:
+    def flat_rows(self, x: Tensor | None) -> Tensor | None:
         """[B, T, H, D] -> [B, T, H * D] in the dtype of the inputs, stride 1 along the last."""
         return None if x is None else contiguous_rows(x.to(self.dtype).flatten(2))
 
@@ -202,8 +189,8 @@ class _Plan(Plan):
         At least 16 channels of V, so that 64 tokens of them are 128 bits for each thread.
         """
         columns = self.tiling(kernel).key
-        value = min(_power_of_2(self.v_width), columns)
-        key = min(_power_of_2(self.k_width), columns // value)
+        value = min(triton.next_power_of_2(self.v_width), columns)
+        key = min(triton.next_power_of_2(self.k_width), columns // value)
         return key, value, max(columns // (key * value), 16 // value, 1)
 
     def steps(self, columns: Tensor, matrix: Tensor) -> Tensor:
@@ -294,7 +281,3 @@ class _Plan(Plan):
     def state_of(self, lanes: Tensor) -> Tensor:
         widths = (self.heads, self.k_width, self.v_width)
         return self.modes_of(lanes).unflatten(1, widths).permute(0, 1, 4, 5, 2, 3).contiguous()
-
-
-def _power_of_2(size: int) -> int:
-    return 1 << (size - 1).bit_length()
