@@ -47,7 +47,9 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     inverse, reading, errors, states = delta_plan.states(
         plan, plan.key, x.state, None, decayed=plan.decayed
     )
-    d_states, d_written, d_initial = _d_states(plan, reading, d_end, x.state is not None)
+    d_written, kernel = delta_plan.new_rows(plan, plan.value_width), triton_kernels.chunk_d_written
+    plan.launch(kernel, plan.by_value(kernel, plan.kv_heads), d_written=d_written)
+    d_states, d_initial = delta_plan.scan_back(plan, reading, d_written, d_end, x.state is not None)
     del reading
     d_value, d_beta = delta_plan.d_values(plan, inverse, errors, d_written)
     del d_written
@@ -88,13 +90,3 @@ class _Plan(DecayedPlan):
     def __init__(self, x: Inputs):
         super().__init__(TILINGS, x, CHUNK, state_heads=x.key.shape[2])
         self.given |= {"beta": Rows.of(x.beta.float()), **delta_plan.PER_HEAD}
-
-
-def _d_states(
-    plan: _Plan, reading: Tensor, d_end: Tensor | None, has_initial: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of the state after every chunk, of what is written, and of the initial state."""
-    d_written, kernel = delta_plan.new_rows(plan, plan.value_width), triton_kernels.chunk_d_written
-    plan.launch(kernel, plan.by_value(kernel, plan.kv_heads), d_written=d_written)
-    d_states, d_initial = delta_plan.scan_back(plan, reading, d_written, d_end, has_initial)
-    return d_states, d_written, d_initial

@@ -2,15 +2,13 @@
 
 from torch import Tensor
 
-from supra.kernels.channel_plan import CHANNELS, FLOAT32, ChannelPlan
+from supra.kernels.channel_plan import CHANNELS, FLOAT32, SQUARE, ChannelPlan
 from supra.kernels.channel_scores import chunk_output
 from supra.kernels.gated_linear_attention import triton_kernels
 from supra.kernels.gated_linear_attention.inputs import Inputs
 from supra.kernels.launch import Table, Tiling
 from supra.kernels.plan import narrow, narrow_heads
 from supra.kernels.recurrent import decode
-
-SQUARE = Tiling(64, 64, 4, 2)
 
 # a target has a row of its own where the kernel would spill with that of "any"
 TILINGS: Table = CHANNELS | {
@@ -41,7 +39,13 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     plan = ChannelPlan(TILINGS, x, x.bonus)
     plan.add_d_output(d_output)
     states, scores = _states(plan, x.state), plan.scores()
-    d_states, d_whole, d_start = _d_states(plan, states, d_end, x.state is not None)
+    kernel, d_states = triton_kernels.chunk_d_states, plan.new_states(plan.chunks)
+    d_start = None if x.state is None else plan.new_state()
+    d_whole = plan.new_sums(plan.blocks(kernel)[1], *plan.whole.shape)
+    plan.launch(
+        kernel, plan.by_state(kernel), states=states, d_end=plan.pad(d_end), d_states=d_states,
+        d_whole=d_whole, d_state=d_start,
+    )  # fmt: skip
     d_scores = plan.d_scores(plan.heads)
 
     d_value = plan.value.new_empty(plan.value.shape)
@@ -72,17 +76,3 @@ def _states(plan: ChannelPlan, start: Tensor | None, end: Tensor | None = None) 
         kernel, plan.by_state(kernel), state=plan.pad(start), states=states, end_state=end,
     )  # fmt: skip
     return states
-
-
-def _d_states(
-    plan: ChannelPlan, states: Tensor, d_end: Tensor | None, has_initial: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of the states after the chunks, of their whole decays, of the initial state."""
-    kernel, d_states = triton_kernels.chunk_d_states, plan.new_states(plan.chunks)
-    d_start = plan.new_state() if has_initial else None
-    d_whole = plan.new_sums(plan.blocks(kernel)[1], *plan.whole.shape)
-    plan.launch(
-        kernel, plan.by_state(kernel), states=states, d_end=plan.pad(d_end), d_states=d_states,
-        d_whole=d_whole, d_state=d_start,
-    )  # fmt: skip
-    return d_states, d_whole, d_start

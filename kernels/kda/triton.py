@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from supra.kernels import delta_plan
-from supra.kernels.channel_plan import CHANNELS, FLOAT32_ONE_STAGE, ChannelPlan
+from supra.kernels.channel_plan import CHANNELS, FLOAT32_ONE_STAGE, ONE_STAGE, SQUARE, ChannelPlan
 from supra.kernels.channel_scores import chunk_output
 from supra.kernels.delta import Inputs
 from supra.kernels.delta_plan import DELTA
@@ -17,7 +17,6 @@ from supra.kernels.launch import Rows, Table, Tiling
 from supra.kernels.plan import narrow, narrow_heads
 from supra.kernels.recurrent import decode
 
-SQUARE, ONE_STAGE = Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 1)
 NARROW, UP_TO_128 = (32, Tiling(32, 32, 4, 1)), (128, Tiling(128, 32, 4, 1))
 
 TILINGS: Table = (
@@ -60,7 +59,12 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     plan = _Plan(x)
     plan.add_d_output(d_output)
     inverse, reading, errors, states = plan.states(x.state)
-    d_states, d_written, d_start = plan.d_states(reading, d_end, x.state is not None)
+    d_written = delta_plan.new_rows(plan, plan.value_width)
+    plan.d_written(d_written, plan.scores())
+    d_states, d_start = delta_plan.scan_back(
+        plan, reading, d_written, d_end, x.state is not None, key=plan.departing,
+        query=Rows.of(plan.decayed(plan.query, entering=True)),
+    )  # fmt: skip
     d_value, d_beta = delta_plan.d_values(plan, inverse, errors, d_written)
     del inverse, reading, d_written
 
@@ -117,19 +121,6 @@ class _Plan(ChannelPlan):
         """T, W, the errors, and the states before every chunk and after the last."""
         key = self.decayed(self.key, entering=True)
         return delta_plan.states(self, key, state, end, key=self.departing)
-
-    def d_states(
-        self, reading: Tensor, d_end: Tensor | None, has_initial: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of the state after every chunk, of what is written, and of the initial
-        state."""
-        d_written = delta_plan.new_rows(self, self.value_width)
-        self.d_written(d_written, self.scores())
-        query = Rows.of(self.decayed(self.query, entering=True))
-        d_states, d_start = delta_plan.scan_back(
-            self, reading, d_written, d_end, has_initial, query=query, key=self.departing
-        )
-        return d_states, d_written, d_start
 
     def d_whole(self, states: Tensor, d_states: Tensor) -> Tensor:
         """Gradient of the logs of the chunks' whole decays, [1, chunks, Hkv, K]."""
