@@ -39,11 +39,11 @@ class Inputs(NamedTuple):
     empty_results = empty_head_results
 
 
-def recurrent(x: Inputs, log_decay: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor]:
-    """Output [B, T, Hq, V] and final state of the recurrence, token by token.
-
-    log_decay: None for no decay, [B, T, H], or [B, T, H, K]. A lane is one head of one sequence.
-    """
+def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Output and final state of the recurrence, token by token; a lane is a head of a sequence."""
+    log_decay = x.log_decay
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(x.beta.shape)
     state = checks.given_or_zeros(x.state, x)
     memory, dtype, (batch, length) = state.flatten(0, 1), state.dtype, x.query.shape[:2]
 

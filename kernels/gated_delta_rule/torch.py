@@ -20,11 +20,7 @@ from supra.kernels import checks, delta
 from supra.kernels.chunks import Block
 from supra.kernels.delta import DeltaTiles, Inputs
 
-
-def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
-    """The recurrence of api.py, token by token: output and final state."""
-    log_decay = None if x.log_decay is None else x.log_decay.expand(x.beta.shape)
-    return delta.recurrent(x, log_decay, in_place)
+recurrent = delta.recurrent
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,7 @@ from supra.kernels.channel_tiles import ChannelTiles
 from supra.kernels.chunks import Block
 from supra.kernels.delta import DeltaTiles, Inputs
 
-
-def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
-    """The recurrence of api.py, token by token: output and final state."""
-    return delta.recurrent(x, x.log_decay, in_place)
+recurrent = delta.recurrent
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
