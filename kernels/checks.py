@@ -198,6 +198,13 @@ def given_or_zeros(state: Tensor | None, inputs: Any) -> Tensor:
     return torch.zeros_like(inputs.empty_results()[1]) if state is None else state
 
 
+def copy_or_zeros(state: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A copy of the state to write into, or zeros; None where `like` is None too."""
+    if state is not None:
+        return state.clone(memory_format=torch.contiguous_format)
+    return like if like is None else torch.zeros_like(like)
+
+
 def present(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
 

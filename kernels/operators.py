@@ -111,7 +111,7 @@ class Operator:
             return output, end
         if not in_place:
             likes = inputs.empty_results()[1 : self.differentiable]
-            state = tuple(_own(x, like) for x, like in zip(state, likes, strict=True))
+            state = tuple(map(checks.copy_or_zeros, state, likes))
         changed = dict(zip(self.fields, state, strict=True))
         given = (changed.get(name, x) for name, x in zip(inputs._fields, inputs, strict=True))
         return self.step(*given), state
@@ -210,10 +210,3 @@ def _returned(results: Iterable[Tensor | None], arguments: Iterable[Any]) -> tup
 def _given(x: Tensor | None) -> Tensor | None:
     """None for the tensor of shape [0] that stands for an absent result."""
     return None if x is None or (x.dim() == 1 and x.shape[0] == 0) else x
-
-
-def _own(x: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """A copy of a state for a kernel that writes into it, or zeros."""
-    if x is not None:
-        return x.clone(memory_format=torch.contiguous_format)
-    return like if like is None else torch.zeros_like(like)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from supra.kernels.checks import given_or_zeros
 from supra.kernels.operators import empty_head_results
 
 
@@ -26,6 +27,13 @@ class Inputs(NamedTuple):
     @property
     def state_heads(self) -> int:
         return (self.key.shape[2:3] if self.log_decay is None else self.log_decay.shape)[-1]
+
+    def start(self) -> tuple[Tensor, Tensor | None]:
+        """Memory and normalizer before the first token, zeros where they are not given."""
+        memory, normalizer = given_or_zeros(self.memory, self), self.normalizer
+        if self.normalized and normalizer is None:
+            normalizer = memory.new_zeros(memory.shape[:3])
+        return memory, normalizer
 
     def empty_results(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Output [B, T, Hq, V], final memory and normalizer, and sums of the weights [B, T, Hq].

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from supra.kernels import oracle
+from supra.kernels import checks, oracle
 from supra.kernels.linear_attention.inputs import Inputs
 
 
@@ -11,10 +11,6 @@ def recurrence(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output [B, T, Hq, V], final memory and normalizer, all float64."""
     heads = x.query.shape[2]
     decay = oracle.decay_by_token(x.log_decay, x.query, x.state_heads)
-    zeros = torch.zeros_like(x.empty_results()[1])
-    state = [zeros if x.memory is None else x.memory]
-    if x.normalized:
-        state.append(zeros[..., 0] if x.normalizer is None else x.normalizer)
     query, key, value = oracle.flat(x.query, x.key, x.value)
 
     def per_head(part: Tensor, heads: int) -> Tensor:
@@ -30,5 +26,5 @@ def recurrence(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         weight = (query[t] * per_head(normalizer, heads)).sum(-1, keepdim=True)
         return output / (weight + x.eps), memory, normalizer
 
-    found = oracle.run(step, x.query, x.cu_seqlens, *state)
+    found = oracle.run(step, x.query, x.cu_seqlens, *checks.present(*x.start()))
     return found if x.normalized else (*found, None)

@@ -17,7 +17,7 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor, Tensor | None]
     multiply, insert, add = torch.mul, torch.addcmul, torch.add
     if in_place:
         multiply, insert, add = Tensor.mul_, Tensor.addcmul_, Tensor.add_
-    memory, normalizer = _start(x, x.memory, x.normalizer)
+    memory, normalizer = x.start()
     dtype, (heads, kv_heads) = memory.dtype, (memory.shape[1], x.key.shape[2])
     decay = None if x.log_decay is None else x.log_decay.to(dtype).exp()
     query, key, value = (y.to(dtype) for y in x[:3])
@@ -48,14 +48,13 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor, Tensor | None]
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The same function in chunks."""
-    memory, normalizer = _copies(*_start(x, x.memory, x.normalizer))
-    output = x.value.new_empty(*x.query.shape[:3], x.value.shape[3])
-    weights = memory.new_empty(*x.query.shape[:3], 1) if x.normalized else None
+    output, *empty, weights = x.empty_results()
+    memory, normalizer = map(checks.copy_or_zeros, (x.memory, x.normalizer), empty)
     for group in split_rows(x):
         state = state_of(group, memory, normalizer)
         blocks = Blocks(group, x, state[0])
         outputs = blocks.split(output)
-        weighed = blocks.split(weights) if x.normalized else None
+        weighed = blocks.split(weights[..., None]) if x.normalized else None
         for i, block in enumerate(blocks):
             s, z = block.states(*state)
             scores = block.scores()
@@ -67,7 +66,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             elif x.scale != 1:
                 out *= x.scale
             block.write(outputs[i], out)
-    return output, memory, normalizer, weights[..., 0] if x.normalized else None
+    return output, memory, normalizer, weights
 
 
 def backward(
@@ -79,15 +78,16 @@ def backward(
     weights: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """States and scores are computed again, a span of chunks at a time."""
-    start = _start(x, x.memory, x.normalizer)
-    d_state = _copies(*_start(x, d_memory, d_normalizer))
+    _, *empty, _ = x.empty_results()
+    pairs = (x.memory, x.normalizer), (d_memory, d_normalizer)
+    start, d_state = (tuple(map(checks.copy_or_zeros, states, empty)) for states in pairs)
     d_inputs = [y.new_empty(y.shape) for y in x[:3]]
     if x.log_decay is not None:
         d_decays = start[0].new_empty(*x.query.shape[:2], x.state_heads, 1)
         d_inputs.append(d_decays)
     given = (d_output, output, weights[..., None]) if x.normalized else (d_output,)
     for group in split_rows(x):
-        state, d_end = _copies(*state_of(group, *start)), state_of(group, *d_state)
+        state, d_end = (state_of(group, *states) for states in (start, d_state))
         _group_backward(Blocks(group, x, state[0]), x, state, d_end, given, d_inputs)
 
     d_log_decay = None
@@ -179,16 +179,3 @@ def _block_gradients(
     d_sums[:, -1] += last
     d_log_decay = d_sums.flip(-1).cumsum(-1).flip(-1)[..., None]
     return block.rescale(dq, block.rise), block.rescale(dk, block.fall), dv, d_log_decay
-
-
-def _start(x: Inputs, memory: Tensor | None, normalizer: Tensor | None) -> State:
-    """The given state, or zeros where it is None."""
-    memory = checks.given_or_zeros(memory, x)
-    if x.normalized and normalizer is None:
-        normalizer = memory.new_zeros(memory.shape[:3])
-    return memory, normalizer if x.normalized else None
-
-
-def _copies(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    layout = torch.contiguous_format
-    return tuple(x if x is None else x.clone(memory_format=layout) for x in tensors)

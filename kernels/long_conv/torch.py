@@ -24,9 +24,8 @@ from supra.kernels.long_conv.torch_blocks import (
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """Output and final state."""
     filters = Filters(x.model, min(x.chunk_size, x.value.shape[1]))
-    end = _copy(x, x.state)
-    columns = end[0, :, 0, 0].numel()
-    output = x.value.new_empty(x.value.shape)
+    output, end = x.empty_results()
+    end, columns = checks.copy_or_zeros(x.state, end), end[0, :, 0, 0].numel()
     for group in split_rows(x, columns, filters.size):
         memory = lanes_of(end[group.states])
         for block in split_blocks(group, filters, columns):
@@ -39,7 +38,8 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors; the states are computed again."""
     filters = Filters(x.model, min(x.chunk_size, x.value.shape[1]))
-    first, d_state = checks.given_or_zeros(x.state, x), _copy(x, d_end)
+    first = checks.given_or_zeros(x.state, x)
+    d_state = checks.copy_or_zeros(d_end, first)
     columns = first[0, :, 0, 0].numel()
     d_query, d_key, d_value = (None if y is None else y.new_empty(y.shape) for y in x[:3])
     for group in split_rows(x, columns, filters.size):
@@ -86,8 +86,3 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
             seen = x.query[:, t, :, :, None].to(dtype) * seen
         outputs.append(seen.sum(2).to(x.value.dtype))
     return torch.stack(outputs, 1), state
-
-
-def _copy(x: Inputs, state: Tensor | None) -> Tensor:
-    """A copy of the given state [N, H, M, 2, K, V], or zeros."""
-    return checks.given_or_zeros(state, x).clone(memory_format=torch.contiguous_format)
