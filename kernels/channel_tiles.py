@@ -11,7 +11,7 @@ so that every factor is a product of decays, never a quotient: nothing overflows
 is exact. One level scales each row once and multiplies matrices; there are log2(C) levels.
 
 Legend: C chunk length, a power of two; G query heads per key head, the inner index of the rows of a
-tile of queries; n chunks times Hkv. States are transposed here, [n, V, K].
+tile of queries; n chunks times Hkv.
 """
 
 from typing import Any, NamedTuple
@@ -89,13 +89,13 @@ class ChannelTiles:
         """Gradients of query [n, C, G, K], key and log_decay [n, C, K], and of bonus.
 
         levels: what climb() kept. value: [n, C, V], what the keys wrote; d_out: [n, C * G, V].
-        states: before every chunk; d_states: gradients of those after it.
+        states [n, K, V]: before every chunk; d_states: gradients of those after it.
 
         The gradient of a decay is collected on the way down the tree, from products that this decay
         is in. The usual difference of running sums of q dq and k dk cancels where decay is strong.
         """
-        d_query, d_key = torch.bmm(d_out, states), torch.bmm(value, d_states)
-        d_totals = (states * d_states).sum(1)
+        d_query, d_key = torch.bmm(d_out, states.mT), torch.bmm(value, d_states.mT)
+        d_totals = (states * d_states).sum(2)
         d_totals = _descend(levels, d_scores, d_query, d_key, d_totals)
         d_query, d_decay = d_query.view_as(self.query), d_totals.view_as(self.decay)
         if self.bonus is None:  # an output reads the state after its own token's decay

@@ -1,5 +1,6 @@
-"""How sequences are cut into chunks, in plain torch."""
+"""How sequences are cut into chunks, and operations computed chunk by chunk, in plain torch."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -159,3 +160,48 @@ class Block:
             head = torch.arange(heads, device=self.tokens.device)[:, None]
             self._places[heads] = self.tokens[:, None] * heads + head
         return self._places[heads]
+
+
+def forward(x: Any, tiles: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    """Output and final state [N, H, K, V] of an operation whose tokens write to it and read it.
+
+    tiles: makes the tiles of a block, `tiles(x, block, keep)`, with `of_heads` and `to_heads`
+    (queries as tiles [chunks * H, G * C, D], and back), `entering_query` (queries with the decay
+    since their chunk began), `scores` and
+
+        scan(state)    states before every chunk, and what the tokens write, [chunks * H, C, V]
+        backward(d_out, states, written, d_state)    gradients as Block.scatter() takes them
+
+    which take a state [N * H, K, V] and its gradient through the chunks, in place. keep: what
+    backward() needs.
+    """
+    layout, output = Layout.of(x), x.empty_results()[0]
+    x, state = contiguous(x), layout.rank(checks.given_or_zeros(x.state, x))
+    for block in layout.blocks:
+        here = tiles(x, block, keep=False)
+        states, written = here.scan(state)
+        out = torch.bmm(here.entering_query, states)
+        out.baddbmm_(here.scores, written, beta=x.scale, alpha=x.scale)
+        block.scatter(here.to_heads(out), output)
+    return output, layout.unrank(state)
+
+
+def backward(
+    x: Any, count: int, d_output: Tensor, d_end: Tensor | None, tiles: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first `count` tensors of x and of the state; the tiles are made again."""
+    layout = Layout.of(x)
+    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:count]]
+    x, d_output = contiguous(x), d_output.contiguous()
+    state, d_state = (layout.rank(checks.given_or_zeros(y, x)) for y in (x.state, d_end))
+    visited = []
+    for block in layout.blocks:
+        here = tiles(x, block, keep=True)
+        visited.append((here, *here.scan(state)))
+    while visited:
+        here, states, written = visited.pop()
+        d_out = here.of_heads(d_output, clear=True).mul_(x.scale)
+        found = here.backward(d_out, states, written, d_state)
+        for tile, gradient in zip(found, gradients, strict=True):
+            here.block.scatter(tile, gradient.view(*gradient.shape[:3], -1))
+    return *gradients, None if x.state is None else layout.unrank(d_state)

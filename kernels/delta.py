@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from supra.kernels import checks
-from supra.kernels.chunks import Block, Layout, contiguous
+from supra.kernels.chunks import Block
 from supra.kernels.operators import empty_head_results
 
 
@@ -70,53 +70,14 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     return output.to(x.value.dtype), state if in_place else memory.view_as(state)
 
 
-def forward(x: Inputs, tiles: type["DeltaTiles"]) -> tuple[Tensor, Tensor]:
-    """The same function in chunks."""
-    layout, output = Layout.of(x), x.empty_results()[0]
-    x, state = contiguous(x), layout.rank(checks.given_or_zeros(x.state, x))
-    for block in layout.blocks:
-        here = tiles(x, block, keep=False)
-        states, errors = here.scan(state)
-        out = torch.bmm(here.entering_query, states)
-        out.baddbmm_(here.scores, errors, beta=x.scale, alpha=x.scale)
-        block.scatter(here.to_heads(out), output)
-    return output, layout.unrank(state)
-
-
-def backward(
-    x: Inputs, d_output: Tensor, d_end: Tensor | None, tiles: type["DeltaTiles"]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of all tensors; T, the states and the errors are computed again.
-
-    From de follow dv = T^T de, dB = -dv e^T and d(keys with the decay up to them) = -dv S^T.
-    """
-    layout = Layout.of(x)
-    gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x[:5]]
-    x, d_output = contiguous(x), d_output.contiguous()
-    state, d_state = (layout.rank(checks.given_or_zeros(y, x)) for y in (x.state, d_end))
-    visited = []
-    for block in layout.blocks:
-        here = tiles(x, block, keep=True)
-        visited.append((here, *here.scan(state)))
-    while visited:
-        here, states, errors = visited.pop()
-        d_out = here.of_heads(d_output, clear=True).mul_(x.scale)
-        d_errors = torch.bmm(here.scores.mT, d_out)
-        d_states = here.scan_back(d_errors, torch.bmm(here.entering_query.mT, d_out), d_state)
-        d_value = torch.bmm(here.inverse.mT, d_errors)
-        found = here.gradients(d_out, d_value, errors, states, d_states)
-        for tile, gradient in zip(found, gradients, strict=True):
-            here.block.scatter(tile, gradient.view(*gradient.shape[:3], -1))
-    return *gradients, None if x.state is None else layout.unrank(d_state)
-
-
 class DeltaTiles:
-    """Tiles of a block of an operation with the delta rule, which sets what is declared here."""
+    """Tiles that chunks.forward() takes; the operation sets what is declared here.
+
+    The scores of the queries have the decay between the tokens, and beta.
+    """
 
     block: Block
     value: Tensor  # [rows, C, V]
-    scores: Tensor  # of queries, with the decay between the tokens and beta, [rows, G * C, C]
-    entering_query: Tensor  # queries with the decay since their chunk began, [rows, G * C, K]
     writing: Tensor  # beta times keys with the decay to the end of their chunk, [rows, C, K]
     whole: Tensor  # decay of a chunk: [rows, 1, 1], or [rows, K, 1] per channel of the keys
 
@@ -147,6 +108,18 @@ class DeltaTiles:
             error.baddbmm_(read, now, alpha=-1)
             now.mul_(whole).baddbmm_(write, error)
         return states, errors
+
+    def backward(
+        self, d_out: Tensor, states: Tensor, errors: Tensor, d_state: Tensor
+    ) -> list[Tensor]:
+        """Gradients of the inputs from those of the outputs and of the state.
+
+        From de follow dv = T^T de, dB = -dv e^T and d(keys with the decay up to them) = -dv S^T.
+        """
+        d_errors = torch.bmm(self.scores.mT, d_out)
+        d_states = self.scan_back(d_errors, torch.bmm(self.entering_query.mT, d_out), d_state)
+        d_value = torch.bmm(self.inverse.mT, d_errors)
+        return self.gradients(d_out, d_value, errors, states, d_states)
 
     def scan_back(self, d_errors: Tensor, steps: Tensor, d_state: Tensor) -> Tensor:
         """Gradients of the states after every chunk [rows, K, V].

@@ -16,7 +16,7 @@ head, [rows, C, D]; query tiles are [rows, G * C, D].
 import torch
 from torch import Tensor
 
-from supra.kernels import checks, delta
+from supra.kernels import checks, chunks, delta
 from supra.kernels.chunks import Block
 from supra.kernels.delta import DeltaTiles, Inputs
 
@@ -25,12 +25,12 @@ recurrent = delta.recurrent
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The same function in chunks."""
-    return delta.forward(_by_token(x), _Tiles)
+    return chunks.forward(_by_token(x), _Tiles)
 
 
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors."""
-    *found, d_log_decay, d_state = delta.backward(_by_token(x), d_output, d_end, _Tiles)
+    *found, d_log_decay, d_state = chunks.backward(_by_token(x), 5, d_output, d_end, _Tiles)
     if x.log_decay is None:
         return *found, None, d_state
     if x.log_decay.dim() == 1:
@@ -92,7 +92,7 @@ class _Tiles(DeltaTiles):
     def gradients(
         self, d_out: Tensor, d_value: Tensor, errors: Tensor, states: Tensor, d_states: Tensor
     ) -> list[Tensor]:
-        """Gradients of query, key, value, beta and log_decay, from those of delta.backward().
+        """Gradients of query, key, value, beta and log_decay, from those of backward().
 
         The gradient of a running sum of logs is o . do = q . dq of its row less v . dv of its
         column: scaling the state from a token on scales the outputs that follow, and is undone by

@@ -15,7 +15,7 @@ Legend: C chunk length, G query heads per key head, rows n = chunks * Hkv.
 import torch
 from torch import Tensor
 
-from supra.kernels import delta
+from supra.kernels import chunks, delta
 from supra.kernels.channel_tiles import ChannelTiles
 from supra.kernels.chunks import Block
 from supra.kernels.delta import DeltaTiles, Inputs
@@ -25,12 +25,12 @@ recurrent = delta.recurrent
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The same function in chunks."""
-    return delta.forward(x, _Tiles)
+    return chunks.forward(x, _Tiles)
 
 
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors."""
-    return delta.backward(x, d_output, d_end, _Tiles)
+    return chunks.backward(x, 5, d_output, d_end, _Tiles)
 
 
 class _Tiles(ChannelTiles, DeltaTiles):
@@ -56,13 +56,13 @@ class _Tiles(ChannelTiles, DeltaTiles):
     def gradients(
         self, d_out: Tensor, d_value: Tensor, errors: Tensor, states: Tensor, d_states: Tensor
     ) -> list[Tensor]:
-        """Gradients of query, key, value, beta and log_decay, from those of delta.backward()."""
+        """Gradients of query, key, value, beta and log_decay, from those of backward()."""
         d_out, written = self.join(d_out, -d_value), self.beta * errors
         d_scores = torch.bmm(d_out, written.mT)
         self.own(d_scores)[..., -1] = 0
         d_written = torch.bmm(self.leaving, d_states).baddbmm_(self.weights.mT, d_out)
         d_query, d_key, d_log_decay, _ = super().gradients(
-            self.levels, written, d_out, d_scores, states.mT, d_states.mT
+            self.levels, written, d_out, d_scores, states, d_states
         )
         d_key += d_query[:, :, -1]
         d_beta = (errors * d_written).sum(-1, True)
