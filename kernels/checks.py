@@ -205,6 +205,14 @@ def copy_or_zeros(state: Tensor | None, like: Tensor | None) -> Tensor | None:
     return like if like is None else torch.zeros_like(like)
 
 
+def d_log_decay(log_decay: Tensor | None, found: Tensor) -> Tensor | None:
+    """Gradient of log_decay [H] or [B, T, H] from that of the logs of all tokens, [B, T, H]."""
+    if log_decay is None:
+        return None
+    found = found.sum((0, 1)) if log_decay.dim() == 1 else found
+    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
+
+
 def present(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
 

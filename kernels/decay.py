@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supra.kernels import locate, tiles
+from supra.kernels import checks, locate, tiles
 from supra.kernels.checks import LOWEST_LOG_DECAY
 from supra.kernels.launch import Rows, Sequences, Tiling, launch
 
@@ -57,9 +57,7 @@ def d_log_decay(
         key_products=key_products, carried=carried, d_log_decay=found, heads=heads,
         query_blocks=len(query_products), key_blocks=len(key_products), state_blocks=len(carried),
     )  # fmt: skip
-    if log_decay.dim() == 1:
-        found = found.sum((0, 1))
-    return found.masked_fill(log_decay < LOWEST_LOG_DECAY, 0).to(log_decay.dtype)
+    return checks.d_log_decay(log_decay, found)
 
 
 @triton.jit

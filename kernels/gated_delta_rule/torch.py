@@ -31,12 +31,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
 def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors."""
     *found, d_log_decay, d_state = chunks.backward(_by_token(x), 5, d_output, d_end, _Tiles)
-    if x.log_decay is None:
-        return *found, None, d_state
-    if x.log_decay.dim() == 1:
-        d_log_decay = d_log_decay.sum((0, 1))
-    d_log_decay = d_log_decay.masked_fill(x.log_decay < checks.LOWEST_LOG_DECAY, 0)
-    return *found, d_log_decay.to(x.log_decay.dtype), d_state
+    return *found, checks.d_log_decay(x.log_decay, d_log_decay), d_state
 
 
 def _by_token(x: Inputs) -> Inputs:

@@ -82,19 +82,15 @@ def backward(
     pairs = (x.memory, x.normalizer), (d_memory, d_normalizer)
     start, d_state = (tuple(map(checks.copy_or_zeros, states, empty)) for states in pairs)
     d_inputs = [y.new_empty(y.shape) for y in x[:3]]
+    d_decays = start[0].new_empty(*x.query.shape[:2], x.state_heads, 1)
     if x.log_decay is not None:
-        d_decays = start[0].new_empty(*x.query.shape[:2], x.state_heads, 1)
         d_inputs.append(d_decays)
     given = (d_output, output, weights[..., None]) if x.normalized else (d_output,)
     for group in split_rows(x):
         state, d_end = (state_of(group, *states) for states in (start, d_state))
         _group_backward(Blocks(group, x, state[0]), x, state, d_end, given, d_inputs)
 
-    d_log_decay = None
-    if x.log_decay is not None:
-        d_log_decay = d_decays[..., 0] if x.log_decay.dim() == 3 else d_decays.sum((0, 1, 3))
-        lost = x.log_decay < checks.LOWEST_LOG_DECAY
-        d_log_decay = d_log_decay.masked_fill(lost, 0).to(x.log_decay.dtype)
+    d_log_decay = checks.d_log_decay(x.log_decay, d_decays[..., 0])
     d_memory = None if x.memory is None else d_state[0]
     return *d_inputs[:3], d_log_decay, d_memory, None if x.normalizer is None else d_state[1]
 
