@@ -41,19 +41,17 @@ class Operator:
         torch_backend: ModuleType,
         reference: ModuleType,
         *,
-        package: str,
         state: type[tuple] | None = None,
         results: tuple[str, ...] = ("output", "end"),
         saved: tuple[str, ...] = (),
     ):
-        """package: where triton.py is, which is imported when it runs.
+        """triton.py beside torch_backend has the kernels.
 
         state: NamedTuple of the states among the fields of inputs; None for one called `state`. The
         results after the output are the final state. saved: the results that the backward pass
         needs.
         """
-        self.inputs, self.package = inputs, package
-        self.torch_backend, self.reference = torch_backend, reference
+        self.inputs, self.torch_backend, self.reference = inputs, torch_backend, reference
         self.fields = ("state",) if state is None else state._fields
         self.state = state or (lambda end: end)
         self.saved = [results.index(name) for name in saved]
@@ -119,7 +117,7 @@ class Operator:
     def _backend(self, inputs: Any) -> ModuleType:
         if inputs.backend == "torch":
             return self.torch_backend
-        return import_module(f"{self.package}.triton")  # not everybody has triton
+        return import_module(f"{self.torch_backend.__package__}.triton")  # not everybody has triton
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         inputs = self.inputs(*arguments)

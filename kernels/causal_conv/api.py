@@ -27,7 +27,7 @@ from supra.kernels.causal_conv.inputs import Inputs
 from supra.kernels.operators import Operator
 
 OPERATION = "causal_conv"
-OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference)
 ACTIVATIONS = (None, "silu")
 MAX_TAPS = 64  # beyond it a Fourier transform is the better algorithm
 

@@ -25,7 +25,7 @@ from supra.kernels.gated_delta_rule import torch as torch_backend
 from supra.kernels.operators import Operator
 
 OPERATION = "gated_delta_rule"
-OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference)
 CHUNK = 32  # tokens, in torch
 
 

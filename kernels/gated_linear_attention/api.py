@@ -24,7 +24,7 @@ from supra.kernels.gated_linear_attention.inputs import Inputs
 from supra.kernels.operators import Operator
 
 OPERATION = "gated_linear_attention"
-OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference)
 CHUNK = 64  # tokens, in torch
 
 

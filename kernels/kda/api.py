@@ -26,7 +26,7 @@ from supra.kernels.kda import torch as torch_backend
 from supra.kernels.operators import Operator
 
 OPERATION = "kda"
-OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference, package=__package__)
+OPERATOR = Operator(OPERATION, Inputs, torch_backend, reference)
 CHUNK = 32  # tokens, in torch
 
 

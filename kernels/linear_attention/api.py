@@ -49,7 +49,6 @@ OPERATOR = Operator(
     state=LinearAttentionState,
     results=("output", "memory", "normalizer", "weights"),
     saved=("output", "weights"),
-    package=__package__,
 )
 
 

@@ -31,7 +31,7 @@ from supra.kernels.long_conv.inputs import Inputs
 from supra.kernels.operators import Operator
 
 OPERATION = "long_conv"
-OPERATOR = Operator("ssm_conv", Inputs, torch_backend, reference, package=__package__)
+OPERATOR = Operator("ssm_conv", Inputs, torch_backend, reference)
 CHUNK, FEW_TOKENS = 64, 4096  # few tokens do not repay larger matrices
 
 

@@ -35,7 +35,6 @@ OPERATOR = Operator(
     reference,
     results=("output", "end", "states", "solved"),
     saved=("states",),
-    package=__package__,
 )
 CHUNK_SIZES = {"torch": 64, "triton": 16, "reference": 1}
 MAX_CHUNK = 64
