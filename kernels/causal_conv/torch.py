@@ -46,7 +46,8 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
         for begin, stop in reversed(list(_blocks(x, group))):
             window = _window(x, state, group, begin, stop).to(columns.dtype)
             d_sum = d_output[group.rows, begin:stop].to(columns.dtype)
-            d_sum = _d_sum(d_sum, window, columns, bias, x.silu)
+            if x.silu:
+                d_sum = torch.ops.aten.silu_backward(d_sum, _convolve(window, columns, bias, False))
             d_window = F.pad(d_past, (0, 0, stop - begin, 0))
             _accumulate(d_sum, window, columns, d_window, sums)
             d_input[group.rows, begin:stop] = d_window[:, past:]
@@ -119,13 +120,6 @@ def _convolve(
     for j in range(1, len(columns)):
         output.addcmul_(window[..., j : j + count, :], columns[j])
     return F.silu(output, inplace=True) if silu else output
-
-
-def _d_sum(d_output: Tensor, window: Tensor, columns: Tensor, bias: Tensor, silu: bool) -> Tensor:
-    """Gradient of the sum before the activation."""
-    if not silu:
-        return d_output
-    return torch.ops.aten.silu_backward(d_output, _convolve(window, columns, bias, False))
 
 
 def _accumulate(

@@ -88,11 +88,8 @@ class Blocks:
         factors = (middle - before, inside, -inside, last - middle)
         return tuple(x.exp().to(self.dtype) for x in factors)
 
-    def __len__(self) -> int:
-        return len(self.spans)
-
     def __iter__(self) -> Iterator["Block"]:
-        return (self[i] for i in range(len(self)))
+        return (self[i] for i in range(len(self.spans)))
 
     def __getitem__(self, i: int) -> "Block":
         first, end = self.spans[i]

@@ -26,7 +26,8 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, final state, kept states, and how the chunks were solved."""
     plan, kernel = _Plan(x), triton_forward.chunk_output
     grid, (parts, _) = plan.by_state(kernel), plan.blocks(kernel)
-    end, states = plan.new_state(), plan.new_slots(plan.chunks if x.save_states else 0)
+    end = plan.new_state()
+    states = end.new_empty(plan.chunks if x.save_states else 0, *end.shape[1:])
     if x.cu_seqlens is not None:  # some of these are spare
         states.zero_()
     wide = plan.weight if parts > 1 else plan.query  # what is added up is float32
@@ -85,7 +86,3 @@ class _Plan(HeadsPlan):
             "weight": self.weight, "log_decay": Rows.of(x.log_decay),
             "sweeps": x.sweeps, "tolerance": x.tolerance,
         }  # fmt: skip
-
-    def new_slots(self, count: int) -> Tensor:
-        """Room for `count` states per head in float32, which the backward pass begins from."""
-        return self.new_sums(count, self.heads, self.key_width, self.value_width)
