@@ -46,13 +46,14 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
         log_decay = log_decay.expand(x.beta.shape)
     state = checks.given_or_zeros(x.state, x)
     memory, dtype, (batch, length) = state.flatten(0, 1), state.dtype, x.query.shape[:2]
+    lanes = memory.shape[0]  # len() would be a constant of an exported step
 
     def steps(y: Tensor, width: int) -> Iterable[Tensor]:
         """[B, T, ...] as T tensors [lanes, ..., width]; to decode one token is one view of it."""
         y = y if y.dtype == dtype else y.to(dtype)
         if length == 1:
-            return (y.reshape(len(memory), -1, width),)
-        return y.transpose(0, 1).reshape(length, len(memory), -1, width).unbind()
+            return (y.reshape(lanes, -1, width),)
+        return y.transpose(0, 1).reshape(length, lanes, -1, width).unbind()
 
     decays = [None] * length if log_decay is None else steps(log_decay.to(dtype).exp(), 1)
     tokens = (steps(y, y.shape[-1]) for y in x[:3])
