@@ -55,7 +55,7 @@ def may_prepare(mixer: nn.Module) -> bool:
 
 
 class Prepared(NamedTuple):
-    """A step, or None where there is none, and what it was made for and from."""
+    """A step (None if the mixer has none), the dtype it is for, and the tensors it holds."""
 
     dtype: torch.dtype  # of the activations
     step: Step | None

@@ -100,7 +100,7 @@ def check_compiler() -> None:
     names = (os.environ.get("CXX"), *COMPILERS)
     if BACKEND == "inductor" and not any(name and shutil.which(name) for name in names):
         raise UserError(
-            f"compile (=True) needs a C++ compiler, and there is none ({', '.join(COMPILERS)}): "
+            f"compile (=True) needs a C++ compiler, and none of {', '.join(COMPILERS)} was found: "
             "install one or name it in the variable CXX, or set compile=false"
         )
 

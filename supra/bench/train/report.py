@@ -28,7 +28,7 @@ from supra.uptrain.config import UptrainConfig
 from supra.uptrain.rules import check
 
 STAGES = (FORWARD, "align", "distill", "tune")
-# lever -> the settings of a run that pull it; "unfused" is none of them, see `measure`
+# The settings of a run with each lever. A run has no setting for "unfused"; see `run`.
 LEVERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "compile": {"compile": True},
