@@ -267,7 +267,6 @@ REFUSED = {
         ("''", "model ''"),
         ("{rnn} {base}", "base"),
         ("{rnn} --json=yes", "--json takes no value"),
-        ("--model {rnn}", "no option --model"),
         ("{rnn} --context 0", "context"),
         ("{rnn} --context=-5", "context"),
         ("{rnn} --context x", "context"),

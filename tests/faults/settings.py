@@ -14,7 +14,7 @@ FILES = [
     ("a number", "7\n", "mapping"),
     ("a text", "student\n", "mapping"),
     ("binary", BINARY, "file"),
-    ("UTF-16", "student: a\n".encode("utf-16"), "missing"),
+    ("UTF-16", "student: a\n".encode("utf-16"), "no stage"),
     ("Latin-1", b"student: caf\xe9\n", "file"),
     ("tabs", "student: a\n\tout: b\n", "YAML"),
     ("unclosed", "student: [a\n", "YAML"),
