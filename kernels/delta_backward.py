@@ -51,9 +51,9 @@ def chunk_d_states(
     for back in range(0, count):
         c = count - 1 - back
         at = c * CHUNK
-        left = tokens - at
+        left, far = tokens - at, tl.cast(at, tl.int64)
         slot = d_states + locate.slot_offset(first + c, head, heads, state_size)
-        k_at = locate.skip(key, at)
+        k_at = locate.skip(key, far)
         du = delta_state.store_and_read(
             slot, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, ds, k_at, left, rows, PRECISION
         )
@@ -71,15 +71,15 @@ def chunk_d_states(
         du += tiles.load(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH)
         kept = tiles.narrow(du, PRECISION)
         tiles.store(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
-        b = tiles.load_numbers(locate.skip(beta, at), rows, left)
+        b = tiles.load_numbers(locate.skip(beta, far), rows, left)
         w_at = Rows(reading + at * step * KEY_WIDTH, 0, heads * KEY_WIDTH, 0)
         ds = delta_state.write(
             ds, w_at, left, rows, columns_k, -du * b[:, None], KEY_WIDTH, PRECISION
         )
         for r in range(0, QUERIES):
-            d_at = locate.skip_heads(locate.skip(d_output, at), r)
+            d_at = locate.skip_heads(locate.skip(d_output, far), r)
             do = tiles.load_rows(d_at, rows, left, columns_v, VALUE_WIDTH) * entering
-            q_at = locate.skip_heads(locate.skip(query, at), r)
+            q_at = locate.skip_heads(locate.skip(query, far), r)
             ds = delta_state.write(ds, q_at, left, rows, columns_k, do, KEY_WIDTH, PRECISION)
 
     if d_initial is not None:

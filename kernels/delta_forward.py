@@ -141,7 +141,7 @@ def chunk_states(
         states += step * state_size
         kept = tiles.narrow(e, PRECISION)
         tiles.store(place, heads * VALUE_WIDTH, rows, left, columns_v, VALUE_WIDTH, kept)
-        b = tiles.load_numbers(locate.skip(beta, at), rows, left)
+        b = tiles.load_numbers(locate.skip(beta, tl.cast(at, tl.int64)), rows, left)
         if HAS_DECAY:
             sums_at = locate.skip(sums, at)
             own, last = tiles.load_pairs(sums_at.data, rows, left), last_pair(sums_at, left, CHUNK)
@@ -150,7 +150,7 @@ def chunk_states(
         if CHANNELS:
             whole_at = whole + locate.slot_offset(first + at // CHUNK, head, heads, KEY_WIDTH)
             s = delta_state.scale_channels(s, whole_at, columns_k, KEY_WIDTH)
-        k_at = locate.skip(key, at)
+        k_at = locate.skip(key, tl.cast(at, tl.int64))
         e *= b[:, None]
         s = delta_state.write(s, k_at, left, rows, columns_k, e, KEY_WIDTH, PRECISION)
 

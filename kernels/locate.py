@@ -99,8 +99,11 @@ def at(x, row, token, head, columns=0):
 
 @triton.jit
 def skip(x, tokens):
-    """x (launch.Rows) from some tokens later on."""
-    return Rows(x.data + tokens * tl.cast(x.time, tl.int64), x.batch, x.time, x.head)
+    """x (launch.Rows) from some tokens later on: an int64 number, or one less than a chunk.
+
+    In int64 the loop over the tiles of a chunk would take up to 36 more registers.
+    """
+    return Rows(x.data + tokens * x.time, x.batch, x.time, x.head)
 
 
 @triton.jit

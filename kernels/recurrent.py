@@ -55,7 +55,7 @@ def recurrent_steps(
         z = tiles.load_vector(normalizer + lane * KEY_WIDTH, 1, columns_k, KEY_WIDTH)
     for t in range(0, length):
         k = tiles.load_token(key, t, columns_k, KEY_WIDTH)
-        v_at = locate.skip(value, t).data
+        v_at = locate.skip(value, tl.cast(t, tl.int64)).data
         v = tl.load(v_at, mask=columns_v < VALUE_WIDTH, other=0.0)  # made float32 only where used
         if beta is not None:
             b = tl.load(locate.at(beta, n, t, head).data)

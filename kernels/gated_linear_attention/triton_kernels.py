@@ -28,7 +28,7 @@ def chunk_states(
     key = locate.at(key, row, begin, head)
     value = locate.at(value, row, begin, head)
     sums = locate.dense(sums, row, begin, head, heads, seqs, KEY_WIDTH)
-    sums_step = tl.cast(heads, tl.int64) * KEY_WIDTH
+    sums_step = tl.cast(sums.time, tl.int64)  # made of heads, up to 21 more registers
     whole += locate.slot_offset(first, head, heads, KEY_WIDTH)
     state_size: tl.constexpr = KEY_WIDTH * VALUE_WIDTH
     states += locate.slot_offset(first + n, head, heads, state_size)
@@ -41,11 +41,11 @@ def chunk_states(
         kept = tiles.narrow(acc, PRECISION)
         tiles.store_state(states, columns_k, columns_v, KEY_WIDTH, VALUE_WIDTH, kept)
         states += tl.cast(heads, tl.int64) * state_size
-        left = tokens - c * TILE
-        k = tiles.load_rows(locate.skip(key, c * TILE), rows, left, columns_k, KEY_WIDTH)
-        v_at = locate.skip(value, c * TILE)
+        left, at = tokens - c * TILE, tl.cast(c * TILE, tl.int64)
+        k = tiles.load_rows(locate.skip(key, at), rows, left, columns_k, KEY_WIDTH)
+        v_at = locate.skip(value, at)
         v = tiles.load_rows(v_at, rows, left, columns_v, VALUE_WIDTH)
-        k *= leaving_decay(locate.skip(sums, c * TILE), rows, left, columns_k, KEY_WIDTH)
+        k *= leaving_decay(locate.skip(sums, at), rows, left, columns_k, KEY_WIDTH)
         acc *= tiles.load_vector(whole + c * sums_step, 1, columns_k, KEY_WIDTH)[:, None]
         acc = tiles.dot(tl.trans(k), v, acc, PRECISION)
     kept = tiles.narrow(acc, PRECISION)
@@ -97,12 +97,12 @@ def chunk_d_states(
         acc *= tiles.load_vector(whole + c * sums_step, 1, columns_k, KEY_WIDTH)[:, None]
         along = tl.sum(s.to(tl.float32) * acc, 1)
         tiles.store_vector(d_whole + c * sums_step, columns_k, KEY_WIDTH, along)
-        left = tokens - c * TILE
-        sums_at = locate.skip(sums, c * TILE)
+        left, at = tokens - c * TILE, tl.cast(c * TILE, tl.int64)
+        sums_at = locate.skip(sums, at)
         decay = scale * entering_decay(sums_at, rows, left, columns_k, KEY_WIDTH, HAS_BONUS)
         for r in range(0, QUERIES):
-            q_at = locate.skip_heads(locate.skip(query, c * TILE), r)
-            d_at = locate.skip_heads(locate.skip(d_output, c * TILE), r)
+            q_at = locate.skip_heads(locate.skip(query, at), r)
+            d_at = locate.skip_heads(locate.skip(d_output, at), r)
             q = tiles.load_rows(q_at, rows, left, columns_k, KEY_WIDTH) * decay
             do = tiles.load_rows(d_at, rows, left, columns_v, VALUE_WIDTH)
             acc = tiles.dot(tl.trans(q), do, acc, PRECISION)

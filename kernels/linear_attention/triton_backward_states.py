@@ -91,7 +91,7 @@ def chunk_d_states(
                 KEY_WIDTH, VALUE_WIDTH,
             )  # fmt: skip
             tl.store(carried + c, along)
-            sums_c = locate.skip(sums, c * CHUNK)
+            sums_c = locate.skip(sums, tl.cast(c * CHUNK, tl.int64))
             whole = tl.exp(last_pair(sums_c, tokens - c * CHUNK, CHUNK)[0])
             acc *= whole
             if factors is not None:
@@ -104,8 +104,10 @@ def chunk_d_states(
                 entering = tl.exp(high)
             if factors is not None:
                 factors_at += at * 2
+            q_at = locate.skip(query, tl.cast(at, tl.int64))
+            d_at = locate.skip(d_output, tl.cast(at, tl.int64))
             acc, d_z = _add_queries(
-                acc, d_z, locate.skip(query, at), locate.skip(d_output, at), entering, factors_at,
+                acc, d_z, q_at, d_at, entering, factors_at,
                 total, scale, rows, tokens - at, columns_k, columns_v,
                 KEY_WIDTH, VALUE_WIDTH, QUERIES, PRECISION,
             )  # fmt: skip

@@ -84,7 +84,7 @@ def chunk_states(
             columns_k, columns_v, block_v, KEY_WIDTH, VALUE_WIDTH,
         )  # fmt: skip
         if sums is not None:
-            sums_c = locate.skip(sums, c * CHUNK)
+            sums_c = locate.skip(sums, tl.cast(c * CHUNK, tl.int64))
             last = last_pair(sums_c, tokens - c * CHUNK, CHUNK)
             whole = entering_decay(last)
             acc *= whole
@@ -92,8 +92,9 @@ def chunk_states(
                 z *= whole
         for t in range(0, CHUNK, TILE):
             at = c * CHUNK + t
-            k = tiles.load_rows(locate.skip(key, at), rows, tokens - at, columns_k, KEY_WIDTH)
-            v_at = locate.skip(value, at)
+            k_at = locate.skip(key, tl.cast(at, tl.int64))
+            k = tiles.load_rows(k_at, rows, tokens - at, columns_k, KEY_WIDTH)
+            v_at = locate.skip(value, tl.cast(at, tl.int64))
             v = tiles.load_rows(v_at, rows, tokens - at, columns_v, VALUE_WIDTH)
             if sums is not None:
                 own = tiles.load_pairs(sums_c.data + t * 2, rows, tokens - at)

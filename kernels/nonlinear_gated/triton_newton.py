@@ -23,7 +23,7 @@ def load_block(base, row_stride, row_end, column_end, ROWS: tl.constexpr, COLUMN
 @triton.jit
 def load_tokens(x, at, end, column_end, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The same of the tokens from `at` on of x, launch.Rows; end: tokens from there on."""
-    x = locate.skip(x, at)
+    x = locate.skip(x, tl.cast(at, tl.int64))
     return load_block(x.data, x.time, end, column_end, ROWS, COLUMNS)
 
 
@@ -46,7 +46,7 @@ def _places(row_stride, row_end, column_end, ROWS: tl.constexpr, COLUMNS: tl.con
 @triton.jit
 def load_decay(log_decay, at, rows, end):
     """f and 1 - f of the tokens from `at` on; past the end 1 and 0, which moves no state."""
-    x = tiles.load_numbers(locate.skip(log_decay, at), rows, end).to(tl.float32)
+    x = tiles.load_numbers(locate.skip(log_decay, tl.cast(at, tl.int64)), rows, end).to(tl.float32)
     return tl.exp(x)[:, None, None], one_minus_exp(x)[:, None, None]
 
 
