@@ -191,11 +191,7 @@ class Level(NamedTuple):
 
 
 def _descend(
-    levels: list["Level"],
-    d_scores: Tensor,
-    d_entering: Tensor,
-    d_leaving: Tensor,
-    d_totals: Tensor,
+    levels: list["Level"], d_scores: Tensor, d_entering: Tensor, d_leaving: Tensor, d_totals: Tensor
 ) -> Tensor:
     """Gradients of the decays of all tokens [n * C, K], from that of the chunks' decays.
 

@@ -5,6 +5,7 @@ Nothing is tuned at run time: a tiling is looked up by the kind of GPU and the w
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -137,8 +138,7 @@ def launch(
 
 
 def _run(kernel: Any, grid: tuple[int, ...], given: Mapping[str, Any], tiling: Tiling) -> None:
-    first = next(x for x in given.values() if isinstance(x, Tensor))
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(next(x for x in given.values() if isinstance(x, Tensor))):
         kernel[grid](**given, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
@@ -182,10 +182,7 @@ def precision(*tensors: Tensor) -> str:
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
+    return reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
 def storage_dtype(*tensors: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supra.kernels.decay import d_log_decay, sums_in_chunks
+from supra.kernels.decay import sums_in_chunks
 from supra.kernels.launch import (
     ALL_CHANNELS,
     Rows,
@@ -152,10 +152,6 @@ class DecayedPlan(HeadsPlan):
     def new_carried(self, blocks: int) -> Tensor | None:
         """Room for a number per chunk, head and block of the state."""
         return self.new_sums(blocks, self.state_heads, self.chunks) if self.decayed else None
-
-    def d_log_decay(self, *products: Tensor | None) -> Tensor | None:
-        """Gradient of log_decay; products: those that decay.d_log_decay() takes."""
-        return d_log_decay(self.log_decay, self.given, *products)
 
 
 def narrow(x: Tensor, like: Tensor) -> Tensor:

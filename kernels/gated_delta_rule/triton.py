@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from supra.kernels import delta_plan
+from supra.kernels.decay import d_log_decay
 from supra.kernels.delta import Inputs
 from supra.kernels.delta_plan import CHUNK, DELTA, FLOAT32, SQUARE
 from supra.kernels.gated_delta_rule import triton_backward_keys, triton_kernels
@@ -74,7 +75,7 @@ def backward(x: Inputs, d_output: Tensor, d_end: Tensor | None) -> tuple[Tensor 
     return (
         *narrow_heads(x, d_query, d_key, d_value),
         d_beta.to(x.beta.dtype),
-        plan.d_log_decay(query_products, key_products, carried),
+        d_log_decay(plan.log_decay, plan.given, query_products, key_products, carried),
         plan.unpad(d_initial),
     )
 

@@ -51,7 +51,9 @@ class Blocks:
         self.decay = None
         if x.log_decay is not None:
             logs = x.log_decay.expand(*x.query.shape[:2], -1)[group.rows, group.begin : group.end]
-            logs = logs.to(_sum_dtype(logs.device)).clamp(min=checks.LOWEST_LOG_DECAY)
+            # over a long text, float32 would lose the digits of small differences
+            dtype = torch.float32 if logs.device.type == "mps" else torch.float64
+            logs = logs.to(dtype).clamp(min=checks.LOWEST_LOG_DECAY)
             sums = logs.cumsum(1).transpose(1, 2).flatten(0, 1)
             self.bounds = _narrow_bounds(sums, self.bounds)
             self.decay = self._factors(sums)
@@ -99,11 +101,6 @@ class Blocks:
             entry, rise, fall, exit_ = self.decay
             factors = entry[:, chunks], rise[:, tokens], fall[:, tokens], exit_[:, chunks]
         return Block(self.inputs[i], factors, self.lanes, end - first, self.dtype)
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Of sums of logs: over a long text, float32 would lose the digits of small differences."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _narrow_bounds(sums: Tensor, bounds: list[int]) -> list[int]:

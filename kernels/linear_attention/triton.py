@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from supra.kernels.decay import d_log_decay
 from supra.kernels.launch import Table, Tiling, blocks, operands, pad_width
 from supra.kernels.linear_attention import triton_backward, triton_backward_states, triton_forward
 from supra.kernels.linear_attention.inputs import Inputs
@@ -92,7 +93,7 @@ def backward(
 
     return (
         *narrow_heads(x, d_query, d_key, d_value),
-        plan.d_log_decay(query_products, key_products, carried),
+        d_log_decay(plan.log_decay, plan.given, query_products, key_products, carried),
         plan.unpad(d_memory),
         plan.unpad_normalizer(d_normalizer),
     )

@@ -14,6 +14,7 @@ from supra.kernels.nonlinear_gated.inputs import Inputs
 
 # Numbers in the states of packed sequences that go together, at the most; then calls cost little
 TOGETHER = 1 << 17
+MOST_TOKENS = 1024  # of a block where no states are kept
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,10 +30,11 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             kept[slots : slots + len(before)] = before
             slots += len(before)
         found, room = torch.empty_like(value), torch.empty_like(memory[block.ranks[0]])
+        count = len(room)
         for state, q, k, v, write, out in block.walk(
             memory, query, key.mT, value, -torch.expm1(logs), found
         ):
-            new = room if len(k) == len(room) else room[: len(k)]
+            new = room if k.shape[0] == count else room[: k.shape[0]]
             _advance(state, k, v, write, weight, new=new, after=state)
             torch.matmul(q, state, out=out)
         block.scatter(found.mul_(x.scale), output)
@@ -57,7 +59,7 @@ def backward(
         slots -= count
         room[0, 0, :count] = states[slots : slots + count]
         tokens = block.walk(d_state, *given, *found)
-        _chunk_backward(tokens, [d_weight[y] for y in block.ranks], weight, *room)
+        _chunk_backward(tokens, d_weight[block.ranks[0]], weight, *room)
         found[3] *= given[4]
         for y, gradient in zip(found, gradients, strict=True):
             block.scatter(y.view(*y.shape[:2], 1, -1), gradient.view(*gradient.shape[:3], -1))
@@ -71,32 +73,31 @@ def backward(
 def _layout(x: Inputs) -> tuple[Layout, Inputs]:
     """How sequences go through their tokens, and inputs for Block.gather()."""
     x = contiguous(x._replace(log_decay=x.log_decay[..., None]))
-    return Layout.of(x, max(len(x.query), TOGETHER // x.weight.numel())), x
+    size, together = x.chunk_size if x.save_states else MOST_TOKENS, TOGETHER // x.weight.numel()
+    return Layout.of(x._replace(chunk_size=size), max(len(x.query), together)), x
 
 
 def _chunk_backward(
-    tokens: list[tuple[Tensor, ...]],
-    d_weights: list[Tensor],
-    weight: Tensor,
-    states: Tensor,
-    new: Tensor,
+    tokens: list[tuple[Tensor, ...]], d_weight: Tensor, weight: Tensor, states: Tensor, new: Tensor
 ) -> None:
     """Fill the gradients of query, key, value and log_decay, but for its decay, of one chunk.
 
     tokens: for each the gradient of the state after the chunk, which becomes that of the state
-    before it, what it was given, and room for its gradients. d_weights: what the gradient of the
+    before it, what it was given, and room for its gradients. d_weight: what the gradient of the
     weight is added to. states, new: room for the states, the one before the chunk first, and for
     their tanh.
     """
+    room, views = torch.empty_like(new[0]), {}  # few views: they cost as much as work
+    for n in {len(d_state) for d_state, *_ in tokens}:
+        views[n] = states[:, :n].unbind(), new[:, :n].unbind(), room[:n], d_weight[:n]
     for t, (now, _, key, value, _, _, write, *_) in enumerate(tokens):
-        before, bend, after = (y[: len(now)] for y in (states[t], new[t], states[t + 1]))
-        _advance(before, key, value, write, weight, new=bend, after=after)
-    room = torch.empty_like(new[0])
+        kept, bends, _, _ = views[now.shape[0]]
+        _advance(kept[t], key, value, write, weight, new=bends[t], after=kept[t + 1])
     for t in reversed(range(len(tokens))):
         d_state, query, key, value, d_output, keep, write, *found = tokens[t]
         d_query, d_key, d_value, d_log_decay = found
-        views = (states[t], states[t + 1], new[t], new[-1], room)
-        before, after, bend, gap, bent = (y[: len(d_state)] for y in views)
+        kept, bends, bent, total = views[d_state.shape[0]]
+        before, after, bend, gap = kept[t], kept[t + 1], bends[t], bends[-1]
         torch.matmul(after, d_output.mT, out=d_query)
         d_state.addcmul_(query, d_output)
         torch.sub(before, bend, out=gap).mul_(d_state)
@@ -104,7 +105,7 @@ def _chunk_backward(
         torch.ops.aten.tanh_backward.grad_input(d_state, bend, grad_input=bent).mul_(write)
         torch.matmul(bent, value.mT, out=d_key)
         torch.matmul(key.mT, bent, out=d_value)
-        d_weights[t].addcmul_(bent, before)
+        total.addcmul_(bent, before)
         d_state.mul_(keep).addcmul_(bent, weight)
 
 
@@ -128,10 +129,9 @@ def recurrent(x: Inputs, in_place: bool) -> tuple[Tensor, Tensor]:
     state = checks.given_or_zeros(x.state, x)
     dtype, outputs = state.dtype, []
     weight = x.weight.to(dtype)
-    q, k, v, g = (y.to(dtype).unbind(1) for y in x[:4])
-    for t in range(len(q)):
-        new = (weight * state + k[t][..., None] * v[t][..., None, :]).tanh()
-        state = torch.lerp(state, new, -torch.expm1(g[t])[..., None, None])
-        outputs.append((q[t][..., None, :] @ state).squeeze(-2) * x.scale)
+    for q, k, v, g in zip(*(y.to(dtype).unbind(1) for y in x[:4]), strict=True):
+        new = (weight * state + k[..., None] * v[..., None, :]).tanh()
+        state = torch.lerp(state, new, -torch.expm1(g)[..., None, None])
+        outputs.append((q[..., None, :] @ state).squeeze(-2) * x.scale)
     output = torch.stack(outputs, dim=1).to(x.value.dtype)
     return output, x.state.copy_(state) if in_place else state
