@@ -56,9 +56,12 @@ class ShardWriter:
         if TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}")
         file, place = self._places[name]
-        with disk_errors(), file.open("r+b") as opened:
+        data = raw_bytes(tensor)
+        # with a buffer it would take 5 to 10 times as long
+        with disk_errors(), file.open("r+b", buffering=0) as opened:
             opened.seek(place)
-            opened.write(raw_bytes(tensor))
+            while data:  # Linux takes at most 2 GiB at once
+                data = data[opened.write(data) :]
         self._missing.remove(name)
 
     def finish(self) -> None:
