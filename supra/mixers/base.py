@@ -222,26 +222,33 @@ class Mixer(nn.Module, ABC):
         return self.gated(self.scaled(self.normalized(output)), inputs)
 
     def prepared_read_out(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-        """`read_out` in a step: from sums [B, Hq, P · V] and hidden states [B, D] to the output
-        [B, 1, Hq, V] in this dtype."""
-        scale = None if self.scale is None else self.scale * self.magnitude
+        """`read_out` in a step: from sums of B · Hq · P · V numbers, in this order, and hidden
+        states [B, D] to the output [B, 1, Hq, V] in this dtype."""
+        heads, blocks = self.shape.query_heads, len(self.signs)
         norm = self.norm
+        sizes = heads, blocks * self.shape.value_size
+        if norm is None and blocks == 1:  # nothing here looks at heads
+            sizes = (sizes[0] * sizes[1],)
+        scale = None if self.scale is None else (self.scale * self.magnitude).view(sizes)
         if isinstance(norm, RmsNorm):
             norm = norm.prepared(next(self.parameters()))
         gate = None if self.output_gate is None else self.output_gate.prepared(dtype)
-        gate_first, blocks = self.gate_first and gate is not None, len(self.signs)
+        gate_first = self.gate_first and gate is not None
 
         def read_out(output: Tensor, hidden_states: Tensor) -> Tensor:
-            shape = output.shape
-            factors = None if gate is None else gate(hidden_states).view(shape)
+            batch = hidden_states.shape[0]
+            output = output.view(batch, *sizes)
+            factors = None if gate is None else gate(hidden_states)
+            if factors is not None and len(sizes) > 1:
+                factors = factors.view(output.shape)
             if gate_first:
                 output, factors = output * factors, None
             output = output if norm is None else norm(output)
             output = output if scale is None else output * scale
             output = output if factors is None else output * factors
             if blocks > 1:
-                output = output.view(*shape[:2], blocks, -1).sum(2)
-            output = output.view(shape[0], 1, shape[1], -1)
+                output = output.view(batch, heads, blocks, -1).sum(2)
+            output = output.view(batch, 1, heads, -1)
             return output if output.dtype == dtype else output.to(dtype)
 
         return read_out

@@ -166,21 +166,23 @@ class DeltaLayer(Mixer):
         weight, log_decay = self._prepared_decay()
         small = [self.constant.weight, self.strength.weight, weight]
         parts, small = [len(x) for x in small], projection(torch.cat(small), None, biases.dtype)
-        eps, beta_range = biases.new_full((1,), LENGTH_EPS), self.options.beta_range
+        signs, eps = signs.to(dtype), biases.new_full((1,), LENGTH_EPS)
+        beta_range = self.options.beta_range
 
         def step(inputs: MixerInputs, state: Any) -> tuple[Tensor, Any]:
-            hidden, given = flat(inputs.hidden_states), joined(inputs, PARTS)
+            hidden = flat(inputs.hidden_states)
             batch = hidden.shape[0]
             by_head = batch * heads, 1, -1
             constant, strength, decay = small(as_dtype(hidden, biases)).split_with_sizes(parts, 1)
-            given = given.gather(1, places if batch == 1 else places.expand(batch, -1))
-            given = torch.addcmul(constant * biases, given, signs)
-            given, conv_state = conv(as_dtype(given, inputs.value), state.conv_state)
+            given = joined(inputs, PARTS).view(batch, -1).index_select(1, places)
+            given = torch.addcmul(as_dtype(constant * biases, given), given, signs)
+            given, conv_state = conv(given.view(batch, 1, -1), state.conv_state)
             given, value = given.split_with_sizes((features, values), 1)
             given = over_length(given.view(batch, 2 * heads, size), eps)
             if inputs.rotary is not None:
                 given = rotated(given.view(batch, 2 * heads * len(self.signs), -1), inputs.rotary)
-            query, key = given.view(batch, 2 * heads, size).split_with_sizes((heads, heads), 1)
+                given = given.view(batch, 2 * heads, size)
+            query, key = given.split_with_sizes((heads, heads), 1)
             decay = as_dtype(log_decay(decay), state.memory).exp()
             memory = state.memory * decay.view(batch, heads, -1, 1)
             shared = memory.view(-1, size, memory.shape[3])
@@ -189,7 +191,7 @@ class DeltaLayer(Mixer):
             error.mul_(strength.sigmoid().view(-1, 1, 1))
             shared.addcmul_(key.view(-1, size, 1), error, value=beta_range)
             output = torch.baddbmm(value, query, shared, beta=0, alpha=size**-0.5)
-            return read_out(output.view(batch, heads, -1), hidden), self.State(memory, conv_state)
+            return read_out(output, hidden), self.State(memory, conv_state)
 
         return step
 
@@ -200,7 +202,7 @@ class DeltaLayer(Mixer):
 
     def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Where each channel of the convolution is in query, key and value side by side, and its
-        sign: [1, C] each."""
+        sign: [C] each."""
         heads, key_heads = self.shape.query_heads, self.shape.key_heads
         start, places, signs = 0, [], []
         sign = torch.tensor(self.signs, dtype=like.dtype)[None, :, None]
@@ -211,7 +213,7 @@ class DeltaLayer(Mixer):
             places.append(at.expand(-1, len(self.signs), -1).flatten())
             signs.append(sign.expand(heads, -1, size).flatten())
             start += own * size
-        return tuple(torch.cat(x)[None].to(like.device) for x in (places, signs))
+        return tuple(torch.cat(x).to(like.device) for x in (places, signs))
 
     def _convolve(
         self, inputs: MixerInputs, state: Tensor | None = None, return_state: bool = False

@@ -219,7 +219,6 @@ class Mamba2(Mixer):
                 (skip * value).view(-1, 1, shape.value_size), shaped(query, -1, 1, shape.head_size),
                 memory.view(-1, *memory.shape[2:]), alpha=inputs.scaling,
             )  # fmt: skip
-            output = output.view(batch, shape.query_heads, -1)
             return read_out(output, hidden), Mamba2State(memory, conv_state)
 
         return step

@@ -177,7 +177,7 @@ class Rwkv(Mixer):
             batch, hidden = inputs.query.shape[0], flat(inputs.hidden_states)
             by_group, by_head = (batch, heads[0], groups), (batch * heads[1], 1, -1)
             given = as_dtype(joined(inputs, ("key", "query", "value")), state.memory)
-            features, value = given.split_with_sizes(sizes, 1)
+            features, value = given.split_with_sizes(sizes, 2)
             features = rotated(features.view(batch, sum(heads), size) + bias, inputs.rotary)
             key, query = features.split_with_sizes(heads, 1)
             query, key = shaped(query, *by_head), key.view(batch, heads[0], 1, size)
@@ -197,7 +197,7 @@ class Rwkv(Mixer):
                 own = (query.view(*by_group, size) * bonus * key).sum(-1, True).unsqueeze(-1)
                 own = (own * value).view(by_head)
                 output = torch.baddbmm(own, query, read, beta=scale, alpha=scale)
-            return read_out(output.view(batch, heads[1], -1), hidden), RwkvState(memory, None)
+            return read_out(output, hidden), RwkvState(memory, None)
 
         return step
 
