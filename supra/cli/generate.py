@@ -41,6 +41,10 @@ def generate(
         float, number("--top-p", "Sample among the likeliest tokens of this probability together.")
     ] = 1.0,
     beams: Annotated[int, whole("--beams", "Beams of the search.", limits.BEAMS)] = 1,
+    compile: Annotated[
+        bool,
+        flag("--compile", "Compile the step of one token. Takes a minute or more."),
+    ] = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -61,6 +65,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         beams=beams,
+        compile=compile,
         seed=seed,
         dtype=parse_dtype(dtype),
     )

@@ -143,6 +143,8 @@ class Mixer(nn.Module, ABC):
     def _step_for(self, inputs: MixerInputs, state: Any) -> Step | None:
         """The step, if it can run this call. It is made anew when parameters have changed, and
         after a call that it cannot run, such as the next prompt or a step of training."""
+        if torch.compiler.is_compiling():
+            return None  # a graph that looked at the step would be compiled again without it
         dtype, known = inputs.value.dtype, self._prepared
         bare = self.policy is None and self.watch is None and type(state) is self.State
         if not (bare and is_one_token(inputs)):
@@ -186,6 +188,17 @@ class Mixer(nn.Module, ABC):
         """The NamedTuple that `forward` returns as its state."""
         keeps_past = self.policy is not None and self.policy.keeps_past
         return with_past(self.State) if keeps_past else self.State
+
+    def static_state(self, state: Any, inputs: MixerInputs, tokens: int) -> Any:
+        """The state in tensors of its own that keep their size, for compiled decoding of rows of up
+        to `tokens` tokens. inputs: of the call that the state is from."""
+        return type(state)(
+            *(x if x is None else x.clone(memory_format=torch.contiguous_format) for x in state)
+        )
+
+    def growing_state(self, state: Any) -> Any:
+        """The state that `static_state` was made from, with what was written since."""
+        return state
 
     def set_policy(self, policy: StatePolicy | None, layer: int) -> None:
         """Bound the state as a policy says for this layer. Softmax attention keeps no such state.

@@ -1,6 +1,6 @@
 """`softmax`: the original attention. Hybrids use it in the layers that keep attention."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import Tensor
 from supra.mixers.base import Mixer
 from supra.mixers.inputs import AttentionShape, MixerInputs
 from supra.mixers.padding import pick
+from supra.mixers.state_policy import Past
+from supra.mixers.static_softmax import StaticSoftmaxState, fixed, growing, write
 from supra.settings.model import STRICT
 
 
@@ -47,6 +49,9 @@ class Softmax(Mixer):
     ) -> tuple[Tensor, SoftmaxState | None]:
         query, key = inputs.rotated(inputs.query, inputs.key)
         value = inputs.value
+        if isinstance(state, StaticSoftmaxState):
+            visible = write(state, key, value, inputs)[:, None, None]
+            return attend(query, state.key, state.value, visible, inputs), state
         tokens, valid = query.shape[1], inputs.padding_mask
         if inputs.part is not None:
             state = state_before(inputs, key)
@@ -57,22 +62,20 @@ class Softmax(Mixer):
             value = torch.cat([state.value, value], dim=1)
             valid = torch.cat([state.valid, valid], dim=1)
         mask = attention_mask(inputs, tokens, key.shape[1], valid, fresh=state is None)
-        query, heads_first = query.transpose(1, 2), [x.transpose(1, 2) for x in (key, value)]
-        if inputs.softcap is not None or inputs.sinks is not None:
-            output = capped_attention(query, *heads_first, mask, inputs)
-        else:
-            output = F.scaled_dot_product_attention(
-                query, *heads_first,
-                attn_mask=mask,
-                is_causal=mask is None and bool(tokens > 1),
-                scale=inputs.scaling,
-                enable_gqa=query.shape[1] != key.shape[2],
-            )  # fmt: skip
-        output = output.transpose(1, 2)
+        output = attend(query, key, value, mask, inputs)
         if not return_state:
             return output, None
         end = SoftmaxState(key, value, valid)
         return output, end if inputs.sliding_window is None else last_tokens(end, inputs)
+
+    def static_state(self, state: SoftmaxState, inputs: MixerInputs, tokens: int) -> Any:
+        return fixed(*state, tokens, inputs.sliding_window)
+
+    def growing_state(self, state: Any) -> Any:
+        return SoftmaxState(*growing(state)) if isinstance(state, StaticSoftmaxState) else state
+
+    def _split(self, state: Any) -> tuple[Any, Past | None]:
+        return (state, None) if isinstance(state, StaticSoftmaxState) else super()._split(state)
 
     def matrix(self, inputs: MixerInputs) -> Tensor:
         """The attention weights. Mixing an identity of width T would cost T / V times as much."""
@@ -92,6 +95,24 @@ def state_before(inputs: MixerInputs, key: Tensor) -> SoftmaxState:
     part, sizes = inputs.part, [key.shape[-1], inputs.value.shape[-1]]
     both = part.all_tokens(torch.cat([key, inputs.value], dim=-1))  # one exchange for both
     return SoftmaxState(*both.split(sizes, dim=-1), part.valid[:, : part.start])
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: MixerInputs
+) -> Tensor:
+    """The attention of query [B, T, Hq, K] over S keys and values, [B, T, Hq, V]. mask: bool
+    [B or 1, 1, T, S], True where a query may look; None if a causal mask is enough."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if inputs.softcap is not None or inputs.sinks is not None:
+        return capped_attention(query, key, value, mask, inputs).transpose(1, 2)
+    output = F.scaled_dot_product_attention(
+        query, key, value,
+        attn_mask=mask,
+        is_causal=mask is None and bool(query.shape[2] > 1),
+        scale=inputs.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2)
 
 
 def capped_attention(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from supra.errors import UserError
 from supra.mixers import Mixer, MixerInputs
@@ -131,6 +131,52 @@ class MixerLayer(CacheLayerMixin):
             self.state = type(self.state)(*(x if x is None else function(x) for x in self.state))
 
 
+class StaticMixerLayer(MixerLayer):
+    """Holds the state in the same tensors from token to token, for compiled decoding.
+
+    A compiled step is compiled again when shapes, strides or numbers of Python change. So a step of
+    one token writes into the tensors that the prompt has left, and the length is a tensor, too.
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, max_cache_len: int):
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.length = torch.tensor(0)
+
+    def mix(self, mixer: Mixer, inputs: MixerInputs) -> Tensor:
+        if self.state is not None and inputs.query.shape[1] == 1:
+            output, end = mixer(inputs, self.state, return_state=True)
+            for old, new in zip(self.state, end, strict=True):
+                if new is not old:
+                    old.copy_(new)
+            return output
+        before = None if self.state is None else mixer.growing_state(self.state)
+        output, end = mixer(inputs, before, return_state=True)
+        self.state = mixer.static_state(end, inputs, self.max_cache_len)
+        self.length = self.length.to(inputs.query.device)
+        self.is_initialized = True
+        return output
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.length if torch.compiler.is_compiling() else int(self.length)
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = torch.tensor(0)
+
+    def activate_past_recording(self) -> None:
+        raise UserError(
+            "a static cache overwrites its states and cannot roll back: leave "
+            "cache_implementation out for assisted decoding"
+        )
+
+
 def cache_name(model: nn.Module) -> str:
     """The name of the argument in which any model of transformers takes its cache."""
     known = inspect.signature(model.forward).parameters
@@ -163,6 +209,11 @@ def new_cache(layers: int) -> Cache:
     return Cache(layers=[MixerLayer() for _ in range(layers)])
 
 
+def new_static_cache(layers: int, max_cache_len: int) -> Cache:
+    """The same for compiled decoding. max_cache_len: tokens that layers with attention can hold."""
+    return Cache(layers=[StaticMixerLayer(max_cache_len) for _ in range(layers)])
+
+
 def check_rows(cache: Cache, batch: int) -> None:
     """Raise UserError if a converted model's cache does not have the `batch` rows of the input."""
     states = (layer.state for layer in cache.layers if layer.state is not None)
@@ -186,7 +237,8 @@ def belong_to(cache: Cache, model: nn.Module) -> None:
 
 
 def adopt_cache(cache: Cache, layers: int) -> None:
-    """Replace the layers of an empty cache of any kind by those of a converted model, in place."""
+    """Replace the layers of an empty cache of any kind by those of a converted model, in place. A
+    static cache gets layers that decode compiled."""
     own = all(isinstance(layer, MixerLayer) for layer in cache.layers)
     if own and len(cache.layers) == layers:
         return
@@ -200,6 +252,10 @@ def adopt_cache(cache: Cache, layers: int) -> None:
             f"past_key_values (={type(cache).__name__}) holds another model's tokens: "
             "pass the cache that this model returned, or none"
         )
-    cache.layers = new_cache(layers).layers
+    if isinstance(cache, StaticCache):
+        longest = max(layer.max_cache_len for layer in cache.layers)
+        cache.layers = new_static_cache(layers, longest).layers
+    else:
+        cache.layers = new_cache(layers).layers
     cache.layer_class_to_replicate = None
     cache.offloading = False  # a state of constant size stays where it is

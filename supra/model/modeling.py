@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
@@ -268,6 +269,40 @@ class SupraForCausalLM(_SupraHead):
             refuse_covered_prompt(cache, generation_config, model_kwargs)
             if generation_config.is_assistant:  # the replaced layers had it activated
                 cache.activate_past_recording()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """The padding of this call's tokens, [B, T], in the place of the mask [B, 1, T, S] that
+        `generate` makes for a static cache. Tokens that it has written are no padding."""
+        tokens = inputs_embeds.shape[1]
+        if attention_mask is None or (tokens == 1 and not is_first_iteration):
+            return None
+        return attention_mask[:, -tokens:]
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """As in transformers, but only calls of one token are compiled, also where `generate` reads
+        the prompt in chunks. Raises UserError for a state_policy that cannot be compiled."""
+        policies = [attention.mixer.policy for attention in attention_modules(self)]
+        if any(policy is not None and policy.keeps_past for policy in policies):
+            raise UserError(
+                "state_policy with window or norm cannot be compiled, since it depends on what the "
+                "tokens before were: pass disable_compile=True to generate(), or leave "
+                "cache_implementation and --compile out"
+            )
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(**given: Any) -> Any:
+            tokens = given.get("input_ids")
+            tokens = given["inputs_embeds"] if tokens is None else tokens
+            return (compiled if tokens.shape[1] == 1 else self)(**given)
+
+        return call
 
     @functools.wraps(GenerationMixin._assisted_decoding)  # generate() looks at its signature
     def _assisted_decoding(self, *args, **kwargs):

@@ -19,9 +19,10 @@ def refuse_context_parallel() -> None:
 
 
 def padding_mask(
-    attention_mask: Tensor | None, batch: int, tokens: int, past: int
+    attention_mask: Tensor | None, batch: int, tokens: int, past: int | Tensor
 ) -> Tensor | None:
-    """Bool [B, 1, 1, T] from a mask [B, T] or [B, past + T]; None if nothing is padded."""
+    """Bool [B, 1, 1, T] from a mask [B, T] or [B, past + T]; None if nothing is padded. In a
+    compiled graph, the past of a static cache is a tensor, and the mask's width is not checked."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -30,7 +31,8 @@ def padding_mask(
             "and takes no other mask"
         )
     rows, width = attention_mask.shape
-    if rows != batch or width not in (tokens, past + tokens):
+    known = isinstance(past, int)
+    if rows != batch or (known and width not in (tokens, past + tokens)):
         raise UserError(
             f"attention_mask (={rows} x {width}) must be {batch} x {past + tokens}, for the {past} "
             f"tokens in past_key_values and the {tokens} of this call: pass the tokenizer's mask"

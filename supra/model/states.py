@@ -27,7 +27,7 @@ from supra.errors import UserError
 from supra.mixers.base import current_name
 from supra.mixers.state_policy import Past
 from supra.model.attention import attention_modules
-from supra.model.cache import MixerLayer, belong_to, new_cache
+from supra.model.cache import MixerLayer, StaticMixerLayer, belong_to, new_cache
 from supra.model.modeling import SupraModel
 from supra.model.offload import device_of
 
@@ -122,6 +122,11 @@ def _check(cache: Cache) -> None:
         raise UserError(
             f"cache (={type(cache).__name__}) must be the past_key_values that a converted model "
             "returned"
+        )
+    if isinstance(cache.layers[0], StaticMixerLayer):
+        raise UserError(
+            "cache is static, and its states are overwritten by the next token: read the prompt "
+            "without cache_implementation"
         )
     if cache.get_seq_length() == 0:
         raise UserError("cache is empty: run the model on a prompt first, with use_cache=True")

@@ -8,6 +8,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, s
 from supra.checkpoint.opening import Checkpoint
 from supra.data.packing import start_tokens, text_tokens
 from supra.errors import UserError, foreign_errors
+from supra.model.compiled_decoding import check_compilable, compiled_decoding
 from supra.model.loading import load_model
 from supra.model.offload import device_of
 
@@ -21,15 +22,23 @@ def stream_text(
     temperature: float = 0.0,
     top_p: float = 1.0,
     beams: int = 1,
+    compile: bool = False,
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Print the continuation as it comes; with beams, when it is done."""
     _check(max_new_tokens, temperature, top_p, beams, seed)
+    if compile and beams > 1:
+        raise UserError(
+            f"--compile with --beams (={beams}): transformers compiles no search with beams: leave "
+            "one of the two out"
+        )
     _check_prompt(prompt)
     tokenizer = checkpoint.tokenizer()
     encoded = _encode(tokenizer, checkpoint.name, prompt, chat)
     model = load_model(checkpoint, dtype).eval()
+    if compile:
+        check_compilable(model, "--compile")
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -39,6 +48,7 @@ def stream_text(
         num_beams=beams,
         streamer=streamer if beams == 1 else None,
         **(sampling if temperature > 0 else {"do_sample": False}),
+        **(compiled_decoding() if compile else {}),
     )
     if beams > 1:
         new = output[0, encoded["input_ids"].shape[1] :]
