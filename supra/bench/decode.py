@@ -1,4 +1,5 @@
-"""`supra bench decode`: teacher and student at growing lengths, in transformers and in llama.cpp.
+"""`supra bench decode`: teacher and student at growing lengths, in transformers, there with a
+compiled step, and in llama.cpp.
 
 Every model is measured at every length in a process of its own, so that its peak of memory is its
 own. The context is random tokens, since time does not depend on what they say. Students read all of
@@ -7,9 +8,11 @@ the part's keys and values. Then tokens are decoded one by one, and the median o
 counts.
 
 Where batches and models are small, a step's time goes into starting operators. So torch's profiler
-counts those of one step, each with the operators that it calls.
+counts those of one step, each with the operators that it calls. A compiled step needs a static
+cache, which has its own places for keys: there a teacher reads all tokens.
 """
 
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -18,13 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from supra.bench.compile import table
 from supra.bench.timing import forget_peak_memory, peak_memory, processor
@@ -40,19 +42,20 @@ from supra.export.gguf.vocabulary import vocabulary
 from supra.export.gguf.writer import write_gguf
 from supra.export.llama_cpp import LlamaCpp
 from supra.export.targets import check_exportable
+from supra.model.compiled_decoding import compiled_decoding
 
-TRANSFORMERS, LLAMA_CPP = ENGINES = ("transformers", "llama.cpp")
+TRANSFORMERS, COMPILED, LLAMA_CPP = ENGINES = ("transformers", "compiled", "llama.cpp")
 TEACHER, STUDENT = ROLES = ("teacher", "student")
 PART = 1024  # tokens that a teacher reads, and that a student reads at once
-WARM_UP = 2  # decoded tokens that do not count
+WARM_UP = 3  # decoded tokens that do not count; the first of them compile
 COLUMNS = ("engine", "dtype", "rows", "tokens", "teacher ms", "student ms", "times as fast")
 COLUMNS += ("teacher tokens/s", "student tokens/s", "teacher state MB", "student state MB")
 COLUMNS += ("teacher peak MB", "student peak MB", "teacher operators", "student operators")
 
 
 class Job(NamedTuple):
-    """One measurement: a model's folder, or its GGUF file for llama.cpp. Only transformers decodes
-    several rows at once, or on another device."""
+    """One measurement: a model's folder, or its GGUF file for llama.cpp, which decodes one row on
+    the CPU. "compiled" is transformers with a compiled step."""
 
     engine: str
     role: str
@@ -92,7 +95,7 @@ def report(
     teacher: str,
     lengths: Sequence[int] = (2048, 8192, 32768),
     tokens: int = 32,
-    engines: Sequence[str] = ENGINES,
+    engines: Sequence[str] = (TRANSFORMERS, LLAMA_CPP),
     type: str = "q8_0",
     dtypes: Sequence[str] = ("float32",),
     batches: Sequence[int] = (1,),
@@ -110,14 +113,19 @@ def report(
         llama_cpp.version()
         check_exportable(models[STUDENT], models[STUDENT].config(), "gguf")
     with tempfile.TemporaryDirectory() as folder:
-        sources = {(TRANSFORMERS, role): model.name for role, model in models.items()}
+        sources = {
+            (engine, role): model.name
+            for engine in (TRANSFORMERS, COMPILED)
+            for role, model in models.items()
+        }
         if LLAMA_CPP in engines:
             for role, model in models.items():
                 file = Path(folder) / f"{role}.gguf"
                 _write(model, role, file, type)
                 sources[LLAMA_CPP, role] = str(file)
         threads = torch.get_num_threads()
-        settings = {TRANSFORMERS: [*product(dtypes, batches)], LLAMA_CPP: [(type, 1)]}
+        given = [*itertools.product(dtypes, batches)]
+        settings = {TRANSFORMERS: given, COMPILED: given, LLAMA_CPP: [(type, 1)]}
         jobs = [
             Job(engine, role, sources[engine, role], dtype, length, tokens, threads, batch)
             for engine in engines
@@ -200,7 +208,8 @@ def measure(job: Job) -> Speed:
     """Fill the context and decode. Raises UserError for a model that does not load."""
     torch.set_num_threads(job.threads)
     forget_peak_memory(job.device)
-    measured = _in_llama_cpp if job.engine == LLAMA_CPP else _in_transformers
+    forms = {LLAMA_CPP: _in_llama_cpp, COMPILED: _compiled, TRANSFORMERS: _in_transformers}
+    measured = forms[job.engine]
     times, state, operators = measured(job)
     return Speed(
         job.engine, job.role, job.length, statistics.median(times[WARM_UP:]), state,
@@ -245,6 +254,27 @@ def _in_transformers(job: Job) -> tuple[list[float], int, int]:
     given = torch.ones(job.batch, 1, dtype=torch.int64, device=job.device)
     operators = count_operators(lambda: model(given, past_key_values=cache, use_cache=True))
     return times, state, operators
+
+
+@torch.no_grad()
+def _compiled(job: Job) -> tuple[list[float], int, None]:
+    model = find_checkpoint(job.source).model(parse_dtype(job.dtype)).eval().to(job.device)
+    places = job.length + WARM_UP + job.tokens
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=places)
+    tokens = _random_tokens(model.config.vocab_size, job.length).to(job.device)
+    for part in tokens.expand(job.batch, -1).split(PART, dim=1):
+        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    state, position = _state_bytes(cache), itertools.count(job.length)
+    call = model.get_compiled_call(compiled_decoding()["compile_config"])
+
+    def step(token: int) -> int:
+        given, at = (
+            torch.full((job.batch, 1), x, device=job.device) for x in (token, next(position))
+        )
+        output = call(input_ids=given, position_ids=at, past_key_values=cache, use_cache=True)
+        return int(output.logits[0, -1].argmax())
+
+    return _times(step, job.tokens), state, None
 
 
 def _filled(model: PreTrainedModel, tokens: torch.Tensor) -> Cache:

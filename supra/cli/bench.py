@@ -192,7 +192,12 @@ def decode(
     ),
     tokens: Annotated[int, whole("--tokens", "Tokens to decode at each length.", limits.PASS)] = 32,
     engines: Annotated[
-        Sequence[str], names("--engines", "Engines: transformers, llama.cpp. Default: both.")
+        Sequence[str],
+        names(
+            "--engines",
+            "transformers, compiled (its step by torch.compile), llama.cpp. "
+            "Default: transformers,llama.cpp.",
+        ),
     ] = (),
     type: Annotated[
         str,
@@ -206,15 +211,15 @@ def decode(
     ] = (1,),
     json: Json = False,
 ) -> None:
-    """Compare how fast a converted model and its teacher decode, in two engines."""
-    from supra.bench.decode import ENGINES, report
+    """Compare how fast a converted model and its teacher decode, in several engines."""
+    from supra.bench.decode import LLAMA_CPP, TRANSFORMERS, report
 
     report(
         model,
         teacher=teacher,
         lengths=lengths,
         tokens=tokens,
-        engines=engines or ENGINES,
+        engines=engines or (TRANSFORMERS, LLAMA_CPP),
         type=type,
         dtypes=dtypes,
         batches=batches,

@@ -1,5 +1,6 @@
 """`supra bench decode` in transformers; tests/engines has it in llama.cpp."""
 
+import functools
 import json
 import re
 
@@ -9,6 +10,7 @@ import torch
 from supra.bench import decode
 from supra.cli import main
 from supra.errors import UserError
+from supra.model.compiled_decoding import compiled_decoding
 from tests.export.models import converted
 
 
@@ -42,6 +44,18 @@ def test_the_teachers_state_grows_and_the_students_does_not(pair, here, capsys):
     assert all(x["seconds"] > 0 and x["peak"] > 1e6 for x in found["speeds"])
     assert all(x["operators"] > 100 and x["dtype"] == "float32" for x in found["speeds"])
     assert found["machine"]
+
+
+def test_a_compiled_step_is_measured(pair, here, monkeypatch, capsys):
+    teacher, student = pair
+    eager = functools.partial(compiled_decoding, "eager")
+    monkeypatch.setattr(decode, "compiled_decoding", eager)
+    options = "--lengths 24 --tokens 3 --engines compiled --batches 2 --json"
+    main(["bench", "decode", "--model", student, "--teacher", teacher, *options.split()])
+    speeds = {x["role"]: x for x in json.loads(capsys.readouterr().out)["speeds"]}
+    places, keys_and_values = 24 + decode.WARM_UP + 3, 2 * 2 * 8 * 4
+    assert speeds["teacher"]["state"] == 2 * places * keys_and_values
+    assert all(x["operators"] is None and x["seconds"] > 0 for x in speeds.values())
 
 
 def test_the_table_has_a_row_for_every_length(pair, here, capsys):
@@ -87,7 +101,10 @@ def test_a_teachers_cache_holds_copies_of_the_part(pair):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"engines": ["vllm"]}, r"unknown engines 'vllm' \(known: llama\.cpp, transformers\)"),
+        (
+            {"engines": ["vllm"]},
+            r"unknown engines 'vllm' \(known: compiled, llama\.cpp, transformers\)",
+        ),
         ({"type": "q5"}, "unknown type 'q5'"),
         ({"dtypes": ["int8"]}, "unknown dtype 'int8'"),
     ],
