@@ -1,4 +1,4 @@
-"""The cache of a converted model: one layer class for the states of all mixers."""
+"""The cache of a converted model: layers that hold the states of all mixers."""
 
 import inspect
 import weakref
