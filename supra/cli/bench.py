@@ -195,7 +195,7 @@ def decode(
         Sequence[str],
         names(
             "--engines",
-            "transformers, compiled (its step by torch.compile), llama.cpp. "
+            "Engines: transformers, compiled (a step of it by torch.compile), llama.cpp. "
             "Default: transformers,llama.cpp.",
         ),
     ] = (),
