@@ -111,16 +111,18 @@ BUGS = [
         "past_forgotten_at_decode",
         "a decoding step begins with an empty state",
         CACHE,
-        "mixer(inputs, self.state, return_state=True)",
-        "mixer(inputs, None if inputs.query.shape[1] == 1 else self.state, return_state=True)",
+        "output, self.state = mixer(inputs, self.state, return_state=True)",
+        "before = None if inputs.query.shape[1] == 1 else self.state\n"
+        "        output, self.state = mixer(inputs, before, return_state=True)",
         (f"{MODEL}::test_decoding_is_prefill[pure-llama]",),
     ),
     Bug(
         "state_in_half_precision",
         "the state is rounded to bfloat16 after every call",
         CACHE,
-        "self.is_initialized = True\n        return output",
-        "self.map_state(lambda x: x.bfloat16().to(x.dtype))\n        return output",
+        "self.state, return_state=True)\n        self.is_initialized = True\n",
+        "self.state, return_state=True)\n"
+        "        self.map_state(lambda x: x.bfloat16().to(x.dtype))\n",
         (f"{MODEL}::test_decoding_is_prefill[pure-llama]",),
     ),
     Bug(
