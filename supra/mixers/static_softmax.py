@@ -1,8 +1,8 @@
 """The key-value cache of `softmax` in tensors of a fixed size, for compiled decoding.
 
-A compiled step wants the same shapes for every token. So keys and values lie in S places, of which
-some are empty. With a sliding window of W tokens there are at most W places, and the newest token
-takes that of the oldest.
+A compiled step needs the same shapes for every token. So there is room for S keys and values from
+the start, and places that are not taken yet are masked. With a sliding window of W tokens, S is at
+most W, and a new token overwrites the oldest.
 """
 
 from typing import NamedTuple

@@ -28,7 +28,7 @@ def model_of(mixer, family="llama", **overrides):
 
 
 def written(model, tokens=12, new=9, **options):
-    """The text after three prompts, two of which are padded on the left."""
+    """The text after three prompts. The two shorter ones are padded on the left."""
     ids = torch.randint(1, 90, (3, tokens), generator=torch.Generator().manual_seed(tokens))
     mask = torch.ones_like(ids)
     mask[1, :4], mask[2, 0] = 0, 0
