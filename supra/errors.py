@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import reprlib
 import signal
 import sys
@@ -76,27 +77,43 @@ def termination() -> Iterator[list[int]]:
     into other errors.
     """
     previous, received = {}, []
+    otherwise = sys.unraisablehook
 
     def handle(number, frame):
         restore()
         received.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
 
-    def restore():
-        while previous:
-            signal.signal(*previous.popitem())
-
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    def arm():
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             # leave signals alone that are ignored (nohup) or already have a handler
             unhandled = (signal.SIG_DFL, signal.default_int_handler)
             if number is not None and signal.getsignal(number) in unhandled:
                 previous[number] = signal.signal(number, handle)
+
+    def restore():
+        while previous:
+            signal.signal(*previous.popitem())
+
+    def unraisable(ignored):
+        """Python ignores what is raised in a finalizer or a weak reference's callback. If the
+        signal came there, it comes again as soon as that has ended."""
+        if not received or not isinstance(ignored.exc_value, KeyboardInterrupt | Terminated):
+            return otherwise(ignored)
+        arm()
+        threading.Timer(0.01, os.kill, (os.getpid(), received.pop())).start()
+
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    if main:
+        arm()
+        sys.unraisablehook = unraisable
     try:
         yield received
     finally:
-        restore()
+        if main:
+            restore()
+            sys.unraisablehook = otherwise
 
 
 @contextmanager

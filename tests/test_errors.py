@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -80,6 +82,25 @@ def test_a_second_one_ends_the_process():
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "number, raised", [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_one_that_python_ignores_comes_again(number, raised, capsys):
+    """Python ignores what is raised in a finalizer."""
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    before, hook = signal.getsignal(number), sys.unraisablehook
+    with pytest.raises(raised), termination() as received:
+        Finalized()  # freed at once
+        time.sleep(5)
+    assert received == [number]
+    assert capsys.readouterr().err == ""
+    assert (signal.getsignal(number), sys.unraisablehook) == (before, hook)
 
 
 def test_a_command_runs_in_another_thread():
