@@ -13,6 +13,7 @@ from supra.model.cache import StaticMixerLayer
 from supra.model.compiled_decoding import check_compilable, compiled_decoding
 from supra.states import fork_state
 from supra.testing import tiny_config, untrained_model
+from tests.native_models import native_model
 
 # A window that fills while tokens are written, a sink and a cap; and layers of two kinds
 FAMILIES = {"mistral": {"sliding_window": 7}, "gpt_oss": {}, "gemma2": {}}
@@ -122,3 +123,5 @@ def test_models_that_cannot_be_compiled_are_named():
     model.hf_device_map = {"": 0, "lm_head": "disk"}
     with pytest.raises(UserError, match="weights on 0, disk are moved"):
         check_compilable(model, "--compile")
+    with pytest.raises(UserError, match="'mamba2' keeps its states in a cache"):
+        check_compilable(native_model("mamba2"), "--compile")
