@@ -11,6 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from supra.data.packing import IGNORE, Block, shifted_labels
+from supra.losses.chunked import hidden_states, language_model
 from supra.losses.token_losses import Losses, token_losses
 from supra.model.cache import cache_length, detach
 from supra.uptrain.initial_state import InitialState
@@ -20,6 +21,8 @@ from supra.uptrain.shared_rows import SharedRows
 from supra.uptrain.spread import is_sharded
 from supra.uptrain.stage_settings import DistillConfig, ExtendConfig, TuneConfig
 from supra.uptrain.teacher import Teacher
+
+INPUTS = ("input_ids", "position_ids")
 
 
 class EndToEnd:
@@ -58,7 +61,11 @@ class EndToEnd:
         count = len(batches) * (self.stage.segments or 1)
         with self.rows.shared_by(self.model) as shared:
             for number, (batch, cache) in enumerate(self._parts(batches), start=1):
-                with self._exchange(last=number == count):
+                last = number == count
+                if cache is not None and not last and self._is_only_read(batch):
+                    self._read(batch, cache)
+                    continue
+                with self._exchange(last):
                     losses = self._losses(batch, valid, cache)
                     self.accelerator.backward(losses.total)
                 sums += torch.stack([losses.next_token, losses.kl])
@@ -81,6 +88,20 @@ class EndToEnd:
         if last or is_sharded(self.accelerator):
             return nullcontext()
         return self.accelerator.no_sync(self.model)
+
+    def _is_only_read(self, batch: Block) -> bool:
+        """Whether a segment has no labels and so no gradient: reading it takes a third of the time.
+        With several processes each waits for the gradients of the others in every pass."""
+        several = self.accelerator.num_processes > 1
+        return not several and not (batch["labels"] != IGNORE).any()
+
+    @torch.no_grad()
+    def _read(self, batch: Block, cache: Cache) -> None:
+        """Bring the states to the end of a segment, in one process, without logits."""
+        batch = {name: batch[name].to(self.accelerator.device) for name in INPUTS}
+        language = language_model(self.accelerator.unwrap_model(self.model).model)
+        with self.autocast():
+            hidden_states(language, past_key_values=cache, **batch)
 
     @torch.no_grad()
     def fit_noise(self, batch: Block) -> None:
@@ -132,8 +153,7 @@ class EndToEnd:
         with self.autocast():
             return self.model(
                 loss,
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
+                **{name: batch[name] for name in INPUTS},
                 past_key_values=cache,
             )
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from supra import testing
 from supra.conversion.convert import convert
-from supra.data.packing import block, collate
+from supra.data.packing import IGNORE, block, collate
 from supra.losses.chunked import ScoredModel
 from supra.mixers import MIXERS
 from supra.model.cache import MixerLayer, new_cache
@@ -136,6 +136,24 @@ def test_segments_are_one_long_pass_in_float32(teacher, name):
     model, batch = student(name, teacher, torch.float32), rows()
     found = objective(model).add_gradients([batch])["loss"]
     assert found == pytest.approx(nats(model, batch).mean().item(), abs=2e-6), "at a loss of 6"
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet", "hybrid"])
+def test_a_segment_without_labels_is_only_read(teacher, monkeypatch, name):
+    """The gradient is that of passes which all have one; a step's last pass always does."""
+    model, batch = student(name, teacher), rows()
+    batch["labels"][:, : LENGTH + 1] = IGNORE  # the first segment; labels are shifted by one
+    batch["labels"][:, 2 * LENGTH + 1 :] = IGNORE  # the last
+    seen = []
+    handle = model.model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    found = objective(model).add_gradients([batch])
+    handle.remove()
+    assert seen == [False, True, True]
+    read = gradients(model)
+    model.zero_grad()
+    monkeypatch.setattr(EndToEnd, "_is_only_read", lambda *_: False)
+    assert objective(model).add_gradients([batch]) == pytest.approx(found, rel=1e-12)
+    assert distance(read, gradients(model)) < 1e-12
 
 
 def test_accumulation_is_correct_by_tokens(teacher):
