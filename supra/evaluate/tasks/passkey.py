@@ -104,13 +104,14 @@ class PasskeyResult:
 
     def draw(self, file: Path) -> None:
         """Write the heat map to a file."""
+        name = "/".join(Path(self.model).parts[-2:])  # every run leaves its model in "final"
         draw_heat_map(
             file,
             [self.row(length) for length in self.lengths],
             columns=[f"{length:,}" for length in self.lengths],
             rows=[f"{_middle(at, self.depths):.2f}" for at in range(self.depths)],
             labels=("tokens of the prompt", "depth of the passkey"),
-            title=f"{Path(self.model).name}\n{self.accuracy:.1%} of {len(self.answers)} passkeys",
+            title=f"{name}\n{self.accuracy:.1%} of {len(self.answers)} passkeys",
         )
 
 
