@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -274,6 +275,7 @@ def main() -> None:
     # shells make jobs in the background ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tqdm.monitor_interval = 0  # its thread would be missing in forks
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks, and stays with a killed one
     folder = Path(tempfile.mkdtemp(prefix="supra-kills-"))
     files = folder / "files"
     if os.fork() == 0:  # torch must compute only in forks
