@@ -77,7 +77,7 @@ def termination() -> Iterator[list[int]]:
     into other errors.
     """
     previous, received = {}, []
-    otherwise = sys.unraisablehook
+    hook_before = sys.unraisablehook
 
     def handle(number, frame):
         restore()
@@ -97,10 +97,10 @@ def termination() -> Iterator[list[int]]:
             signal.signal(*previous.popitem())
 
     def unraisable(ignored):
-        """Python ignores what is raised in a finalizer or a weak reference's callback. If the
-        signal came there, it comes again as soon as that has ended."""
+        """Python ignores what is raised in a finalizer or a weak reference's callback. A signal
+        that came there is sent again a moment later, when Python has left it."""
         if not received or not isinstance(ignored.exc_value, KeyboardInterrupt | Terminated):
-            return otherwise(ignored)
+            return hook_before(ignored)
         arm()
         threading.Timer(0.01, os.kill, (os.getpid(), received.pop())).start()
 
@@ -113,7 +113,7 @@ def termination() -> Iterator[list[int]]:
     finally:
         if main:
             restore()
-            sys.unraisablehook = otherwise
+            sys.unraisablehook = hook_before
 
 
 @contextmanager

@@ -275,7 +275,8 @@ def main() -> None:
     # shells make jobs in the background ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tqdm.monitor_interval = 0  # its thread would be missing in forks
-    tqdm.set_lock(threading.RLock())  # its own is shared with forks, and stays with a killed one
+    # tqdm's own lock is shared with forks, and one that is killed while it holds it never lets go
+    tqdm.set_lock(threading.RLock())
     folder = Path(tempfile.mkdtemp(prefix="supra-kills-"))
     files = folder / "files"
     if os.fork() == 0:  # torch must compute only in forks
