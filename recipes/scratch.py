@@ -33,6 +33,7 @@ from supra.mixers import NEW_PARAMETERS
 from supra.model.auto import converted_config
 from supra.testing import tiny_config
 from supra.uptrain import load_config, train
+from supra.uptrain.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "scratch", HERE.parent / "docs" / "from_scratch.md"
@@ -221,19 +222,12 @@ def measured(out: Path, held_out: str) -> dict[str, Any]:
     found = evaluate_text(
         checkpoint, held_out, sequence_length=length, tokens=HELD_OUT_TOKENS, batch=16
     )
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [entry for entry in log if "tokens_per_second" in entry]
-    before = [0, *(entry["tokens"] for entry in steps)]
-    seconds = sum(
-        (entry["tokens"] - earlier) / entry["tokens_per_second"]
-        for entry, earlier in zip(steps, before, strict=False)
-    )
     return {
         "loss": found.loss,
         "perplexity": found.perplexity,
         "by_position": found.by_position,
         "state_bytes": state_bytes(checkpoint.config(), length),
-        "training_seconds": round(seconds),
+        "training_seconds": round(RunFolder(out).log.training_seconds()),
     }
 
 

@@ -44,6 +44,15 @@ class RunLog:
         values = [line[key] for line in self._lines() if line["step"] == step and key in line]
         return values[-1] if values else None
 
+    def training_seconds(self) -> float:
+        """The time of all steps, without evaluations and checkpoints between them."""
+        seconds, before = 0.0, 0
+        for line in self._lines():
+            if "tokens_per_second" in line:
+                seconds += (line["tokens"] - before) / line["tokens_per_second"]
+                before = line["tokens"]
+        return seconds
+
     def _lines(self) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
 

@@ -34,3 +34,15 @@ def test_without_a_peak_there_is_no_mfu(tmp_path):
     log.step(1, "align", 100, {"loss": 1.0})
     log.close()
     assert "mfu" not in json.loads((tmp_path / "log.jsonl").read_text())
+
+
+def test_seconds_of_the_training(tmp_path):
+    """Tokens between steps over their speed. Evaluations do not count."""
+    lines = [
+        {"step": 0, "eval_loss": 3.0},
+        {"step": 1, "tokens": 100, "tokens_per_second": 50.0},
+        {"step": 1, "eval_loss": 2.0},
+        {"step": 2, "tokens": 200, "tokens_per_second": 25.0},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert RunLog(tmp_path / "log.jsonl").training_seconds() == 2 + 4
