@@ -44,6 +44,7 @@ def tables(tmp_path, monkeypatch):
 
 
 def loaded(name, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)  # as for a script, which may import its neighbours
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     recipe = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, recipe)
