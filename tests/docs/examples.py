@@ -148,7 +148,9 @@ def _parse_script(path: str, arguments: list[str]) -> None:
     """Parse with the parser that the script makes, and stop it there."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend((ROOT / path).parent)  # a script may import its neighbours
+        spec.loader.exec_module(script)
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser, *_):
