@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from supra.conversion.convert import convert
 from supra.model.families import FAMILIES
+from supra.model.modeling import family_classes
 from supra.testing import tiny_checkpoint
 
 TOKENS, PADDED = 33, 12
@@ -31,6 +32,17 @@ def left_padding():
     mask = torch.ones(2, TOKENS, dtype=torch.long)
     mask[0, :PADDED] = 0
     return mask
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_experts_are_computed_as_in_the_family(model_type, monkeypatch):
+    """Also in a process that has made no model of the family itself."""
+    for student in family_classes(model_type).values():
+        family = next(x for x in student.__mro__ if x.__module__.startswith("transformers."))
+        for cls in reversed(student.__mro__[:-1]):
+            monkeypatch.delattr(cls, "_can_set_experts_implementation_cached_value", raising=False)
+        found = student._can_set_experts_implementation()
+        assert found == family._can_set_experts_implementation()
 
 
 def converted(base, mixer):
