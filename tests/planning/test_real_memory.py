@@ -63,7 +63,8 @@ def compare(folder: Path, launch: str, stage: str) -> tuple[float, list[float]]:
         for _ in range(STEPS * RANKS * ROWS):
             print(json.dumps({"text": "".join(letters.choices("JKQVXYZ", k=LENGTH))}), file=file)
     environment = launched(LAUNCH / f"{launch}.yaml", f"--num_processes={RANKS}")
-    on_ranks(train_and_measure, RANKS, folder, settings(folder, stage), environment)
+    given = train_and_measure, RANKS, folder, settings(folder, stage), environment
+    on_ranks(*given, start_method="spawn")  # a fork would use memory again that this process freed
     taken = [json.loads((folder / f"run/peak{rank}.json").read_text()) for rank in range(RANKS)]
     return planned(folder, launch, stage), taken
 
