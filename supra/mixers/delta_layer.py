@@ -220,11 +220,11 @@ class DeltaLayer(Mixer):
     ) -> tuple[MixerInputs, Tensor | None]:
         """The inputs with the features [B, T, Hq, P · K or P · V] of query, key and value in their
         place; and the state of the convolution."""
-        constant = self.constant(inputs.hidden_states)[..., None]
+        constant = self.constant(inputs.hidden_states).flatten(0, 1)  # [B·T, 1]
         groups = self.shape.query_heads // self.shape.key_heads
         key, value = (x.repeat_interleave(groups, dim=2) for x in (inputs.key, inputs.value))
         heads = {
-            name: signed(x, self.signs) + (constant * bias).to(x.dtype)
+            name: self._shifted(signed(x, self.signs), constant, bias)
             for name, x, bias in (
                 ("query", inputs.query, self.query_bias),
                 ("key", key, self.key_bias),
@@ -233,6 +233,12 @@ class DeltaLayer(Mixer):
         }
         inputs = replace(inputs, **heads)
         return self.conv(inputs, PARTS, activation="silu", state=state, return_state=return_state)
+
+    @staticmethod
+    def _shifted(x: Tensor, constant: Tensor, bias: Tensor) -> Tensor:
+        """x [B, T, Hq, C] plus the bias [Hq, C] times each token's constant."""
+        factors = constant.to(x.dtype), bias.flatten()[None].to(x.dtype)
+        return torch.addmm(x.flatten(2).flatten(0, 1), *factors).view(x.shape)
 
     def _scan(
         self, inputs: MixerInputs, memory: Tensor | None = None, return_state: bool = False
@@ -319,4 +325,5 @@ class DeltaLayer(Mixer):
 def of_length_one(x: Tensor) -> Tensor:
     """x [..., C] divided by its length, in its own dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + LENGTH_EPS)).to(x.dtype)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * torch.rsqrt(length.square() + LENGTH_EPS)).to(x.dtype)

@@ -14,4 +14,4 @@ SIGN_PAIR: Signs = (1, -1)
 
 def signed(x: Tensor, signs: Signs) -> Tensor:
     """x [..., C] once for each sign: [..., P · C] for P signs."""
-    return torch.cat([sign * x for sign in signs], dim=-1)
+    return torch.cat([x if sign > 0 else -x for sign in signs], dim=-1)
