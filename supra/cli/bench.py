@@ -228,7 +228,8 @@ def decode(
 
 
 @app.command(
-    cls=Command, epilog="supra bench train --model ./teacher --mixer mamba2 --levers plain,compile"
+    cls=Command,
+    epilog="supra bench train --model ./teacher --mixer mamba2 --variants plain,compile",
 )
 def train(
     model: Annotated[str, string("--model", "Transformer to convert: hub id or folder.", "MODEL")],
@@ -236,9 +237,9 @@ def train(
     stages: Annotated[
         Sequence[str], names("--stages", "Any of forward,align,distill,tune. Default: all.")
     ] = (),
-    levers: Annotated[
+    variants: Annotated[
         Sequence[str],
-        names("--levers", "Any of plain,compile,checkpointing,unfused,fp32. Default: all."),
+        names("--variants", "Any of plain,compile,checkpointing,unfused,fp32. Default: all."),
     ] = (),
     rows: Annotated[int, whole("--rows", "Rows of a step.", limits.COUNT)] = 2,
     length: Annotated[int, whole("--length", "Tokens of a row.", limits.PASS, 2)] = 512,
@@ -251,14 +252,14 @@ def train(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure steps of training with and without each lever, and where their time goes."""
+    """Measure training steps in each variant, and where their time goes."""
     from supra.bench.train.report import report
 
     report(
         model,
         mixers=mixer,
         stages=stages,
-        levers=levers,
+        variants=variants,
         rows=rows,
         length=length,
         steps=steps,

@@ -27,14 +27,14 @@ def job(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "WARM_UP", 1)
     given = (str(folder), str(folder / "teacher"), "supra")
 
-    def make(stage, lever="plain"):
-        return report.Job(*given, stage, lever, 2, 16, 1, threads=1, peak_tflops=0.1)
+    def make(stage, variant="plain"):
+        return report.Job(*given, stage, variant, 2, 16, 1, threads=1, peak_tflops=0.1)
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("stage", "lever", "parts"),
+    ("stage", "variant", "parts"),
     [
         ("forward", "plain", set()),
         ("align", "plain", PARTS),
@@ -42,21 +42,21 @@ def job(folder, monkeypatch, tmp_path):
         ("tune", "checkpointing", PARTS - {"teacher"} | {"head and losses"}),
     ],
 )
-def test_a_row(job, stage, lever, parts):
-    values = report.run(job(stage, lever))
+def test_a_row(job, stage, variant, parts):
+    values = report.run(job(stage, variant))
     assert set(values["parts"]) == parts and all(x > 0 for x in values["parts"].values())
     assert values["tokens_per_second"] == pytest.approx(32 / values["step_ms"] * 1e3)
     speed = values["tokens_per_second"] * values["gflops_per_token"] * 1e9
     assert values["mfu"] == pytest.approx(speed / 0.1e12) and values["peak_gb"] > 0
-    text = report.line(job(stage, lever), values)
-    assert text.startswith(f"supra, {stage}, {lever}: ") and ("optimizer " in text) == bool(parts)
+    text = report.line(job(stage, variant), values)
+    assert text.startswith(f"supra, {stage}, {variant}: ") and ("optimizer " in text) == bool(parts)
 
 
 def test_every_row_is_printed_when_it_is_done(folder, monkeypatch, capsys):
-    """Levers that do nothing in a stage are left out."""
+    """Variants that do nothing in a stage are left out."""
     values = {"mfu": None, "parts": {}, "tokens_per_second": 1.0}
     monkeypatch.setattr(report, "measured", lambda jobs: ((job, values) for job in jobs))
     report.report(str(folder / "teacher"), mixers=["supra"], stages=["align"], as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [x["lever"] for x in lines] == ["plain", "compile", "unfused", "fp32"]
+    assert [x["variant"] for x in lines] == ["plain", "compile", "unfused", "fp32"]
     assert {(x["mixer"], x["stage"], x["rows"]) for x in lines} == {("supra", "align", 2)}

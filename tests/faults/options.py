@@ -565,7 +565,7 @@ REFUSED = {
         ("--model {here}/none --mixer mamba2", "no such folder"),
         ("--model {base} --mixer mamba9", "mamba9"),
         ("--model {base} --mixer mamba2 --stages orient", "unknown stages 'orient'"),
-        ("--model {base} --mixer mamba2 --levers speed", "unknown levers 'speed'"),
+        ("--model {base} --mixer mamba2 --variants speed", "unknown variants 'speed'"),
         ("--model {base} --mixer mamba2 --rows 0", "--rows"),
         ("--model {base} --mixer mamba2 --length 1", "--length"),
         ("--model {base} --mixer mamba2 --steps 0", "--steps"),

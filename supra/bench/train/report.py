@@ -1,4 +1,4 @@
-"""Measures stages with and without each lever, and prints a row as soon as it is done.
+"""Measures training stages in each variant, and prints a row as soon as it is done.
 
 Every row runs in a process of its own, so that its peak of memory is its own.
 """
@@ -28,8 +28,8 @@ from supra.uptrain.config import UptrainConfig
 from supra.uptrain.rules import check
 
 STAGES = (FORWARD, "align", "distill", "tune")
-# The settings of a run with each lever. A run has no setting for "unfused"; see `run`.
-LEVERS: dict[str, dict[str, Any]] = {
+# The settings of each variant. A run has no setting for "unfused"; see `run`.
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "compile": {"compile": True},
     "checkpointing": {"gradient_checkpointing": True},
@@ -48,7 +48,7 @@ class Job:
     teacher: str
     mixer: str
     stage: str
-    lever: str
+    variant: str
     rows: int
     length: int
     steps: int
@@ -63,7 +63,7 @@ class Job:
         return UptrainConfig(
             student=f"{self.folder}/{self.mixer}",
             teacher=self.teacher if stage == "distill" else None,
-            out=f"{self.folder}/{self.mixer}-{self.stage}-{self.lever}",
+            out=f"{self.folder}/{self.mixer}-{self.stage}-{self.variant}",
             data={
                 "path": str(write_text(Path(self.folder, "text.jsonl"), count)),
                 "sequence_length": self.length,
@@ -71,7 +71,7 @@ class Job:
             },
             batch={"size": self.rows},
             **{stage: {"tokens": count}},
-            **LEVERS[self.lever],
+            **VARIANTS[self.variant],
         )
 
 
@@ -80,15 +80,15 @@ def report(
     *,
     mixers: Sequence[str],
     stages: Sequence[str] = (),
-    levers: Sequence[str] = (),
+    variants: Sequence[str] = (),
     rows: int = 2,
     length: int = 512,
     steps: int = 3,
     peak_tflops: float | None = None,
     as_json: bool = False,
 ) -> None:
-    """Print a line of text, or of JSON, for each mixer, stage and lever. Raises UserError."""
-    for name, given, known in (("stages", stages, STAGES), ("levers", levers, LEVERS)):
+    """Print a line of text, or of JSON, for each mixer, stage and variant. Raises UserError."""
+    for name, given, known in (("stages", stages, STAGES), ("variants", variants, VARIANTS)):
         for x in given:
             check_choice(name, x, tuple(known))
     if peak_tflops is not None and not 0 < peak_tflops < math.inf:
@@ -102,11 +102,11 @@ def report(
                 convert(teacher.name, f"{folder}/{mixer}", mixer=mixer)
         jobs = [
             Job(
-                folder, teacher.name, mixer, stage, lever, rows, length, steps,
+                folder, teacher.name, mixer, stage, variant, rows, length, steps,
                 torch.get_num_threads(), peak_tflops,
             )
-            for mixer, stage, lever in product(mixers, stages or STAGES, levers or LEVERS)
-            if lever not in WITHOUT.get(stage, ())
+            for mixer, stage, variant in product(mixers, stages or STAGES, variants or VARIANTS)
+            if variant not in WITHOUT.get(stage, ())
         ]  # fmt: skip
         for job in jobs:
             check(job.config)
@@ -124,7 +124,7 @@ def run(job: Job) -> dict[str, Any]:
     """The values of a row, with the name of the machine."""
     torch.set_num_threads(job.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"only_forward": job.stage == FORWARD, "fused": job.lever != "unfused"}
+    options = {"only_forward": job.stage == FORWARD, "fused": job.variant != "unfused"}
     options["peak_tflops"] = job.peak_tflops
     values = measure(job.config, WARM_UP, job.steps, device, **options)
     return {"machine": processor(device)} | values
@@ -141,10 +141,10 @@ def line(job: Job, values: dict[str, Any]) -> str:
     ]
     whole = sum(values["parts"].values())
     parts = [f"{name} {x / whole:.0%}" for name, x in values["parts"].items()]
-    text = f"{job.mixer}, {job.stage}, {job.lever}: {', '.join(found)}"
+    text = f"{job.mixer}, {job.stage}, {job.variant}: {', '.join(found)}"
     return "; ".join([text, ", ".join(parts)] if parts else [text])
 
 
 def _json(job: Job, values: dict[str, Any]) -> str:
-    names = ("mixer", "stage", "lever", "rows", "length", "steps")
+    names = ("mixer", "stage", "variant", "rows", "length", "steps")
     return to_json({name: getattr(job, name) for name in names} | values)
