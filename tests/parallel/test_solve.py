@@ -185,8 +185,8 @@ def test_auto_takes_the_loop_where_scans_do_not_pay(width, tokens, expected):
         (GRU(3, 16), 256, "deer"),
         (GRU(3, 16), 255, "sequential"),
         (GRU(3, 17), 256, "sequential"),
-        (LSTM(3, 16), 256, "deer"),  # 32 numbers
-        (LSTM(3, 17), 256, "sequential"),
+        (LSTM(3, 12), 256, "deer"),  # 24 numbers
+        (LSTM(3, 13), 256, "sequential"),
         (FunctionCell(lambda state, x: x.sum(-1, keepdim=True) + 0.1 * state, 1), 256,
          "sequential"),
     ],
