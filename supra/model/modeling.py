@@ -334,7 +334,7 @@ def model_class(
         "_keep_in_fp32_modules_strict": {"mixer", *(base._keep_in_fp32_modules_strict or ())},
         # quantisation skips these modules, and matches patterns from the start of their names
         "_keep_in_fp32_modules": {r".*\.mixer", *(base._keep_in_fp32_modules or ())},
-        # transformers seeks the answer in the source of a class's module, which is the base's here
+        # transformers looks for the answer in the module of the class, and ours does not have it
         "_can_set_experts_implementation": base._can_set_experts_implementation,
         "__module__": "supra.modeling",
         "__doc__": f"{base.__name__} with a mixer in place of softmax attention in every layer.",

@@ -29,9 +29,9 @@ class Cell(nn.Module, ABC):
 
     # few_numbers was measured with one thread and 256 to 8192 tokens (supra bench parallel). DEER
     # is 1.8 to 2.3 times as fast as the loop for ParaGRU at 128 elements and 0.9 to 1.4 times at
-    # 256; for NonlinearGated 1.2 to 1.5 times at 121 and 0.4 to 0.8 times at 256; for ParaLSTM 1.2
+    # 256; for NonlinearGated 1.2 to 1.5 times at 121 and 0.4 to 0.9 times at 256; for ParaLSTM 1.2
     # to 1.6 times at 128 and 0.6 times at 512; for GRU 1.6 to 2.5 times at 16 and below 0.8 times
-    # at 32; for LSTM 1.4 to 1.9 times at 24 and 0.8 to 1.1 times at 32.
+    # at 32; for LSTM 1.4 to 1.9 times at 24 and 0.7 to 1.2 times at 32.
     structure: ClassVar[Structure] = Structure.DENSE
     few_numbers: ClassVar[int] = 0
 
