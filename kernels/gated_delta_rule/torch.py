@@ -58,9 +58,9 @@ class _Tiles(DeltaTiles):
         sums = block.gather(x.log_decay[..., None], clear=True).flatten(0, 1).cumsum(1)
         last = sums[:, -1:]
         self.entering, self.leaving, self.whole = (
-            y.to(self.dtype).exp() for y in (sums, last - sums, last)
+            chunks.decay_of(y, self.dtype) for y in (sums, last - sums, last)
         )
-        self.pairwise = _pairwise(sums, self.dtype)
+        self.pairwise = chunks.pairwise_decay(sums, self.dtype)
         self.overlap = torch.bmm(self.key, self.key.mT).mul_(self.pairwise)
         scores = self.weigh(torch.bmm(self.query, self.key.mT), self.pairwise)
         self.scores = scores.mul_(self.beta.mT)
@@ -116,12 +116,3 @@ class _Tiles(DeltaTiles):
         d_log_decay = d_sums.flip(1).cumsum(1).flip(1)
         found = d_query, d_key, d_value, d_beta[..., None], d_log_decay[..., None]
         return [self.to_heads(x) for x in found]
-
-
-def _pairwise(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """[rows, C, 1] -> D [rows, C, C], decay from column to row; the log is masked before exp.
-
-    The sums are float64: with resets among them float32 would keep 3e-5 of their differences. Masks
-    are zeros: exp takes ten times as long for -inf.
-    """
-    return (sums - sums.mT).to(dtype).tril_().exp_().tril_()

@@ -58,9 +58,11 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         for i, block in enumerate(blocks):
             s, z = block.states(*state)
             scores = block.scores()
-            out = torch.bmm(block.query, s).baddbmm_(scores, block.value)
+            out = block.weigh(torch.bmm(block.query, s), block.entering)
+            out.baddbmm_(scores, block.value)
             if x.normalized:
-                weight = torch.bmm(block.query, z[..., None]) + scores.sum(-1, keepdim=True)
+                weight = block.weigh(torch.bmm(block.query, z[..., None]), block.entering)
+                weight += scores.sum(-1, keepdim=True)
                 block.write(weighed[i], weight)
                 out /= weight + x.eps
             elif x.scale != 1:
@@ -151,27 +153,31 @@ def _block_gradients(
     block to that before it, in place. The gradient of a running sum of logs is q . dq of its row
     less k . dk of its column; that of a chunk's last one has <state, its gradient> added.
     """
-    q, k, v = block.query, block.key, block.value
-    ds = block.scan(torch.bmm(q.mT, do), d_end, back=True)
+    q, k, v, entering, leaving = (
+        block.query, block.key, block.value, block.entering, block.leaving
+    )  # fmt: skip
+    d_entering = do if entering is None else block.weigh(do.clone(), entering)
+    ds = block.scan(torch.bmm(q.mT, d_entering), d_end, back=True)
     d_scores = torch.bmm(do, v.mT)
     if delta is not None:
         d_scores += delta
-    block.mask(d_scores)
-    dq, dk = torch.bmm(d_scores, k).baddbmm_(do, s.mT), torch.bmm(v, ds.mT)
-    dv = torch.bmm(block.scores().mT, do).baddbmm_(k, ds)
+    block.decay_pairs(d_scores)
+    dq = torch.bmm(d_entering, s.mT).baddbmm_(d_scores, k)
+    dv = block.weigh(torch.bmm(k, ds), leaving).baddbmm_(block.scores().mT, do)
+    dk = torch.bmm(v, ds.mT)
     if delta is not None:
+        delta = block.weigh(delta, entering)
         dz = block.scan(torch.bmm(q.mT, delta)[..., 0], d_end_z, back=True)
         dq.addcmul_(delta, z[:, None])
         dk += dz[:, None]
-    last = None
-    if block.rise is not None:
-        last = (k * dk).sum((1, 2)) + (s * ds).sum((1, 2))
-        if delta is not None:
-            last += (z * dz).sum(1)
+    if entering is None:
+        return dq, dk.baddbmm_(d_scores.mT, q), dv
+    block.weigh(dk, leaving)
+    last = (k * dk).sum((1, 2)) + (s * ds).sum((1, 2)) * block.whole[:, 0, 0]
+    if delta is not None:
+        last += (z * dz).sum(1) * block.whole[:, 0, 0]
     dk.baddbmm_(d_scores.mT, q)
-    if last is None:
-        return dq, dk, dv
     d_sums = (q * dq).sum(-1).view(len(k), -1, k.shape[1]).sum(1) - (k * dk).sum(-1)
     d_sums[:, -1] += last
     d_log_decay = d_sums.flip(-1).cumsum(-1).flip(-1)[..., None]
-    return block.rescale(dq, block.rise), block.rescale(dk, block.fall), dv, d_log_decay
+    return dq, dk, dv, d_log_decay

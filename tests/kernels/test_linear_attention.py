@@ -277,9 +277,41 @@ def test_a_reset_forgets_everything_and_keeps_gradients_finite(reset, dtype, nor
         assert d_memory.abs().max() < 1e-40
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("normalize", [None, "sum"])
+def test_decays_may_be_wide_within_a_chunk(normalize, dtype, tolerance):
+    """Sums of logs reach hundreds in the first head, and stay near zero in the second."""
+    inputs = make_inputs(2, 150, 2, 2, 9, 6, ("token", "key"), dtype)
+    with torch.no_grad():
+        inputs["log_decay"] *= torch.tensor([60.0, 0.1], dtype=dtype)
+    state = make_state(inputs, normalize)
+    expected, found = (
+        run_with_gradients(
+            chunk_linear_attention, inputs, state, normalize=normalize, backend=backend
+        )
+        for backend in ("reference", "torch")
+    )
+    assert_close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_query_and_a_key_may_be_expanded_to_all_heads(decay):
+    inputs = make_inputs(1, 130, 40, 40, 9, 6, decay)  # a block for each chunk
+    for name in ("query", "key"):
+        inputs[name] = inputs[name][:, :, :1].detach().requires_grad_()
+
+    def spread_by(spread):
+        def run(query, key, value, **others):
+            return chunk_linear_attention(spread(query), spread(key), value, **others)
+
+        return run_with_gradients(run, inputs)
+
+    expanded = spread_by(lambda x: x.expand(-1, -1, 40, -1))
+    assert_close(expanded, spread_by(lambda x: x.repeat(1, 1, 40, 1)), 1e-12)
+
+
 @pytest.mark.parametrize("position", [0, 70])
 def test_a_head_that_diverged_holds_nothing_up(position):
-    """NaN is wider than nothing and narrower than nothing: chunks end all the same."""
     inputs = make_inputs(1, 130, 2, 2, 16, 12, ("token", "key"))
     whole, _ = chunk_linear_attention(**inputs, backend="torch")
     with torch.no_grad():

@@ -73,7 +73,7 @@ class NativeMamba2(Mixer):
             state=None if memory is None else LinearAttentionState(memory, None),
             return_state=return_state,
         )  # fmt: skip
-        output = output + inputs.layer.D[:, None] * value
+        output = torch.addcmul(output, inputs.layer.D[:, None], value)
         return output, None if end is None else Mamba2State(end.memory, conv_state)
 
 
