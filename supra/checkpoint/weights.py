@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,16 @@ class FolderReader:
         return tensor
 
 
+    def expect(self, name: str) -> None:
+        """Have the system read a tensor into its cache, while others are computed."""
+        source, nbytes = self.sources[name], self.specs[name].nbytes
+        file = self._files[source]
+        if hasattr(os, "posix_fadvise"):
+            with _damage(file), file.open("rb") as opened:
+                start = self._starts[file][source]
+                os.posix_fadvise(opened.fileno(), start, nbytes, os.POSIX_FADV_WILLNEED)
+
+
 class ModuleReader:
     """The tensors of a model in memory, for formats that only transformers can read."""
 
@@ -89,6 +100,9 @@ class ModuleReader:
 
     def load(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def expect(self, name: str) -> None:
+        pass
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -88,11 +88,13 @@ def convert(
     """Turn a transformer into a recurrent network."""
     from supra.checkpoint.opening import parse_dtype
     from supra.conversion.convert import convert
+    from supra.uptrain.memory import keep_freed_memory
 
     if text_field is not None and measured_text is None:
         raise UserError(f"--text-field (={text_field}) needs --text: give both")
     if not shard_size > 0:
         raise UserError(f"--shard-size (={shard_size}) must be above 0")
+    keep_freed_memory()
     report = convert(
         model,
         out,

@@ -8,6 +8,7 @@ only when it is complete.
 
 import shlex
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,11 @@ def write_tensors(
     bar: the label of the progress bar; None shows no bar.
     """
     writer = ShardWriter(folder, plan.written, shard_bytes)
-    for name, tensor in converted_tensors(plan, seed, bar):
-        report.checksums[name] = checksum(tensor)
-        writer.add(name, tensor)
+    with ThreadPoolExecutor(1) as beside:  # a checksum takes as long as the system takes to write
+        for name, tensor in converted_tensors(plan, seed, bar):
+            found = beside.submit(checksum, tensor)
+            writer.add(name, tensor)
+            report.checksums[name] = found.result()
     writer.finish()
 
 

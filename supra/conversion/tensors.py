@@ -21,8 +21,12 @@ def converted_tensors(plan: Plan, seed: int, bar: str | None) -> Iterator[tuple[
     bar: the label of the progress bar; None shows no bar.
     """
     inherited = [x for x in plan.fates if x.fate in ("copied", "transformed")]
-    for fate in tqdm(inherited, desc=bar, unit="tensor", disable=bar is None):
-        yield fate.name, _finite(fate, plan.reader.load(fate.name))
+    shown = tqdm(inherited, desc=bar, unit="tensor", disable=bar is None)
+    for fate, after in zip(shown, [*inherited[1:], None], strict=True):
+        tensor = plan.reader.load(fate.name)
+        if after is not None:
+            plan.reader.expect(after.name)
+        yield fate.name, _finite(fate, tensor)
     yield from new_tensors(plan.student, seed)
 
 

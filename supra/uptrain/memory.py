@@ -1,4 +1,4 @@
-"""Let glibc keep freed memory during training on a CPU.
+"""Let glibc keep freed memory, for training on a CPU and for conversion.
 
 By default malloc maps each large tensor and unmaps it when it is freed, so that every step causes
 new page faults for its activations and logits. Measured on one thread with a four-layer model, a
@@ -12,6 +12,9 @@ AdamW), two runs each, on a busy machine:
 
 The environment variables have the same effect, but must be set before Python starts. Peak memory
 grows from 1.47 to 1.6 GiB.
+
+In a conversion, the system finds pages for the files that it writes sooner: 14 GB are written in 6
+to 8 s in place of 16 s. Peak memory grows from 0.54 to 0.76 GB.
 """
 
 import ctypes
