@@ -127,3 +127,15 @@ def test_second_derivatives_raise():
     total = token_losses(x @ weight.requires_grad_(), labels).total
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(total, x, create_graph=True)
+
+
+def test_autocast_changes_nothing():
+    student, teacher, labels = inputs(torch.float32)
+    found = []
+    for enabled in (False, True):
+        student.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            result = token_losses(student, labels, teacher, kl_weight=1.0)
+        result.total.backward()
+        found.append((result.kl, result.next_token, student.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
