@@ -130,11 +130,11 @@ class Window(Mixer):
     def _mix(
         self, inputs: MixerInputs, state: WindowState | None, return_state: bool
     ) -> tuple[Tensor, WindowState | None]:
+        size = self._size_now(inputs.key.shape[1] if state is None else None)
         state = state or self._empty_state(inputs)
         rank, sinks = self._places(inputs, state)
         key = torch.cat([state.window_key, inputs.key], dim=1)
         value = torch.cat([state.window_value, inputs.value], dim=1)
-        size = self._size_now()
         first = self.options.size - size
         near = key[:, first:], value[:, first:]
         linear, memory = self._linear(inputs, near, rank, size, state.memory, return_state)
@@ -148,9 +148,14 @@ class Window(Mixer):
         window = pick(key, last), pick(value, last)
         return output, WindowState(memory, *window, *sinks, state.length + count)
 
-    def _size_now(self) -> int:
+    def _size_now(self, tokens: int | None) -> int:
+        """tokens: of rows that begin here. A window that is wider would only cost more."""
         dropped = self.training and torch.rand(()).item() < self.options.dropout
-        return 1 if dropped or self.only == "linear" else self.options.size
+        if dropped or self.only == "linear":
+            return 1
+        if tokens is None or torch.compiler.is_compiling():  # a graph serves other lengths, too
+            return self.options.size
+        return min(self.options.size, tokens)
 
     def _empty_state(self, inputs: MixerInputs) -> WindowState:
         key, value, options = inputs.key, inputs.value, self.options

@@ -119,6 +119,21 @@ def test_dropout_narrows_the_window_in_training_only():
     assert len({mixer(inputs())[0].sum().item() for _ in range(5)}) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"sinks": 2}, {"feature_map": "hedgehog"}], ids=str)
+def test_a_short_row_reads_no_further_than_it_is_long(options, monkeypatch):
+    """It gives what the whole window would, after an empty state."""
+    mixer, row, sizes = window(size=90, **options), inputs(), []
+    expected, state = mixer.mix(row, mixer._empty_state(row), return_state=True)
+    plain = band_scores
+    monkeypatch.setattr(
+        "supra.mixers.window.band_scores", lambda *args: sizes.append(args[2]) or plain(*args)
+    )
+    found, own = mixer.mix(row, return_state=True)
+    assert sizes == [row.query.shape[1]]
+    for a, b in zip((found, *own), (expected, *state), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_the_state_has_a_constant_size():
     mixer = window(size=9, sinks=2)
     sizes = []
