@@ -41,7 +41,7 @@ class ConversionReport:
     layers: list[str]
     options: dict[str, dict]
     command: str
-    # cost of converting each layer alone, in nats per token; empty unless the choice was `auto`
+    # cost of converting each layer alone, in nats per token; empty unless costs chose what is kept
     layer_costs: list[float] = field(default_factory=list)
     tensors: list[TensorFate] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)  # of the written tensors, by name

@@ -77,7 +77,6 @@ class FolderReader:
                 raise SafetensorError("it ends within a tensor")
         return tensor
 
-
     def expect(self, name: str) -> None:
         """Have the system read a tensor into its cache, while others are computed."""
         source, nbytes = self.sources[name], self.specs[name].nbytes

@@ -52,7 +52,8 @@ def convert(
         string(
             "--keep-attention",
             "Layers that keep softmax attention. Their numbers: 3,-1. A share, evenly spaced: 0.25 "
-            "or 25%. The share whose conversion costs most on --text: auto:0.25.",
+            "or 25%. The share whose conversion costs most on --text: auto:0.25, or with costs "
+            "measured again after each choice: greedy:0.25.",
             "LAYERS",
         ),
     ] = "",
@@ -68,7 +69,8 @@ def convert(
         str | None,
         string(
             "--text",
-            "Text on which --keep-attention auto measures costs: .txt, .jsonl or .parquet.",
+            "Text on which --keep-attention auto and greedy measure costs: .txt, .jsonl or "
+            ".parquet.",
             "FILE",
         ),
     ] = None,
@@ -132,9 +134,9 @@ def parse_options(pairs: list[str], option: str = "--mixer-option") -> dict[str,
 
 def parse_layers(text: str) -> list[int] | float | str:
     """`--keep-attention`, as `convert` takes it."""
-    from supra.conversion.layer_choice import parse_share
+    from supra.conversion.layer_choice import RULES, parse_share
 
-    if text.startswith("auto"):
+    if text.startswith(RULES):
         return text
     if "." in text or "%" in text:
         return parse_share(text)

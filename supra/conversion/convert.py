@@ -25,13 +25,7 @@ from supra.checkpoint.opening import Checkpoint, find_checkpoint
 from supra.checkpoint.shard_writer import ShardWriter
 from supra.checkpoint.untrusted import LICENSE_FILES, TOKENIZER_FILES, copy_data, drop_code
 from supra.conversion.export_ready import check_ready, ready_mixer
-from supra.conversion.layer_choice import (
-    costliest,
-    evenly_spaced,
-    layer_costs,
-    read_blocks,
-    read_share,
-)
+from supra.conversion.layer_choice import choose_layers, evenly_spaced, read_blocks, read_share
 from supra.conversion.plan import (
     Plan,
     check_family,
@@ -78,8 +72,9 @@ def convert(
             exported there; one that cannot is refused at once.
         keep_attention: indices of the layers that keep softmax attention; −1 is the last layer. A
             float is a share of the layers, evenly spaced. "auto:0.25" keeps attention in the
-            quarter of the layers whose conversion costs most on `text`; the whole model is then
-            loaded into memory.
+            quarter of the layers whose conversion costs most on `text`; "greedy:0.25" converts the
+            layer that costs least and measures again, until a quarter is left. The whole model is
+            then loaded into memory.
         attention_positions: "rope", or "none" to leave the rotation out of the layers that keep
             softmax attention. The recurrent layers then carry the positions, and the kept layers
             have no distances that they were not trained on (HALO, arXiv 2601.22156).
@@ -101,7 +96,7 @@ def convert(
     if not shard_bytes > 0:
         raise UserError(f"shard_bytes (={shard_bytes}) must be positive")
     check_seed(seed)
-    share, ranked = read_share(keep_attention, text)
+    share, rule = read_share(keep_attention, text)
     checkpoint = find_checkpoint(str(model), revision)
     base = _base_config(checkpoint)
     count = base.num_hidden_layers
@@ -111,19 +106,21 @@ def convert(
         kept = {"softmax": {"rotary": False}}
     if export_ready is not None:
         mixer, options = ready_mixer(base, export_ready, mixer, options, keep_attention, kept)
-    layers = plan_layers(count, mixer, () if ranked else keep_attention)
+    layers = plan_layers(count, mixer, () if rule else keep_attention)
     chosen = {mixer: options} | kept
-    if ranked or checkpoint.gguf_file is not None:
+    if rule or checkpoint.gguf_file is not None:
         # reading the weights frees a parsed GGUF file, so its tokenizer is read first
         tokenizer = checkpoint.tokenizer()
-    blocks = read_blocks(tokenizer, text, text_field) if ranked else []
+    blocks = read_blocks(tokenizer, text, text_field) if rule else []
     reader = checkpoint.tensors(base)
     plan = plan_conversion(reader, base, layers, chosen, dtype)
     check_space(out, sum(fate.nbytes for fate in plan.fates))
     costs = []
-    if ranked:
-        costs = layer_costs(load_converted(plan, seed, progress), blocks, progress)
-        layers = plan_layers(count, mixer, costliest(costs, share))
+    if rule:
+        loaded = load_converted(plan, seed, progress)
+        keep_attention, costs = choose_layers(rule, loaded, blocks, share, progress)
+        del loaded
+        layers = plan_layers(count, mixer, keep_attention)
         plan = plan_conversion(reader, base, layers, chosen, dtype)
         if export_ready is not None:
             check_ready(plan.config, export_ready)

@@ -1,17 +1,18 @@
 """Which layers of a hybrid keep softmax attention.
 
-Either an evenly spaced share of the layers, or the layers whose conversion costs most on a text.
+An evenly spaced share of the layers; or "auto", those whose conversion costs most on a text, each
+alone; or "greedy", those that are left when the cheapest layer is converted, again and again.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from supra.conversion.calibrate import calibrate
@@ -22,24 +23,25 @@ from supra.losses.token_losses import token_losses
 from supra.mixers import build_mixer
 from supra.model.attention import attention_modules
 
+RULES = "auto", "greedy"
 SEQUENCE_LENGTH = 512
 TOKENS = 8192  # for calibration, and as many again for measuring costs
 
 
 def read_share(
     keep_attention: Iterable[int] | float | str, text: str | None
-) -> tuple[float | None, bool]:
-    """The share of the layers that keeps attention, and whether their costs on `text` choose them.
+) -> tuple[float | None, str | None]:
+    """The share of the layers that keeps attention, and the rule by which `text` chooses them.
 
     The share is None when `keep_attention` gives the indices of the layers.
     """
-    share, ranked = keep_attention, isinstance(keep_attention, str)
-    if ranked:
-        auto, _, number = keep_attention.partition(":")
-        if auto != "auto" or not number:
+    share, rule = keep_attention, None
+    if isinstance(keep_attention, str):
+        rule, _, number = keep_attention.partition(":")
+        if rule not in RULES or not number:
             raise UserError(
                 f"keep_attention (={keep_attention!r}) must be layer indices, a share of the "
-                "layers, or auto with a share, such as auto:0.25"
+                "layers, or auto or greedy with a share, such as auto:0.25"
             )
         share = parse_share(number)
         if text is None:
@@ -48,17 +50,17 @@ def read_share(
             )
     elif text is not None:
         raise UserError(
-            f"text (={text!r}) is only used when keep_attention is auto, such as auto:0.25: leave "
-            "it out"
+            f"text (={text!r}) is only used when keep_attention is auto or greedy, such as "
+            "auto:0.25: leave it out"
         )
     if not isinstance(share, float):
-        return None, False
+        return None, None
     if not 0 < share < 1:
         raise UserError(
             f"keep_attention (={keep_attention}) is a share of the layers: it must be between 0 "
             "and 1"
         )
-    return share, ranked
+    return share, rule
 
 
 def parse_share(text: str) -> float:
@@ -90,6 +92,41 @@ def costliest(costs: Sequence[float], share: float) -> list[int]:
     """The layers with the highest costs, in ascending order. A tie goes to the lower layer."""
     ranking = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
     return sorted(ranking[: kept_count(len(costs), share)])
+
+
+def choose_layers(
+    rule: str,
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    share: float,
+    progress: bool = False,
+) -> tuple[list[int], list[float]]:
+    """The layers that keep attention by this rule, and what converting each layer alone costs. For
+    model and blocks see `layer_costs`."""
+    costs = layer_costs(model, blocks, progress)
+    if rule == "auto":
+        return costliest(costs, share), costs
+    return left_by_greed(model, blocks[len(blocks) // 2 :], costs, share, progress), costs
+
+
+def left_by_greed(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    costs: Sequence[float],
+    share: float,
+    progress: bool = False,
+) -> list[int]:
+    """The layers that are left when the layer that costs least is converted, until only `share` is.
+
+    Every choice is measured on `blocks`, with the layers converted that were chosen before. The
+    first one goes by `costs`. Of two layers that cost the same, the higher one is converted.
+    """
+    left, count = list(range(len(costs))), kept_count(len(costs), share)
+    for _ in trange(len(costs) - count, desc="choose", unit="layer", disable=not progress):
+        if len(left) < len(costs):
+            costs = divergences(model, blocks, converted=set(range(len(costs))) - set(left))
+        left.remove(min(reversed(left), key=costs.__getitem__))
+    return left
 
 
 def read_blocks(tokenizer: PreTrainedTokenizerBase, text: str, text_field: str) -> list[Block]:
@@ -129,39 +166,48 @@ def layer_costs(
 
 @torch.no_grad()
 def divergences(
-    model: PreTrainedModel, blocks: Sequence[Block], progress: bool = False
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    progress: bool = False,
+    converted: Collection[int] = (),
 ) -> list[float]:
-    """For each layer, KL(teacher || teacher with this layer converted): the mean over predictions.
+    """For each layer, KL(teacher || teacher with this layer converted, besides those in
+    `converted`): the mean over predictions; 0 for those in `converted`.
 
     The teacher is `model` with softmax attention in place of every mixer. Layers below the
-    converted one repeat the outputs that they gave in the teacher's pass, which halves the work.
+    converted one repeat the outputs that they gave without it, which halves the work.
     """
     attentions = sorted(attention_modules(model), key=lambda attention: attention.layer_idx)
     layers = [decoder_layer(model, attention) for attention in attentions]
     mixers = [attention.mixer for attention in attentions]
-    for attention, mixer in zip(attentions, mixers, strict=True):
-        attention.mixer = build_mixer("softmax", mixer.shape, {})
+    softmax = [build_mixer("softmax", mixer.shape, {}) for mixer in mixers]
+
+    def convert(some: Collection[int]) -> None:
+        for index, attention in enumerate(attentions):
+            attention.mixer = (mixers if index in some else softmax)[index]
+
     nats, tokens = [0.0] * len(layers), 0
     bar = tqdm(total=len(blocks) * len(layers), desc="measure", unit="layer", disable=not progress)
     for block in blocks:
         batch = {name: x.to(model.device) for name, x in collate([block]).items()}
         labels = shifted_labels(batch.pop("labels")).flatten()
         tokens += (labels != IGNORE).sum().item()
+        convert(())
+        teacher_logits = model(**batch, use_cache=False).logits[0]
+        convert(converted)
         with _recorded(layers) as outputs:
-            teacher_logits = model(**batch, use_cache=False).logits[0]
-        for index, attention in enumerate(attentions):
-            softmax, attention.mixer = attention.mixer, mixers[index]
+            model(**batch, use_cache=False)
+        for index in set(range(len(layers))) - set(converted):
+            convert({*converted, index})
             with _replayed(layers[:index], outputs):
                 logits = model(**batch, use_cache=False).logits[0]
-            attention.mixer = softmax
             losses = token_losses(
                 logits, labels, teacher_logits, next_token_weight=0.0, kl_weight=1.0
             )
             nats[index] += losses.kl.item()
             bar.update()
     bar.close()
-    for attention, mixer in zip(attentions, mixers, strict=True):
-        attention.mixer = mixer
+    convert(range(len(layers)))
     return [total / tokens for total in nats]
 
 

@@ -241,14 +241,16 @@ def test_auto_keeps_the_costliest(tmp_path, text):
     assert written["layer_costs"] == few.layer_costs
 
 
-def test_auto_only_chooses_layers(base, tmp_path, text):
+@pytest.mark.parametrize("rule", ["auto", "greedy"])
+def test_rules_only_choose_layers(base, tmp_path, text, rule):
     """Naming the chosen layers, as the report's command does, writes the same files."""
-    report = convert(base, tmp_path / "auto", mixer="supra", keep_attention="auto:0.3", text=text)
+    chosen = {"keep_attention": f"{rule}:0.3", "text": text}
+    report = convert(base, tmp_path / rule, mixer="supra", **chosen)
     (kept,) = [layer for layer, name in enumerate(report.layers) if name == "softmax"]
     assert f"--keep-attention {kept} " in report.command
     convert(base, tmp_path / "named", mixer="supra", keep_attention=[kept])
     for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
+        assert (tmp_path / rule / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
 
 
 def test_auto_reads_another_field(base, tmp_path, text):
@@ -262,7 +264,9 @@ def test_auto_needs_a_tokenizer_and_text(base, broken, tmp_path, text):
     out = tmp_path / "rnn"
     fails("does not load", broken, out, keep_attention="auto:0.3", text=text)
     fails("needs a text", base, out, keep_attention="auto:0.3")
-    fails("only used when keep_attention is auto", base, out, keep_attention=0.3, text=text)
+    fails(
+        "only used when keep_attention is auto or greedy", base, out, keep_attention=0.3, text=text
+    )
     fails("between 0 and 1", base, out, keep_attention=1.0)
 
 

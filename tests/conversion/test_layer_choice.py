@@ -10,10 +10,12 @@ from supra.checkpoint.opening import find_checkpoint
 from supra.conversion import layer_choice
 from supra.conversion.calibrate import calibrate
 from supra.conversion.layer_choice import (
+    choose_layers,
     costliest,
     divergences,
     evenly_spaced,
     layer_costs,
+    left_by_greed,
     parse_share,
     read_blocks,
     read_share,
@@ -78,7 +80,9 @@ def test_the_costliest_in_order(costs, share, kept):
 )
 def test_share_in_words(text, share):
     assert parse_share(text) == share
-    assert read_share(f"auto:{text}", "text.txt") == (share, True)
+    assert read_share(f"auto:{text}", "text.txt") == (share, "auto")
+    assert read_share(f"greedy:{text}", "text.txt") == (share, "greedy")
+    assert read_share(share, None) == (share, None)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +95,12 @@ def test_share_in_words(text, share):
         ("auto:1.5", "a.txt", r"\(=auto:1.5\) is a share"),
         ("auto:100%", "a.txt", "is a share"),
         ("auto:much", "a.txt", r"\(='much'\) must be a share of the layers, such as 0.25 or 25%"),
-        ("auto", "a.txt", "or auto with a share, such as auto:0.25"),
-        ("auto:", "a.txt", "or auto with a share, such as auto:0.25"),
+        ("auto", "a.txt", "or auto or greedy with a share, such as auto:0.25"),
+        ("auto:", "a.txt", "or auto or greedy with a share, such as auto:0.25"),
         ("3,7", None, r"\(='3,7'\) must be layer indices"),
         ("auto:0.25", None, r"\(='auto:0.25'\) needs a text"),
-        (0.25, "a.txt", r"text \(='a.txt'\) is only used when keep_attention is auto"),
+        ("greedy:0.25", None, r"\(='greedy:0.25'\) needs a text"),
+        (0.25, "a.txt", r"text \(='a.txt'\) is only used when keep_attention is auto or greedy"),
         ([1], "a.txt", "is only used when keep_attention is auto"),
         ((), "a.txt", "is only used when keep_attention is auto"),
     ],
@@ -132,32 +137,35 @@ def blocks():
     return list(pack(whole(documents), 63))
 
 
+@pytest.mark.parametrize("others", [(), (1,), (3, 0)])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "gemma2", "gpt_oss"])
-def test_costs_are_the_plain_formula(family, blocks):
+def test_costs_are_the_plain_formula(family, others, blocks):
     """Whole forwards and whole float64 log-probabilities. The families' layers return tensors or
     tuples, run attention and MLP in parallel, cap logits, and alternate windows."""
     model = converted(family)
     inputs = collate(blocks)
     valid = shifted_labels(inputs.pop("labels")) != IGNORE
-    costs = divergences(model, blocks)
+    costs = divergences(model, blocks, converted=others)
 
     attentions = attention_modules(model)
     mixers = [attention.mixer for attention in attentions]
     softmax = [build_mixer("softmax", mixer.shape, {}) for mixer in mixers]
 
     @torch.no_grad()
-    def log_probabilities(layer):
+    def log_probabilities(layers):
         for index, attention in enumerate(attentions):
-            attention.mixer = mixers[index] if index == layer else softmax[index]
+            attention.mixer = mixers[index] if index in layers else softmax[index]
         return model(**inputs, use_cache=False).logits.double().log_softmax(-1)[valid]
 
-    teacher = log_probabilities(None)
-    expected = [
-        (teacher.exp() * (teacher - log_probabilities(layer))).sum(-1).mean().item()
-        for layer in range(LAYERS)
-    ]
-    assert costs == pytest.approx(expected, rel=2e-5)  # measured: 3e-6, as logits are float32
-    assert min(costs) > 1e-3
+    teacher = log_probabilities(())
+    for layer, cost in enumerate(costs):
+        if layer in others:
+            assert cost == 0
+            continue
+        student = log_probabilities((*others, layer))
+        expected = (teacher.exp() * (teacher - student)).sum(-1).mean().item()
+        assert cost == pytest.approx(expected, rel=2e-5)  # measured: 3e-6, as logits are float32
+        assert cost > 1e-3
 
 
 def test_measuring_leaves_the_model_as_it_was(blocks):
@@ -178,12 +186,13 @@ def test_the_first_half_calibrates_and_the_second_measures(blocks):
 
 
 def test_layers_below_are_not_computed_again(blocks):
-    """The teacher runs all L layers; the model with layer n converted runs layers n to L − 1."""
+    """The teacher runs all L layers, and so does the model with what is converted already; with
+    layer n converted, too, it runs layers n to L − 1."""
     model, calls = converted(), []
     for attention in attention_modules(model):
         attention.register_forward_hook(lambda module, *_: calls.append(module.layer_idx))
-    divergences(model, blocks[:1])
-    runs = [range(0, LAYERS), *(range(layer, LAYERS) for layer in range(LAYERS))]
+    divergences(model, blocks[:1], converted=[2])
+    runs = [*[range(LAYERS)] * 2, *(range(layer, LAYERS) for layer in range(LAYERS) if layer != 2)]
     assert calls == [layer for run in runs for layer in run]
 
 
@@ -200,6 +209,24 @@ def test_a_layer_without_output_costs_nothing(dtype, blocks):
     assert min(costs[0], costs[3]) > 1e-3
     assert costliest(costs, 0.25) == [2]
     assert costliest(costs, 0.75) == [0, 2, 3]
+
+
+def test_greed_measures_with_what_it_chose(blocks):
+    """Every choice by the plain formula: the cost of a whole set of converted layers."""
+    model = scaled(0.5, 2, 1, 1.5)
+    costs, measured = layer_costs(model, blocks), blocks[len(blocks) // 2 :]
+
+    def cost_of(layers):
+        *others, last = layers
+        return divergences(model, measured, converted=others)[last]
+
+    left = [0, 1, 2, 3]
+    while len(left) > 1:
+        gone = [layer for layer in range(LAYERS) if layer not in left]
+        left.remove(min(left, key=lambda layer: cost_of([*gone, layer])))
+        assert left_by_greed(model, measured, costs, len(left) / LAYERS) == left
+    assert choose_layers("greedy", model, blocks, 0.25) == (left, costs)
+    assert choose_layers("auto", model, blocks, 0.5) == (costliest(costs, 0.5), costs)
 
 
 def test_overflow_is_not_ranked(blocks):

@@ -187,6 +187,8 @@ REFUSED = {
         ("--keep-attention 99999999999999999999", "layers 0 to 1"),
         ("--keep-attention auto", "auto:0.25"),
         ("--keep-attention auto:", "auto"),
+        ("--keep-attention greedy", "greedy with a share"),
+        ("--keep-attention greedy:0.5", "text"),
         ("--keep-attention auto:0.5", "text"),
         ("--keep-attention auto:half --text {text}", "half"),
         ("--keep-attention auto:2 --text {text}", "between 0 and 1"),
