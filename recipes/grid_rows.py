@@ -105,7 +105,6 @@ ROWS = {
     "gated_deltanet_small": Row(
         "gated_deltanet", "supra", {"sign_pairs": False}, overrides=OURS | SLOWER
     ),
-    "hybrid_23": Row("window", "supra", {}, (23,), NEAR),  # the layer that auto ranks first
     "hybrid_auto_1": Row("window", "supra", {}, "auto:0.034", NEAR),
     "hybrid_auto_2": Row("window", "supra", {}, "auto:0.067", NEAR),
     "hybrid_auto_4": Row("window", "supra", {}, "auto:0.134", NEAR),
@@ -126,6 +125,6 @@ CHANGES = {
 }
 ROWS |= {
     f"{base}_{name}": ROWS[base].but(student=base, **change)
-    for base in ("gated_deltanet", "window", "window_256", "hybrid_23", "hybrid_auto")
+    for base in ("gated_deltanet", "window", "window_256", "hybrid_auto")
     for name, change in CHANGES.items()
 }
