@@ -6,7 +6,7 @@ TENSORS = "supra/conversion/tensors.py"
 CONVERT, CALIBRATE = "tests/conversion/test_convert.py", "tests/conversion/test_calibrate.py"
 UNTRAINED = "tests/conversion/test_untrained.py"
 LAYERS = "tests/conversion/test_layer_choice.py"
-LOADED = "_finite(fate, plan.reader.load(fate.name))"
+LOADED = "plan.reader.load(fate.name)"
 
 BUGS = [
     Bug(
@@ -39,7 +39,7 @@ BUGS = [
         "the projection of the keys gets the weights of the values",
         TENSORS,
         LOADED,
-        '_finite(fate, plan.reader.load(fate.name.replace("k_proj", "v_proj")).clone())',
+        'plan.reader.load(fate.name.replace("k_proj", "v_proj")).clone()',
         (f"{CONVERT}::test_every_tensor_is_accounted_for[llama]",),
     ),
     Bug(
