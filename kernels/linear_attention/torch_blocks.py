@@ -110,9 +110,8 @@ class Block:
     def head_tile(self, x: Tensor) -> Tensor:
         """tile(x) for queries or keys, which are only read: one head that was expanded to all lanes
         is not copied for them, and then has stride 0."""
-        if x.stride(1) or not len(x) * self.chunks == 1 < x.shape[1] == self.lanes:
-            return self.tile(x)
-        return x[0].to(self.dtype)
+        one = x.stride(1) == 0 and len(x) == self.chunks == 1 and 1 < x.shape[1] == self.lanes
+        return x[0].to(self.dtype) if one else self.tile(x)
 
     def tile(self, x: Tensor) -> Tensor:
         """[rows, H, n * C, D] -> [tiles, H / Hs * C, D], a copy; heads that lanes share are

@@ -193,11 +193,13 @@ def divergences(
         labels = shifted_labels(batch.pop("labels")).flatten()
         tokens += (labels != IGNORE).sum().item()
         convert(())
-        teacher_logits = model(**batch, use_cache=False).logits[0]
-        convert(converted)
         with _recorded(layers) as outputs:
-            model(**batch, use_cache=False)
-        for index in set(range(len(layers))) - set(converted):
+            teacher_logits = model(**batch, use_cache=False).logits[0]
+        if converted:
+            convert(converted)
+            with _recorded(layers) as outputs:
+                model(**batch, use_cache=False)
+        for index in (index for index in range(len(layers)) if index not in converted):
             convert({*converted, index})
             with _replayed(layers[:index], outputs):
                 logits = model(**batch, use_cache=False).logits[0]
