@@ -77,7 +77,7 @@ class FolderReader:
                 raise SafetensorError("it ends within a tensor")
         return tensor
 
-    def expect(self, name: str) -> None:
+    def read_ahead(self, name: str) -> None:
         """Have the system read a tensor into its cache, while others are computed."""
         source, nbytes = self.sources[name], self.specs[name].nbytes
         file = self._files[source]
@@ -100,8 +100,8 @@ class ModuleReader:
     def load(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def expect(self, name: str) -> None:
-        pass
+    def read_ahead(self, name: str) -> None:
+        """Nothing: the tensors are in memory."""
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

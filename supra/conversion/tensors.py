@@ -25,7 +25,7 @@ def converted_tensors(plan: Plan, seed: int, bar: str | None) -> Iterator[tuple[
     for fate, after in zip(shown, [*inherited[1:], None], strict=True):
         tensor = plan.reader.load(fate.name)
         if after is not None:
-            plan.reader.expect(after.name)
+            plan.reader.read_ahead(after.name)
         yield fate.name, _finite(fate, tensor)
     yield from new_tensors(plan.student, seed)
 
